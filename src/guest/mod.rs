@@ -1,0 +1,211 @@
+//! Guests: what an engine needs from any hypervisor.
+//!
+//! Data goes one way: a [`Guest`] hands changed units to a [`Sink`], first in
+//! rounds while it runs, then in a [`Cut`] that fixes one instant of memory,
+//! device state and disks. Everything here blocks and is driven from one
+//! capture thread per guest; nothing here knows the network.
+//!
+//! Whatever a guest has handed over it remembers as being at the peer. What
+//! did not get there is returned with [`Guest::give_back`] and will be handed
+//! over again.
+
+use std::time::{Duration, SystemTime};
+
+use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
+
+pub mod qemu;
+
+/// Receives changed units. Volumes are indices into [`Guest::volumes`].
+pub trait Sink {
+    /// `bytes` is a whole number of 4 KiB units, stable (a private copy), the
+    /// first at index `unit`; `digests` has one digest of each under the
+    /// session's key. Units may be all zero.
+    ///
+    /// # Errors
+    /// When the change cannot be taken (capture buffer full, session ended);
+    /// the guest must then treat these units as not handed over.
+    fn units(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        bytes: &[u8],
+        digests: &[Digest],
+    ) -> Result<(), SinkError>;
+
+    /// `count` units from `unit` on read as zeros.
+    ///
+    /// # Errors
+    /// As for [`Sink::units`].
+    fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError>;
+
+    /// Called now and then in a long pass: `done` of `total` bytes looked at.
+    fn progress(&mut self, done: u64, total: u64) {
+        let _ = (done, total);
+    }
+}
+
+/// Why a sink took no more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SinkError {
+    /// The bounded capture buffer is full. The cut is given up, the guest goes on.
+    #[error("the capture buffer is full")]
+    Full,
+    /// Nobody wants the data any more (link closed, protection ended).
+    #[error("the session that takes the data has ended")]
+    Closed,
+}
+
+/// How a cut ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum After {
+    /// The guest goes on at once: continuous protection.
+    Continue,
+    /// The guest stays stopped: a planned move. Ended by
+    /// [`Guest::resume`] or [`Guest::let_go`].
+    Hold,
+}
+
+/// What a cut measured.
+#[derive(Debug, Clone, Copy, Default, serde::Serialize, serde::Deserialize)]
+pub struct CutTimes {
+    /// From the stop until the guest went on, or until everything was fixed for a held cut.
+    pub pause: Duration,
+    /// Of that: taking the device state.
+    pub device_state: Duration,
+    /// Of that: fixing the disks.
+    pub disks: Duration,
+    /// Of that: looking for changed RAM and copying it.
+    pub ram_scan: Duration,
+    /// Bytes of RAM looked at in that time (holes of the RAM file not counted).
+    pub ram_scanned_bytes: u64,
+}
+
+/// One instant of a guest. Changed RAM went to the sink while the guest was
+/// stopped; device state is here; disks are read from [`Cut::disks`] while the
+/// guest already runs.
+pub struct Cut {
+    /// When the guest was stopped.
+    pub at: SystemTime,
+    /// What it cost.
+    pub times: CutTimes,
+    /// Opaque device state.
+    pub device_state: Vec<u8>,
+    /// A readable instant of each disk volume. Every one must be ended by
+    /// [`Guest::finish_cut`].
+    pub disks: Vec<Box<dyn DiskInstant>>,
+}
+
+/// A disk as it was at the cut, with what changed since the cut before.
+pub trait DiskInstant: Send {
+    /// Index into [`Guest::volumes`].
+    fn volume(&self) -> VolumeIndex;
+    /// Hands over everything that changed since the last sealed cut.
+    ///
+    /// # Errors
+    /// When the instant cannot be read any more, or the sink refuses.
+    fn changed(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError>;
+}
+
+/// A running virtual machine under protection.
+pub trait Guest: Send {
+    /// RAM blocks, then disks, then one [`VolumeKind::DeviceState`] volume,
+    /// whose size is that of the last cut (0 before the first). Order and
+    /// names stay as long as the guest is attached.
+    ///
+    /// [`VolumeKind::DeviceState`]: farhaven_storage_sync::unit::VolumeKind::DeviceState
+    fn volumes(&self) -> &[Volume];
+
+    /// Tells what the peer holds already: the digest of each unit of a volume
+    /// at its newest sealed point (`Digest::ZERO_UNIT` for zeros, `Digest::UNKNOWN` where it is not known), and
+    /// that point's number so that change tracking left from before a restart
+    /// can be used. Called once per volume before the first round; not called
+    /// for a new replica, whose every unit reads as zero.
+    ///
+    /// # Errors
+    /// When the table has another size than the volume.
+    fn baseline(&mut self, point: u64, volume: VolumeIndex, digests: Vec<Digest>) -> Result<(), GuestError>;
+
+    /// One pass while the guest runs: everything (first time) or what changed
+    /// (later). May over-report, may be torn; a later cut makes it exact.
+    ///
+    /// # Errors
+    /// When the guest cannot be read, or the sink refuses. What was handed
+    /// over stays handed over.
+    fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError>;
+
+    /// Fixes one instant as recovery point number `point`. On any error the
+    /// guest is running again, or the error says that it is not.
+    ///
+    /// # Errors
+    /// See [`GuestError`].
+    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError>;
+
+    /// Ends the disk instants of a cut. `shipped` says whether every changed
+    /// unit of the disks reached the sink; if not, they count as changed in
+    /// the next cut.
+    ///
+    /// # Errors
+    /// When change tracking was lost: the next round must read everything.
+    fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError>;
+
+    /// Everything handed over since the newest sealed point counts as changed again.
+    fn give_back(&mut self);
+
+    /// Lets a held guest run on here.
+    ///
+    /// # Errors
+    /// When the guest could not be resumed; the message says how to do it by hand.
+    fn resume(&mut self) -> Result<(), GuestError>;
+
+    /// Stops the guest and keeps it stopped (fence): evidence, not discarded.
+    ///
+    /// # Errors
+    /// When the hypervisor does not answer.
+    fn stop(&mut self) -> Result<(), GuestError>;
+
+    /// After a move: the guest runs at the peer, this copy is ended.
+    ///
+    /// # Errors
+    /// When the hypervisor does not answer.
+    fn let_go(&mut self) -> Result<(), GuestError>;
+
+    /// Is the guest running (`Some(true)`), stopped (`Some(false)`), or gone (`None`)?
+    fn running(&mut self) -> Option<bool>;
+
+    /// Removes what protection put into the hypervisor; the guest runs on.
+    fn detach(&mut self);
+}
+
+/// What can go wrong with a guest. Every message says what to do next.
+#[derive(Debug, thiserror::Error)]
+pub enum GuestError {
+    /// The sink refused.
+    #[error(transparent)]
+    Sink(#[from] SinkError),
+    /// The hypervisor's control socket.
+    #[error(transparent)]
+    Qmp(#[from] qemu::qmp::QmpError),
+    /// Reading the guest's memory or disks.
+    #[error("{what}: {source}")]
+    Io {
+        /// What was being done, to which file.
+        what: String,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The guest is not in a state that allows this.
+    #[error("{0}")]
+    State(String),
+    /// The hypervisor is gone.
+    #[error("the guest's hypervisor ended: {0}")]
+    Gone(String),
+    /// The guest is stopped and could not be resumed.
+    #[error("the guest is STOPPED and could not be resumed ({why}); resume it by hand: {how}")]
+    LeftStopped {
+        /// Why resuming failed.
+        why: String,
+        /// A command line.
+        how: String,
+    },
+}

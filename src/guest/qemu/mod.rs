@@ -1,0 +1,3 @@
+//! QEMU guests, attached through their QMP socket.
+
+pub mod qmp;

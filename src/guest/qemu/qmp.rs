@@ -1,0 +1,252 @@
+//! QMP, QEMU's machine protocol: one JSON object a line over a unix socket.
+//!
+//! Blocking, with a deadline on every reply. Replies stay `serde_json` values:
+//! we talk to QEMU 7.2 and to what comes after it, and must not fail on an
+//! enumeration value that a newer one adds.
+//! Protocol: QEMU documentation, "QEMU Machine Protocol Specification".
+
+use std::collections::VecDeque;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+/// Longest reply line taken. `qom-list` and `query-qmp-schema` of QEMU 10 stay under 1 MiB.
+const MAX_LINE: u64 = 16 << 20;
+
+/// What can go wrong on a QMP socket.
+#[derive(Debug, thiserror::Error)]
+pub enum QmpError {
+    /// No socket there, or nobody listens.
+    #[error("cannot reach QEMU at {path}: {source}. Is the guest running, and is this its -qmp socket?")]
+    Connect {
+        /// The socket's path.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// QEMU serves one QMP client at a time.
+    #[error("QEMU at {path} does not greet: another QMP client holds the socket. Give QEMU a second one for Farhaven (-qmp unix:PATH2,server=on,wait=off)")]
+    Busy {
+        /// The socket's path.
+        path: PathBuf,
+    },
+    /// The connection ended: usually QEMU did.
+    #[error("QEMU closed its QMP socket {path} during {command}: the guest has ended or QEMU crashed")]
+    Closed {
+        /// The socket's path.
+        path: PathBuf,
+        /// The command under way.
+        command: String,
+    },
+    /// No reply in time.
+    #[error("QEMU at {path} did not answer {command} within {after:?}; it may be stuck on storage")]
+    TimedOut {
+        /// The socket's path.
+        path: PathBuf,
+        /// The command under way.
+        command: String,
+        /// How long was waited.
+        after: Duration,
+    },
+    /// Not QMP.
+    #[error("{path} does not speak QMP ({why}); name the socket of QEMU's -qmp option")]
+    Protocol {
+        /// The socket's path.
+        path: PathBuf,
+        /// What was wrong.
+        why: String,
+    },
+    /// QEMU refused a command.
+    #[error("QEMU refused {command}: {desc}")]
+    Refused {
+        /// The command.
+        command: String,
+        /// QEMU's error class, as `GenericError` or `CommandNotFound`.
+        class: String,
+        /// QEMU's words.
+        desc: String,
+    },
+}
+
+/// A connection to one QEMU.
+pub struct Qmp {
+    path: PathBuf,
+    stream: UnixStream,
+    reader: BufReader<UnixStream>,
+    events: VecDeque<Value>,
+    timeout: Duration,
+    version: (u64, u64, u64),
+}
+
+impl Qmp {
+    /// Connects and negotiates. `timeout` bounds the greeting and every later reply.
+    ///
+    /// # Errors
+    /// [`QmpError::Connect`], [`QmpError::Busy`], [`QmpError::Protocol`].
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        let failed = |source| QmpError::Connect { path: path.to_owned(), source };
+        let stream = UnixStream::connect(path).map_err(failed)?;
+        stream.set_write_timeout(Some(timeout)).map_err(failed)?;
+        let reader = BufReader::new(stream.try_clone().map_err(failed)?);
+        let mut qmp = Self {
+            path: path.to_owned(),
+            stream,
+            reader,
+            events: VecDeque::new(),
+            timeout,
+            version: (0, 0, 0),
+        };
+        let greeting = match qmp.line("the greeting", Instant::now() + timeout) {
+            Err(QmpError::TimedOut { .. }) => return Err(QmpError::Busy { path: path.to_owned() }),
+            other => other?,
+        };
+        let version = &greeting["QMP"]["version"]["qemu"];
+        let part = |name: &str| version[name].as_u64();
+        qmp.version = match (part("major"), part("minor"), part("micro")) {
+            (Some(major), Some(minor), Some(micro)) => (major, minor, micro),
+            _ => return Err(qmp.protocol("its first line is no QMP greeting")),
+        };
+        qmp.execute("qmp_capabilities", json!({}))?;
+        Ok(qmp)
+    }
+
+    /// QEMU's version: major, minor, micro.
+    pub fn version(&self) -> (u64, u64, u64) {
+        self.version
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The process that listens on the socket, as the kernel tells it.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn pid(&self) -> std::io::Result<u32> {
+        let credentials = rustix::net::sockopt::socket_peercred(self.stream.as_fd())?;
+        Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
+    }
+
+    /// Runs a command and returns its `return` value. Events that arrive
+    /// meanwhile are kept for [`Qmp::take_event`].
+    ///
+    /// # Errors
+    /// Every variant of [`QmpError`] but `Connect` and `Busy`.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        line.push('\n');
+        if let Err(error) = self.stream.write_all(line.as_bytes()) {
+            return Err(self.io(command, &error));
+        }
+        let deadline = Instant::now() + self.timeout;
+        loop {
+            let mut reply = self.line(command, deadline)?;
+            if reply.get("event").is_some() {
+                self.keep(reply);
+            } else if let Some(error) = reply.get("error") {
+                let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
+                return Err(QmpError::Refused {
+                    command: command.to_owned(),
+                    class: text("class"),
+                    desc: text("desc"),
+                });
+            } else if let Some(value) = reply.get_mut("return") {
+                return Ok(value.take());
+            } else {
+                return Err(self.protocol("a line is neither reply, error nor event"));
+            }
+        }
+    }
+
+    /// Takes the oldest kept event of that name, without waiting.
+    pub fn take_event(&mut self, name: &str) -> Option<Value> {
+        let at = self.events.iter().position(|e| e["event"] == name)?;
+        self.events.remove(at)
+    }
+
+    /// Waits for an event of that name whose `data` satisfies `wanted`.
+    ///
+    /// # Errors
+    /// [`QmpError::TimedOut`] after `timeout`, or the connection's end.
+    pub fn wait_event(
+        &mut self,
+        name: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value, QmpError> {
+        if let Some(at) = self.events.iter().position(|e| e["event"] == name && wanted(&e["data"])) {
+            return Ok(self.events.remove(at).unwrap_or_default());
+        }
+        let deadline = Instant::now() + timeout;
+        loop {
+            let line = self.line(name, deadline)?;
+            if line["event"] == name && wanted(&line["data"]) {
+                return Ok(line);
+            }
+            self.keep(line);
+        }
+    }
+
+    /// A guest that raises events endlessly must not grow us: the oldest go.
+    fn keep(&mut self, event: Value) {
+        const KEPT: usize = 1024;
+        if self.events.len() == KEPT {
+            self.events.pop_front();
+        }
+        self.events.push_back(event);
+    }
+
+    fn line(&mut self, command: &str, deadline: Instant) -> Result<Value, QmpError> {
+        let mut line = Vec::new();
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(QmpError::TimedOut {
+                    path: self.path.clone(),
+                    command: command.to_owned(),
+                    after: self.timeout,
+                });
+            }
+            self.stream.set_read_timeout(Some(left)).map_err(|e| self.io(command, &e))?;
+            let allowed = MAX_LINE.saturating_sub(line.len() as u64);
+            if allowed == 0 {
+                return Err(self.protocol("a line is longer than 16 MiB"));
+            }
+            let mut limited = std::io::Read::take(&mut self.reader, allowed);
+            match limited.read_until(b'\n', &mut line) {
+                Ok(0) => return Err(self.closed(command)),
+                Ok(_) if line.ends_with(b"\n") => break,
+                Ok(_) => {}
+                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(e) => return Err(self.io(command, &e)),
+            }
+        }
+        serde_json::from_slice(&line).map_err(|e| self.protocol(&format!("not JSON: {e}")))
+    }
+
+    fn io(&self, command: &str, error: &std::io::Error) -> QmpError {
+        match error.kind() {
+            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => QmpError::TimedOut {
+                path: self.path.clone(),
+                command: command.to_owned(),
+                after: self.timeout,
+            },
+            _ => self.closed(command),
+        }
+    }
+
+    fn closed(&self, command: &str) -> QmpError {
+        QmpError::Closed { path: self.path.clone(), command: command.to_owned() }
+    }
+
+    fn protocol(&self, why: &str) -> QmpError {
+        QmpError::Protocol { path: self.path.clone(), why: why.to_owned() }
+    }
+}

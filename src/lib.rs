@@ -1,0 +1,2 @@
+//! Farhaven
+pub mod guest;

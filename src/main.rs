@@ -1,0 +1,2 @@
+//! farhaven
+fn main(){}

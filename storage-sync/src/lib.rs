@@ -1,0 +1,2 @@
+//! Data at rest, and its encoding.
+pub mod unit;

@@ -1,0 +1,91 @@
+//! The nouns of stored data: guests, volumes, 4 KiB units, digests, places.
+
+use std::fmt;
+
+/// Bytes of one unit, for RAM and disks alike: one size makes both one dedup domain.
+pub const UNIT: usize = 4096;
+
+/// Most literal units in one batch: they are compressed together.
+pub const GROUP: usize = 64;
+
+/// A guest, across sites and renames.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct GuestId(pub [u8; 16]);
+
+/// Index of a volume in its guest's list.
+pub type VolumeIndex = u16;
+
+/// What a volume holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum VolumeKind {
+    /// A block of guest memory.
+    Ram,
+    /// A disk.
+    Disk,
+    /// vCPUs and devices, opaque. Its size may differ from point to point.
+    DeviceState,
+}
+
+/// One volume of a guest.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Volume {
+    /// The hypervisor's name for it, stable over restarts.
+    pub name: String,
+    /// What it holds.
+    pub kind: VolumeKind,
+    /// Its size. The last unit is padded with zeros when this is no multiple of 4 KiB.
+    pub bytes: u64,
+}
+
+impl Volume {
+    /// Units needed to hold it.
+    pub fn units(&self) -> u64 {
+        self.bytes.div_ceil(UNIT as u64)
+    }
+}
+
+/// Where a unit's bytes lie: the batch that carried them and their index among
+/// its literals. Logical, so that compaction may move batches between segments.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Default)]
+pub struct Place(pub u64);
+
+impl Place {
+    /// Not stored: reads as zeros.
+    pub const ZERO: Place = Place(0);
+
+    /// The literal `index` (under 64) of batch `seq` (1 to 2^58-1).
+    pub fn new(seq: u64, index: u8) -> Place {
+        debug_assert!(seq > 0 && seq < 1 << 58 && usize::from(index) < GROUP);
+        Place(seq << 6 | u64::from(index))
+    }
+
+    /// The batch's sequence number; 0 for [`Place::ZERO`].
+    pub fn seq(self) -> u64 {
+        self.0 >> 6
+    }
+
+    /// Index among the batch's literals.
+    pub fn index(self) -> u8 {
+        (self.0 & 63) as u8
+    }
+}
+
+impl fmt::Debug for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if *self == Place::ZERO { write!(f, "zero") } else { write!(f, "{}.{}", self.seq(), self.index()) }
+    }
+}
+
+/// First 16 bytes of the keyed BLAKE3 of a unit. The key is secret to the pair
+/// of sites, so that a guest cannot prepare two units that collide.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Debug, Default)]
+pub struct Digest(pub [u8; 16]);
+
+impl Digest {
+    /// Stands for "unknown": matches no unit. (The digest of a real unit is
+    /// never all zero in practice; a match would cost bandwidth only.)
+    pub const UNKNOWN: Digest = Digest([0; 16]);
+    /// Stands for the unit of zeros under every key; never a computed value.
+    pub const ZERO_UNIT: Digest = Digest([0xff; 16]);
+}
