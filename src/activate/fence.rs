@@ -1,0 +1,198 @@
+//! Terms: which site may run a group.
+//!
+//! Every promotion takes the next term. A site writes the term it knows of,
+//! with the owner, into a small checksummed file of its own, and syncs it
+//! before it acts on it. Whoever knows a newer term of another owner never
+//! runs the group, whatever else it hears or fails to hear.
+//!
+//! A guest without a group is a group of one, under its own id.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::peer::SiteKey;
+use serde::{Deserialize, Serialize};
+
+/// Who may run a group since when.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Term {
+    /// The group.
+    pub group: GuestId,
+    /// Higher wins.
+    pub number: u64,
+    /// The site that may run it.
+    pub owner: SiteKey,
+}
+
+/// Why a term could not be read or kept.
+#[derive(Debug, thiserror::Error)]
+pub enum FenceError {
+    /// The file cannot be read or written.
+    #[error("the term file {path} cannot be {doing}: {source}. No guest is run here without it; mend the directory and start again")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Read or written.
+        doing: &'static str,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The file is damaged.
+    #[error("the term file {path} is damaged ({why}). Find out at the other site which site runs the group, then remove the file and start again: the peer's term is taken over")]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// How that shows.
+        why: String,
+    },
+    /// Somebody else owns a term at least as new.
+    #[error("fenced: term {known} of this group belongs to site {owner}, so term {asked} cannot be taken here")]
+    Fenced {
+        /// The term known here.
+        known: u64,
+        /// Its owner.
+        owner: SiteKey,
+        /// The term that was asked for.
+        asked: u64,
+    },
+}
+
+/// All terms that a site knows, durable.
+pub struct Fence {
+    directory: PathBuf,
+    terms: Mutex<BTreeMap<GuestId, Term>>,
+}
+
+impl Fence {
+    /// Reads every term in `directory`, making it when missing.
+    ///
+    /// # Errors
+    /// When one cannot be read: the site must not start then.
+    pub fn open(directory: &Path) -> Result<Self, FenceError> {
+        let failed = |doing| {
+            move |source| FenceError::Io { path: directory.to_owned(), doing, source }
+        };
+        crate::site::files::private_directory(directory).map_err(failed("made"))?;
+        let mut terms = BTreeMap::new();
+        for entry in fs::read_dir(directory).map_err(failed("read"))? {
+            let path = entry.map_err(failed("read"))?.path();
+            if path.extension().is_some_and(|e| e == "term") {
+                let term = read(&path)?;
+                terms.insert(term.group, term);
+            }
+        }
+        Ok(Self { directory: directory.to_owned(), terms: Mutex::new(terms) })
+    }
+
+    /// The newest term known of a group.
+    pub fn current(&self, group: GuestId) -> Option<Term> {
+        self.terms.lock().unwrap_or_else(PoisonError::into_inner).get(&group).copied()
+    }
+
+    /// Every term known.
+    pub fn all(&self) -> Vec<Term> {
+        self.terms.lock().unwrap_or_else(PoisonError::into_inner).values().copied().collect()
+    }
+
+    /// Takes over a term heard from elsewhere or just decided, when it is
+    /// newer than the known one. Durable when it returns. Answers the term in
+    /// force afterwards.
+    ///
+    /// # Errors
+    /// When it could not be made durable: it is not in force then.
+    pub fn adopt(&self, term: Term) -> Result<Term, FenceError> {
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        match terms.get(&term.group) {
+            // Two owners of one number cannot come about by the rules here; if
+            // they do (a restored backup), both sides must pick the same one.
+            Some(known) if (known.number, known.owner) >= (term.number, term.owner) => Ok(*known),
+            _ => {
+                self.write(term)?;
+                terms.insert(term.group, term);
+                Ok(term)
+            }
+        }
+    }
+
+    /// Takes the next term of a group for `owner`. Durable when it returns.
+    ///
+    /// # Errors
+    /// When it could not be made durable: it is not in force then.
+    pub fn raise(&self, group: GuestId, owner: SiteKey) -> Result<Term, FenceError> {
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        let number = terms.get(&group).map_or(0, |t| t.number) + 1;
+        let term = Term { group, number, owner };
+        self.write(term)?;
+        terms.insert(group, term);
+        Ok(term)
+    }
+
+    /// May `site` run the group now?
+    ///
+    /// # Errors
+    /// [`FenceError::Fenced`] when another site owns it.
+    pub fn may_run(&self, group: GuestId, site: SiteKey) -> Result<(), FenceError> {
+        match self.current(group) {
+            Some(term) if term.owner != site => {
+                Err(FenceError::Fenced { known: term.number, owner: term.owner, asked: term.number })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn write(&self, term: Term) -> Result<(), FenceError> {
+        let path = self.directory.join(format!("{}.term", term.group));
+        let temporary = self.directory.join(format!("{}.new", term.group));
+        let body = serde_json::to_string(&term).map_err(|e| FenceError::Io {
+            path: path.clone(),
+            doing: "written",
+            source: io::Error::other(e),
+        })?;
+        let text = format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex());
+        let written = || -> io::Result<()> {
+            let mut file = fs::OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .mode(0o600)
+                .open(&temporary)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&temporary, &path)?;
+            File::open(&self.directory)?.sync_all()
+        };
+        written().map_err(|source| FenceError::Io { path: path.clone(), doing: "written", source })
+    }
+}
+
+fn read(path: &Path) -> Result<Term, FenceError> {
+    const LONGEST: u64 = 4096;
+    let text = fs::read(path).map_err(|source| FenceError::Io {
+        path: path.to_owned(),
+        doing: "read",
+        source,
+    })?;
+    let damaged = |why: &str| FenceError::Damaged { path: path.to_owned(), why: why.to_owned() };
+    if text.len() as u64 > LONGEST {
+        return Err(damaged("too long"));
+    }
+    let text = String::from_utf8(text).map_err(|_| damaged("not text"))?;
+    let (body, sum) = text
+        .trim_end()
+        .split_once('\n')
+        .ok_or_else(|| damaged("no checksum"))?;
+    if blake3::hash(body.as_bytes()).to_hex().as_str() != sum {
+        return Err(damaged("its checksum differs"));
+    }
+    let term: Term = serde_json::from_str(body).map_err(|e| damaged(&e.to_string()))?;
+    if path.file_stem().and_then(|s| s.to_str()) != Some(term.group.to_string().as_str()) {
+        return Err(damaged("it is another group's"));
+    }
+    Ok(term)
+}

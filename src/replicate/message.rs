@@ -1,0 +1,309 @@
+//! What two paired sites say to each other beside the data itself.
+//!
+//! Every message is one CBOR item on the control stream, at most
+//! [`MAX_MESSAGE`] bytes. A request carries an `id`, its answer the same id in
+//! `answers`. Requests are idempotent: whoever loses the connection before the
+//! answer came asks again. Unknown fields are ignored, an unknown message is
+//! answered with [`Message::Refused`], so that a newer site can add both.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex};
+use serde::{Deserialize, Serialize};
+
+use crate::activate::fence::Term;
+use crate::guest::qemu::check::PeerFacts;
+use crate::guest::qemu::definition::Definition;
+
+/// Longest message taken, under the session's own bound of 1 MiB.
+pub const MAX_MESSAGE: usize = 1 << 20;
+
+/// Batches whose digests fit one [`Message::DigestPage`]: 512 × 64 × 16 bytes are 512 KiB.
+pub const DIGEST_PAGE_BATCHES: usize = 512;
+
+/// Units whose digests fit one [`Message::BaselinePage`].
+pub const BASELINE_PAGE_UNITS: u64 = 32 * 1024;
+
+/// A message with its place in the conversation.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Envelope {
+    /// Set on a request: the answer names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// Set on an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<u64>,
+    /// What is said.
+    pub body: Message,
+}
+
+/// What a source tells of the guest it wants to send.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Opening {
+    /// Who.
+    pub guest: GuestId,
+    /// Its name at the source.
+    pub name: String,
+    /// The site it runs at.
+    pub source: String,
+    /// How to launch it.
+    pub definition: Definition,
+    /// RAM, disks, device state.
+    pub volumes: Vec<Volume>,
+    /// The group's term at the source.
+    pub term: Term,
+    /// Keep the newest point's RAM ready to run.
+    pub warm: bool,
+    /// A new attempt: what an earlier one sent without sealing it is no part of any point.
+    pub fresh: bool,
+    /// How long points are kept.
+    pub retention: farhaven_policies::policy::Retention,
+}
+
+/// What the target holds of a guest.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Opened {
+    /// Newest sealed point, 0 for none.
+    pub newest: u64,
+    /// The cut time of that point, nanoseconds since 1970; 0 for none.
+    pub newest_cut_at: u64,
+    /// The smallest number that the next point may have.
+    pub next_point: u64,
+    /// The highest batch number in the log of this pair, 0 for none.
+    pub last_seq: u64,
+    /// The volumes of the newest point.
+    pub volumes: Vec<Volume>,
+}
+
+/// A request to seal what was sent as a recovery point.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SealRequest {
+    /// Who.
+    pub guest: GuestId,
+    /// The point's number.
+    pub point: u64,
+    /// The point it builds on; 0 for none.
+    pub parent: u64,
+    /// When the guest was stopped, nanoseconds since 1970.
+    pub cut_at: u64,
+    /// RAM, disks, device state with its size.
+    pub volumes: Vec<Volume>,
+    /// How many batches belong to it.
+    pub batches: u64,
+    /// BLAKE3 over their sequence numbers and hashes, in order.
+    pub chain: [u8; 32],
+    /// What the source measured.
+    pub context: PointContext,
+    /// A planned move: run the guest from this point, under this term.
+    pub activate: Option<Term>,
+}
+
+/// What goes into a point's manifest beside the data, so that a point can be
+/// run from the store alone.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PointContext {
+    /// The guest's name.
+    pub name: String,
+    /// The site it ran at.
+    pub source: String,
+    /// The term under which it was cut.
+    pub term: u64,
+    /// How to launch it.
+    pub definition: Definition,
+    /// How long the guest was stopped.
+    pub pause: Duration,
+    /// Of that: scanning RAM.
+    pub ram_scan: Duration,
+    /// Bytes of RAM looked at in that time.
+    pub ram_scanned_bytes: u64,
+    /// Bytes of guest data that changed since the point before.
+    pub changed_bytes: u64,
+    /// Bytes of the batches that carried them.
+    pub sent_bytes: u64,
+}
+
+/// How a guest was brought to run, step by step.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct ActivationTimes {
+    /// Making the term durable.
+    pub term: Duration,
+    /// Filling RAM from the store.
+    pub ram: Duration,
+    /// Bytes of RAM written for that.
+    pub ram_bytes: u64,
+    /// Starting QEMU until it answered (in parallel with filling RAM).
+    pub launch: Duration,
+    /// Loading the device state.
+    pub restore: Duration,
+    /// From the decision until the guest ran.
+    pub total: Duration,
+}
+
+/// One message.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Message {
+    /// First on every connection, both ways, and whenever a term was raised:
+    /// every term this site knows. The higher one wins on both sides.
+    Terms {
+        /// All of them.
+        terms: Vec<Term>,
+    },
+    /// Source: what would stop this guest from running at your place?
+    Facts {
+        /// How it would be launched.
+        definition: Definition,
+    },
+    /// Target: this is what is here.
+    FactsKnown {
+        /// The peer's part of `guest check`.
+        facts: PeerFacts,
+    },
+    /// Source: a guest is to be protected.
+    Open(Box<Opening>),
+    /// Target: what is here of it.
+    Opened(Opened),
+    /// Source, after a restart: the digests of batches from `from_seq` on.
+    Digests {
+        /// Where to begin.
+        from_seq: u64,
+        /// The pair's digest key.
+        key: [u8; 32],
+    },
+    /// Target: some of them; the last page has no `next`.
+    DigestPage {
+        /// Batch numbers and 16 bytes of digest per literal.
+        batches: Vec<(u64, Bytes)>,
+        /// Where to go on.
+        next: Option<u64>,
+    },
+    /// Source, after a restart: digests of a point's units from `unit` on.
+    Baseline {
+        /// Who.
+        guest: GuestId,
+        /// The point.
+        point: u64,
+        /// Which volume.
+        volume: VolumeIndex,
+        /// Where to begin.
+        unit: u64,
+        /// The pair's digest key.
+        key: [u8; 32],
+    },
+    /// Target: stored runs (first unit, digests of 16 bytes each); all between them is zero.
+    BaselinePage {
+        /// The runs, ascending.
+        runs: Vec<(u64, Bytes)>,
+        /// Where to go on; `None` when the volume is done.
+        next: Option<u64>,
+    },
+    /// Source: seal a point, and for a planned move run it.
+    Seal(Box<SealRequest>),
+    /// Target: every byte of it is durable.
+    Sealed {
+        /// The point.
+        point: u64,
+    },
+    /// Target, to a seal with `activate`: the guest runs here now.
+    Running {
+        /// What it took.
+        times: ActivationTimes,
+        /// The term it runs under.
+        term: Term,
+    },
+    /// Source: get ready to take this guest over (launch its QEMU, fill its RAM).
+    Prepare {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: ready.
+    Prepared,
+    /// Source: give up the move of this guest. Answered with `GivenUp`, or
+    /// with `Running` when it runs already.
+    GiveUp {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: it does not run here, and will not under the term of that move.
+    GivenUp,
+    /// Source: protection ends; forget the guest's points when `discard`.
+    Close {
+        /// Who.
+        guest: GuestId,
+        /// Drop its points too.
+        discard: bool,
+    },
+    /// Target: these batches are no longer kept for deduplication; refer to none of them.
+    Retire {
+        /// Ranges of batch numbers, inclusive.
+        seqs: Vec<(u64, u64)>,
+    },
+    /// Target: something here hinders replication (a full store); for the source's status.
+    Trouble {
+        /// One sentence; empty when it is over.
+        what: String,
+    },
+    /// Done, nothing to add.
+    Done,
+    /// The request is refused.
+    Refused {
+        /// For programs.
+        code: Refusal,
+        /// For people: what to do next.
+        why: String,
+    },
+}
+
+/// Why a request was refused.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Refusal {
+    /// The message is not known here: the sites run different versions.
+    Unknown,
+    /// A newer term is known here.
+    Fenced,
+    /// The data does not fit what is here; open the guest again.
+    OutOfStep,
+    /// The store or the machine cannot do it now.
+    Unable,
+}
+
+/// A message that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// Over the limit.
+    #[error("a control message of {0} bytes is over the limit of {MAX_MESSAGE}")]
+    TooLong(usize),
+    /// Not one of ours.
+    #[error("a control message cannot be read ({0}); do both sites run the same version?")]
+    Unreadable(String),
+}
+
+impl Envelope {
+    /// As bytes for the control stream.
+    ///
+    /// # Errors
+    /// When it is over [`MAX_MESSAGE`].
+    pub fn encode(&self) -> Result<Bytes, MessageError> {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(self, &mut bytes).map_err(|e| MessageError::Unreadable(e.to_string()))?;
+        if bytes.len() > MAX_MESSAGE {
+            return Err(MessageError::TooLong(bytes.len()));
+        }
+        Ok(bytes.into())
+    }
+
+    /// From bytes of the control stream.
+    ///
+    /// # Errors
+    /// When they are no message.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        if bytes.len() > MAX_MESSAGE {
+            return Err(MessageError::TooLong(bytes.len()));
+        }
+        // 64 levels are far more than any message nests; CBOR could nest a million.
+        ciborium::de::from_reader_with_recursion_limit(bytes, 64)
+            .map_err(|e| MessageError::Unreadable(e.to_string()))
+    }
+}

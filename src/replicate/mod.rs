@@ -1,0 +1,8 @@
+//! The two joins of the pipe: [`send`] takes a guest's changes to the peer,
+//! [`receive`] takes a peer's batches to the store. They are mirror images and
+//! keep one order: open, baseline, data, seal, hand over, end. What they say
+//! to each other beside the data is in [`message`].
+
+pub mod message;
+pub mod receive;
+pub mod send;
