@@ -8,9 +8,8 @@
 //! A guest without a group is a group of one, under its own id.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
-use std::io::{self, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -148,26 +147,17 @@ impl Fence {
 
     fn write(&self, term: Term) -> Result<(), FenceError> {
         let path = self.directory.join(format!("{}.term", term.group));
-        let temporary = self.directory.join(format!("{}.new", term.group));
         let body = serde_json::to_string(&term).map_err(|e| FenceError::Io {
             path: path.clone(),
             doing: "written",
             source: io::Error::other(e),
         })?;
         let text = format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex());
-        let written = || -> io::Result<()> {
-            let mut file = fs::OpenOptions::new()
-                .write(true)
-                .create(true)
-                .truncate(true)
-                .mode(0o600)
-                .open(&temporary)?;
-            file.write_all(text.as_bytes())?;
-            file.sync_all()?;
-            fs::rename(&temporary, &path)?;
-            File::open(&self.directory)?.sync_all()
-        };
-        written().map_err(|source| FenceError::Io { path: path.clone(), doing: "written", source })
+        crate::site::files::replace(&path, text.as_bytes()).map_err(|source| FenceError::Io {
+            path: path.clone(),
+            doing: "written",
+            source,
+        })
     }
 }
 

@@ -50,6 +50,9 @@ pub enum SinkError {
     /// The bounded capture buffer is full. The cut is given up, the guest goes on.
     #[error("the capture buffer is full")]
     Full,
+    /// The link took no data for too long. The cut is given up; what was handed over stays so.
+    #[error("the link takes no data; the RPO stretches until it does")]
+    Stalled,
     /// Nobody wants the data any more (link closed, protection ended).
     #[error("the session that takes the data has ended")]
     Closed,

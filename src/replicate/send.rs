@@ -1,0 +1,294 @@
+//! From a guest to the peer: changed units become batches, batches become a point.
+//!
+//! An [`Outgoing`] is one source's half of a pair of sites: the sequence of
+//! batch numbers and the dedup index that all its guests share. A [`Shipment`]
+//! collects what belongs to one recovery point of one guest, over as many
+//! rounds and attempted cuts as it takes, and ends with the point's seal.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder, Sequence};
+use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
+use farhaven_wan::node::Peer;
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+
+use crate::guest::{Sink, SinkError};
+
+/// zstd level of bulk data: what the measured floor is defined by.
+const LEVEL: i32 = 3;
+
+/// One source's half of a pair of sites, shared by all its guests.
+pub struct Outgoing {
+    /// The way to the peer.
+    pub peer: Peer,
+    /// Batch numbers of this pair's log.
+    pub sequence: Arc<Sequence>,
+    /// What the peer holds already.
+    pub index: Arc<Mutex<DedupIndex>>,
+    /// Key of every digest in the index and in the guests' tables.
+    pub key: DigestKey,
+    open: Mutex<BTreeSet<u64>>,
+    next_shipment: AtomicU64,
+    ended: Notify,
+}
+
+impl Outgoing {
+    /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
+    pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
+        Self {
+            peer,
+            sequence: Arc::new(Sequence::starting_at(first)),
+            index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
+            key,
+            open: Mutex::default(),
+            next_shipment: AtomicU64::new(0),
+            ended: Notify::new(),
+        }
+    }
+
+    /// The peer is about to drop these batches: refer to none of them any
+    /// more. Returns once no shipment is open that may have referred to them
+    /// before, so that the peer sees every reference there is when it checks.
+    pub async fn retire(&self, ranges: &[(u64, u64)]) {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner).remove_ranges(ranges);
+        let before = self.next_shipment.load(Ordering::Acquire);
+        loop {
+            let ended = self.ended.notified();
+            let open = {
+                let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+                open.iter().next().is_some_and(|oldest| *oldest < before)
+            };
+            if !open {
+                return;
+            }
+            ended.await;
+        }
+    }
+}
+
+/// Why a shipment ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum ShipError {
+    /// Encoding failed.
+    #[error("cannot encode the guest's data: {0}")]
+    Encode(#[from] EncodeError),
+}
+
+/// What was counted of a shipment.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Shipped {
+    /// Batches sent.
+    pub batches: u64,
+    /// Bytes of guest data they describe, zeros and duplicates included.
+    pub changed_bytes: u64,
+    /// Bytes of the batches.
+    pub sent_bytes: u64,
+}
+
+/// What belongs to one recovery point, on its way. A [`Sink`] for the guest;
+/// used from the guest's capture thread, and waits there when the session's
+/// window is full (never while the guest is stopped: see [`crate::capture`]).
+pub struct Shipment {
+    outgoing: Arc<Outgoing>,
+    id: u64,
+    encoder: Encoder,
+    chain: Chain,
+    shipped: Shipped,
+    totals: Arc<Totals>,
+    stop: watch::Receiver<bool>,
+    runtime: Handle,
+    patience: Option<Duration>,
+}
+
+/// Progress of a guest's data, readable while a shipment works.
+#[derive(Debug, Default)]
+pub struct Totals {
+    /// Bytes looked at in the round under way.
+    pub done: AtomicU64,
+    /// Bytes to look at in the round under way.
+    pub total: AtomicU64,
+    /// Guest bytes handed over since protection began.
+    pub changed_bytes: AtomicU64,
+    /// Bytes of batches since protection began.
+    pub sent_bytes: AtomicU64,
+}
+
+impl Shipment {
+    /// Begins a shipment for `point`. It ends early, with
+    /// [`SinkError::Closed`], when `stop` becomes true.
+    pub fn begin(
+        outgoing: &Arc<Outgoing>,
+        guest: GuestId,
+        point: u64,
+        totals: Arc<Totals>,
+        stop: watch::Receiver<bool>,
+        runtime: Handle,
+    ) -> Self {
+        let id = {
+            let mut open = outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
+            let id = outgoing.next_shipment.fetch_add(1, Ordering::AcqRel);
+            open.insert(id);
+            id
+        };
+        let encoder = Encoder::new(
+            guest,
+            point,
+            outgoing.sequence.clone(),
+            outgoing.index.clone(),
+            LEVEL,
+        );
+        Self {
+            outgoing: outgoing.clone(),
+            id,
+            encoder,
+            chain: Chain::new(),
+            shipped: Shipped::default(),
+            totals,
+            stop,
+            runtime,
+            patience: None,
+        }
+    }
+
+    /// How long the link may take no data before the shipment gives up with
+    /// [`SinkError::Stalled`]; `None` waits as long as it takes.
+    pub fn patience(&mut self, patience: Option<Duration>) {
+        self.patience = patience;
+    }
+
+    /// Sends the changed units of the device state. `known` is the state as
+    /// the peer has it after this shipment; padded with zeros to whole units.
+    ///
+    /// # Errors
+    /// As for [`Sink::units`].
+    pub fn device_state(
+        &mut self,
+        volume: VolumeIndex,
+        state: &[u8],
+        known: &mut Vec<Digest>,
+    ) -> Result<(), SinkError> {
+        let mut padded = state.to_vec();
+        padded.resize(state.len().next_multiple_of(UNIT), 0);
+        let mut digests = Vec::new();
+        self.outgoing.key.digests(&padded, &mut digests);
+        for (unit, (bytes, digest)) in padded.chunks_exact(UNIT).zip(&digests).enumerate() {
+            if known.get(unit) != Some(digest) {
+                self.units(volume, unit as u64, bytes, std::slice::from_ref(digest))?;
+            }
+        }
+        *known = digests;
+        Ok(())
+    }
+
+    /// Sends what is still being collected.
+    ///
+    /// # Errors
+    /// When the shipment was stopped.
+    pub fn flush(&mut self) -> Result<(), SinkError> {
+        match self.encoder.flush() {
+            Some(batch) => self.send(batch),
+            None => Ok(()),
+        }
+    }
+
+    /// What was sent so far, and the chain over it, for the seal.
+    pub fn sum(&self) -> (Shipped, [u8; 32]) {
+        (self.shipped, self.chain.finish())
+    }
+
+    fn send(&mut self, batch: Batch) -> Result<(), SinkError> {
+        self.chain.push(batch.seq, &batch.hash);
+        self.shipped.batches += 1;
+        self.shipped.sent_bytes += batch.bytes.len() as u64;
+        self.totals.sent_bytes.fetch_add(batch.bytes.len() as u64, Ordering::Relaxed);
+        let seq = batch.seq;
+        let sent = self.hand_over(batch);
+        if sent.is_err() {
+            self.forget(seq);
+        }
+        sent
+    }
+
+    /// A batch that never left must not be referred to.
+    fn forget(&self, seq: u64) {
+        let mut index = self.outgoing.index.lock().unwrap_or_else(PoisonError::into_inner);
+        index.remove_ranges(&[(seq, seq)]);
+    }
+
+    fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
+        let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
+        let patience = self.patience;
+        self.runtime.block_on(async {
+            let sent = peer.send_data(batch.seq, batch.bytes);
+            tokio::pin!(sent);
+            tokio::select! {
+                sent = &mut sent => return sent.map_err(|_| SinkError::Closed),
+                _ = stop.wait_for(|stopped| *stopped) => return Err(SinkError::Closed),
+                () = tokio::time::sleep(patience.unwrap_or(Duration::MAX)), if patience.is_some() => {}
+            }
+            Err(SinkError::Stalled)
+        })
+    }
+
+    fn count(&mut self, units: u64) {
+        let bytes = units * UNIT as u64;
+        self.shipped.changed_bytes += bytes;
+        self.totals.changed_bytes.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    fn encoded(&mut self, batch: Result<Option<Batch>, EncodeError>) -> Result<(), SinkError> {
+        match batch {
+            Ok(Some(batch)) => self.send(batch),
+            Ok(None) => Ok(()),
+            Err(error) => {
+                tracing::error!(%error, "encoding failed; the session is ended");
+                Err(SinkError::Closed)
+            }
+        }
+    }
+}
+
+impl Sink for Shipment {
+    fn units(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        bytes: &[u8],
+        digests: &[Digest],
+    ) -> Result<(), SinkError> {
+        for (i, (bytes, digest)) in bytes.chunks_exact(UNIT).zip(digests).enumerate() {
+            let batch = self.encoder.unit(volume, unit + i as u64, bytes, *digest);
+            self.encoded(batch)?;
+        }
+        self.count(digests.len() as u64);
+        Ok(())
+    }
+
+    fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
+        let batch = self.encoder.zeros(volume, unit, count);
+        self.encoded(batch)?;
+        self.count(count);
+        Ok(())
+    }
+
+    fn progress(&mut self, done: u64, total: u64) {
+        self.totals.done.store(done, Ordering::Relaxed);
+        self.totals.total.store(total, Ordering::Relaxed);
+    }
+}
+
+impl Drop for Shipment {
+    fn drop(&mut self) {
+        if let Some(batch) = self.encoder.flush() {
+            self.forget(batch.seq);
+        }
+        let mut open = self.outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.remove(&self.id);
+        self.outgoing.ended.notify_waiters();
+    }
+}

@@ -1,0 +1,192 @@
+//! What this site answers to a peer's questions.
+
+use std::sync::Arc;
+
+use farhaven_storage_sync::store::SealError;
+
+use super::remote::Remote;
+use super::standby::Standby;
+use super::{Site, records};
+use crate::activate::fence::Term;
+use crate::replicate::message::{Message, Opened, Opening, Refusal, SealRequest};
+
+/// Answers one question of `remote`.
+pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Message) -> Message {
+    match question {
+        Message::Terms { terms } => {
+            for term in terms {
+                hear_term(site, remote, term).await;
+            }
+            Message::Done
+        }
+        Message::Facts { definition } => {
+            let facts = site.peer_facts(&definition).await;
+            Message::FactsKnown { facts }
+        }
+        Message::Open(opening) => open(site, remote, *opening).await,
+        Message::Digests { from_seq, key } => {
+            let incoming = remote.incoming.clone();
+            blocking(move || incoming.digests(from_seq, key)).await
+        }
+        Message::Baseline { guest, point, volume, unit, key } => {
+            let incoming = remote.incoming.clone();
+            blocking(move || incoming.baseline(guest, point, volume, unit, key)).await
+        }
+        Message::Seal(request) => seal(site, remote, *request).await,
+        Message::Prepare { guest } => match site.standby_of(remote, guest) {
+            Some(standby) => match standby.prepare().await {
+                Ok(()) => Message::Prepared,
+                Err(error) => refused(Refusal::Unable, error),
+            },
+            None => unknown_guest(),
+        },
+        Message::GiveUp { guest } => match site.standby_of(remote, guest) {
+            Some(standby) => match standby.give_up().await {
+                Some((times, term)) => Message::Running { times, term },
+                None => Message::GivenUp,
+            },
+            None => Message::GivenUp,
+        },
+        Message::Close { guest, discard } => {
+            if let Some(standby) = site.standby_of(remote, guest)
+                && let Err(error) = standby.close(discard).await
+            {
+                return refused(Refusal::Unable, error);
+            }
+            Message::Done
+        }
+        Message::Retire { seqs } => {
+            if let Some(outgoing) = remote.begun() {
+                outgoing.retire(&seqs).await;
+            }
+            Message::Done
+        }
+        other => {
+            tracing::warn!(peer = %remote.record.site, ?other, "not a question");
+            Message::Refused {
+                code: Refusal::Unknown,
+                why: "this site does not know that question; do both run the same version?".to_owned(),
+            }
+        }
+    }
+}
+
+/// A peer tells a term. It counts only for groups that this site shares with
+/// that peer, and only with one of the two as owner.
+async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) {
+    let own = site.key();
+    if (term.owner != own && term.owner != remote.record.key) || !site.shares(remote, term.group) {
+        return;
+    }
+    let before = site.fence.current(term.group);
+    match site.fence.adopt(term) {
+        Ok(now) if Some(now) != before && now.owner != own => site.fenced(now).await,
+        Ok(_) => {}
+        Err(error) => {
+            // Not durable, but heard: obey it all the same.
+            tracing::error!(%error, "a newer term cannot be kept");
+            if before.is_none_or(|b| b.number < term.number) && term.owner != own {
+                site.fenced(term).await;
+            }
+        }
+    }
+}
+
+async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Message {
+    let guest = opening.guest;
+    if opening.term.owner != remote.record.key || opening.term.group != guest {
+        return refused(Refusal::Fenced, "the term offered is not the source's own");
+    }
+    match site.fence.adopt(opening.term) {
+        Ok(term) if term == opening.term => {}
+        Ok(term) => {
+            return refused(
+                Refusal::Fenced,
+                format!(
+                    "term {} of this guest belongs to {}; the source's is {}",
+                    term.number,
+                    site.name_of(&term.owner),
+                    opening.term.number
+                ),
+            );
+        }
+        Err(error) => return refused(Refusal::Unable, error),
+    }
+    let fresh = opening.fresh;
+    let standby = match site.standby(remote, opening) {
+        Ok(standby) => standby,
+        Err(error) => return refused(Refusal::Unable, error),
+    };
+    standby.stand_down().await;
+    let store = remote.incoming.store.clone();
+    blocking(move || {
+        if fresh {
+            store.abandon(guest);
+        }
+        let newest = store.newest(guest);
+        Message::Opened(Opened {
+            newest: newest.as_ref().map_or(0, |p| p.point),
+            newest_cut_at: newest.as_ref().map_or(0, |p| p.cut_at_unix_ns),
+            next_point: store.next_point(guest),
+            last_seq: store.last_seq(),
+            volumes: newest.map_or_else(Vec::new, |p| p.volumes),
+        })
+    })
+    .await
+}
+
+async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> Message {
+    let Some(standby) = site.standby_of(remote, request.guest) else {
+        return unknown_guest();
+    };
+    match site.fence.current(request.guest) {
+        Some(term) if term.owner == remote.record.key && term.number == request.context.term => {}
+        // The answer to an earlier attempt at the same hand-over was lost.
+        Some(term) if Some(term) == request.activate => {}
+        _ => return refused(Refusal::Fenced, "a newer term of this guest is known here"),
+    }
+    if request.volumes.len() > records::MAX_VOLUMES {
+        return refused(Refusal::Unable, "too many volumes");
+    }
+    let header = match remote.incoming.seal(&request).await {
+        Ok(header) => header,
+        Err(
+            error @ (SealError::ChainMismatch { .. }
+            | SealError::ParentMismatch { .. }
+            | SealError::MissingBatches { .. }),
+        ) => return refused(Refusal::OutOfStep, error),
+        Err(error) => return refused(Refusal::Unable, error),
+    };
+    if let Err(error) = site.record_point(&header).await {
+        return refused(Refusal::Unable, error);
+    }
+    let Some(term) = request.activate else {
+        standby.sealed(&header);
+        return Message::Sealed { point: header.point };
+    };
+    match standby.take_over(&header, term).await {
+        Ok(times) => Message::Running { times, term },
+        Err(error) => refused(Refusal::Unable, error),
+    }
+}
+
+fn refused(code: Refusal, why: impl ToString) -> Message {
+    Message::Refused { code, why: why.to_string() }
+}
+
+fn unknown_guest() -> Message {
+    refused(Refusal::OutOfStep, "this guest has not been opened here")
+}
+
+async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|e| refused(Refusal::Unable, format!("the work ended early: {e}")))
+}
+
+impl Standby {
+    /// For [`answer`]: begins to keep the RAM of a newly sealed point warm.
+    fn sealed(self: &Arc<Self>, header: &farhaven_storage_sync::store::PointHeader) {
+        self.warm_up(header.point);
+    }
+}

@@ -1,0 +1,216 @@
+//! One recovery point, from the stop of the guest to the peer's word that it is sealed.
+
+use std::time::{Duration, Instant, SystemTime};
+
+use farhaven_storage_sync::unit::{Volume, VolumeKind};
+
+use super::driver::{Attached, DriveError, Driver, Sealed, blocking, take};
+use super::remote::AskError;
+use crate::activate::fence::Term;
+use crate::capture::CaptureBuffer;
+use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
+use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
+use crate::replicate::send::{Shipment, Shipped};
+
+/// A guest that changes more than the capture buffer holds between a round
+/// and the cut after it gets this many rounds to calm down in.
+const ROUNDS: usize = 4;
+
+/// While the guest waits for nothing, the copy-before-write images of a cut
+/// grow with every write: give the cut up when the link takes no data for so long.
+const STALLED: Duration = Duration::from_secs(20);
+
+/// A cut whose every byte is on its way.
+pub(super) struct Made {
+    pub(super) point: u64,
+    pub(super) cut_at: SystemTime,
+    pub(super) stopped: Instant,
+    pub(super) times: CutTimes,
+    volumes: Vec<Volume>,
+    shipped: Shipped,
+    chain: [u8; 32],
+    /// Bytes of batches sent after the stop.
+    pub(super) final_bytes: u64,
+}
+
+/// Stops the guest for an instant, and ships what changed.
+pub(super) async fn make(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    after: After,
+) -> Result<Made, DriveError> {
+    let mut guest = take(&mut attached.guest)?;
+    let mut shipment = driver.shipment(attached);
+    let mut known = std::mem::take(&mut attached.state_known);
+    let limit = driver.protection.policy.capture_buffer();
+    let point = attached.next;
+    let work = blocking(move || {
+        let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
+        (guest, shipment, known, made)
+    });
+    let (guest, shipment, known, made) = driver.finishing(work).await?;
+    attached.guest = Some(guest);
+    attached.shipment = Some(shipment);
+    attached.state_known = known;
+    let made = driver.interrupted_or(made)?;
+    let ms = |d: Duration| d.as_secs_f64() * 1e3;
+    driver.view.send_modify(|v| {
+        v.last_pause_ms = Some(ms(made.times.pause));
+        v.last_ram_scan_ms = Some(ms(made.times.ram_scan));
+        v.last_ram_scanned_bytes = Some(made.times.ram_scanned_bytes);
+    });
+    Ok(made)
+}
+
+fn ship(
+    guest: &mut dyn Guest,
+    shipment: &mut Shipment,
+    known: &mut Vec<farhaven_storage_sync::unit::Digest>,
+    point: u64,
+    after: After,
+    limit: usize,
+) -> Result<Made, GuestError> {
+    let mut rounds = 0;
+    let (mut cut, buffer, stopped) = loop {
+        let mut buffer = CaptureBuffer::new(limit);
+        let stopped = Instant::now();
+        match guest.cut(point, after, &mut buffer) {
+            Ok(cut) => break (cut, buffer, stopped),
+            Err(GuestError::Sink(SinkError::Full)) if rounds < ROUNDS => {
+                rounds += 1;
+                guest.round(shipment)?;
+            }
+            Err(GuestError::Sink(SinkError::Full)) => {
+                return Err(GuestError::State(format!(
+                    "the guest changes more than {} MiB of memory between a copy and the cut after it, {ROUNDS} times over; its RPO stretches. Raise protect.capture_buffer, or give the link more",
+                    limit >> 20
+                )));
+            }
+            Err(error) => return Err(error),
+        }
+    };
+    let before = shipment.sum().0.sent_bytes;
+    let shipped = everything(guest.volumes().len(), &mut cut, buffer, shipment, known);
+    let (cut_at, times) = (cut.at, cut.times);
+    let state_bytes = cut.device_state.len() as u64;
+    let finished = guest.finish_cut(cut, shipped.is_ok());
+    shipped?;
+    finished?;
+    let mut volumes = guest.volumes().to_vec();
+    if let Some(state) = volumes.iter_mut().find(|v| v.kind == VolumeKind::DeviceState) {
+        state.bytes = state_bytes;
+    }
+    let (shipped, chain) = shipment.sum();
+    let final_bytes = shipped.sent_bytes - before;
+    Ok(Made { point, cut_at, stopped, times, volumes, shipped, chain, final_bytes })
+}
+
+fn everything(
+    volumes: usize,
+    cut: &mut Cut,
+    buffer: CaptureBuffer,
+    shipment: &mut Shipment,
+    known: &mut Vec<farhaven_storage_sync::unit::Digest>,
+) -> Result<(), GuestError> {
+    shipment.patience(Some(STALLED));
+    let shipped = (|| {
+        buffer.drain_into(shipment)?;
+        let state = u16::try_from(volumes.saturating_sub(1)).unwrap_or(u16::MAX);
+        shipment.device_state(state, &cut.device_state, known)?;
+        for disk in &mut cut.disks {
+            disk.changed(shipment)?;
+        }
+        Ok(shipment.flush()?)
+    })();
+    shipment.patience(None);
+    shipped
+}
+
+/// Has the peer seal a point, over as many connections as it takes.
+pub(super) async fn seal(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    made: Made,
+) -> Result<Sealed, DriveError> {
+    let request = request(driver, attached, &made, None);
+    loop {
+        let remote = driver.remote.clone();
+        let question = Message::Seal(Box::new(request.clone()));
+        let patience = Duration::from_secs(300);
+        match driver.interruptible(remote.ask_within(question, patience)).await? {
+            Ok(Message::Sealed { point }) if point == made.point => break,
+            Ok(_) => return Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+            Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
+                driver.view.send_modify(|v| v.trouble = format!(
+                    "site '{}' cannot be reached; point {} waits for it",
+                    driver.protection.to, made.point
+                ));
+                driver.interruptible(remote.reachable()).await?;
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    let took = made.stopped.elapsed();
+    attached.shipment = None;
+    attached.newest = made.point;
+    attached.next = made.point + 1;
+    driver.view.send_modify(|v| {
+        v.trouble.clear();
+        v.points_sealed += 1;
+        v.newest_point = made.point;
+        v.last_seal_ms = Some(took.as_millis() as u64);
+    });
+    driver.site.note_sealed(driver.record.id, made.cut_at);
+    tracing::info!(
+        guest = %driver.record.name,
+        point = made.point,
+        pause_ms = made.times.pause.as_secs_f64() * 1e3,
+        sealed_ms = took.as_millis() as u64,
+        changed_bytes = made.shipped.changed_bytes,
+        sent_bytes = made.shipped.sent_bytes,
+        "sealed"
+    );
+    Ok(Sealed { point: made.point, cut_at: made.cut_at, took })
+}
+
+/// Hands a held guest over: seals its last point and has the peer run it. The
+/// peer is asked once only; what to do when its word does not come is for the
+/// move to decide.
+pub(super) async fn seal_and_run(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    made: &Made,
+    term: Term,
+) -> Result<ActivationTimes, DriveError> {
+    let request = request(driver, attached, made, Some(term));
+    let question = Message::Seal(Box::new(request));
+    match driver.remote.ask_within(question, Duration::from_secs(30)).await? {
+        Message::Running { times, .. } => Ok(times),
+        _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+    }
+}
+
+fn request(driver: &Driver, attached: &Attached, made: &Made, activate: Option<Term>) -> SealRequest {
+    let term = driver.site.fence.current(driver.record.id).map_or(0, |t| t.number);
+    SealRequest {
+        guest: driver.record.id,
+        point: made.point,
+        parent: attached.newest,
+        cut_at: super::unix_ns(made.cut_at),
+        volumes: made.volumes.clone(),
+        batches: made.shipped.batches,
+        chain: made.chain,
+        context: PointContext {
+            name: driver.record.name.clone(),
+            source: driver.site.config.site.name.clone(),
+            term,
+            definition: driver.record.definition.clone(),
+            pause: made.times.pause,
+            ram_scan: made.times.ram_scan,
+            ram_scanned_bytes: made.times.ram_scanned_bytes,
+            changed_bytes: made.shipped.changed_bytes,
+            sent_bytes: made.shipped.sent_bytes,
+        },
+        activate,
+    }
+}

@@ -1,0 +1,230 @@
+//! A planned move, seen from the source: prepare, copy until little is left,
+//! stop, ship the last of it with the next term, let go.
+//!
+//! The guest is stopped from the last cut until the peer says that it runs.
+//! Before that cut, the term of the hand-over is written down: a daemon that
+//! comes back finds it and asks the peer how the move ended. The guest is
+//! taken back only when the peer confirms that it gave up, or when an operator
+//! decides so.
+
+use std::time::{Duration, Instant};
+
+use super::cut;
+use super::driver::{Attached, DriveError, Driver, blocking, take};
+use super::remote::AskError;
+use super::view::{MoveReport, Phase};
+use crate::activate::fence::Term;
+use crate::guest::{After, Guest};
+use crate::replicate::message::{ActivationTimes, Message};
+
+/// The peer launches QEMU and fills RAM in this time, or the move is not begun.
+const PREPARATION: Duration = Duration::from_secs(120);
+
+/// Performs the move of a protected guest. On an error before the peer had its
+/// say the guest runs here; else the error says that it is held.
+pub(super) async fn perform(
+    driver: &mut Driver,
+    attached: &mut Attached,
+) -> Result<MoveReport, DriveError> {
+    let declared = Instant::now();
+    driver.phase(Phase::Moving);
+    let id = driver.record.id;
+    let known = driver.site.fence.current(id).map_or(0, |t| t.number);
+    let term = Term { group: id, number: known + 1, owner: driver.remote.record.key };
+
+    // The peer gets ready while one more point keeps the last cut small.
+    let remote = driver.remote.clone();
+    let preparing = tokio::spawn(async move {
+        remote.ask_within(Message::Prepare { guest: id }, PREPARATION).await
+    });
+    let round = driver.point(attached, After::Continue).await;
+    let prepared = preparing
+        .await
+        .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
+    let ready = match (round, prepared) {
+        (Ok(_), Ok(Message::Prepared)) => Ok(()),
+        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+        (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error),
+    };
+    if let Err(error) = ready {
+        // Nothing was stopped; the peer's word is not needed.
+        let _ = driver.remote.ask(Message::GiveUp { guest: id }).await;
+        return Err(error);
+    }
+
+    driver.protection.moving = Some(term);
+    driver.keep_protection().await;
+    driver.phase(Phase::Held);
+    let made = match cut::make(driver, attached, After::Hold).await {
+        Ok(made) => made,
+        Err(error) => {
+            // The peer was not asked to run it yet.
+            resume(driver, attached).await?;
+            driver.protection.moving = None;
+            driver.keep_protection().await;
+            let _ = driver.remote.ask(Message::GiveUp { guest: id }).await;
+            return Err(error);
+        }
+    };
+    let outcome = cut::seal_and_run(driver, attached, &made, term).await;
+    let blackout = made.stopped.elapsed();
+    match outcome {
+        Ok(times) => {
+            let note = end(driver, attached.guest.take(), term).await?;
+            tracing::info!(guest = %driver.record.name, blackout_ms = blackout.as_millis() as u64, "moved");
+            Ok(report(driver, &made, blackout, declared.elapsed(), times, term, note))
+        }
+        Err(error) => {
+            tracing::warn!(guest = %driver.record.name, %error, "the hand-over is in doubt");
+            match how_it_ended(driver, attached.guest.take()).await? {
+                Some(times) => {
+                    let note = "the peer's word came late".to_owned();
+                    Ok(report(driver, &made, made.stopped.elapsed(), declared.elapsed(), times, term, note))
+                }
+                None => Err(DriveError::Other(format!(
+                    "the move failed and '{}' runs on here: {error}",
+                    driver.record.name
+                ))),
+            }
+        }
+    }
+}
+
+fn report(
+    driver: &Driver,
+    made: &cut::Made,
+    blackout: Duration,
+    total: Duration,
+    times: ActivationTimes,
+    term: Term,
+    note: String,
+) -> MoveReport {
+    MoveReport {
+        guest: driver.record.name.clone(),
+        to: driver.protection.to.clone(),
+        point: made.point,
+        blackout_ms: blackout.as_secs_f64() * 1e3,
+        total_ms: total.as_secs_f64() * 1e3,
+        final_bytes: made.final_bytes,
+        term: term.number,
+        times,
+        note,
+    }
+}
+
+/// After a restart in the middle of a move, or a failed take-back: finds out
+/// and acts on it.
+pub(super) async fn resolve(driver: &mut Driver) -> Result<(), DriveError> {
+    how_it_ended(driver, None).await.map(|_| ())
+}
+
+/// Asks the peer until it answers, then lets go or takes back. `Some` when it
+/// runs there.
+async fn how_it_ended(
+    driver: &mut Driver,
+    guest: Option<Box<dyn Guest>>,
+) -> Result<Option<ActivationTimes>, DriveError> {
+    let Some(term) = driver.protection.moving else { return Ok(None) };
+    let question = || Message::GiveUp { guest: driver.record.id };
+    let remote = driver.remote.clone();
+    let answer = loop {
+        match remote.ask_within(question(), Duration::from_secs(60)).await {
+            Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
+                let name = driver.record.name.clone();
+                driver.view.send_modify(|v| {
+                    v.phase = Phase::Held;
+                    v.trouble = format!(
+                        "stopped for a move, and the peer's word is not known: waiting for it. If that site is lost for good: farhaven take-back {name} --force"
+                    );
+                });
+                // Any command ends the wait; the move is resolved in the next attempt.
+                driver.interruptible_by_any(remote.reachable()).await?;
+            }
+            other => break other?,
+        }
+    };
+    match answer {
+        Message::Running { times, .. } => {
+            end(driver, guest, term).await?;
+            Ok(Some(times))
+        }
+        Message::GivenUp => {
+            // The peer may have written the term of the hand-over down: the next one is ours.
+            let own = Term { number: term.number + 1, owner: driver.site.key(), ..term };
+            run_here(driver, guest, own).await?;
+            Ok(None)
+        }
+        _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+    }
+}
+
+/// An operator's decision: the peer's word is not waited for.
+pub(super) async fn take_back(driver: &mut Driver) -> Result<(), DriveError> {
+    let Some(term) = driver.protection.moving else { return Ok(()) };
+    let own = Term { number: term.number + 1, owner: driver.site.key(), ..term };
+    run_here(driver, None, own).await
+}
+
+async fn run_here(
+    driver: &mut Driver,
+    guest: Option<Box<dyn Guest>>,
+    own: Term,
+) -> Result<(), DriveError> {
+    let now = driver.site.fence.adopt(own)?;
+    if now != own {
+        return Err(DriveError::Other("a newer term of this guest is known by now".to_owned()));
+    }
+    driver.site.tell_terms();
+    let (site, record) = (driver.site.clone(), driver.record.clone());
+    blocking(move || match guest {
+        Some(mut guest) => guest.resume(),
+        None => site.resume_guest(&record),
+    })
+    .await??;
+    driver.protection.moving = None;
+    driver.keep_protection().await;
+    tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it runs on here");
+    Ok(())
+}
+
+/// It runs at the peer: nothing of it may run here again.
+async fn end(
+    driver: &mut Driver,
+    guest: Option<Box<dyn Guest>>,
+    term: Term,
+) -> Result<String, DriveError> {
+    driver.site.fence.adopt(term)?;
+    let (site, record) = (driver.site.clone(), driver.record.clone());
+    let ended = blocking(move || match guest {
+        Some(mut guest) => guest.let_go(),
+        None => site.let_guest_go(&record),
+    })
+    .await?;
+    driver.protection.moving = None;
+    driver.keep_protection().await;
+    let note = match ended {
+        Ok(()) => String::new(),
+        Err(error) => format!("the stopped copy here could not be ended: {error}"),
+    };
+    let to = driver.protection.to.clone();
+    driver.view.send_modify(|v| {
+        v.phase = Phase::Moved;
+        v.term = Some(term.number);
+        v.trouble = if note.is_empty() { format!("it runs at '{to}'") } else { note.clone() };
+    });
+    Ok(note)
+}
+
+async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
+    let mut guest = take(&mut attached.guest)?;
+    let name = driver.record.name.clone();
+    let (guest, resumed) = blocking(move || {
+        let resumed = if guest.running() == Some(true) { Ok(()) } else { guest.resume() };
+        (guest, resumed)
+    })
+    .await?;
+    attached.guest = Some(guest);
+    resumed.inspect_err(|error| tracing::error!(guest = %name, %error, "could not be resumed"))?;
+    Ok(())
+}

@@ -1,0 +1,333 @@
+//! The daemon of one site: every site is source and target at once.
+//!
+//! [`Site`] holds what its parts share: identity, catalogue, terms, the paired
+//! sites ([`remote`]), one [`driver`] task per guest that is protected from
+//! here, and one [`standby`] per guest that a peer sends here. The HTTP API
+//! ([`api`]) and the peers' questions ([`answer`]) call into it.
+
+pub mod api;
+pub mod files;
+pub mod records;
+pub mod remote;
+pub mod view;
+
+mod answer;
+mod cut;
+mod driver;
+mod guests;
+mod handover;
+mod operate;
+mod standby;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, SystemTime};
+
+use farhaven_policies::site::SiteConfig;
+use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
+use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::store::{PointHeader, Store, StoreError, StoreOptions};
+use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::node::{Node, NodeError, PeerRecord};
+use farhaven_wan::peer::{Identity, IdentityError, SiteKey};
+
+use crate::activate::fence::{Fence, FenceError, Term};
+use crate::activate::nbd::NbdServer;
+use crate::replicate::receive::Incoming;
+use driver::{Command, Driver, DriverHandle};
+use records::{Activation, GuestRecord, Protection, StandbyRecord};
+use remote::Remote;
+use standby::Standby;
+
+/// Why a site does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum SiteError {
+    /// Its directory.
+    #[error("{path}: {source}")]
+    Directory {
+        /// Which.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// Its key.
+    #[error(transparent)]
+    Identity(#[from] IdentityError),
+    /// Its network.
+    #[error(transparent)]
+    Node(#[from] NodeError),
+    /// Its catalogue.
+    #[error(transparent)]
+    Catalogue(#[from] CatalogueError),
+    /// Its store.
+    #[error(transparent)]
+    Store(#[from] StoreError),
+    /// Its terms.
+    #[error(transparent)]
+    Fence(#[from] FenceError),
+    /// Its unix sockets.
+    #[error("cannot listen on {path}: {source}. Is another farhaven running on this state directory?")]
+    Socket {
+        /// Which.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+}
+
+/// A running site.
+pub struct Site {
+    /// What it was configured with.
+    pub config: SiteConfig,
+    /// Terms, durable.
+    pub fence: Fence,
+    identity: Identity,
+    node: Node,
+    catalogue: Catalogue,
+    /// Key of every digest of this process.
+    tracking_key: DigestKey,
+    remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
+    drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
+    standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
+    sealed: RwLock<BTreeMap<GuestId, SystemTime>>,
+    exports: NbdServer,
+}
+
+impl Site {
+    /// Opens everything and starts to serve; returns at once.
+    ///
+    /// # Errors
+    /// See [`SiteError`]; nothing runs then.
+    pub async fn start(config: SiteConfig) -> Result<Arc<Self>, SiteError> {
+        let state = config.site.state_dir.clone();
+        for directory in [&state, &config.run_dir(), &config.ram_dir()] {
+            files::private_directory(directory)
+                .map_err(|source| SiteError::Directory { path: directory.clone(), source })?;
+        }
+        let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
+        let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
+        if let Some(why) = report.rebuilt {
+            tracing::warn!(why, "the catalogue was rebuilt");
+        }
+        let fence = Fence::open(&state.join("terms"))?;
+        let exports_socket = config.run_dir().join("nbd.sock");
+        let exports = NbdServer::bind(&exports_socket)
+            .map_err(|source| SiteError::Socket { path: exports_socket, source })?;
+        let node = Node::start(identity.clone(), config.node_options()).await?;
+        let site = Arc::new(Self {
+            config,
+            fence,
+            identity,
+            node,
+            catalogue,
+            tracking_key: DigestKey(rand::random()),
+            remotes: RwLock::default(),
+            drivers: RwLock::default(),
+            standbys: RwLock::default(),
+            sealed: RwLock::default(),
+            exports,
+        });
+        for (_, record) in site.catalogue.list::<PeerRecord>(Table::Peers)? {
+            site.trust(record)?;
+        }
+        for (_, record) in site.catalogue.list::<StandbyRecord>(Table::Remote)? {
+            site.restore_standby(record).await;
+        }
+        for (_, protection) in site.catalogue.list::<Protection>(Table::Protections)? {
+            if let Err(error) = site.drive(protection) {
+                tracing::error!("{error}");
+            }
+        }
+        tokio::spawn(operate::pairings(Arc::downgrade(&site)));
+        tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tracing::info!(
+            site = %site.config.site.name,
+            key = %site.key(),
+            listen = %site.node.local_addr(),
+            "serving"
+        );
+        Ok(site)
+    }
+
+    /// Ends the sessions and leaves every guest as it is.
+    pub async fn shutdown(&self) {
+        // Drivers let go of their guests when their command queues close.
+        self.drivers.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.node.shutdown().await;
+        let catalogue = self.catalogue.clone();
+        let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
+    }
+
+    /// This site's key.
+    pub fn key(&self) -> SiteKey {
+        self.identity.key()
+    }
+
+    /// The UDP address that peers reach.
+    pub fn local_addr(&self) -> std::net::SocketAddr {
+        self.node.local_addr()
+    }
+
+    /// A site's name, by its key.
+    pub fn name_of(&self, key: &SiteKey) -> String {
+        if *key == self.key() {
+            return self.config.site.name.clone();
+        }
+        let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
+        remotes
+            .values()
+            .find(|r| r.record.key == *key)
+            .map_or_else(|| key.to_string(), |r| r.record.site.clone())
+    }
+
+    fn remote(&self, name: &str) -> Option<Arc<Remote>> {
+        self.remotes.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+    }
+
+    fn store_directory(&self, key: &SiteKey) -> PathBuf {
+        self.config.site.state_dir.join("store").join(key.hex())
+    }
+
+    /// Begins to speak with a paired site.
+    fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
+        let options = StoreOptions { segment_bytes: self.config.store.segment_bytes(), ..StoreOptions::default() };
+        let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
+        for line in &report.notes {
+            tracing::warn!(peer = %record.site, "{line}");
+        }
+        let peer = self.node.trust(record.clone());
+        let incoming = Incoming::start(store, peer.clone());
+        let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
+        self.remotes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(record.site, remote.clone());
+        tokio::spawn(remote.clone().serve(Arc::downgrade(self)));
+        Ok(remote)
+    }
+
+    /// The terms of all groups shared with a peer.
+    fn terms_with(&self, peer: &str) -> Vec<Term> {
+        let remote = self.remote(peer);
+        self.fence
+            .all()
+            .into_iter()
+            .filter(|term| remote.as_ref().is_some_and(|r| self.shares(r, term.group)))
+            .collect()
+    }
+
+    /// Does this group concern that peer?
+    fn shares(&self, remote: &Remote, group: GuestId) -> bool {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(standby) = standbys.get(&group) {
+            return standby.from() == remote.record.site;
+        }
+        drop(standbys);
+        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+        drivers.get(&group).is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
+    }
+
+    /// Tells every connected peer the terms in force.
+    fn tell_terms(self: &Arc<Self>) {
+        let remotes: Vec<_> =
+            self.remotes.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        for remote in remotes.into_iter().filter(|r| r.connected()) {
+            let terms = self.terms_with(&remote.record.site);
+            tokio::spawn(async move {
+                remote.tell(crate::replicate::message::Message::Terms { terms }).await;
+            });
+        }
+    }
+
+    /// Another site owns this group now: whatever runs of it here is stopped.
+    /// Returns when it is.
+    async fn fenced(&self, term: Term) {
+        let driver = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.get(&term.group).cloned()
+        };
+        if let Some(driver) = driver {
+            let (done, stopped) = tokio::sync::oneshot::channel();
+            if driver.commands.send(Command::Fence(term, done)).await.is_ok() {
+                let _ = stopped.await;
+            }
+        }
+        let standby = {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            standbys.get(&term.group).cloned()
+        };
+        if let Some(standby) = standby {
+            standby.fenced(term).await;
+        }
+    }
+
+    fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
+        self.sealed.write().unwrap_or_else(PoisonError::into_inner).insert(guest, cut_at);
+    }
+
+    fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {
+        self.catalogue.put(Table::Protections, &protection.guest.to_string(), protection)?;
+        self.catalogue.flush()
+    }
+
+    /// Starts the driver of a protected guest.
+    fn drive(self: &Arc<Self>, protection: Protection) -> Result<(), String> {
+        let guest = protection.guest;
+        let record: GuestRecord = self
+            .catalogue
+            .find(Table::Guests, &guest.to_string())
+            .map_err(|e| e.to_string())?
+            .ok_or_else(|| format!("protected guest {guest} is not in the catalogue; add it again"))?;
+        let remote = self.remote(&protection.to).ok_or_else(|| {
+            format!("guest '{}' is protected to '{}', which is not paired any more", record.name, protection.to)
+        })?;
+        let handle = Driver::start(self.clone(), record, protection, remote);
+        self.drivers.write().unwrap_or_else(PoisonError::into_inner).insert(guest, handle);
+        Ok(())
+    }
+
+    fn activation(&self, guest: GuestId) -> Result<Option<Activation>, CatalogueError> {
+        self.catalogue.find(Table::Activations, &guest.to_string())
+    }
+
+    fn keep_activation(&self, activation: &Activation) -> Result<(), CatalogueError> {
+        self.catalogue.put(Table::Activations, &activation.guest.to_string(), activation)?;
+        self.catalogue.flush()
+    }
+
+    /// A point is sealed: the catalogue knows it before the peer does.
+    async fn record_point(&self, header: &PointHeader) -> Result<(), CatalogueError> {
+        let key = format!("{}/{:016x}", header.guest, header.point);
+        let (catalogue, header) = (self.catalogue.clone(), header.clone());
+        tokio::task::spawn_blocking(move || {
+            catalogue.put(Table::Points, &key, &header)?;
+            catalogue.flush()
+        })
+        .await
+        .unwrap_or(Ok(()))
+    }
+
+    fn run_directory(&self, guest: GuestId) -> PathBuf {
+        self.config.run_dir().join(guest.to_string())
+    }
+}
+
+/// Nanoseconds since 1970.
+pub(crate) fn unix_ns(at: SystemTime) -> u64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// How long ago that was; zero for the future.
+pub(crate) fn age(unix_ns: u64) -> Duration {
+    let at = SystemTime::UNIX_EPOCH + Duration::from_nanos(unix_ns);
+    SystemTime::now().duration_since(at).unwrap_or_default()
+}
+
+/// Is anything there?
+pub(crate) fn exists(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
+}

@@ -1,0 +1,74 @@
+//! What a site remembers in its catalogue, as JSON values.
+
+use std::path::PathBuf;
+
+use farhaven_storage_sync::unit::GuestId;
+use serde::{Deserialize, Serialize};
+
+use crate::activate::fence::Term;
+use crate::guest::qemu::definition::Definition;
+use crate::replicate::message::{ActivationTimes, Opening};
+
+/// Most volumes of one guest.
+pub const MAX_VOLUMES: usize = 256;
+
+/// A guest that runs here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct GuestRecord {
+    /// Who.
+    pub id: GuestId,
+    /// Its name, unique at this site.
+    pub name: String,
+    /// QEMU's control socket.
+    pub qmp: PathBuf,
+    /// How it was launched.
+    pub definition: Definition,
+}
+
+/// A guest's protection: where to, by which policy.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Protection {
+    /// Who.
+    pub guest: GuestId,
+    /// The peer's name.
+    pub to: String,
+    /// What it is owed.
+    pub policy: farhaven_policies::policy::Policy,
+    /// The operator paused it.
+    pub paused: bool,
+    /// A planned move is being handed over under this term: until the peer's
+    /// word is known, the guest stays stopped here.
+    pub moving: Option<Term>,
+}
+
+/// A guest that a peer sends here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct StandbyRecord {
+    /// The peer's name.
+    pub from: String,
+    /// What the peer told of it.
+    pub opening: Opening,
+}
+
+/// A guest that was taken over and runs here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Activation {
+    /// Who.
+    pub guest: GuestId,
+    /// From which point.
+    pub point: u64,
+    /// Under which term.
+    pub term: Term,
+    /// Its QEMU's control socket.
+    pub qmp: PathBuf,
+    /// Its QEMU's process.
+    pub pid: u32,
+    /// Written before the guest is let go; `true` once it ran.
+    pub running: bool,
+    /// Its disks need the store no longer.
+    pub hydrated: bool,
+    /// What it took.
+    pub times: ActivationTimes,
+    /// When, nanoseconds since 1970.
+    pub at: u64,
+}

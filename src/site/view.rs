@@ -1,0 +1,258 @@
+//! What a site tells of itself: the types of the API's answers. Every figure
+//! is measured; what is not known yet is absent.
+
+use serde::{Deserialize, Serialize};
+
+use crate::replicate::message::ActivationTimes;
+
+/// Where a guest's protection stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize, Default)]
+#[serde(rename_all = "snake_case")]
+pub enum Phase {
+    /// Known, not protected.
+    #[default]
+    Unprotected,
+    /// Reaching the guest's QEMU.
+    Attaching,
+    /// Waiting for the peer.
+    Connecting,
+    /// After a restart: learning what the peer holds.
+    Resuming,
+    /// Everything is being copied for the first time.
+    FirstCopy,
+    /// A cut is being taken or shipped.
+    Shipping,
+    /// The newest point is sealed; waiting for the next cut.
+    Protected,
+    /// Paused by the operator.
+    Paused,
+    /// A planned move is under way.
+    Moving,
+    /// Stopped for a move; the peer's word is not known yet.
+    Held,
+    /// It runs at the peer now.
+    Moved,
+    /// A newer term is known: this copy is stopped for good.
+    Fenced,
+    /// The guest's QEMU is gone.
+    Lost,
+}
+
+impl Phase {
+    /// For people.
+    pub fn words(self) -> &'static str {
+        match self {
+            Phase::Unprotected => "unprotected",
+            Phase::Attaching => "attaching",
+            Phase::Connecting => "waiting for peer",
+            Phase::Resuming => "resuming",
+            Phase::FirstCopy => "first copy",
+            Phase::Shipping => "shipping",
+            Phase::Protected => "protected",
+            Phase::Paused => "paused",
+            Phase::Moving => "moving",
+            Phase::Held => "HELD",
+            Phase::Moved => "moved",
+            Phase::Fenced => "FENCED",
+            Phase::Lost => "LOST",
+        }
+    }
+}
+
+/// A guest that runs here.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+pub struct SourceView {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// The peer it is protected to.
+    pub peer: Option<String>,
+    /// Where it stands.
+    pub phase: Phase,
+    /// In the pass under way: bytes looked at and to look at.
+    pub progress: Option<(u64, u64)>,
+    /// Age of the newest sealed cut.
+    pub rpo_ms: Option<u64>,
+    /// What it should be at most.
+    pub rpo_target_ms: Option<u64>,
+    /// `ok`, `warning` (twice the target), `critical` (three times).
+    pub rpo_health: Option<String>,
+    /// How long the last cut stopped the guest.
+    pub last_pause_ms: Option<f64>,
+    /// Of that: scanning RAM.
+    pub last_ram_scan_ms: Option<f64>,
+    /// Bytes of RAM looked at in that time.
+    pub last_ram_scanned_bytes: Option<u64>,
+    /// From the last cut until it was sealed.
+    pub last_seal_ms: Option<u64>,
+    /// Points sealed since the daemon started.
+    pub points_sealed: u64,
+    /// Newest sealed point.
+    pub newest_point: u64,
+    /// Guest bytes handed over since the daemon started.
+    pub guest_bytes: u64,
+    /// Bytes of batches that carried them.
+    pub wan_bytes: u64,
+    /// The first over the second.
+    pub ratio: Option<f64>,
+    /// Batch bytes a second, over the last seconds.
+    pub throughput_bytes_per_s: u64,
+    /// The group's term.
+    pub term: Option<u64>,
+    /// What hinders it, and what to do. Empty when nothing does.
+    pub trouble: String,
+}
+
+/// A guest that a peer sends here.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TargetView {
+    /// Its name.
+    pub name: String,
+    /// Its id.
+    pub id: String,
+    /// The peer that sends it.
+    pub from: String,
+    /// Points that can be run.
+    pub points: usize,
+    /// The newest of them, 0 for none.
+    pub newest_point: u64,
+    /// Its age: what a failover now would lose.
+    pub rpo_ms: Option<u64>,
+    /// The point whose RAM is ready to run.
+    pub warm_point: Option<u64>,
+    /// The group's term.
+    pub term: Option<u64>,
+    /// Set when it was taken over and runs here.
+    pub active: Option<ActiveView>,
+    /// What hinders it, and what to do. Empty when nothing does.
+    pub trouble: String,
+}
+
+/// A guest that was taken over.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct ActiveView {
+    /// From which point.
+    pub point: u64,
+    /// Its QEMU's control socket.
+    pub qmp: String,
+    /// Its QEMU's process.
+    pub pid: u32,
+    /// Its disks need the store no longer.
+    pub hydrated: bool,
+    /// Bytes copied to its own disks, and bytes to copy.
+    pub hydration: Option<(u64, u64)>,
+    /// What taking it over took.
+    pub times: ActivationTimes,
+}
+
+/// One paired site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PeerView {
+    /// Its name.
+    pub site: String,
+    /// Its pinned key.
+    pub key: String,
+    /// Where it is reached.
+    pub addresses: Vec<String>,
+    /// Is there a connection now?
+    pub connected: bool,
+    /// Measured round trip.
+    pub rtt_ms: Option<f64>,
+    /// UDP bytes sent to it since the daemon started.
+    pub sent_bytes: u64,
+    /// UDP bytes received from it.
+    pub received_bytes: u64,
+    /// Packets found lost.
+    pub lost_packets: u64,
+    /// Packets sent.
+    pub sent_packets: u64,
+    /// Batch bytes sent again after a reconnect.
+    pub resent_bytes: u64,
+    /// Why the last connection ended; empty for never.
+    pub last_disconnect: String,
+    /// What hinders the peer's store, by its own word.
+    pub trouble: String,
+}
+
+/// A recovery point.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct PointView {
+    /// Its number.
+    pub point: u64,
+    /// When the guest was stopped for it.
+    pub cut_at: String,
+    /// How long ago that was.
+    pub age_ms: u64,
+    /// How long the guest was stopped.
+    pub pause_ms: f64,
+    /// Of that: scanning RAM.
+    pub ram_scan_ms: f64,
+    /// Bytes of RAM looked at in that time.
+    pub ram_scanned_bytes: u64,
+    /// Guest bytes that changed since the point before.
+    pub changed_bytes: u64,
+    /// Bytes sent for it.
+    pub sent_bytes: u64,
+}
+
+/// A whole site.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SiteView {
+    /// Its name.
+    pub site: String,
+    /// Its key.
+    pub key: String,
+    /// Farhaven's version.
+    pub version: String,
+    /// Paired sites.
+    pub peers: Vec<PeerView>,
+    /// Guests that run here.
+    pub guests: Vec<SourceView>,
+    /// Guests that peers send here.
+    pub standbys: Vec<TargetView>,
+}
+
+/// What a failover did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct FailoverReport {
+    /// The guest's name.
+    pub guest: String,
+    /// From which point.
+    pub point: u64,
+    /// What was lost: from that point's cut until the declaration.
+    pub rpo_ms: u64,
+    /// From the declaration until the guest ran.
+    pub rto_ms: f64,
+    /// The term it runs under.
+    pub term: u64,
+    /// Its QEMU's control socket.
+    pub qmp: String,
+    /// Its QEMU's process.
+    pub pid: u32,
+    /// Step by step.
+    pub times: ActivationTimes,
+}
+
+/// What a planned move did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct MoveReport {
+    /// The guest's name.
+    pub guest: String,
+    /// Where it runs now.
+    pub to: String,
+    /// The point it was handed over with.
+    pub point: u64,
+    /// From the stop here until word came that it runs there: the blackout and half a round trip.
+    pub blackout_ms: f64,
+    /// From the command until it ran.
+    pub total_ms: f64,
+    /// Bytes sent while it was stopped.
+    pub final_bytes: u64,
+    /// The term it runs under.
+    pub term: u64,
+    /// Step by step, at the peer.
+    pub times: ActivationTimes,
+    /// What was left undone here; empty when nothing was.
+    pub note: String,
+}
