@@ -1,2 +1,5 @@
-//! farhaven
-fn main(){}
+//! The `farhaven` program.
+
+fn main() -> std::process::ExitCode {
+    farhaven::cli::main()
+}

@@ -39,6 +39,7 @@ use driver::{Command, Driver, DriverHandle};
 use records::{Activation, GuestRecord, Protection, StandbyRecord};
 use remote::Remote;
 use standby::Standby;
+pub use standby::ActivateError;
 
 /// Why a site does not start.
 #[derive(Debug, thiserror::Error)]

@@ -1,0 +1,162 @@
+//! RAM of a recovery point in the files that QEMU will map: filled whole once,
+//! then brought from point to point by what differs.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use farhaven_storage_sync::replica::Replica;
+use farhaven_storage_sync::unit::{UNIT, Volume, VolumeIndex, VolumeKind};
+
+use crate::guest::qemu::definition::Definition;
+use crate::site::files::private_directory;
+
+/// Units read at once.
+const PIECE: u64 = 256;
+
+/// What the RAM files hold.
+#[derive(Default)]
+pub struct Warm {
+    at: Option<Arc<Replica>>,
+}
+
+/// The RAM file of a block, in a guest's directory.
+pub fn ram_file(directory: &Path, block: &str) -> PathBuf {
+    let plain: String =
+        block.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    // Two blocks whose names differ in odd characters only stay two files.
+    let sum = blake3::hash(block.as_bytes()).to_hex();
+    directory.join(format!("{plain}-{}.ram", &sum[..8]))
+}
+
+impl Warm {
+    /// The point whose RAM is in the files.
+    pub fn point(&self) -> Option<u64> {
+        self.at.as_ref().map(|r| r.header().point)
+    }
+
+    /// Makes the RAM files, at their full size, with whatever they hold.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn make_files(&self, directory: &Path, definition: &Definition) -> io::Result<()> {
+        private_directory(directory)?;
+        for block in definition.ram() {
+            open(&ram_file(directory, &block.id))?.set_len(block.bytes)?;
+        }
+        Ok(())
+    }
+
+    /// Brings the files to a point. Answers the bytes written. After an error
+    /// the files count as empty.
+    ///
+    /// # Errors
+    /// When the point cannot be read, or the files cannot be written.
+    pub fn bring_to(
+        &mut self,
+        directory: &Path,
+        replica: &Arc<Replica>,
+        definition: &Definition,
+    ) -> Result<u64, crate::site::ActivateError> {
+        let from = self.at.take();
+        let io = |source| crate::site::ActivateError::Io {
+            what: format!("filling RAM files in {}", directory.display()),
+            source,
+        };
+        self.make_files(directory, definition).map_err(io)?;
+        let mut bytes = 0;
+        let volumes = replica.volumes();
+        let same = from.filter(|f| f.volumes().iter().zip(volumes).all(|(a, b)| same_ram(a, b)));
+        for (index, volume) in (0..).zip(volumes) {
+            if volume.kind != VolumeKind::Ram {
+                continue;
+            }
+            let file = open(&ram_file(directory, &volume.name)).map_err(io)?;
+            bytes += match &same {
+                Some(from) => differences(&file, index, from, replica).map_err(|e| e.or(io))?,
+                None => {
+                    // A hole is the quickest zero.
+                    file.set_len(0).and_then(|()| file.set_len(volume.bytes)).map_err(io)?;
+                    whole(&file, index, replica).map_err(|e| e.or(io))?
+                }
+            };
+        }
+        self.at = Some(replica.clone());
+        Ok(bytes)
+    }
+
+    /// Removes the files.
+    pub fn discard(&mut self, directory: &Path) {
+        self.at = None;
+        if let Err(error) = std::fs::remove_dir_all(directory)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(%error, directory = %directory.display(), "RAM files stay behind");
+        }
+    }
+}
+
+enum FillError {
+    Io(io::Error),
+    Replica(farhaven_storage_sync::replica::ReplicaError),
+}
+
+impl FillError {
+    fn or(self, io: impl FnOnce(io::Error) -> crate::site::ActivateError) -> crate::site::ActivateError {
+        match self {
+            FillError::Io(error) => io(error),
+            FillError::Replica(error) => error.into(),
+        }
+    }
+}
+
+fn same_ram(a: &Volume, b: &Volume) -> bool {
+    a.kind == b.kind && (a.kind != VolumeKind::Ram || (a.name == b.name && a.bytes == b.bytes))
+}
+
+fn open(path: &Path) -> io::Result<File> {
+    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+}
+
+fn whole(file: &File, volume: VolumeIndex, replica: &Replica) -> Result<u64, FillError> {
+    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let written = AtomicU64::new(0);
+    let failed = Mutex::new(None);
+    let write = |unit: u64, bytes: &[u8]| {
+        written.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        if let Err(error) = file.write_all_at(bytes, unit * UNIT as u64) {
+            *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+        }
+    };
+    replica.fill_parallel(volume, threads, &write).map_err(FillError::Replica)?;
+    match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(error) => Err(FillError::Io(error)),
+        None => Ok(written.into_inner()),
+    }
+}
+
+fn differences(
+    file: &File,
+    volume: VolumeIndex,
+    from: &Replica,
+    to: &Replica,
+) -> Result<u64, FillError> {
+    let mut written = 0;
+    let mut bytes = Vec::new();
+    for (_, first, count) in from.diff(to).into_iter().filter(|(v, ..)| *v == volume) {
+        let end = first + count;
+        let mut at = first;
+        while at < end {
+            let piece = (end - at).min(PIECE);
+            bytes.resize(piece as usize * UNIT, 0);
+            to.read(volume, at, &mut bytes).map_err(FillError::Replica)?;
+            file.write_all_at(&bytes, at * UNIT as u64).map_err(FillError::Io)?;
+            written += bytes.len() as u64;
+            at += piece;
+        }
+    }
+    Ok(written)
+}

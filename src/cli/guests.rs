@@ -1,0 +1,177 @@
+//! `farhaven guest` and what is done to guests.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::Subcommand;
+use farhaven_policies::units::Period;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use super::{Json, Outcome, guest_path, print_json, show, told};
+use crate::client::Client;
+use crate::guest::qemu::check::Finding;
+use crate::site::api::{AddGuest, Done, Failover, Protect, TakeBack, Unprotect};
+use crate::site::records::GuestRecord;
+use crate::site::view::{FailoverReport, MoveReport, SourceView};
+
+#[derive(Debug, Subcommand)]
+pub(super) enum GuestVerb {
+    /// Make a running QEMU known.
+    Add {
+        /// How it shall be called.
+        name: String,
+        /// QEMU's control socket, one that nobody else uses.
+        #[arg(long, value_name = "PATH")]
+        qmp: PathBuf,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// What would stop its protection, or its run at the peer, and how to mend it.
+    Check {
+        /// The guest.
+        name: String,
+        /// The paired site that is asked; not needed when there is one only.
+        #[arg(long, value_name = "SITE")]
+        to: Option<String>,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// List guests.
+    List(Json),
+    /// Its definition: how it would be launched at the peer.
+    Show {
+        /// The guest.
+        name: String,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// Forget a guest that is not protected; it runs on.
+    Remove {
+        /// The guest.
+        name: String,
+    },
+}
+
+pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
+    match verb {
+        GuestVerb::Add { name, qmp, json } => {
+            let qmp = std::path::absolute(&qmp).map_err(told)?;
+            let body = AddGuest { name: name.clone(), qmp };
+            let record: GuestRecord = client.post("/v1/guests", &body).await.map_err(told)?;
+            if json.json {
+                return print_json(&record);
+            }
+            show::definition(&record);
+            println!("\nNext: farhaven guest check {name}, then farhaven protect {name} --to SITE");
+        }
+        GuestVerb::Check { name, to, json } => {
+            let query = to.map(|to| format!("?to={to}")).unwrap_or_default();
+            let findings: Vec<Finding> =
+                client.get(&guest_path(&name, &format!("/check{query}"))).await.map_err(told)?;
+            if json.json {
+                print_json(&findings)?;
+            } else {
+                show::findings(&name, &findings);
+            }
+            let blocks = findings.iter().filter(|f| f.blocks()).count();
+            if blocks > 0 {
+                return Err(format!("{blocks} of these stop the protection of '{name}'"));
+            }
+        }
+        GuestVerb::List(json) => {
+            let guests: Vec<SourceView> = client.get("/v1/guests").await.map_err(told)?;
+            if json.json {
+                return print_json(&guests);
+            }
+            show::guests(&guests);
+        }
+        GuestVerb::Show { name, json } => {
+            let record: GuestRecord = client.get(&guest_path(&name, "")).await.map_err(told)?;
+            if json.json {
+                return print_json(&record);
+            }
+            show::definition(&record);
+        }
+        GuestVerb::Remove { name } => {
+            let _: Done = client.delete(&guest_path(&name, "")).await.map_err(told)?;
+            println!("'{name}' is known here no more; it runs on.");
+        }
+    }
+    Ok(())
+}
+
+pub(super) async fn protect(client: &Client, name: &str, to: String, rpo: Option<Period>) -> Outcome {
+    let body = Protect { to: to.clone(), rpo };
+    let _: Done = client.post(&guest_path(name, "/protect"), &body).await.map_err(told)?;
+    println!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
+    Ok(())
+}
+
+pub(super) async fn pause(client: &Client, name: &str) -> Outcome {
+    let _: Done = client.post(&guest_path(name, "/pause"), &Done {}).await.map_err(told)?;
+    println!("Protection of '{name}' is paused; its RPO grows. Go on: farhaven resume {name}");
+    Ok(())
+}
+
+pub(super) async fn resume(client: &Client, name: &str) -> Outcome {
+    let _: Done = client.post(&guest_path(name, "/resume"), &Done {}).await.map_err(told)?;
+    println!("Protection of '{name}' goes on.");
+    Ok(())
+}
+
+pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Outcome {
+    let body = Unprotect { discard };
+    let _: Done = client.post(&guest_path(name, "/unprotect"), &body).await.map_err(told)?;
+    let points = if discard { "are dropped" } else { "stay until their time is over" };
+    println!("'{name}' is protected no more; it runs on. Its points at the peer {points}.");
+    Ok(())
+}
+
+/// Shows that something goes on while `work` does.
+async fn waiting<T>(what: String, work: impl Future<Output = T>) -> T {
+    let bar = ProgressBar::new_spinner();
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+        bar.set_style(style);
+    }
+    bar.set_message(what);
+    bar.enable_steady_tick(Duration::from_millis(100));
+    let done = work.await;
+    bar.finish_and_clear();
+    done
+}
+
+pub(super) async fn failover(
+    client: &Client,
+    name: &str,
+    point: Option<u64>,
+    force: bool,
+    json: bool,
+) -> Outcome {
+    let path = guest_path(name, "/failover");
+    let body = Failover { point, force };
+    let report: FailoverReport =
+        waiting(format!("taking '{name}' over"), client.post(&path, &body)).await.map_err(told)?;
+    if json {
+        return print_json(&report);
+    }
+    show::failover(&report);
+    Ok(())
+}
+
+pub(super) async fn move_guest(client: &Client, name: &str, json: bool) -> Outcome {
+    let path = guest_path(name, "/move");
+    let report: MoveReport =
+        waiting(format!("moving '{name}'"), client.post(&path, &Done {})).await.map_err(told)?;
+    if json {
+        return print_json(&report);
+    }
+    show::moved(&report);
+    Ok(())
+}
+
+pub(super) async fn take_back(client: &Client, name: &str, force: bool) -> Outcome {
+    let body = TakeBack { force };
+    let _: Done = client.post(&guest_path(name, "/take-back"), &body).await.map_err(told)?;
+    println!("'{name}' runs here again, under a new term: should it run at the peer, it is stopped there.");
+    Ok(())
+}

@@ -1,0 +1,199 @@
+//! The command line: what is typed, and what is shown. It speaks to a daemon
+//! through [`crate::client`]; only `site init`, `site run` and `demo` do not.
+
+mod guests;
+pub(crate) mod show;
+mod site;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use farhaven_policies::units::Period;
+
+use crate::client::Client;
+
+/// Cross-datacenter disaster recovery for running KVM virtual machines.
+///
+/// Memory, device state and disks of a protected guest are copied all the time
+/// to a paired site, where it can run about a second after you say so.
+#[derive(Debug, Parser)]
+#[command(name = "farhaven", version, max_term_width = 100)]
+struct Cli {
+    /// The daemon's unix socket.
+    #[arg(
+        long,
+        global = true,
+        env = "FARHAVEN_API",
+        default_value = "/var/lib/farhaven/api.sock",
+        value_name = "SOCKET"
+    )]
+    api: PathBuf,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Set up and run this site's daemon.
+    #[command(subcommand)]
+    Site(site::SiteVerb),
+    /// Pair with another site: make an invitation here, accept it there.
+    Pair(site::Pair),
+    /// Paired sites.
+    #[command(subcommand)]
+    Peer(site::PeerVerb),
+    /// Guests that run here.
+    #[command(subcommand)]
+    Guest(guests::GuestVerb),
+    /// Protect a guest: copy it to a paired site, all the time.
+    Protect {
+        /// The guest.
+        name: String,
+        /// The paired site.
+        #[arg(long, value_name = "SITE")]
+        to: String,
+        /// The most that a disaster may cost, like 10s; by the site's policy if not given.
+        #[arg(long, value_name = "TIME")]
+        rpo: Option<Period>,
+    },
+    /// Stop cutting for a while; the guest runs on, its RPO grows.
+    Pause {
+        /// The guest.
+        name: String,
+    },
+    /// Go on after a pause.
+    Resume {
+        /// The guest.
+        name: String,
+    },
+    /// End protection; the guest runs on.
+    Unprotect {
+        /// The guest.
+        name: String,
+        /// Drop its recovery points at the peer, too.
+        #[arg(long)]
+        discard: bool,
+    },
+    /// How every guest stands.
+    Status(show::Status),
+    /// Recovery points of a guest; run it where they are kept.
+    Points {
+        /// The guest.
+        name: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a guest here whose site is lost; run it where its points are kept.
+    Failover {
+        /// The guest.
+        name: String,
+        /// From this point; the newest if not given.
+        #[arg(long, value_name = "NUMBER")]
+        point: Option<u64>,
+        /// Even if its site is alive: the guest is stopped there first.
+        #[arg(long)]
+        force: bool,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Move a guest to its peer with nothing lost; run it where the guest runs.
+    Move {
+        /// The guest.
+        name: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a guest here again that is held for a move whose end is not known.
+    TakeBack {
+        /// The guest.
+        name: String,
+        /// You made sure that it does not run at the peer.
+        #[arg(long)]
+        force: bool,
+    },
+    /// Both sites, a link and a guest on this machine: watch it survive.
+    Demo(crate::demo::Demo),
+}
+
+/// `--json`, for listings.
+#[derive(Debug, Args)]
+struct Json {
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+/// A command's failure, told in one paragraph.
+type Outcome = Result<(), String>;
+
+/// Runs what was typed.
+pub fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            eprintln!("farhaven: cannot start threads: {error}");
+            return ExitCode::FAILURE;
+        }
+    };
+    let outcome = runtime.block_on(run(cli));
+    // What blocks in the background must not keep a finished command alive.
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("farhaven: {why}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+async fn run(cli: Cli) -> Outcome {
+    let client = Client::new(&cli.api);
+    match cli.verb {
+        Verb::Site(verb) => site::run(&client, verb).await,
+        Verb::Pair(pair) => site::pair(&client, pair).await,
+        Verb::Peer(verb) => site::peer(&client, verb).await,
+        Verb::Guest(verb) => guests::guest(&client, verb).await,
+        Verb::Protect { name, to, rpo } => guests::protect(&client, &name, to, rpo).await,
+        Verb::Pause { name } => guests::pause(&client, &name).await,
+        Verb::Resume { name } => guests::resume(&client, &name).await,
+        Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
+        Verb::Status(status) => show::status(&client, status).await,
+        Verb::Points { name, json } => show::points(&client, &name, json).await,
+        Verb::Failover { name, point, force, json } => {
+            guests::failover(&client, &name, point, force, json).await
+        }
+        Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
+        Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Demo(demo) => crate::demo::run(demo).await,
+    }
+}
+
+/// A guest's path in the API, whatever its name.
+fn guest_path(name: &str, rest: &str) -> String {
+    let mut path = "/v1/guests/".to_owned();
+    for byte in name.bytes() {
+        if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
+            path.push(char::from(byte));
+        } else {
+            path.push_str(&format!("%{byte:02X}"));
+        }
+    }
+    path + rest
+}
+
+/// Prints a value for programs.
+fn print_json(value: &impl serde::Serialize) -> Outcome {
+    let text = serde_json::to_string_pretty(value).map_err(|e| e.to_string())?;
+    println!("{text}");
+    Ok(())
+}
+
+fn told<E: std::fmt::Display>(error: E) -> String {
+    error.to_string()
+}

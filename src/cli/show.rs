@@ -1,0 +1,302 @@
+//! What people see: tables and reports, made from the API's own types.
+
+use std::io::{IsTerminal, Write};
+use std::time::Duration;
+
+use clap::Args;
+use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
+use comfy_table::{Cell, Color, ContentArrangement, Table};
+
+use super::{Outcome, guest_path, print_json, told};
+use crate::client::Client;
+use crate::guest::qemu::check::Finding;
+use crate::site::records::GuestRecord;
+use crate::site::view::{
+    FailoverReport, MoveReport, PeerView, Phase, PointView, SiteView, SourceView, TargetView,
+};
+
+#[derive(Debug, Args)]
+pub(super) struct Status {
+    /// Again every second, until Ctrl-C. With --json: one object a line.
+    #[arg(long)]
+    watch: bool,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) async fn status(client: &Client, status: Status) -> Outcome {
+    loop {
+        let view: Result<SiteView, _> = client.get("/v1/status").await;
+        match view {
+            Ok(view) if status.json && status.watch => {
+                println!("{}", serde_json::to_string(&view).map_err(told)?);
+            }
+            Ok(view) if status.json => return print_json(&view),
+            Ok(view) => {
+                if status.watch && std::io::stdout().is_terminal() {
+                    // Home and clear to the end: no flicker.
+                    print!("\x1b[H\x1b[J");
+                }
+                whole(&view);
+                let _ = std::io::stdout().flush();
+            }
+            Err(error) if !status.watch => return Err(error.to_string()),
+            Err(error) => eprintln!("{error}"),
+        }
+        if !status.watch {
+            return Ok(());
+        }
+        tokio::time::sleep(Duration::from_secs(1)).await;
+    }
+}
+
+fn whole(view: &SiteView) {
+    println!("Site {}", view.site);
+    peers(&view.peers);
+    if view.guests.is_empty() && view.standbys.is_empty() {
+        println!("\nNo guests. Next: farhaven guest add NAME --qmp PATH");
+    }
+    if !view.guests.is_empty() {
+        println!("\nGuests here");
+        guests(&view.guests);
+    }
+    if !view.standbys.is_empty() {
+        println!("\nGuests of peers, kept here");
+        standbys(&view.standbys);
+    }
+}
+
+fn table(header: &[&str]) -> Table {
+    let mut table = Table::new();
+    table
+        .load_preset(UTF8_HORIZONTAL_ONLY)
+        .set_content_arrangement(ContentArrangement::Dynamic)
+        .set_header(header.to_vec());
+    table
+}
+
+pub(super) fn peers(peers: &[PeerView]) {
+    if peers.is_empty() {
+        println!("No site is paired. Next: farhaven pair");
+        return;
+    }
+    let mut rows = table(&["Peer", "Link", "RTT", "Sent", "Received", "Lost", "Address"]);
+    for peer in peers {
+        let link = if peer.connected {
+            Cell::new("up").fg(Color::Green)
+        } else {
+            Cell::new("DOWN").fg(Color::Red)
+        };
+        let lost = if peer.sent_packets == 0 {
+            "-".to_owned()
+        } else {
+            format!("{:.2} %", peer.lost_packets as f64 * 100.0 / peer.sent_packets as f64)
+        };
+        rows.add_row(vec![
+            Cell::new(&peer.site),
+            link,
+            Cell::new(peer.rtt_ms.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"))),
+            Cell::new(bytes(peer.sent_bytes)),
+            Cell::new(bytes(peer.received_bytes)),
+            Cell::new(lost),
+            Cell::new(peer.addresses.join(", ")),
+        ]);
+    }
+    println!("{rows}");
+    for peer in peers {
+        if !peer.connected && !peer.last_disconnect.is_empty() {
+            println!("! {}: {}", peer.site, peer.last_disconnect);
+        }
+        if !peer.trouble.is_empty() {
+            println!("! {}: {}", peer.site, peer.trouble);
+        }
+    }
+}
+
+pub(super) fn guests(guests: &[SourceView]) {
+    let mut rows = table(&[
+        "Guest", "Phase", "To", "RPO", "Target", "Pause", "Point", "Guest data", "WAN", "Ratio", "Now",
+    ]);
+    for guest in guests {
+        let mut phase = guest.phase.words().to_owned();
+        if let Some((done, total)) = guest.progress {
+            phase = format!("{phase} {:.0} %", done as f64 * 100.0 / total as f64);
+        }
+        let phase = Cell::new(phase).fg(match guest.phase {
+            Phase::Protected | Phase::Shipping | Phase::Moved => Color::Green,
+            Phase::Held | Phase::Fenced | Phase::Lost => Color::Red,
+            _ => Color::Yellow,
+        });
+        let rpo = Cell::new(guest.rpo_ms.map_or("-".to_owned(), millis));
+        let rpo = match guest.rpo_health.as_deref() {
+            Some("warning") => rpo.fg(Color::Yellow),
+            Some("critical") => rpo.fg(Color::Red),
+            _ => rpo,
+        };
+        rows.add_row(vec![
+            Cell::new(&guest.name),
+            phase,
+            Cell::new(guest.peer.as_deref().unwrap_or("-")),
+            rpo,
+            Cell::new(guest.rpo_target_ms.map_or("-".to_owned(), millis)),
+            Cell::new(guest.last_pause_ms.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"))),
+            Cell::new(if guest.newest_point == 0 { "-".to_owned() } else { guest.newest_point.to_string() }),
+            Cell::new(bytes(guest.guest_bytes)),
+            Cell::new(bytes(guest.wan_bytes)),
+            Cell::new(guest.ratio.map_or("-".to_owned(), |r| format!("{r:.1}"))),
+            Cell::new(format!("{}/s", bytes(guest.throughput_bytes_per_s))),
+        ]);
+    }
+    println!("{rows}");
+    for guest in guests.iter().filter(|g| !g.trouble.is_empty()) {
+        println!("! {}: {}", guest.name, guest.trouble);
+    }
+}
+
+fn standbys(standbys: &[TargetView]) {
+    let mut rows = table(&["Guest", "From", "State", "Points", "Newest", "RPO", "Warm", "Term"]);
+    for standby in standbys {
+        let (state, color) = match &standby.active {
+            None => ("standby".to_owned(), Color::Green),
+            Some(active) if active.hydrated => ("RUNS HERE".to_owned(), Color::Cyan),
+            Some(active) => (
+                match active.hydration {
+                    Some((done, total)) if total > 0 => {
+                        format!("RUNS HERE, hydrating {:.0} %", done as f64 * 100.0 / total as f64)
+                    }
+                    _ => "RUNS HERE, hydrating".to_owned(),
+                },
+                Color::Cyan,
+            ),
+        };
+        let number = |n: u64| if n == 0 { "-".to_owned() } else { n.to_string() };
+        rows.add_row(vec![
+            Cell::new(&standby.name),
+            Cell::new(&standby.from),
+            Cell::new(state).fg(color),
+            Cell::new(standby.points),
+            Cell::new(number(standby.newest_point)),
+            Cell::new(
+                standby.rpo_ms.filter(|_| standby.active.is_none()).map_or("-".to_owned(), millis),
+            ),
+            Cell::new(standby.warm_point.map_or("-".to_owned(), |p| p.to_string())),
+            Cell::new(standby.term.map_or("-".to_owned(), |t| t.to_string())),
+        ]);
+    }
+    println!("{rows}");
+    for standby in standbys.iter().filter(|s| !s.trouble.is_empty()) {
+        println!("! {}: {}", standby.name, standby.trouble);
+    }
+}
+
+pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
+    let points: Vec<PointView> = client.get(&guest_path(name, "/points")).await.map_err(told)?;
+    if json {
+        return print_json(&points);
+    }
+    if points.is_empty() {
+        println!("No recovery point of '{name}' is sealed yet.");
+        return Ok(());
+    }
+    let mut rows = table(&["Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent"]);
+    for point in &points {
+        rows.add_row(vec![
+            point.point.to_string(),
+            point.cut_at.chars().take(23).collect::<String>() + "Z",
+            millis(point.age_ms),
+            format!("{:.1} ms", point.pause_ms),
+            format!("{:.1} ms", point.ram_scan_ms),
+            bytes(point.changed_bytes),
+            bytes(point.sent_bytes),
+        ]);
+    }
+    println!("{rows}");
+    Ok(())
+}
+
+pub(super) fn findings(name: &str, findings: &[Finding]) {
+    if findings.is_empty() {
+        println!("Nothing stops the protection of '{name}', here or at the peer.");
+        return;
+    }
+    let mut rows = table(&["", "What", "How to mend it"]);
+    for finding in findings {
+        let severity = if finding.blocks() {
+            Cell::new("BLOCKS").fg(Color::Red)
+        } else {
+            Cell::new("warns").fg(Color::Yellow)
+        };
+        rows.add_row(vec![severity, Cell::new(&finding.what), Cell::new(&finding.mend)]);
+    }
+    println!("{rows}");
+}
+
+pub(super) fn definition(record: &GuestRecord) {
+    println!("Guest '{}' ({}), QMP at {}", record.name, record.id, record.qmp.display());
+    for line in record.definition.summary() {
+        println!("  {line}");
+    }
+}
+
+pub(super) fn failover(report: &FailoverReport) {
+    let ms = |d: Duration| format!("{:.0} ms", d.as_secs_f64() * 1e3);
+    println!("'{}' runs here, from point {}, under term {}.", report.guest, report.point, report.term);
+    println!("  lost (RPO)            {}", millis(report.rpo_ms));
+    println!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
+    println!("    term made durable   {}", ms(report.times.term));
+    println!("    QEMU launched       {}", ms(report.times.launch));
+    println!("    RAM filled          {} ({})", ms(report.times.ram), bytes(report.times.ram_bytes));
+    println!("    state restored      {}", ms(report.times.restore));
+    println!("  QMP                   {}", report.qmp);
+    println!("Its disks come from the store and are copied out of it now: farhaven status");
+}
+
+pub(super) fn moved(report: &MoveReport) {
+    println!("'{}' runs at '{}' now, under term {}; nothing was lost.", report.guest, report.to, report.term);
+    println!("  it stood still        {:.0} ms (with the way of the news)", report.blackout_ms);
+    println!("  from the command      {:.0} ms", report.total_ms);
+    println!("  sent while it stood   {}", bytes(report.final_bytes));
+    if !report.note.is_empty() {
+        println!("! {}", report.note);
+    }
+}
+
+/// Bytes for people: `4.2 MB`.
+pub(crate) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+}
+
+/// Milliseconds for people: `850 ms`, `4.2 s`, `3m10s`.
+pub(crate) fn millis(ms: u64) -> String {
+    match ms {
+        0..1_000 => format!("{ms} ms"),
+        1_000..100_000 => format!("{:.1} s", ms as f64 / 1e3),
+        100_000..7_200_000 => format!("{}m{:02}s", ms / 60_000, ms / 1000 % 60),
+        _ => format!("{}h{:02}m", ms / 3_600_000, ms / 60_000 % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_for_people() {
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(1000), "1.0 kB");
+        assert_eq!(bytes(999_960), "1.0 MB");
+        assert_eq!(bytes(u64::MAX), "18446.7 PB");
+        assert_eq!(millis(999), "999 ms");
+        assert_eq!(millis(99_999), "100.0 s");
+        assert_eq!(millis(190_000), "3m10s");
+        assert_eq!(millis(7_200_000), "2h00m");
+    }
+}

@@ -1,0 +1,126 @@
+//! A client of a site's HTTP API, over its unix socket.
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::{Method, Request};
+use hyper_util::rt::TokioIo;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use tokio::net::UnixStream;
+
+use crate::site::api::ErrorBody;
+
+/// Longest answer taken.
+const LONGEST_ANSWER: usize = 64 << 20;
+
+/// Why a request got no good answer.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    /// Nobody listens.
+    #[error("no Farhaven daemon answers at {path}: {source}. Start it with: farhaven site run --config FILE; or name its socket with --api")]
+    Connect {
+        /// The socket.
+        path: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The daemon said no.
+    #[error("{0}")]
+    Refused(String),
+    /// The connection broke, or the answer makes no sense.
+    #[error("the daemon at {path} gave no proper answer ({why}); see its log")]
+    Broken {
+        /// The socket.
+        path: PathBuf,
+        /// How that showed.
+        why: String,
+    },
+}
+
+/// A site's daemon, by its socket.
+#[derive(Debug, Clone)]
+pub struct Client {
+    socket: PathBuf,
+}
+
+impl Client {
+    /// Names the socket; connects with each request.
+    pub fn new(socket: &Path) -> Self {
+        Self { socket: socket.to_owned() }
+    }
+
+    /// `GET path`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn get<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.request(Method::GET, path, Bytes::new()).await
+    }
+
+    /// `DELETE path`.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn delete<T: DeserializeOwned>(&self, path: &str) -> Result<T, ClientError> {
+        self.request(Method::DELETE, path, Bytes::new()).await
+    }
+
+    /// `POST path` with a JSON body.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub async fn post<T: DeserializeOwned>(
+        &self,
+        path: &str,
+        body: &impl Serialize,
+    ) -> Result<T, ClientError> {
+        let body = serde_json::to_vec(body).map_err(|e| self.broken(e))?;
+        self.request(Method::POST, path, body.into()).await
+    }
+
+    async fn request<T: DeserializeOwned>(
+        &self,
+        method: Method,
+        path: &str,
+        body: Bytes,
+    ) -> Result<T, ClientError> {
+        let stream = UnixStream::connect(&self.socket)
+            .await
+            .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| self.broken(e))?;
+        tokio::spawn(connection);
+        let request = Request::builder()
+            .method(method)
+            .uri(path)
+            .header("host", "farhaven")
+            .header("content-type", "application/json")
+            .body(Full::new(body))
+            .map_err(|e| self.broken(e))?;
+        let response = sender.send_request(request).await.map_err(|e| self.broken(e))?;
+        let status = response.status();
+        let answer = Limited::new(response.into_body(), LONGEST_ANSWER)
+            .collect()
+            .await
+            .map_err(|e| self.broken(e))?
+            .to_bytes();
+        if status.is_success() {
+            return serde_json::from_slice(&answer).map_err(|e| self.broken(e));
+        }
+        Err(match serde_json::from_slice::<ErrorBody>(&answer) {
+            Ok(body) => ClientError::Refused(body.error),
+            Err(_) => {
+                let text = String::from_utf8_lossy(&answer[..answer.len().min(300)]).into_owned();
+                ClientError::Refused(format!("{status}: {text}"))
+            }
+        })
+    }
+
+    fn broken(&self, why: impl ToString) -> ClientError {
+        ClientError::Broken { path: self.socket.clone(), why: why.to_string() }
+    }
+}

@@ -1,0 +1,393 @@
+//! What happens in the demo, from the first byte to the last check.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::guest::{Console, Heartbeat, Machine, image};
+use super::report::Report;
+use super::stage::{Daemon, Foreign, Stage};
+use super::{Demo, floor};
+use crate::cli::show::{bytes, millis};
+use crate::site::api::{AddGuest, Done, Failover, Protect};
+use crate::site::records::GuestRecord;
+use crate::site::view::{FailoverReport, MoveReport, Phase, PointView, SiteView, SourceView};
+
+/// The guest's name.
+const NAME: &str = "demo";
+
+/// Boot, fill memory, first heartbeat: software emulation is slow.
+const BOOT: Duration = Duration::from_secs(180);
+
+/// Runs the whole demo; everything is ended when it returns.
+pub(super) async fn tell(demo: &Demo) -> Result<Report, String> {
+    tokio::select! {
+        told = told(demo) => told,
+        _ = tokio::signal::ctrl_c() => Err("interrupted; everything was ended".to_owned()),
+    }
+}
+
+async fn told(demo: &Demo) -> Result<Report, String> {
+    say("Preparing a Debian guest (kernel, busybox; made once) …");
+    let wanted = demo.image.clone();
+    let image = tokio::task::spawn_blocking(move || image(wanted.as_deref()))
+        .await
+        .map_err(|e| e.to_string())??;
+    let temporary;
+    let directory = match &demo.keep {
+        Some(directory) => {
+            std::fs::create_dir_all(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
+            std::path::absolute(directory).map_err(|e| e.to_string())?
+        }
+        None => {
+            temporary = tempfile::Builder::new()
+                .prefix("farhaven-demo-")
+                .tempdir()
+                .map_err(|e| format!("no temporary directory: {e}"))?;
+            temporary.path().to_owned()
+        }
+    };
+
+    say(&format!("Two sites, east and west, over {} …", demo.link));
+    let mut stage = Stage::set(&directory, demo.link).await?;
+    say("A guest boots at east (512 MiB, software emulation) …");
+    let ram = RamFile::new();
+    let source = directory.join("guest");
+    std::fs::create_dir_all(&source).map_err(|e| e.to_string())?;
+    let mut machine = Machine::start(&image, &source, &ram.0, &demo.load)?;
+    machine.console.wait("heartbeat", BOOT, |c| c.last.clone().filter(|b| b.number >= 20)).await?;
+
+    let first = first_copy(demo, &mut stage, &mut machine).await?;
+    let steady = protected(demo, &mut stage, &mut machine).await?;
+    let after = if demo.planned {
+        planned(&mut stage, &mut machine).await?
+    } else {
+        disaster(&mut stage, &mut machine).await?
+    };
+    verify(demo, stage, machine, first, steady, after).await
+}
+
+/// The first copy.
+struct First {
+    took: Duration,
+    wan_bytes: u64,
+}
+
+async fn first_copy(demo: &Demo, stage: &mut Stage, machine: &mut Machine) -> Result<First, String> {
+    let east = stage.east.client.clone();
+    let body = AddGuest { name: NAME.to_owned(), qmp: machine.qmp.clone() };
+    let _: GuestRecord = east.post("/v1/guests", &body).await.map_err(|e| e.to_string())?;
+    let before = sent(&stage.east).await?;
+    let began = Instant::now();
+    let body = Protect { to: "west".to_owned(), rpo: Some(demo.rpo) };
+    let _: Done =
+        east.post(&format!("/v1/guests/{NAME}/protect"), &body).await.map_err(|e| e.to_string())?;
+    let bar = ProgressBar::new(1);
+    bar.set_draw_target(ProgressDrawTarget::stderr());
+    let style = "First copy  {bar:40} {percent:>3} %  {msg}";
+    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    loop {
+        let guest = source_view(&stage.east).await?;
+        machine.console.poll();
+        stage.east.weigh();
+        stage.west.weigh();
+        if machine.ended() {
+            return Err("the guest ended during the first copy".to_owned());
+        }
+        if let Some((done, total)) = guest.progress {
+            bar.set_length(total);
+            bar.set_position(done);
+        }
+        bar.set_message(format!(
+            "{} of guest data, {} sent, {}/s",
+            bytes(guest.guest_bytes),
+            bytes(guest.wan_bytes),
+            bytes(guest.throughput_bytes_per_s)
+        ));
+        if guest.points_sealed > 0 {
+            break;
+        }
+        if !guest.trouble.is_empty() && began.elapsed() > Duration::from_secs(600) {
+            return Err(guest.trouble);
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let took = began.elapsed();
+    bar.finish_and_clear();
+    let wan_bytes = sent(&stage.east).await? - before;
+    say(&format!(
+        "First copy done in {:.1} s: {} on the wire. Point 1 is sealed at west.",
+        took.as_secs_f64(),
+        bytes(wan_bytes)
+    ));
+    Ok(First { took, wan_bytes })
+}
+
+/// What was seen while the guest was protected.
+struct Steady {
+    wan_bytes_per_s: f64,
+}
+
+async fn protected(demo: &Demo, stage: &mut Stage, machine: &mut Machine) -> Result<Steady, String> {
+    let before = sent(&stage.east).await?;
+    let began = Instant::now();
+    let mut shown = 1;
+    while began.elapsed() < demo.steady.duration() {
+        let guest = source_view(&stage.east).await?;
+        machine.console.poll();
+        stage.east.weigh();
+        stage.west.weigh();
+        if guest.newest_point > shown {
+            shown = guest.newest_point;
+            say(&format!(
+                "Point {shown} sealed: pause {:.1} ms, sealed {} after the cut; RPO {}; {}",
+                guest.last_pause_ms.unwrap_or_default(),
+                millis(guest.last_seal_ms.unwrap_or_default()),
+                millis(guest.rpo_ms.unwrap_or_default()),
+                machine.console.last.as_ref().map_or("", |b| &b.line),
+            ));
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let wan_bytes_per_s = (sent(&stage.east).await? - before) as f64 / began.elapsed().as_secs_f64();
+    Ok(Steady { wan_bytes_per_s })
+}
+
+/// The guest, on the other side.
+struct After {
+    console: Console,
+    last: Heartbeat,
+    process: Foreign,
+    rpo_ms: f64,
+    rto_ms: f64,
+    hand_over_ms: Option<f64>,
+}
+
+async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, String> {
+    machine.console.poll();
+    let guest = source_view(&stage.east).await?;
+    say("DISASTER: east loses power. Its daemon and its guest are killed.");
+    stage.east.kill();
+    machine.kill();
+    machine.console.poll();
+    let last = machine.console.last.clone().ok_or("the guest never had a heartbeat")?;
+    say(&format!("  last heartbeat there: {}", last.line));
+    say("Failover is declared at west …");
+    // --force: an operator who knows that the site is gone need not wait for the link to notice.
+    let body = Failover { point: None, force: true };
+    let report: FailoverReport = stage
+        .west
+        .client
+        .post(&format!("/v1/guests/{NAME}/failover"), &body)
+        .await
+        .map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
+    let _ = guest;
+    let process = Foreign(report.pid);
+    let mut console = console_beside(Path::new(&report.qmp));
+    let first = console
+        .wait("heartbeat at west", Duration::from_secs(20), |c| c.first.clone())
+        .await?;
+    say(&format!("  {NAME} runs at west: {}", first.line));
+    Ok(After {
+        console,
+        last,
+        process,
+        rpo_ms: report.rpo_ms as f64,
+        rto_ms: report.rto_ms,
+        hand_over_ms: None,
+    })
+}
+
+async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, String> {
+    say("MAINTENANCE: the guest is moved to west, with nothing lost …");
+    let east = stage.east.client.clone();
+    let moving = tokio::spawn(async move {
+        east.post::<MoveReport>(&format!("/v1/guests/{NAME}/move"), &Done {}).await
+    });
+    // The heartbeat goes on here until the last cut, and there after it.
+    let mut there: Option<Console> = None;
+    let report = loop {
+        machine.console.poll();
+        if there.is_none() {
+            there = moved_console(&stage.west);
+        }
+        if let Some(console) = &mut there {
+            console.poll();
+        }
+        if moving.is_finished() {
+            break moving.await.map_err(|e| e.to_string())?;
+        }
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    };
+    let report = report.map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
+    machine.console.poll();
+    let last = machine.console.last.clone().ok_or("the guest never had a heartbeat")?;
+    let view: SiteView = stage.west.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    let active = view.standbys.into_iter().find_map(|s| s.active).ok_or("west does not run it")?;
+    let process = Foreign(active.pid);
+    let mut console = match there {
+        Some(console) => console,
+        None => console_beside(Path::new(&active.qmp)),
+    };
+    let first = console
+        .wait("heartbeat at west", Duration::from_secs(20), |c| c.first.clone())
+        .await?;
+    say(&format!("  last heartbeat at east:  {}", last.line));
+    say(&format!("  first heartbeat at west: {}", first.line));
+    Ok(After {
+        console,
+        last,
+        process,
+        rpo_ms: 0.0,
+        rto_ms: report.total_ms,
+        hand_over_ms: Some(report.blackout_ms),
+    })
+}
+
+/// The console of the guest's QEMU at the peer, beside its control socket.
+fn console_beside(qmp: &Path) -> Console {
+    Console::open(&qmp.with_file_name("console.sock"), &qmp.with_file_name("console.log"))
+}
+
+/// The same, while it is being made.
+fn moved_console(west: &Daemon) -> Option<Console> {
+    let run = west.directory.join("run");
+    let entry = std::fs::read_dir(run).ok()?.flatten().find(|e| e.path().join("console.log").exists())?;
+    Some(console_beside(&entry.path().join("qmp.sock")))
+}
+
+async fn verify(
+    demo: &Demo,
+    mut stage: Stage,
+    machine: Machine,
+    first: First,
+    steady: Steady,
+    mut after: After,
+) -> Result<Report, String> {
+    say("The guest checks all of its memory, its disks and its files …");
+    let check = after.console.full_check().await?;
+    say(&format!("  {check}"));
+    let first_beat = after.console.first.clone().ok_or("no heartbeat at west")?;
+    let blackout = first_beat.at.saturating_duration_since(after.last.at);
+    let points: Vec<PointView> = stage
+        .west
+        .client
+        .get(&format!("/v1/guests/{NAME}/points"))
+        .await
+        .map_err(|e| e.to_string())?;
+    stage.west.weigh();
+    let resent = match stage.east.client.get::<SiteView>("/v1/status").await {
+        Ok(view) => view.peers.iter().map(|p| p.resent_bytes).sum(),
+        Err(_) => 0,
+    };
+    let link = stage.link.counters().forward;
+    drop(after.process);
+    drop(machine);
+    let ended_well = stage.west.terminate().await;
+    let floors = {
+        let west = stage.west.directory.clone();
+        tokio::task::spawn_blocking(move || floor::compute(&west)).await.map_err(|e| e.to_string())??
+    };
+
+    let (verified, verdict) = verdict(demo, &check, &after.last, &first_beat, ended_well);
+    let mut pauses: Vec<f64> = points.iter().map(|p| p.pause_ms).collect();
+    pauses.sort_by(f64::total_cmp);
+    let mut speeds: Vec<f64> = points
+        .iter()
+        .filter(|p| p.ram_scan_ms > 0.0)
+        .map(|p| p.ram_scanned_bytes as f64 / p.ram_scan_ms / 1e6)
+        .collect();
+    speeds.sort_by(f64::total_cmp);
+    let median = |sorted: &[f64]| sorted.get(sorted.len() / 2).copied().unwrap_or_default();
+    let ratio = |a: u64, b: u64| if b == 0 { 0.0 } else { a as f64 / b as f64 };
+    Ok(Report {
+        guest: "qemu".to_owned(),
+        scenario: if demo.planned { "planned" } else { "disaster" }.to_owned(),
+        verified,
+        verdict,
+        link: demo.link.to_string(),
+        first_copy_s: first.took.as_secs_f64(),
+        first_copy_wan_bytes: first.wan_bytes,
+        first_copy_floor_bytes: floors.first,
+        first_copy_to_floor: ratio(first.wan_bytes, floors.first),
+        points_sealed: points.len() as u64,
+        steady_wan_bytes_per_s: steady.wan_bytes_per_s,
+        steady_sent_bytes: floors.steady_sent,
+        steady_floor_bytes: floors.steady,
+        steady_to_floor: ratio(floors.steady_sent, floors.steady),
+        pause_ms_median: median(&pauses),
+        pause_ms_max: pauses.last().copied().unwrap_or_default(),
+        pause_without_scan_ms_max: points
+            .iter()
+            .map(|p| p.pause_ms - p.ram_scan_ms)
+            .fold(0.0, f64::max),
+        ram_scan_gb_per_s: median(&speeds),
+        rpo_ms: after.rpo_ms,
+        rto_ms: after.rto_ms,
+        blackout_ms: blackout.as_secs_f64() * 1e3,
+        hand_over_ms: after.hand_over_ms,
+        source_memory_bytes: stage.east.memory,
+        target_memory_bytes: stage.west.memory,
+        queue_dropped_ratio: ratio(link.overflowed, link.packets + link.lost + link.overflowed),
+        resent_bytes: resent,
+    })
+}
+
+fn verdict(demo: &Demo, check: &str, last: &Heartbeat, first: &Heartbeat, ended_well: bool) -> (bool, String) {
+    let sound = check.contains(" mem=ok ") && check.contains(" disk=ok ");
+    if !sound {
+        return (false, format!("the guest found itself damaged: {check}"));
+    }
+    if first.number > last.number + 1 {
+        return (false, format!("heartbeats {} to {} are missing", last.number + 1, first.number - 1));
+    }
+    if demo.planned && first.number != last.number + 1 {
+        return (
+            false,
+            format!("after heartbeat {} came {}: a planned move must lose nothing", last.number, first.number),
+        );
+    }
+    if first.number < 20 {
+        return (false, "the heartbeat began anew: the guest was booted, not restored".to_owned());
+    }
+    if !ended_well {
+        return (false, "the target's daemon did not stop cleanly on SIGTERM".to_owned());
+    }
+    (true, format!("heartbeat {} was followed by {}; {check}", last.number, first.number))
+}
+
+async fn sent(east: &Daemon) -> Result<u64, String> {
+    let view: SiteView = east.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    Ok(view.peers.iter().map(|p| p.sent_bytes).sum())
+}
+
+async fn source_view(east: &Daemon) -> Result<SourceView, String> {
+    let view: SiteView = east.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    let guest = view.guests.into_iter().find(|g| g.name == NAME).ok_or("east does not know the guest")?;
+    if matches!(guest.phase, Phase::Lost | Phase::Fenced) {
+        return Err(format!("{}\n{}", guest.trouble, east.last_words()));
+    }
+    Ok(guest)
+}
+
+/// The guest's RAM, in a file that goes with the demo.
+struct RamFile(std::path::PathBuf);
+
+impl RamFile {
+    fn new() -> Self {
+        let directory = Path::new("/dev/shm");
+        let name = format!("farhaven-demo-{}.ram", std::process::id());
+        if directory.is_dir() { Self(directory.join(name)) } else { Self(std::env::temp_dir().join(name)) }
+    }
+}
+
+impl Drop for RamFile {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn say(line: &str) {
+    eprintln!("{line}");
+}

@@ -1,0 +1,285 @@
+//! The HTTP API of a site, on its unix socket. The command line speaks it, and
+//! scripts may: every answer is JSON; an error is `{"error": "…"}` with 404
+//! (no such thing), 409 (it contradicts what is) or 500 (it went wrong).
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::{DefaultBodyLimit, Path as InPath, Query, State};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use farhaven_policies::units::Period;
+use farhaven_wan::peer::Invitation;
+use serde::{Deserialize, Serialize};
+use tokio::net::UnixListener;
+
+use super::Site;
+use super::operate::OperateError;
+
+/// Longest request body.
+const LONGEST_BODY: usize = 64 * 1024;
+
+/// Body of `POST /v1/invitations`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Invite {
+    /// How long it may be accepted, in seconds.
+    pub valid_s: u64,
+}
+
+/// Answer to it.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Invited {
+    /// To be given to the other site, by a way that only its operator reads.
+    pub invitation: String,
+    /// How long it may be accepted, in seconds.
+    pub valid_s: u64,
+}
+
+/// Body of `POST /v1/peers`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Pair {
+    /// What the other site's operator gave.
+    pub invitation: String,
+}
+
+/// Body of `POST /v1/guests`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddGuest {
+    /// How it shall be called.
+    pub name: String,
+    /// QEMU's control socket.
+    pub qmp: PathBuf,
+}
+
+/// Query of `GET /v1/guests/{name}/check`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Check {
+    /// The peer whose fitness is checked too.
+    pub to: Option<String>,
+}
+
+/// Body of `POST /v1/guests/{name}/protect`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Protect {
+    /// The peer.
+    pub to: String,
+    /// Like `10s`; by the site's policy when absent.
+    pub rpo: Option<Period>,
+}
+
+/// Body of `POST /v1/guests/{name}/unprotect`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Unprotect {
+    /// Drop its points at the peer.
+    pub discard: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/failover`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Failover {
+    /// The newest when absent.
+    pub point: Option<u64>,
+    /// Even if the source is alive.
+    pub force: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/take-back`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TakeBack {
+    /// An operator made sure that it does not run at the peer.
+    pub force: bool,
+}
+
+/// An error's body.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// What happened, and what to do next.
+    pub error: String,
+}
+
+impl IntoResponse for OperateError {
+    fn into_response(self) -> Response {
+        let status = match self {
+            OperateError::Unknown(_) => StatusCode::NOT_FOUND,
+            OperateError::Conflict(_) => StatusCode::CONFLICT,
+            OperateError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
+        };
+        (status, Json(ErrorBody { error: self.to_string() })).into_response()
+    }
+}
+
+/// An empty answer.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Done {}
+
+type Answer<T> = Result<Json<T>, OperateError>;
+type Here = State<Arc<Site>>;
+
+/// Every route.
+pub fn router(site: Arc<Site>) -> Router {
+    Router::new()
+        .route("/v1/status", get(async |State(site): Here| Json(site.view())))
+        .route("/v1/invitations", post(invite))
+        .route("/v1/peers", get(async |State(site): Here| Json(site.view().peers)).post(pair))
+        .route("/v1/peers/{name}", delete(remove_peer))
+        .route("/v1/guests", get(async |State(site): Here| Json(site.view().guests)).post(add_guest))
+        .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
+        .route("/v1/guests/{name}/check", get(check_guest))
+        .route("/v1/guests/{name}/protect", post(protect))
+        .route("/v1/guests/{name}/unprotect", post(unprotect))
+        .route("/v1/guests/{name}/pause", post(pause))
+        .route("/v1/guests/{name}/resume", post(resume))
+        .route("/v1/guests/{name}/points", get(points))
+        .route("/v1/guests/{name}/failover", post(failover))
+        .route("/v1/guests/{name}/move", post(move_guest))
+        .route("/v1/guests/{name}/take-back", post(take_back))
+        .fallback(async || {
+            OperateError::Unknown("no such path in this version of the API".to_owned())
+        })
+        .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .with_state(site)
+}
+
+/// Serves the API until `stop` is ready. A socket file left by a daemon that
+/// died is replaced; a living daemon's is not.
+///
+/// # Errors
+/// When the socket cannot be made.
+pub async fn serve(
+    site: Arc<Site>,
+    socket: &Path,
+    stop: impl Future<Output = ()> + Send + 'static,
+) -> std::io::Result<()> {
+    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
+        return Err(std::io::Error::new(
+            std::io::ErrorKind::AddrInUse,
+            "another daemon answers on it",
+        ));
+    }
+    match std::fs::remove_file(socket) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+        _ => {}
+    }
+    if let Some(directory) = socket.parent() {
+        super::files::private_directory(directory)?;
+    }
+    let listener = UnixListener::bind(socket)?;
+    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
+    let served = axum::serve(listener, router(site)).with_graceful_shutdown(stop).await;
+    let _ = std::fs::remove_file(socket);
+    served
+}
+
+async fn invite(State(site): Here, Json(body): Json<Invite>) -> Json<Invited> {
+    let invitation = site.invite(Duration::from_secs(body.valid_s)).to_string();
+    Json(Invited { invitation, valid_s: body.valid_s })
+}
+
+async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::PeerView> {
+    let invitation: Invitation =
+        body.invitation.trim().parse().map_err(|e| OperateError::Conflict(format!("{e}")))?;
+    site.pair(&invitation).await.map(Json)
+}
+
+async fn remove_peer(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    site.remove_peer(&name)?;
+    Ok(Json(Done {}))
+}
+
+async fn add_guest(
+    State(site): Here,
+    Json(body): Json<AddGuest>,
+) -> Answer<super::records::GuestRecord> {
+    site.add_guest(&body.name, &body.qmp).await.map(Json)
+}
+
+async fn show_guest(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::records::GuestRecord> {
+    site.guest(&name).map(Json)
+}
+
+async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    site.remove_guest(&name)?;
+    Ok(Json(Done {}))
+}
+
+async fn check_guest(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Query(query): Query<Check>,
+) -> Answer<Vec<crate::guest::qemu::check::Finding>> {
+    site.check_guest(&name, query.to.as_deref()).await.map(Json)
+}
+
+async fn protect(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<Protect>,
+) -> Answer<Done> {
+    site.protect(&name, &body.to, body.rpo).await?;
+    Ok(Json(Done {}))
+}
+
+async fn unprotect(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<Unprotect>,
+) -> Answer<Done> {
+    site.unprotect(&name, body.discard).await?;
+    Ok(Json(Done {}))
+}
+
+async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    site.pause(&name).await?;
+    Ok(Json(Done {}))
+}
+
+async fn resume(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    site.resume(&name).await?;
+    Ok(Json(Done {}))
+}
+
+async fn points(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<Vec<super::view::PointView>> {
+    site.points(&name).map(Json)
+}
+
+async fn failover(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<Failover>,
+) -> Answer<super::view::FailoverReport> {
+    site.fail_over(&name, body.point, body.force).await.map(Json)
+}
+
+async fn move_guest(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::view::MoveReport> {
+    site.move_guest(&name).await.map(Json)
+}
+
+async fn take_back(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<TakeBack>,
+) -> Answer<Done> {
+    site.take_back(&name, body.force).await?;
+    Ok(Json(Done {}))
+}
