@@ -238,9 +238,10 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts) -> MoveStep {
         expected_blackout,
         within,
     };
-    // Where the fixed part is nearly all of it, rounds have nothing left to win.
+    // Where the fixed part alone is too long, and nearly all of it, rounds have nothing left to win.
     let rest = expected_blackout.saturating_sub(facts.fixed);
-    let exhausted = rest < facts.fixed / 10 || facts.rounds >= MOST_ROUNDS;
+    let too_long_anyway = facts.fixed >= policy.max_blackout.duration() && rest < facts.fixed / 10;
+    let exhausted = too_long_anyway || facts.rounds >= MOST_ROUNDS;
     if within || exhausted {
         return last_cut;
     }
