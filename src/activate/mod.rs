@@ -1,0 +1,3 @@
+//! Activation: a recovery point becomes a running guest at the peer.
+
+pub mod nbd;
