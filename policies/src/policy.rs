@@ -1,0 +1,191 @@
+//! What a protection group is owed.
+//!
+//! A [`Policy`] is written by an operator (in the site's file, or per guest on
+//! the command line), kept with the group, and read by [`crate::decide`] and
+//! [`crate::retain`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::load::Problem;
+use crate::units::{ByteSize, Period, RateLimit};
+
+/// What a protection group is owed, and what it may cost.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Policy {
+    /// Recovery point objective: the newest sealed point is to be no older than this.
+    pub rpo: Period,
+    /// Longest pause of the guest in one cut that is worth no remark.
+    pub max_pause: Period,
+    /// Longest time in which the guest runs nowhere during a planned move.
+    pub max_blackout: Period,
+    /// How much of its processor time a guest may lose to throttling, in percent,
+    /// so that a planned move ends when the guest writes faster than the link carries.
+    pub max_throttle: u8,
+    /// Most bytes a second this group may put on the link.
+    pub bandwidth: RateLimit,
+    /// Memory for changes that were captured and are not yet sent. When it is
+    /// full the cut is given up and the RPO stretches; the guest never waits.
+    pub capture_buffer: ByteSize,
+    /// Keep the newest point's memory ready in RAM at the peer: a faster
+    /// failover for as much memory as the guest has.
+    pub warm: bool,
+    /// Of groups that compete for the link, the higher goes first.
+    pub priority: u8,
+    /// Which points are kept.
+    pub retention: Retention,
+}
+
+/// Which recovery points are kept, by age.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Retention {
+    /// Every point younger than this.
+    pub all: Period,
+    /// Of older points, one in each span of this length...
+    pub then_every: Period,
+    /// ...up to this age.
+    pub until: Period,
+    /// So many of the newest points, however old.
+    pub newest: u32,
+}
+
+impl Default for Policy {
+    fn default() -> Policy {
+        Policy {
+            rpo: Period::from_secs(10),
+            max_pause: Period::from_millis(100),
+            max_blackout: Period::from_millis(500),
+            max_throttle: 80,
+            bandwidth: RateLimit::NONE,
+            capture_buffer: ByteSize::from_mib(64),
+            warm: true,
+            priority: 100,
+            retention: Retention::default(),
+        }
+    }
+}
+
+impl Default for Retention {
+    fn default() -> Retention {
+        Retention {
+            all: Period::from_secs(600),
+            then_every: Period::from_secs(60),
+            until: Period::from_secs(3600),
+            newest: 3,
+        }
+    }
+}
+
+/// Shortest RPO that can be asked for.
+pub const SHORTEST_RPO: Period = Period::from_secs(1);
+/// Smallest capture buffer: a few groups of 64 units.
+pub const SMALLEST_CAPTURE_BUFFER: ByteSize = ByteSize::from_mib(1);
+/// Strongest throttle: a guest that gets less than a twentieth of its time
+/// cannot keep its own timers.
+pub const STRONGEST_THROTTLE: u8 = 95;
+
+impl Policy {
+    /// What is wrong with the values, keys relative to the policy.
+    pub fn problems(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        let mut require = |holds: bool, key: &str, what: String| {
+            if !holds {
+                found.push(Problem::new(key, what));
+            }
+        };
+        require(
+            self.rpo >= SHORTEST_RPO,
+            "rpo",
+            format!(
+                "is {}; the shortest that can be kept is {SHORTEST_RPO}",
+                self.rpo
+            ),
+        );
+        require(
+            self.max_pause > Period::ZERO,
+            "max_pause",
+            "is 0s; no cut is free, try 100ms".into(),
+        );
+        require(
+            self.max_blackout > Period::ZERO,
+            "max_blackout",
+            "is 0s; no move is free, try 500ms".into(),
+        );
+        require(
+            self.max_throttle <= STRONGEST_THROTTLE,
+            "max_throttle",
+            format!(
+                "is {}; at most {STRONGEST_THROTTLE} percent can be taken, 0 means never throttle",
+                self.max_throttle
+            ),
+        );
+        require(
+            self.capture_buffer >= SMALLEST_CAPTURE_BUFFER,
+            "capture_buffer",
+            format!(
+                "is {}; at least {SMALLEST_CAPTURE_BUFFER} is needed",
+                self.capture_buffer
+            ),
+        );
+        let Retention {
+            all,
+            then_every,
+            until,
+            newest,
+        } = self.retention.clone();
+        require(
+            newest >= 1,
+            "retention.newest",
+            "is 0; the newest point must be kept, try 3".into(),
+        );
+        require(
+            until <= all || then_every > Period::ZERO,
+            "retention.then_every",
+            "is 0s; to keep every point set 'retention.all' as long as 'retention.until'".into(),
+        );
+        found
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_default_policy_is_sound() {
+        assert_eq!(Policy::default().problems(), []);
+    }
+
+    #[test]
+    fn every_unsound_value_is_named() {
+        let bad = Policy {
+            rpo: Period::ZERO,
+            max_pause: Period::ZERO,
+            max_blackout: Period::ZERO,
+            max_throttle: 96,
+            capture_buffer: ByteSize::from_bytes(4096),
+            retention: Retention {
+                then_every: Period::ZERO,
+                newest: 0,
+                ..Retention::default()
+            },
+            ..Policy::default()
+        };
+        let keys: Vec<_> = bad
+            .problems()
+            .into_iter()
+            .map(|problem| problem.key)
+            .collect();
+        let expected = [
+            "rpo",
+            "max_pause",
+            "max_blackout",
+            "max_throttle",
+            "capture_buffer",
+            "retention.newest",
+            "retention.then_every",
+        ];
+        assert_eq!(keys, expected);
+    }
+}

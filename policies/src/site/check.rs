@@ -1,0 +1,147 @@
+//! Which values of a site's configuration cannot be used, and what to do instead.
+
+use crate::load::{Checked, Problem};
+use crate::units::{ByteSize, Period};
+
+use super::{Link, SiteConfig, Store};
+
+/// Longest name of a site: it becomes part of file names.
+const LONGEST_NAME: usize = 63;
+/// Longest path of a unix socket that Linux takes.
+const LONGEST_SOCKET: usize = 107;
+
+impl Checked for SiteConfig {
+    fn problems(&self) -> Vec<Problem> {
+        let mut found = Vec::new();
+        let mut require = |holds: bool, key: &str, what: &str| {
+            if !holds {
+                found.push(Problem::new(key, what));
+            }
+        };
+        let name = &self.site.name;
+        let plain = name
+            .bytes()
+            .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-');
+        require(
+            !name.is_empty(),
+            "site.name",
+            "is missing; name this data centre, like name = \"berlin\"",
+        );
+        require(
+            plain && name.len() <= LONGEST_NAME && !name.starts_with('-'),
+            "site.name",
+            "may have up to 63 small letters, digits and hyphens, no hyphen first, like berlin-2",
+        );
+        require(
+            self.site.state_dir.is_absolute(),
+            "site.state_dir",
+            "must be an absolute path",
+        );
+        require(
+            self.listen.address.port() != 0,
+            "listen.address",
+            "has port 0; peers need a fixed one, like 0.0.0.0:4747",
+        );
+        for address in &self.listen.advertise {
+            let sound = address.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port != 0)
+            });
+            require(
+                sound,
+                "listen.advertise",
+                &format!("has {address:?}; expected host:port"),
+            );
+        }
+        for (key, path) in [
+            ("api.socket", self.api_socket()),
+            ("store.dir", self.store_dir()),
+            ("activate.ram_dir", self.ram_dir()),
+            ("activate.run_dir", self.run_dir()),
+        ] {
+            require(path.is_absolute(), key, "must be an absolute path");
+            let braces = path.to_string_lossy().contains(['{', '}']);
+            require(
+                !braces,
+                key,
+                "has an unknown placeholder; {state_dir} and {name} are known",
+            );
+        }
+        require(
+            self.api_socket().as_os_str().len() <= LONGEST_SOCKET,
+            "api.socket",
+            "is longer than the 107 bytes that Linux allows a socket's path; choose a shorter one",
+        );
+        let Link {
+            window,
+            socket_buffer,
+            idle_timeout,
+            keep_alive,
+            ..
+        } = self.link;
+        require(
+            window >= ByteSize::from_mib(1),
+            "link.window",
+            "is under 1MiB, which no long link can be filled with",
+        );
+        require(
+            window <= ByteSize::from_mib(4096),
+            "link.window",
+            "is over 4GiB, all of which may be held in memory",
+        );
+        require(
+            socket_buffer >= ByteSize::from_bytes(65_536),
+            "link.socket_buffer",
+            "is under 64KiB; packets would be lost",
+        );
+        require(
+            keep_alive > Period::ZERO,
+            "link.keep_alive",
+            "is 0s; try 5s",
+        );
+        require(
+            idle_timeout.duration() >= keep_alive.duration() * 2,
+            "link.idle_timeout",
+            "must be at least twice 'link.keep_alive', or one lost packet ends the connection",
+        );
+        let Store {
+            segment_bytes,
+            index_bytes,
+            ..
+        } = self.store;
+        require(
+            (ByteSize::from_mib(1)..=ByteSize::from_mib(4096)).contains(&segment_bytes),
+            "store.segment_bytes",
+            "must be from 1MiB to 4GiB; 64MiB is a good choice",
+        );
+        require(
+            index_bytes >= ByteSize::from_mib(1),
+            "store.index_bytes",
+            "is under 1MiB; nothing would be found in it",
+        );
+        for (id, netdev) in &self.networks {
+            let key = format!("networks.{id}");
+            require(
+                !netdev.trim().is_empty(),
+                &key,
+                "is empty; expected a QEMU -netdev argument, like bridge,br=br0",
+            );
+            require(
+                !netdev.contains("id="),
+                &key,
+                "sets an id; leave that out, the guest's definition does it",
+            );
+        }
+        require(
+            !self.log.level.trim().is_empty(),
+            "log.level",
+            "is empty; try info",
+        );
+        found.extend(
+            self.protect
+                .problems()
+                .into_iter()
+                .map(|problem| problem.under("protect")),
+        );
+        found
+    }
+}
