@@ -57,9 +57,9 @@ impl Options {
         Options {
             database: load == "database",
             noise,
-            fill: number("farhaven.fill", 24),
+            fill: number("farhaven.fill", 8),
             pages: number("farhaven.pages", 2048),
-            rate: number("farhaven.rate", 5),
+            rate: number("farhaven.rate", 7),
             seed: number("farhaven.seed", 1),
         }
     }
@@ -160,7 +160,7 @@ impl Workload {
         let seed = options.seed;
         let library = Library::open(root);
         // A server's memory holds part of its disk: the page cache.
-        for (path, _, _) in library.files.iter().take(library.files.len() / 10) {
+        for (path, _, _) in library.files.iter().step_by(10) {
             drop(fs::read(path)?);
         }
         let (mut table, mut journal) = (None, None);
