@@ -1,0 +1,216 @@
+//! A definition with its placeholders filled in: QEMU's command line at the peer.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+
+use super::definition::{Definition, Disk, implied};
+use super::options::{self, Argument, Keys};
+
+/// Seconds for which a disk waits for our NBD server to come back before the
+/// guest sees an error: a restart of the daemon must not cost a guest its disk.
+const RECONNECT_SECONDS: u32 = 300;
+
+/// Where a guest's parts are on this host.
+#[derive(Debug, Clone, Default)]
+pub struct Placement {
+    /// Directory for sockets, logs and the like.
+    pub run: PathBuf,
+    /// QMP socket that QEMU makes.
+    pub qmp: PathBuf,
+    /// RAM files by block id.
+    pub ram: BTreeMap<String, PathBuf>,
+    /// Disks by volume name.
+    pub disks: BTreeMap<String, DiskPlacement>,
+    /// `-netdev` values by id, without the id; others stay as they were.
+    pub nets: BTreeMap<String, String>,
+    /// Other places of files that QEMU only reads.
+    pub files: BTreeMap<PathBuf, PathBuf>,
+}
+
+/// Where one disk is: a qcow2 overlay on something that is only read.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DiskPlacement {
+    /// The qcow2 file that takes the guest's writes.
+    pub overlay: PathBuf,
+    /// What the overlay does not hold.
+    pub backing: Backing,
+}
+
+/// What is below an overlay.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Backing {
+    /// An NBD export on a unix socket.
+    Nbd {
+        /// The server's socket.
+        socket: PathBuf,
+        /// The export's name.
+        export: String,
+    },
+    /// An image file.
+    File {
+        /// Its path.
+        path: PathBuf,
+        /// Its format, as `raw`.
+        format: String,
+    },
+    /// Nothing: the overlay holds all (a disk that was hydrated before).
+    Nothing,
+}
+
+/// A part of the guest that has no place here.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum InstantiateError {
+    /// A RAM block or disk of the definition is not in the placement.
+    #[error("the placement names no {what} for {name}; this is an error of the caller, please report it")]
+    Unplaced {
+        /// `RAM file` or `disk`.
+        what: &'static str,
+        /// Its id.
+        name: String,
+    },
+    /// The disk did not come from the command line.
+    #[error("disk {0} was plugged in after QEMU was started, so that no command line makes it; restart the guest with it on the command line, then `farhaven guest add` again")]
+    Plugged(String),
+    /// A path cannot be told to QEMU.
+    #[error("{0} is no UTF-8; choose another directory")]
+    Path(PathBuf),
+}
+
+impl Backing {
+    /// The node's options as `-blockdev` JSON, below a qcow2 node.
+    pub fn options(&self) -> Result<Option<Value>, InstantiateError> {
+        Ok(Some(match self {
+            Backing::Nbd { socket, export } => json!({
+                "driver": "raw", "read-only": true,
+                "file": {"driver": "nbd", "export": export, "reconnect-delay": RECONNECT_SECONDS,
+                         "server": {"type": "unix", "path": utf8(socket)?}},
+            }),
+            Backing::File { path, format } => json!({
+                "driver": format, "read-only": true,
+                "file": {"driver": "file", "filename": utf8(path)?, "read-only": true},
+            }),
+            Backing::Nothing => return Ok(None),
+        }))
+    }
+}
+
+fn utf8(path: &Path) -> Result<&str, InstantiateError> {
+    path.to_str().ok_or_else(|| InstantiateError::Path(path.to_owned()))
+}
+
+impl Definition {
+    /// QEMU's arguments (without the program) for this guest with these parts.
+    /// It will wait for `migrate-incoming` and then stay stopped until `cont`.
+    ///
+    /// # Errors
+    /// When a part has no place.
+    pub fn instantiate(&self, placement: &Placement) -> Result<Vec<String>, InstantiateError> {
+        let mut options = Vec::with_capacity(self.arguments.len() + 2);
+        for argument in &self.arguments {
+            options.push(self.fill(argument, placement)?);
+        }
+        options.push(Argument { option: "S".to_owned(), value: None });
+        options.push(Argument::new("incoming", "defer"));
+        Ok(options::unparse(&options))
+    }
+
+    fn fill(&self, argument: &Argument, placement: &Placement) -> Result<Argument, InstantiateError> {
+        let option = argument.option.as_str();
+        let text = argument.text();
+        if matches!(option, "blockdev" | "drive")
+            && let Some(disk) = self.disks.iter().find(|disk| text == format!("{{disk:{}}}", disk.name))
+        {
+            return place_disk(disk, placement);
+        }
+        if option == "netdev"
+            && let Some(net) = self.nets.iter().find(|net| text == format!("{{net:{}}}", net.id))
+        {
+            let value = placement.nets.get(&net.id);
+            return Ok(Argument::new(option, value.map_or(net.value.clone(), |value| format!("{value},id={}", net.id))));
+        }
+        if let Some(place) = placement.files.get(Path::new(text)) {
+            return Ok(Argument::new(option, utf8(place)?));
+        }
+        if !text.contains('{') && placement.files.is_empty() {
+            return Ok(argument.clone());
+        }
+        // Only options that the definition rewrote are taken apart; the rest is kept verbatim.
+        let first = match option {
+            "object" | "chardev" | "fw_cfg" | "option-rom" | "drive" | "blockdev" | "acpitable" | "smbios" => implied(option),
+            "qmp" | "qmp-pretty" | "monitor" | "serial" | "parallel" | "debugcon" | "vnc" => "to",
+            "pidfile" | "D" => {
+                let place = text.strip_prefix("{run}/").map(|name| placement.run.join(name));
+                return place.map_or(Ok(argument.clone()), |place| Ok(Argument::new(option, utf8(&place)?)));
+            }
+            _ => return Ok(argument.clone()),
+        };
+        let mut keys = argument.keys(first);
+        let mut changed = false;
+        for (key, value) in keys.clone().pairs() {
+            if let Some(place) = self.place(value, placement)? {
+                keys.set(key, &place);
+                changed = true;
+            }
+        }
+        Ok(if changed { Argument::new(option, keys.text(first)) } else { argument.clone() })
+    }
+
+    /// What stands for one value with a placeholder in it.
+    fn place(&self, value: &str, placement: &Placement) -> Result<Option<String>, InstantiateError> {
+        if let Some(place) = placement.files.get(Path::new(value)) {
+            return Ok(Some(utf8(place)?.to_owned()));
+        }
+        let Some(start) = value.find('{') else { return Ok(None) };
+        let (before, rest) = value.split_at(start);
+        if !matches!(before, "" | "unix:" | "file:" | "pipe:" | "mon:unix:" | "mon:file:" | "mon:pipe:") {
+            return Ok(None);
+        }
+        let place = if rest == "{qmp}" {
+            placement.qmp.clone()
+        } else if let Some(name) = rest.strip_prefix("{run}/") {
+            placement.run.join(name)
+        } else if let Some(block) = self.ram.iter().find(|block| rest == format!("{{ram:{}}}", block.id)) {
+            let unplaced = || InstantiateError::Unplaced { what: "RAM file", name: block.id.clone() };
+            placement.ram.get(&block.id).ok_or_else(unplaced)?.clone()
+        } else {
+            return Ok(None);
+        };
+        Ok(Some(format!("{before}{}", utf8(&place)?)))
+    }
+}
+
+fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, InstantiateError> {
+    if disk.option.is_empty() {
+        return Err(InstantiateError::Plugged(disk.name.clone()));
+    }
+    let unplaced = || InstantiateError::Unplaced { what: "disk", name: disk.name.clone() };
+    let place = placement.disks.get(&disk.name).ok_or_else(unplaced)?;
+    let mut node = json!({"driver": "qcow2", "file": {"driver": "file", "filename": utf8(&place.overlay)?}});
+    // Without this QEMU would go by what the overlay's header says.
+    node["backing"] = place.backing.options()?.unwrap_or(Value::Null);
+    if disk.option == "blockdev" {
+        for (key, value) in &disk.keep {
+            let value = match value.as_str() {
+                "on" if key.starts_with("cache.") => json!(true),
+                "off" if key.starts_with("cache.") => json!(false),
+                text => json!(text),
+            };
+            match key.strip_prefix("cache.") {
+                Some(part) => node["cache"][part] = value,
+                None => node[key] = value,
+            }
+        }
+        return Ok(Argument::new("blockdev", node.to_string()));
+    }
+    let mut keys = Keys::default();
+    disk.keep.iter().for_each(|(key, value)| keys.set(key, value));
+    // `-drive` wants dotted names; it knows no way to say "no backing" but an empty name.
+    if node["backing"].is_null() {
+        node["backing"] = json!("");
+    }
+    let flat = Keys::parse(&node.to_string(), "");
+    flat.pairs().iter().for_each(|(key, value)| keys.set(key, value));
+    Ok(Argument::new("drive", keys.text("")))
+}
