@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use farhaven_storage_sync::unit::GuestId;
-use farhaven_wan::peer::SiteKey;
+use farhaven_wan::SiteKey;
 use serde::{Deserialize, Serialize};
 
 /// Who may run a group since when.

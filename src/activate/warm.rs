@@ -44,7 +44,7 @@ impl Warm {
     /// When they cannot be made.
     pub fn make_files(&self, directory: &Path, definition: &Definition) -> io::Result<()> {
         private_directory(directory)?;
-        for block in definition.ram() {
+        for block in &definition.ram {
             open(&ram_file(directory, &block.id))?.set_len(block.bytes)?;
         }
         Ok(())
@@ -146,13 +146,13 @@ fn differences(
 ) -> Result<u64, FillError> {
     let mut written = 0;
     let mut bytes = Vec::new();
-    for (_, first, count) in from.diff(to).into_iter().filter(|(v, ..)| *v == volume) {
-        let end = first + count;
-        let mut at = first;
+    for run in to.changes_since(from).into_iter().filter(|run| run.volume == volume) {
+        let end = run.unit + run.count;
+        let mut at = run.unit;
         while at < end {
             let piece = (end - at).min(PIECE);
             bytes.resize(piece as usize * UNIT, 0);
-            to.read(volume, at, &mut bytes).map_err(FillError::Replica)?;
+            to.read(volume, at, piece, &mut bytes).map_err(FillError::Replica)?;
             file.write_all_at(&bytes, at * UNIT as u64).map_err(FillError::Io)?;
             written += bytes.len() as u64;
             at += piece;

@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Json, Outcome, guest_path, print_json, show, told};
 use crate::client::Client;
-use crate::guest::qemu::check::Finding;
+use crate::guest::qemu::check::{Finding, Severity};
 use crate::site::api::{AddGuest, Done, Failover, Protect, TakeBack, Unprotect};
 use crate::site::records::GuestRecord;
 use crate::site::view::{FailoverReport, MoveReport, SourceView};
@@ -73,7 +73,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
             } else {
                 show::findings(&name, &findings);
             }
-            let blocks = findings.iter().filter(|f| f.blocks()).count();
+            let blocks = findings.iter().filter(|f| f.severity == Severity::Blocks).count();
             if blocks > 0 {
                 return Err(format!("{blocks} of these stop the protection of '{name}'"));
             }

@@ -9,7 +9,7 @@ use comfy_table::{Cell, Color, ContentArrangement, Table};
 
 use super::{Outcome, guest_path, print_json, told};
 use crate::client::Client;
-use crate::guest::qemu::check::Finding;
+use crate::guest::qemu::check::{Finding, Severity};
 use crate::site::records::GuestRecord;
 use crate::site::view::{
     FailoverReport, MoveReport, PeerView, Phase, PointView, SiteView, SourceView, TargetView,
@@ -222,7 +222,7 @@ pub(super) fn findings(name: &str, findings: &[Finding]) {
     }
     let mut rows = table(&["", "What", "How to mend it"]);
     for finding in findings {
-        let severity = if finding.blocks() {
+        let severity = if finding.severity == Severity::Blocks {
             Cell::new("BLOCKS").fg(Color::Red)
         } else {
             Cell::new("warns").fg(Color::Yellow)

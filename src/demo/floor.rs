@@ -48,12 +48,12 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
     for header in points.iter().skip(1) {
         let replica = store.open_point(guest, header.point).map_err(|e| e.to_string())?;
         let so_far = floor.bytes();
-        for (volume, unit, count) in before.diff(&replica) {
-            add(&mut floor, &replica, volume, unit, count)?;
+        for run in replica.changes_since(&before) {
+            add(&mut floor, &replica, run.volume, run.unit, run.count)?;
         }
         floors.steady += floor.bytes() - so_far;
         let context: Result<PointContext, _> =
-            ciborium::de::from_reader_with_recursion_limit(&header.context[..], 64);
+            ciborium::de::from_reader_with_recursion_limit(replica.context(), 64);
         floors.steady_sent += context.map_or(0, |c| c.sent_bytes);
         before = replica;
     }
@@ -65,7 +65,7 @@ fn add(floor: &mut Floor, replica: &Replica, volume: u16, unit: u64, count: u64)
     while at < end {
         let piece = (end - at).min(64);
         let mut bytes = vec![0; piece as usize * UNIT];
-        replica.read(volume, at, &mut bytes).map_err(|e| e.to_string())?;
+        replica.read(volume, at, piece, &mut bytes).map_err(|e| e.to_string())?;
         for unit in bytes.chunks_exact(UNIT) {
             floor.unit(unit);
         }

@@ -13,8 +13,8 @@ use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
-use crate::guest::qemu::check::PeerFacts;
 use crate::guest::qemu::definition::Definition;
+use crate::guest::qemu::peer::PeerFacts;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -24,6 +24,9 @@ pub const DIGEST_PAGE_BATCHES: usize = 512;
 
 /// Units whose digests fit one [`Message::BaselinePage`].
 pub const BASELINE_PAGE_UNITS: u64 = 32 * 1024;
+
+/// Batches that one [`Message::Retire`] names, at most 9 bytes each.
+pub const RETIRE_BATCHES: usize = 64 * 1024;
 
 /// A message with its place in the conversation.
 #[derive(Debug, Serialize, Deserialize)]
@@ -236,8 +239,8 @@ pub enum Message {
     },
     /// Target: these batches are no longer kept for deduplication; refer to none of them.
     Retire {
-        /// Ranges of batch numbers, inclusive.
-        seqs: Vec<(u64, u64)>,
+        /// Their numbers; at most [`RETIRE_BATCHES`] a message.
+        seqs: Vec<u64>,
     },
     /// Target: something here hinders replication (a full store); for the source's status.
     Trouble {

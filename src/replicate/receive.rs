@@ -6,19 +6,24 @@
 //! session's window, and the source's points get older instead of being lost.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::store::{PointHeader, Seal, SealError, Store, StoreError};
+use farhaven_storage_sync::store::{Seal, SealError, Store, StoreError};
 use farhaven_storage_sync::unit::{GuestId, UNIT, VolumeIndex};
-use farhaven_wan::node::Peer;
+use farhaven_storage_sync::{PointHeader, PointStats};
+use farhaven_wan::Peer;
 use tokio::sync::{mpsc, watch};
 
 use super::message::{BASELINE_PAGE_UNITS, DIGEST_PAGE_BATCHES, Message, Refusal, SealRequest};
 
 /// Batches taken for one sync at most.
 const BATCHES_A_SYNC: usize = 256;
+
+/// Bytes of batches that may wait for the disk: twice the widest window of a session.
+const WAITING_BYTES: usize = 64 << 20;
 
 /// How long a store that cannot take data is left alone before the next try.
 const RETRY: Duration = Duration::from_secs(2);
@@ -28,7 +33,9 @@ const RETRY: Duration = Duration::from_secs(2);
 pub struct Incoming {
     /// What the peer sent.
     pub store: Store,
-    queue: mpsc::Sender<(u64, Bytes)>,
+    queue: mpsc::UnboundedSender<(u64, Bytes)>,
+    waiting: Arc<AtomicUsize>,
+    peer: Peer,
     appended: watch::Receiver<u64>,
     trouble: watch::Receiver<String>,
 }
@@ -36,20 +43,32 @@ pub struct Incoming {
 impl Incoming {
     /// Starts the appending thread. It ends when every clone is dropped.
     pub fn start(store: Store, peer: Peer) -> Self {
-        let (queue, batches) = mpsc::channel(BATCHES_A_SYNC);
+        let (queue, batches) = mpsc::unbounded_channel();
+        let waiting = Arc::new(AtomicUsize::new(0));
         let (appended_tx, appended) = watch::channel(0);
         let (trouble_tx, trouble) = watch::channel(String::new());
-        let target = store.clone();
-        tokio::task::spawn_blocking(move || {
-            append(&target, &peer, batches, &appended_tx, &trouble_tx);
-        });
-        Self { store, queue, appended, trouble }
+        let appending = Appending {
+            store: store.clone(),
+            peer: peer.clone(),
+            waiting: waiting.clone(),
+            appended: appended_tx,
+            trouble: trouble_tx,
+        };
+        tokio::task::spawn_blocking(move || appending.run(batches));
+        Self { store, queue, waiting, peer, appended, trouble }
     }
 
-    /// Takes one batch; waits when the store is behind.
-    pub async fn batch(&self, seq: u64, bytes: Bytes) {
+    /// Takes one batch. Messages must never wait behind data, so this does not
+    /// wait; a peer whose window is wider than what may wait here is refused.
+    pub fn batch(&self, seq: u64, bytes: Bytes) {
+        let size = bytes.len();
+        if self.waiting.load(Ordering::Relaxed) + size > WAITING_BYTES {
+            self.peer.refuse_data("more data was sent than may wait for the disk here");
+            return;
+        }
+        self.waiting.fetch_add(size, Ordering::Relaxed);
         // The thread ends only with the last sender.
-        let _ = self.queue.send((seq, bytes)).await;
+        let _ = self.queue.send((seq, bytes));
     }
 
     /// What hinders the store, in a sentence; empty when nothing does.
@@ -62,10 +81,10 @@ impl Incoming {
     ///
     /// # Errors
     /// When the point does not fit what is here, or cannot be made durable.
-    pub async fn seal(&self, request: &SealRequest) -> Result<PointHeader, SealError> {
+    pub async fn seal(&self, request: &SealRequest) -> Result<PointHeader, SealStep> {
         let mut context = Vec::new();
         ciborium::into_writer(&request.context, &mut context)
-            .map_err(|e| SealError::Context(e.to_string()))?;
+            .map_err(|e| SealStep::Failed(e.to_string()))?;
         let seal = Seal {
             guest: request.guest,
             point: request.point,
@@ -74,7 +93,12 @@ impl Incoming {
             volumes: request.volumes.clone(),
             batches: request.batches,
             chain: request.chain,
-            context: context.into(),
+            context,
+            stats: PointStats {
+                pause_ns: nanos(request.context.pause),
+                guest_bytes: request.context.changed_bytes,
+                wan_bytes: request.context.sent_bytes,
+            },
         };
         let mut appended = self.appended.clone();
         loop {
@@ -82,25 +106,24 @@ impl Incoming {
             let (store, attempt) = (self.store.clone(), seal.clone());
             let sealed = tokio::task::spawn_blocking(move || store.seal(attempt))
                 .await
-                .unwrap_or_else(|e| Err(SealError::Context(format!("sealing ended early: {e}"))));
+                .map_err(|e| SealStep::Failed(e.to_string()))?;
             match sealed {
                 Err(SealError::MissingBatches { .. }) if appended.changed().await.is_ok() => {}
-                other => return other,
+                other => return Ok(other?),
             }
         }
     }
 
     /// One page of the digests of everything in the log.
     pub fn digests(&self, from_seq: u64, key: [u8; 32]) -> Message {
-        match self.store.live_digests(&DigestKey(key), from_seq, DIGEST_PAGE_BATCHES) {
-            Ok(page) => Message::DigestPage {
-                next: page.last().map(|(seq, _)| seq + 1).filter(|_| page.len() == DIGEST_PAGE_BATCHES),
-                batches: page
-                    .into_iter()
-                    .map(|(seq, digests)| (seq, digests.iter().flat_map(|d| d.0).collect()))
-                    .collect(),
-            },
-            Err(error) => Message::Refused { code: Refusal::Unable, why: error.to_string() },
+        let page = self.store.live_digests(&DigestKey::new(key), from_seq, DIGEST_PAGE_BATCHES);
+        Message::DigestPage {
+            next: page.next,
+            batches: page
+                .batches
+                .into_iter()
+                .map(|(seq, digests)| (seq, digests.iter().flat_map(|d| d.0).collect()))
+                .collect(),
         }
     }
 
@@ -115,7 +138,7 @@ impl Incoming {
     ) -> Message {
         let page = || -> Result<Message, farhaven_storage_sync::replica::ReplicaError> {
             let replica = self.store.open_point(guest, point)?;
-            let key = DigestKey(key);
+            let key = DigestKey::new(key);
             let (mut runs, mut left) = (Vec::new(), BASELINE_PAGE_UNITS);
             let mut digests = Vec::new();
             for (first, count) in replica.nonzero_runs(volume) {
@@ -127,7 +150,7 @@ impl Incoming {
                     }
                     let piece = (end - at).min(left).min(256);
                     let mut bytes = vec![0; piece as usize * UNIT];
-                    replica.read(volume, at, &mut bytes)?;
+                    replica.read(volume, at, piece, &mut bytes)?;
                     digests.clear();
                     key.digests(&bytes, &mut digests);
                     runs.push((at, digests.iter().flat_map(|d| d.0).collect()));
@@ -144,46 +167,77 @@ impl Incoming {
     }
 }
 
-fn append(
-    store: &Store,
-    peer: &Peer,
-    mut queue: mpsc::Receiver<(u64, Bytes)>,
-    appended: &watch::Sender<u64>,
-    trouble: &watch::Sender<String>,
-) {
-    let mut batches = Vec::new();
-    while let Some((_, first)) = queue.blocking_recv() {
-        batches.clear();
-        batches.push(first);
-        while batches.len() < BATCHES_A_SYNC
-            && let Ok((_, next)) = queue.try_recv()
-        {
-            batches.push(next);
+/// Why a point was not sealed.
+#[derive(Debug, thiserror::Error)]
+pub enum SealStep {
+    /// The store refused.
+    #[error(transparent)]
+    Seal(#[from] SealError),
+    /// A step did not come to its end.
+    #[error("sealing ended early: {0}")]
+    Failed(String),
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// What the appending thread works with.
+struct Appending {
+    store: Store,
+    peer: Peer,
+    waiting: Arc<AtomicUsize>,
+    appended: watch::Sender<u64>,
+    trouble: watch::Sender<String>,
+}
+
+impl Appending {
+    fn run(self, mut queue: mpsc::UnboundedReceiver<(u64, Bytes)>) {
+        let mut batches = Vec::new();
+        while let Some((_, first)) = queue.blocking_recv() {
+            batches.clear();
+            batches.push(first);
+            while batches.len() < BATCHES_A_SYNC
+                && let Ok((_, next)) = queue.try_recv()
+            {
+                batches.push(next);
+            }
+            let bytes: usize = batches.iter().map(Bytes::len).sum();
+            if !self.append(&batches, &queue) {
+                return;
+            }
+            self.waiting.fetch_sub(bytes, Ordering::Relaxed);
         }
+    }
+
+    /// Appends until it works. False: nobody wants it any more.
+    fn append(&self, batches: &[Bytes], queue: &mpsc::UnboundedReceiver<(u64, Bytes)>) -> bool {
         loop {
-            match store.append(&batches) {
+            match self.store.append(batches) {
                 Ok(seqs) => {
-                    trouble.send_if_modified(|what| !std::mem::take(what).is_empty());
-                    peer.durable(&seqs);
-                    appended.send_modify(|n| *n += 1);
-                    break;
+                    self.trouble.send_if_modified(|what| !std::mem::take(what).is_empty());
+                    self.peer.durable(&seqs);
+                    self.appended.send_modify(|n| *n += 1);
+                    return true;
                 }
-                Err(StoreError::Batch { source, .. }) => {
-                    // Not our peer's encoder: whatever it is, it gets nothing acknowledged.
-                    tracing::error!(%source, "the peer sent a batch that does not verify; it is dropped");
-                    peer.disconnect("a batch does not verify");
-                    break;
+                Err(StoreError::Batch(error)) => {
+                    // Not our peer's encoder: whatever it is, nothing of it is acknowledged.
+                    tracing::error!(%error, "the peer sent a batch that does not verify; the connection is closed");
+                    self.peer.refuse_data("a batch does not verify");
+                    return true;
                 }
                 Err(error) => {
                     let what = error.to_string();
-                    tracing::error!("replicated data cannot be stored: {what}");
-                    trouble.send_if_modified(|known| {
+                    self.trouble.send_if_modified(|known| {
                         let new = *known != what;
-                        known.clone_from(&what);
+                        if new {
+                            tracing::error!("replicated data cannot be stored: {what}");
+                            known.clone_from(&what);
+                        }
                         new
                     });
                     if queue.is_closed() {
-                        return;
+                        return false;
                     }
                     std::thread::sleep(RETRY);
                 }

@@ -13,7 +13,7 @@ use std::time::Duration;
 use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder, Sequence};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
-use farhaven_wan::node::Peer;
+use farhaven_wan::Peer;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -54,8 +54,8 @@ impl Outgoing {
     /// The peer is about to drop these batches: refer to none of them any
     /// more. Returns once no shipment is open that may have referred to them
     /// before, so that the peer sees every reference there is when it checks.
-    pub async fn retire(&self, ranges: &[(u64, u64)]) {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner).remove_ranges(ranges);
+    pub async fn retire(&self, seqs: &BTreeSet<u64>) {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner).remove_seqs(seqs);
         let before = self.next_shipment.load(Ordering::Acquire);
         loop {
             let ended = self.ended.notified();
@@ -217,7 +217,7 @@ impl Shipment {
     /// A batch that never left must not be referred to.
     fn forget(&self, seq: u64) {
         let mut index = self.outgoing.index.lock().unwrap_or_else(PoisonError::into_inner);
-        index.remove_ranges(&[(seq, seq)]);
+        index.remove_seqs(&BTreeSet::from([seq]));
     }
 
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {

@@ -2,6 +2,9 @@
 
 use std::sync::Arc;
 
+use std::collections::BTreeSet;
+
+use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
 
 use super::remote::Remote;
@@ -9,6 +12,7 @@ use super::standby::Standby;
 use super::{Site, records};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, Opened, Opening, Refusal, SealRequest};
+use crate::replicate::receive::SealStep;
 
 /// Answers one question of `remote`.
 pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Message) -> Message {
@@ -57,7 +61,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         }
         Message::Retire { seqs } => {
             if let Some(outgoing) = remote.begun() {
-                outgoing.retire(&seqs).await;
+                outgoing.retire(&seqs.into_iter().collect::<BTreeSet<_>>()).await;
             }
             Message::Done
         }
@@ -151,13 +155,15 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
     let header = match remote.incoming.seal(&request).await {
         Ok(header) => header,
         Err(
-            error @ (SealError::ChainMismatch { .. }
-            | SealError::ParentMismatch { .. }
-            | SealError::MissingBatches { .. }),
+            error @ SealStep::Seal(
+                SealError::ChainMismatch { .. }
+                | SealError::ParentMismatch { .. }
+                | SealError::MissingBatches { .. },
+            ),
         ) => return refused(Refusal::OutOfStep, error),
         Err(error) => return refused(Refusal::Unable, error),
     };
-    if let Err(error) = site.record_point(&header).await {
+    if let Err(error) = site.record_point(&header, &request.context).await {
         return refused(Refusal::Unable, error);
     }
     let Some(term) = request.activate else {
@@ -186,7 +192,7 @@ async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
 
 impl Standby {
     /// For [`answer`]: begins to keep the RAM of a newly sealed point warm.
-    fn sealed(self: &Arc<Self>, header: &farhaven_storage_sync::store::PointHeader) {
+    fn sealed(self: &Arc<Self>, header: &PointHeader) {
         self.warm_up(header.point);
     }
 }

@@ -13,7 +13,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use farhaven_policies::units::Period;
-use farhaven_wan::peer::Invitation;
+use farhaven_wan::Invitation;
 use serde::{Deserialize, Serialize};
 use tokio::net::UnixListener;
 
@@ -182,9 +182,9 @@ pub async fn serve(
     served
 }
 
-async fn invite(State(site): Here, Json(body): Json<Invite>) -> Json<Invited> {
-    let invitation = site.invite(Duration::from_secs(body.valid_s)).to_string();
-    Json(Invited { invitation, valid_s: body.valid_s })
+async fn invite(State(site): Here, Json(body): Json<Invite>) -> Answer<Invited> {
+    let invitation = site.invite(Duration::from_secs(body.valid_s))?.to_string();
+    Ok(Json(Invited { invitation, valid_s: body.valid_s }))
 }
 
 async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::PeerView> {

@@ -152,6 +152,15 @@ pub(super) async fn seal(
     }
     let took = made.stopped.elapsed();
     attached.shipment = None;
+    if let Some(mut guest) = attached.guest.take() {
+        // Its clearing up talks to QEMU.
+        let point = made.point;
+        attached.guest = Some(blocking(move || {
+            guest.sealed(point);
+            guest
+        })
+        .await?);
+    }
     attached.newest = made.point;
     attached.next = made.point + 1;
     driver.view.send_modify(|v| {

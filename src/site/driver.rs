@@ -391,7 +391,7 @@ impl Driver {
                 point,
                 volume,
                 unit,
-                key: outgoing.key.0,
+                key: *outgoing.key.bytes(),
             };
             let remote = self.remote.clone();
             let answer = self.interruptible(remote.ask(question)).await??;

@@ -7,21 +7,29 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_policies::retain::{self, Point};
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::prune::Keep;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
 use super::records::GuestRecord;
 use super::remote::Remote;
 use super::standby::Standby;
-use crate::guest::qemu::attach::{AttachOptions, QemuGuest};
-use crate::guest::qemu::check::{self, Finding, PeerFacts};
+use crate::guest::qemu::check::{self, Finding};
+use crate::guest::qemu::peer::{self, PeerFacts};
+use crate::guest::qemu::{AttachOptions, QemuGuest};
 use crate::guest::qemu::definition::{Definition, DefinitionError};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::{Guest, GuestError};
-use crate::replicate::message::Message;
+use crate::replicate::message::{Message, RETIRE_BATCHES};
 
 /// QEMU answers in this time, or counts as stuck.
 const QMP_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The source forgets batches at the end of the shipments under way.
+const FORGET: Duration = Duration::from_secs(300);
+
+/// Sockets should hold at least this much, and twice what the link holds.
+const SMALLEST_BUFFER: u64 = 1 << 20;
 
 /// A peer's store is pruned only when this many of its points are past their time.
 const WORTH_PRUNING: usize = 4;
@@ -34,30 +42,44 @@ pub(super) fn define(qmp: &Path) -> Result<Definition, DefinitionError> {
 
 /// The local part of a guest's check. While the guest is protected our own
 /// driver holds its QMP socket, and the definition has to do.
-pub(super) fn check(record: &GuestRecord, attached: bool) -> Result<Vec<Finding>, DefinitionError> {
-    if attached {
-        return Ok(check::check_definition(&record.definition));
+pub(super) fn check(record: &GuestRecord, attached: bool) -> Result<Vec<Finding>, QmpError> {
+    let mut findings = check::check(&record.definition);
+    if !attached {
+        let mut qmp = Qmp::connect(&record.qmp, QMP_PATIENCE)?;
+        findings.extend(check::check_live(&mut qmp)?);
     }
-    let mut qmp = Qmp::connect(&record.qmp, QMP_PATIENCE)?;
-    Ok(check::check(&record.definition, &mut qmp))
+    Ok(findings)
 }
 
 /// The peer's part of a guest's check.
 pub(super) async fn check_at_peer(record: &GuestRecord, remote: &Remote) -> Vec<Finding> {
     let question = Message::Facts { definition: record.definition.clone() };
     match remote.ask(question).await {
-        Ok(Message::FactsKnown { facts }) => check::check_peer(&record.definition, &facts),
-        Ok(_) => vec![Finding::warning(
+        Ok(Message::FactsKnown { facts }) => {
+            let mut findings = peer::check_peer(&record.definition, &facts, 0);
+            let wanted = wanted_buffer(remote);
+            let site = &remote.record.site;
+            findings.extend(peer::check_socket_buffers(site, facts.socket_buffers, wanted));
+            findings.extend(peer::check_socket_buffers("here", peer::socket_buffers(), wanted));
+            findings
+        }
+        Ok(_) => vec![Finding::warns(
             "peer-answer",
             format!("site '{}' gave no proper answer", remote.record.site),
-            "Run the same version of Farhaven at both sites.".to_owned(),
+            "run the same version of Farhaven at both sites",
         )],
-        Err(error) => vec![Finding::warning(
+        Err(error) => vec![Finding::warns(
             "peer-unreachable",
             format!("site '{}' could not be asked: {error}", remote.record.site),
-            "Bring the link up and check again; protection begins when it is up.".to_owned(),
+            "bring the link up and check again; protection begins when it is up",
         )],
     }
+}
+
+/// Twice what is on the way at the rate seen, as far as that is known.
+fn wanted_buffer(remote: &Remote) -> u64 {
+    let link = remote.peer.status();
+    link.congestion_window_bytes.map_or(SMALLEST_BUFFER, |window| (2 * window).clamp(SMALLEST_BUFFER, 32 << 20))
 }
 
 impl Site {
@@ -76,15 +98,16 @@ impl Site {
             .collect();
         let disks =
             record.definition.disks.iter().map(|d| (d.name.clone(), d.node.clone())).collect();
-        let options = AttachOptions {
-            name: record.name.clone(),
-            qmp: record.qmp.clone(),
-            ram,
-            disks,
-            work_dir: self.run_directory(record.id),
-            key,
-            scan_threads: threads.min(8),
-        };
+        let mut options = AttachOptions::new(
+            &record.name,
+            record.qmp.clone(),
+            self.run_directory(record.id),
+            &record.id.to_string(),
+            *key.bytes(),
+        );
+        options.ram = ram;
+        options.disks = disks;
+        options.scan_threads = threads.min(8);
         Ok(Box::new(QemuGuest::attach(options)?))
     }
 
@@ -116,13 +139,9 @@ impl Site {
     pub(super) async fn peer_facts(self: &Arc<Self>, definition: &Definition) -> PeerFacts {
         let (site, definition) = (self.clone(), definition.clone());
         tokio::task::spawn_blocking(move || {
-            check::peer_facts(
-                &definition,
-                &site.config.activate.qemu,
-                &site.config.ram_dir(),
-                &site.config.store_dir(),
-                site.node.socket_buffers(),
-            )
+            let mut definition = definition;
+            definition.program = site.config.activate.qemu.display().to_string();
+            peer::peer_facts(&definition, &site.config.ram_dir(), &site.config.store_dir())
         })
         .await
         .unwrap_or_default()
@@ -132,7 +151,7 @@ impl Site {
 /// Drops the points past their time that a peer sent, in two steps: the peer
 /// forgets what is about to go, then it goes.
 pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> Result<(), String> {
-    let mut keep: Vec<(GuestId, Vec<u64>)> = Vec::new();
+    let mut keep = Keep::new();
     let mut past = 0;
     for standby in standbys {
         let opening = standby.opening();
@@ -149,34 +168,50 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
             .collect();
         let verdicts = retain::retain(&opening.retention, &points, SystemTime::now());
         past += verdicts.iter().filter(|v| !v.keep).count();
-        keep.push((
+        keep.insert(
             opening.guest,
             verdicts.iter().filter(|v| v.keep).map(|v| v.number).collect(),
-        ));
+        );
     }
     if past < WORTH_PRUNING {
         return Ok(());
     }
+    perform(remote, keep).await
+}
+
+async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
     let store = remote.incoming.store.clone();
     let planned = {
         let store = store.clone();
         tokio::task::spawn_blocking(move || store.plan_prune(&keep)).await
     };
     let plan = planned.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-    if remote.connected() {
-        // A source that cannot be reached now learns what is here when it comes back.
-        let retire = Message::Retire { seqs: plan.retired_ranges() };
-        remote.ask_within(retire, Duration::from_secs(120)).await.map_err(|e| e.to_string())?;
-    } else {
+    if plan.is_empty() {
         return Ok(());
     }
-    let done = tokio::task::spawn_blocking(move || store.perform_prune(plan)).await;
+    for seqs in plan.retire.chunks(RETIRE_BATCHES) {
+        let retire = Message::Retire { seqs: seqs.to_vec() };
+        if let Err(error) = remote.ask_within(retire, FORGET).await {
+            store.give_up_prune(&plan);
+            return Err(error.to_string());
+        }
+    }
+    let done = tokio::task::spawn_blocking(move || store.perform_prune(&plan)).await;
     let report = done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
     tracing::info!(
         peer = %remote.record.site,
         points = report.points,
-        freed_bytes = report.freed_bytes,
+        freed_bytes = report.bytes_freed,
         "old points were pruned"
     );
+    Ok(())
+}
+
+/// Drops every point of a guest that is given up, and frees what only they needed.
+pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
+    let store = remote.incoming.store.clone();
+    let keep = Keep::from([(guest, std::collections::BTreeSet::new())]);
+    perform(remote, keep).await?;
+    store.forget_guest(guest);
     Ok(())
 }

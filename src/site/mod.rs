@@ -27,16 +27,19 @@ use std::time::{Duration, SystemTime};
 use farhaven_policies::site::SiteConfig;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::store::{PointHeader, Store, StoreError, StoreOptions};
+use farhaven_storage_sync::PointHeader;
+use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
 use farhaven_storage_sync::unit::GuestId;
-use farhaven_wan::node::{Node, NodeError, PeerRecord};
-use farhaven_wan::peer::{Identity, IdentityError, SiteKey};
+use farhaven_wan::link::StartError;
+use farhaven_wan::peer::IdentityError;
+use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
 use crate::activate::fence::{Fence, FenceError, Term};
-use crate::activate::nbd::NbdServer;
+use crate::activate::nbd::{NbdError, NbdServer};
 use crate::replicate::receive::Incoming;
 use driver::{Command, Driver, DriverHandle};
-use records::{Activation, GuestRecord, Protection, StandbyRecord};
+use crate::replicate::message::PointContext;
+use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use standby::Standby;
 pub use standby::ActivateError;
@@ -58,7 +61,7 @@ pub enum SiteError {
     Identity(#[from] IdentityError),
     /// Its network.
     #[error(transparent)]
-    Node(#[from] NodeError),
+    Node(#[from] StartError),
     /// Its catalogue.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
@@ -68,15 +71,9 @@ pub enum SiteError {
     /// Its terms.
     #[error(transparent)]
     Fence(#[from] FenceError),
-    /// Its unix sockets.
-    #[error("cannot listen on {path}: {source}. Is another farhaven running on this state directory?")]
-    Socket {
-        /// Which.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
+    /// Its exports of points.
+    #[error(transparent)]
+    Exports(#[from] NbdError),
 }
 
 /// A running site.
@@ -86,7 +83,7 @@ pub struct Site {
     /// Terms, durable.
     pub fence: Fence,
     identity: Identity,
-    node: Node,
+    node: Arc<Node>,
     catalogue: Catalogue,
     /// Key of every digest of this process.
     tracking_key: DigestKey,
@@ -94,7 +91,7 @@ pub struct Site {
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
     sealed: RwLock<BTreeMap<GuestId, SystemTime>>,
-    exports: NbdServer,
+    exports: Arc<NbdServer>,
 }
 
 impl Site {
@@ -114,17 +111,15 @@ impl Site {
             tracing::warn!(why, "the catalogue was rebuilt");
         }
         let fence = Fence::open(&state.join("terms"))?;
-        let exports_socket = config.run_dir().join("nbd.sock");
-        let exports = NbdServer::bind(&exports_socket)
-            .map_err(|source| SiteError::Socket { path: exports_socket, source })?;
-        let node = Node::start(identity.clone(), config.node_options()).await?;
+        let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
+        let node = Arc::new(Node::start(&identity, node_options(&config))?);
         let site = Arc::new(Self {
             config,
             fence,
             identity,
             node,
             catalogue,
-            tracking_key: DigestKey(rand::random()),
+            tracking_key: DigestKey::random(),
             remotes: RwLock::default(),
             drivers: RwLock::default(),
             standbys: RwLock::default(),
@@ -157,7 +152,7 @@ impl Site {
     pub async fn shutdown(&self) {
         // Drivers let go of their guests when their command queues close.
         self.drivers.write().unwrap_or_else(PoisonError::into_inner).clear();
-        self.node.shutdown().await;
+        self.node.close().await;
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
     }
@@ -189,15 +184,18 @@ impl Site {
     }
 
     fn store_directory(&self, key: &SiteKey) -> PathBuf {
-        self.config.site.state_dir.join("store").join(key.hex())
+        self.config.store_dir().join(hex(key.as_bytes()))
     }
 
     /// Begins to speak with a paired site.
     fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
-        let options = StoreOptions { segment_bytes: self.config.store.segment_bytes(), ..StoreOptions::default() };
+        let options = StoreOptions {
+            segment_bytes: self.config.store.segment_bytes.bytes(),
+            ..StoreOptions::default()
+        };
         let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
-        for line in &report.notes {
-            tracing::warn!(peer = %record.site, "{line}");
+        for damaged in &report.damaged {
+            tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
         let peer = self.node.trust(record.clone());
         let incoming = Incoming::start(store, peer.clone());
@@ -300,20 +298,57 @@ impl Site {
     }
 
     /// A point is sealed: the catalogue knows it before the peer does.
-    async fn record_point(&self, header: &PointHeader) -> Result<(), CatalogueError> {
-        let key = format!("{}/{:016x}", header.guest, header.point);
-        let (catalogue, header) = (self.catalogue.clone(), header.clone());
+    async fn record_point(
+        &self,
+        header: &PointHeader,
+        context: &PointContext,
+    ) -> Result<(), CatalogueError> {
+        let key = point_key(header.guest, header.point);
+        let record = PointRecord {
+            cut_at: header.cut_at_unix_ns,
+            pause: context.pause,
+            ram_scan: context.ram_scan,
+            ram_scanned_bytes: context.ram_scanned_bytes,
+        };
+        let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {
-            catalogue.put(Table::Points, &key, &header)?;
+            catalogue.put(Table::Points, &key, &record)?;
             catalogue.flush()
         })
         .await
         .unwrap_or(Ok(()))
     }
 
+    /// Sockets and copy-before-write images of a guest that runs here.
     fn run_directory(&self, guest: GuestId) -> PathBuf {
-        self.config.run_dir().join(guest.to_string())
+        self.config.run_dir().join(guest.to_string()).join("source")
     }
+}
+
+fn node_options(config: &SiteConfig) -> NodeOptions {
+    let link = &config.link;
+    NodeOptions {
+        listen: config.listen.address,
+        link: LinkOptions {
+            window_bytes: link.window.bytes() / 2,
+            send_window_bytes: link.window.bytes(),
+            receive_queue_bytes: usize::try_from(link.window.bytes()).unwrap_or(usize::MAX),
+            keep_alive: link.keep_alive.duration(),
+            idle_timeout: link.idle_timeout.duration(),
+            segmentation_offload: link.gso,
+            socket_buffer_bytes: usize::try_from(link.socket_buffer.bytes()).unwrap_or(usize::MAX),
+            rate_limit: link.rate_limit.rate().map(|rate| rate.bits_per_second()),
+            ..LinkOptions::default()
+        },
+    }
+}
+
+fn point_key(guest: GuestId, point: u64) -> String {
+    format!("{guest}/{point:016x}")
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 /// Nanoseconds since 1970.

@@ -8,19 +8,20 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_policies::units::Period;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
-use farhaven_wan::peer::{Introduction, Invitation};
+use farhaven_wan::{Introduction, Invitation, PeerRecord};
 
 use super::driver::Command;
 use super::records::{GuestRecord, Protection, StandbyRecord};
 use super::remote::Remote;
 use super::standby::Standby;
+use super::records::PointRecord;
 use super::view::{
     FailoverReport, MoveReport, PeerView, Phase, PointView, SiteView, SourceView, TargetView,
 };
 use super::{Site, age};
 use crate::activate::fence::Term;
-use crate::guest::qemu::check::Finding;
-use crate::replicate::message::{Message, Opening, PointContext};
+use crate::guest::qemu::check::{Finding, Severity};
+use crate::replicate::message::{Message, Opening};
 
 /// How often points are looked through for those past their time.
 const PRUNE_EVERY: Duration = Duration::from_secs(30);
@@ -50,16 +51,39 @@ impl Site {
     // ---- sites
 
     /// An invitation for another site, valid for `valid`.
-    pub fn invite(&self, valid: Duration) -> Invitation {
-        self.node.invite(&self.introduction(), valid)
+    ///
+    /// # Errors
+    /// When no address of this site can be told to peers, or too many
+    /// invitations are open.
+    pub fn invite(&self, valid: Duration) -> Result<Invitation, OperateError> {
+        let valid = valid.clamp(Duration::from_secs(10), Duration::from_secs(7 * 24 * 3600));
+        let expires = super::unix_ns(SystemTime::now() + valid) / 1_000_000_000;
+        let invitation =
+            Invitation::new(&self.config.site.name, self.key(), self.addresses()?, expires)
+                .map_err(failed)?;
+        self.node.invite(&invitation).map_err(failed)?;
+        Ok(invitation)
     }
 
-    fn introduction(&self) -> Introduction {
-        let mut addresses = self.config.listen.advertise.clone();
-        if addresses.is_empty() {
-            addresses.push(self.local_addr().to_string());
+    /// Where peers reach this site.
+    fn addresses(&self) -> Result<Vec<String>, OperateError> {
+        let configured = &self.config.listen.advertise;
+        if !configured.is_empty() {
+            return Ok(configured.clone());
         }
-        Introduction { site: self.config.site.name.clone(), addresses }
+        let listens = self.local_addr();
+        if listens.ip().is_unspecified() {
+            return Err(OperateError::Conflict(
+                "this site listens on every address and does not know which one peers reach; set listen.advertise = [\"HOST:PORT\"] in its configuration, and start it again".to_owned(),
+            ));
+        }
+        Ok(vec![listens.to_string()])
+    }
+
+    fn introduction(&self) -> Result<Introduction, OperateError> {
+        // The side that accepts an invitation dials; it need not be reachable itself.
+        let addresses = self.addresses().unwrap_or_default();
+        Introduction::new(self.config.site.name.clone(), addresses).map_err(failed)
     }
 
     /// Accepts another site's invitation: both pin each other's key.
@@ -67,26 +91,26 @@ impl Site {
     /// # Errors
     /// When the invitation is not valid, or its site cannot be reached.
     pub async fn pair(self: &Arc<Self>, invitation: &Invitation) -> Result<PeerView, OperateError> {
-        if invitation.key == self.key() {
+        if invitation.key() == self.key() {
             return Err(OperateError::Conflict(
                 "this invitation is this site's own; accept it at the other site".to_owned(),
             ));
         }
-        if self.remote(&invitation.site).is_some() {
+        if self.remote(invitation.site()).is_some() {
             return Err(OperateError::Conflict(format!(
                 "a site named '{0}' is paired already; run: farhaven peer remove {0}",
-                invitation.site
+                invitation.site()
             )));
         }
         let record =
-            self.node.accept_invitation(invitation, self.introduction()).await.map_err(failed)?;
+            self.node.accept_invitation(invitation, &self.introduction()?).await.map_err(failed)?;
         let remote = self.add_peer(record)?;
         Ok(peer_view(&remote))
     }
 
     fn add_peer(
         self: &Arc<Self>,
-        record: farhaven_wan::node::PeerRecord,
+        record: PeerRecord,
     ) -> Result<Arc<Remote>, OperateError> {
         self.catalogue.put(Table::Peers, &record.site, &record).map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
@@ -330,7 +354,8 @@ impl Site {
             )));
         }
         let findings = self.check_guest(name, Some(to)).await?;
-        let blocks: Vec<_> = findings.iter().filter(|f| f.blocks()).collect();
+        let blocks: Vec<_> =
+            findings.iter().filter(|f| f.severity == Severity::Blocks).collect();
         if !blocks.is_empty() {
             let list: Vec<_> = blocks.iter().map(|f| format!("{}: {}", f.what, f.mend)).collect();
             return Err(OperateError::Conflict(format!(
@@ -343,7 +368,10 @@ impl Site {
             policy.rpo = rpo;
         }
         if let Some(problem) = policy.problems().first() {
-            return Err(OperateError::Conflict(format!("the policy cannot be kept: {problem}")));
+            return Err(OperateError::Conflict(format!(
+                "the policy cannot be kept: {} {}",
+                problem.key, problem.what
+            )));
         }
         self.start_protection(Protection {
             guest: record.id,
@@ -546,19 +574,20 @@ impl Site {
             .points()
             .iter()
             .map(|p| {
-                let context: Option<PointContext> =
-                    ciborium::de::from_reader_with_recursion_limit(&p.context[..], 64).ok();
-                let ms = |d: Option<Duration>| d.unwrap_or_default().as_secs_f64() * 1e3;
+                let key = super::point_key(p.guest, p.point);
+                let record: Option<PointRecord> =
+                    self.catalogue.find(Table::Points, &key).unwrap_or_default();
+                let ms = |d: Duration| d.as_secs_f64() * 1e3;
                 PointView {
                     point: p.point,
                     cut_at: jiff::Timestamp::from_nanosecond(i128::from(p.cut_at_unix_ns))
                         .map_or_else(|_| "?".to_owned(), |t| t.to_string()),
                     age_ms: age(p.cut_at_unix_ns).as_millis() as u64,
-                    pause_ms: ms(context.as_ref().map(|c| c.pause)),
-                    ram_scan_ms: ms(context.as_ref().map(|c| c.ram_scan)),
-                    ram_scanned_bytes: context.as_ref().map_or(0, |c| c.ram_scanned_bytes),
-                    changed_bytes: context.as_ref().map_or(0, |c| c.changed_bytes),
-                    sent_bytes: context.as_ref().map_or(0, |c| c.sent_bytes),
+                    pause_ms: ms(Duration::from_nanos(p.stats.pause_ns)),
+                    ram_scan_ms: record.map_or(0.0, |r| ms(r.ram_scan)),
+                    ram_scanned_bytes: record.map_or(0, |r| r.ram_scanned_bytes),
+                    changed_bytes: p.stats.guest_bytes,
+                    sent_bytes: p.stats.wan_bytes,
                 }
             })
             .collect())
@@ -649,7 +678,7 @@ fn peer_view(remote: &Remote) -> PeerView {
         key: remote.record.key.to_string(),
         addresses: remote.record.addresses.clone(),
         connected: remote.connected(),
-        rtt_ms: remote.connected().then(|| link.rtt.as_secs_f64() * 1e3),
+        rtt_ms: link.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
         sent_bytes: link.udp_tx_bytes,
         received_bytes: link.udp_rx_bytes,
         lost_packets: link.lost_packets,
@@ -666,9 +695,9 @@ pub(super) async fn pairings(site: Weak<Site>) {
         let Some(strong) = site.upgrade() else { return };
         let node = strong.node.clone();
         drop(strong);
-        let Some(record) = node.pairing().await else { return };
+        let Some(pairing) = node.pairing().await else { return };
         let Some(site) = site.upgrade() else { return };
-        if let Err(error) = site.add_peer(record) {
+        if let Err(error) = site.add_peer(pairing.record) {
             tracing::error!(%error, "a pairing cannot be kept");
         }
     }

@@ -1,6 +1,7 @@
 //! What a site remembers in its catalogue, as JSON values.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
@@ -48,6 +49,20 @@ pub struct StandbyRecord {
     pub from: String,
     /// What the peer told of it.
     pub opening: Opening,
+}
+
+/// What was measured of a point, for listings. Rebuilt without the scan's
+/// figures from the point's own manifest.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+pub struct PointRecord {
+    /// Nanoseconds since 1970.
+    pub cut_at: u64,
+    /// How long the guest was stopped.
+    pub pause: Duration,
+    /// Of that: scanning RAM.
+    pub ram_scan: Duration,
+    /// Bytes of RAM looked at in that time.
+    pub ram_scanned_bytes: u64,
 }
 
 /// A guest that was taken over and runs here.

@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, Place};
-use farhaven_wan::node::{Peer, PeerEvent, PeerRecord};
-use tokio::sync::{OnceCell, oneshot, watch};
+use farhaven_wan::{Peer, PeerEvent, PeerRecord};
+use tokio::sync::{OnceCell, Semaphore, oneshot, watch};
 
 use super::Site;
 use crate::replicate::message::{Envelope, Message, Refusal};
@@ -18,6 +18,9 @@ use crate::replicate::send::Outgoing;
 
 /// Longest a peer may think about a question that needs no data to arrive.
 const ANSWER: Duration = Duration::from_secs(30);
+
+/// Questions of one peer that are worked on at a time.
+const QUESTIONS: usize = 256;
 
 /// Why a question has no answer.
 #[derive(Debug, thiserror::Error)]
@@ -57,6 +60,7 @@ pub struct Remote {
     /// How many connections there were so far; odd while connected.
     connections: watch::Sender<u64>,
     trouble: Mutex<String>,
+    questions: Arc<Semaphore>,
 }
 
 impl Remote {
@@ -71,6 +75,7 @@ impl Remote {
             next_id: AtomicU64::new(1),
             connections: watch::channel(0).0,
             trouble: Mutex::default(),
+            questions: Arc::new(Semaphore::new(QUESTIONS)),
         }
     }
 
@@ -152,7 +157,7 @@ impl Remote {
             let outgoing = Outgoing::new(self.peer.clone(), last_seq + 1, index_bytes, key);
             let mut next = (last_seq > 0).then_some(1);
             while let Some(from_seq) = next {
-                let question = Message::Digests { from_seq, key: outgoing.key.0 };
+                let question = Message::Digests { from_seq, key: *outgoing.key.bytes() };
                 let Message::DigestPage { batches, next: following } = self.ask(question).await? else {
                     return Err(AskError::Unfitting(self.record.site.clone()));
                 };
@@ -171,16 +176,13 @@ impl Remote {
         made.await.cloned()
     }
 
+    /// The sending half, if a guest was ever opened at the peer.
+    pub fn begun(&self) -> Option<Arc<Outgoing>> {
+        self.outgoing.get().cloned()
+    }
+
     /// Serves the peer until the daemon ends or the pairing is revoked.
     pub async fn serve(self: Arc<Self>, site: Weak<Site>) {
-        let data = tokio::spawn({
-            let remote = self.clone();
-            async move {
-                while let Some((seq, bytes)) = remote.peer.data().await {
-                    remote.incoming.batch(seq, bytes).await;
-                }
-            }
-        });
         let mut trouble = self.incoming.trouble();
         loop {
             let event = tokio::select! {
@@ -209,10 +211,10 @@ impl Remote {
                     self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clear();
                 }
                 Some(PeerEvent::Message(bytes)) => self.message(&site, &bytes),
+                Some(PeerEvent::Data { seq, bytes }) => self.incoming.batch(seq, bytes),
                 None => break,
             }
         }
-        data.abort();
     }
 
     fn message(self: &Arc<Self>, site: &Arc<Site>, bytes: &[u8]) {
@@ -233,8 +235,14 @@ impl Remote {
             *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = what;
             return;
         }
+        // A peer that asks without end waits for its own answers.
+        let Ok(room) = self.questions.clone().try_acquire_owned() else {
+            tracing::warn!(peer = %self.record.site, "too many questions at once; one is dropped");
+            return;
+        };
         let (remote, site) = (self.clone(), site.clone());
         tokio::spawn(async move {
+            let _room = room;
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
             if let Some(id) = envelope.id {
                 let reply = Envelope { id: None, answers: Some(id), body: answer };

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::replica::Replica;
-use farhaven_storage_sync::store::PointHeader;
+use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::records::{Activation, StandbyRecord};
@@ -17,7 +17,7 @@ use super::remote::Remote;
 use super::view::{ActiveView, TargetView};
 use super::{Site, age, unix_ns};
 use crate::activate::fence::Term;
-use crate::activate::place::{Ready, place};
+use crate::activate::place::{Ground, Ready};
 use crate::activate::warm::Warm;
 use crate::replicate::message::{ActivationTimes, Opening, PointContext};
 
@@ -190,7 +190,7 @@ impl Standby {
 
     fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
-        let context = ciborium::de::from_reader_with_recursion_limit(&replica.header().context[..], 64)
+        let context = ciborium::de::from_reader_with_recursion_limit(replica.context(), 64)
             .map_err(|e: ciborium::de::Error<std::io::Error>| ActivateError::Context(point, e.to_string()))?;
         Ok((Arc::new(replica), context))
     }
@@ -219,8 +219,13 @@ impl Standby {
     async fn launch(&self, point: u64) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
-        let guest = self.guest;
-        step(move || place(&site, guest, replica, &context.definition)).await?
+        let (guest, term) = (self.guest, site.fence.current(self.guest));
+        // Each activation has a directory of its own: what an earlier one left is evidence.
+        let term = term.filter(|t| t.owner == site.key()).map_or_else(
+            || term.map_or(1, |t| t.number + 1),
+            |own| own.number,
+        );
+        step(move || Ready::launch(&ground(&site, guest, term), &replica, &context.definition)).await?
     }
 
     /// Gets ready for a planned move.
@@ -361,7 +366,7 @@ impl Standby {
                 let began = Instant::now();
                 times.ram_bytes = self.fill(state, point).await?;
                 times.ram = began.elapsed();
-                ready.serve(&replica);
+                ready.serve(&replica)?;
                 ready
             }
             None => {
@@ -440,9 +445,11 @@ impl Standby {
     /// Announces the guest, then copies its disks out of the store.
     async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
         let standby = self.clone();
+        let rate = self.site.upgrade().and_then(|s| s.config.activate.hydrate_rate.rate());
+        let rate = rate.map_or(0, |rate| rate.bytes_per_second());
         let done = tokio::task::spawn_blocking(move || {
             ready.announce();
-            ready.hydrate(|done, total| standby.see(|s| s.hydration = Some((done, total))))
+            ready.hydrate(rate, |done, total| standby.see(|s| s.hydration = Some((done, total))))
         })
         .await;
         match done {
@@ -475,8 +482,12 @@ impl Standby {
         let site = self.site()?;
         let (replica, context) = self.open(activation.point)?;
         let found = {
-            let (site, activation, guest) = (site.clone(), activation.clone(), self.guest);
-            step(move || Ready::adopt(&site, guest, replica, &context.definition, &activation)).await?
+            let (site, guest) = (site.clone(), self.guest);
+            let (term, hydrated) = (activation.term.number, activation.hydrated);
+            step(move || {
+                Ready::adopt(&ground(&site, guest, term), &replica, &context.definition, hydrated)
+            })
+            .await?
         };
         match found {
             Ok(ready) => {
@@ -530,13 +541,9 @@ impl Standby {
         self.see(|s| s.warm_point = None);
         let store = self.remote.incoming.store.clone();
         let guest = self.guest;
-        step(move || {
-            store.abandon(guest);
-            if discard { store.forget(guest) } else { Ok(()) }
-        })
-        .await?
-        .map_err(|e| ActivateError::Step(e.to_string()))?;
+        store.abandon(guest);
         if discard {
+            super::guests::discard_points(&self.remote, guest).await.map_err(ActivateError::Step)?;
             site.forget_standby(guest)?;
         }
         Ok(())
@@ -545,6 +552,18 @@ impl Standby {
     /// What goes into the catalogue.
     pub(super) fn record(&self) -> StandbyRecord {
         StandbyRecord { from: self.from(), opening: self.opening() }
+    }
+}
+
+/// Where a guest is put on this host under a term.
+fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
+    Ground {
+        guest,
+        run: site.config.run_dir().join(guest.to_string()).join(format!("t{term}")),
+        ram: site.config.ram_dir().join(guest.to_string()),
+        exports: &site.exports,
+        networks: &site.config.networks,
+        qemu: &site.config.activate.qemu,
     }
 }
 
