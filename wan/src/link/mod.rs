@@ -1,0 +1,26 @@
+//! The QUIC link between sites; nothing outside this folder names quinn.
+//!
+//! A [`Node`] is one site's end of all its links: one UDP socket, which both
+//! accepts and dials. Each trusted site is a [`Peer`]. What comes from it goes
+//! connection -> streams -> frames -> the session's receiver -> events; what
+//! goes to it takes the same way back.
+
+mod close;
+mod connection;
+mod data;
+mod dial;
+mod node;
+mod options;
+mod pair;
+mod remote;
+mod socket;
+mod status;
+mod streams;
+mod tls;
+
+pub use node::{Node, NodeOptions, Pairing, StartError};
+pub use options::LinkOptions;
+pub use pair::PairError;
+pub use remote::{AcknowledgeError, Closed, Peer, PeerEvent, SendDataError, SendMessageError};
+pub use socket::SocketBuffers;
+pub use status::LinkStatus;

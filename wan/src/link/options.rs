@@ -1,0 +1,104 @@
+//! What an operator may set of a link, and the QUIC transport made of it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quinn::congestion::ControllerFactory;
+use quinn::{IdleTimeout, TransportConfig, VarInt};
+
+use crate::limits;
+
+/// A source of congestion controllers, one for each connection.
+pub(crate) type Congestion = Arc<dyn ControllerFactory + Send + Sync>;
+
+/// What may be set of a link. Start from the default and change fields.
+#[derive(Clone)]
+pub struct LinkOptions {
+    /// Batches kept unacknowledged, in bytes: at least what the peer makes
+    /// durable in the time a batch and its acknowledgement need.
+    pub window_bytes: u64,
+    /// Bytes QUIC keeps unacknowledged: at least twice the link's
+    /// bandwidth-delay product.
+    pub send_window_bytes: u64,
+    /// Bytes of received batches that wait for the application. With them full,
+    /// the peer is held back.
+    pub receive_queue_bytes: usize,
+    /// Pause after which a sign of life is sent.
+    pub keep_alive: Duration,
+    /// Silence after which a connection counts as cut.
+    pub idle_timeout: Duration,
+    /// Longest a handshake may take, from the first packet to the greeting.
+    pub handshake_timeout: Duration,
+    /// Generic segmentation offload: sending costs a third with it. Off for
+    /// network drivers that lose its packets.
+    pub segmentation_offload: bool,
+    /// Socket buffers to ask for, in bytes; the system may give less.
+    pub socket_buffer_bytes: usize,
+    /// Shortest and longest wait before dialling again.
+    pub redial: (Duration, Duration),
+    /// Controller to use instead of QUIC's own.
+    pub(crate) congestion: Option<Congestion>,
+}
+
+impl Default for LinkOptions {
+    fn default() -> Self {
+        LinkOptions {
+            window_bytes: 16 << 20,
+            send_window_bytes: 32 << 20,
+            receive_queue_bytes: 32 << 20,
+            keep_alive: Duration::from_secs(2),
+            idle_timeout: Duration::from_secs(8),
+            handshake_timeout: Duration::from_secs(8),
+            segmentation_offload: true,
+            socket_buffer_bytes: 4 << 20,
+            redial: (Duration::from_millis(200), Duration::from_secs(5)),
+            congestion: None,
+        }
+    }
+}
+
+impl std::fmt::Debug for LinkOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("LinkOptions")
+            .field("window_bytes", &self.window_bytes)
+            .field("send_window_bytes", &self.send_window_bytes)
+            .field("receive_queue_bytes", &self.receive_queue_bytes)
+            .field("keep_alive", &self.keep_alive)
+            .field("idle_timeout", &self.idle_timeout)
+            .field("segmentation_offload", &self.segmentation_offload)
+            .field("socket_buffer_bytes", &self.socket_buffer_bytes)
+            .finish_non_exhaustive()
+    }
+}
+
+impl LinkOptions {
+    /// Bytes of received batches that may wait: at least two batches, and what
+    /// a semaphore can count.
+    pub(crate) fn receive_permits(&self) -> usize {
+        self.receive_queue_bytes
+            .clamp(2 * limits::MAX_BATCH_BYTES, u32::MAX as usize)
+    }
+
+    /// The QUIC transport of these options. One configuration for both roles.
+    pub(crate) fn transport(&self) -> TransportConfig {
+        let mut transport = TransportConfig::default();
+        transport
+            // One control stream each way; the dialling side opens it.
+            .max_concurrent_bidi_streams(VarInt::from_u32(1))
+            // Data streams, and the acknowledgement stream.
+            .max_concurrent_uni_streams(VarInt::from_u32(limits::MAX_DATA_STREAMS + 1))
+            .stream_receive_window(VarInt::from_u32(limits::STREAM_RECEIVE_WINDOW))
+            .receive_window(VarInt::from_u32(limits::RECEIVE_WINDOW))
+            .send_window(self.send_window_bytes.max(limits::MAX_BATCH_BYTES as u64))
+            // Oldest stream first: batches become whole, and durable, in order.
+            .send_fairness(false)
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_idle_timeout(IdleTimeout::try_from(self.idle_timeout).ok())
+            .datagram_receive_buffer_size(None)
+            .enable_segmentation_offload(self.segmentation_offload);
+        if let Some(congestion) = &self.congestion {
+            transport.congestion_controller_factory(congestion.clone());
+        }
+        transport
+    }
+}

@@ -1,0 +1,125 @@
+//! The receiving half: what has arrived, what is durable, what to acknowledge.
+
+use std::collections::BTreeSet;
+
+use super::RangeSet;
+use crate::frame::{Ranges, Resume};
+use crate::limits;
+
+/// What a batch that arrived is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Arrival {
+    /// Not seen before from this incarnation of the sender: the application gets it.
+    New,
+    /// Here already: dropped, and acknowledged again if it is durable.
+    Duplicate,
+}
+
+/// What a sender must not do. The connection is closed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum ReceiverError {
+    /// Its numbers have more gaps than are remembered.
+    #[error(
+        "the peer's batch numbers have more than {} gaps",
+        limits::MAX_REMEMBERED_RANGES
+    )]
+    TooSparse,
+    /// It sends on although nothing was acknowledged.
+    #[error(
+        "the peer sent more than {} batches without acknowledgement",
+        limits::MAX_IN_HAND_BATCHES
+    )]
+    TooMany,
+}
+
+/// The receiving half of a session.
+#[derive(Debug, Default)]
+pub struct Receiver {
+    incarnation: Option<u64>,
+    /// With the application, not durable yet.
+    in_hand: BTreeSet<u64>,
+    durable: RangeSet,
+    /// Durable, and to be told.
+    to_acknowledge: RangeSet,
+}
+
+impl Receiver {
+    /// A connection of a sender begins. Another incarnation than before is
+    /// another process, which knows nothing of the earlier batches.
+    pub fn begin(&mut self, incarnation: u64) {
+        if self.incarnation != Some(incarnation) {
+            *self = Receiver {
+                incarnation: Some(incarnation),
+                ..Receiver::default()
+            };
+        }
+        // What was acknowledged on the last connection may not have got there;
+        // `resume` tells it all.
+        self.to_acknowledge.clear();
+    }
+
+    /// What this side has, for the sender.
+    pub fn resume(&self) -> Resume {
+        Resume {
+            durable: self.durable.newest(limits::MAX_RANGES),
+            held: self
+                .in_hand
+                .iter()
+                .copied()
+                .collect::<RangeSet>()
+                .newest(limits::MAX_RANGES),
+        }
+    }
+
+    /// A batch arrived.
+    ///
+    /// # Errors
+    /// When the sender goes beyond what is remembered of one.
+    pub fn arrived(&mut self, seq: u64) -> Result<Arrival, ReceiverError> {
+        if self.durable.contains(seq) {
+            self.to_acknowledge.insert(seq);
+            return Ok(Arrival::Duplicate);
+        }
+        if self.in_hand.contains(&seq) {
+            return Ok(Arrival::Duplicate);
+        }
+        if self.in_hand.len() >= limits::MAX_IN_HAND_BATCHES {
+            return Err(ReceiverError::TooMany);
+        }
+        if self.durable.ranges() >= limits::MAX_REMEMBERED_RANGES {
+            return Err(ReceiverError::TooSparse);
+        }
+        self.in_hand.insert(seq);
+        Ok(Arrival::New)
+    }
+
+    /// The application made these durable. Numbers that it was not handed by
+    /// this incarnation of the sender are ignored. True when there is
+    /// something to acknowledge.
+    pub fn durable(&mut self, seqs: &[u64]) -> bool {
+        for &seq in seqs {
+            if self.in_hand.remove(&seq) {
+                self.durable.insert(seq);
+                self.to_acknowledge.insert(seq);
+            }
+        }
+        !self.to_acknowledge.is_empty()
+    }
+
+    /// The application could not keep what it was handed: the sender has to
+    /// send it again, on a new connection.
+    pub fn give_back(&mut self) {
+        self.in_hand.clear();
+    }
+
+    /// The next acknowledgement to send, as many ranges as fit one frame.
+    pub fn next_acknowledgement(&mut self) -> Option<Ranges> {
+        let ranges = self.to_acknowledge.take(limits::MAX_RANGES);
+        (!ranges.is_empty()).then_some(ranges)
+    }
+
+    /// Batches with the application that are not durable.
+    pub fn in_hand(&self) -> usize {
+        self.in_hand.len()
+    }
+}
