@@ -67,6 +67,9 @@ pub const MAX_PAIRING_FAILURES: u32 = 5;
 /// Incoming connections that may be in their handshake at once.
 pub const MAX_HANDSHAKES: usize = 64;
 
+/// Connections of one trusted site that may be in their greeting at once.
+pub const MAX_GREETINGS: usize = 8;
+
 /// Handshakes under way from which on a source address must prove itself first.
 pub const HANDSHAKES_BEFORE_RETRY: usize = 16;
 

@@ -69,6 +69,7 @@ async fn serve(
 ) -> Result<(Duration, Fault), Fault> {
     let limit = remote.options.handshake_timeout;
     let slow = |_| Fault::Slow;
+    let greeting = remote.greetings.try_acquire().map_err(|_| Fault::Busy)?;
     let (mut send, mut receive, hello) = timeout(limit, greet(remote, connection, dialled))
         .await
         .map_err(slow)??;
@@ -99,6 +100,7 @@ async fn serve(
             remote_incarnation: hello.incarnation,
         });
     }
+    drop(greeting);
     remote.connected.send_replace(true);
     remote
         .notice(PeerEvent::Connected {

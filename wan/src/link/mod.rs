@@ -24,3 +24,6 @@ pub use pair::PairError;
 pub use remote::{AcknowledgeError, Closed, Peer, PeerEvent, SendDataError, SendMessageError};
 pub use socket::SocketBuffers;
 pub use status::LinkStatus;
+
+#[cfg(test)]
+mod tests;

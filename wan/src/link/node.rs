@@ -296,6 +296,8 @@ impl std::fmt::Debug for Node {
 async fn accept(site: Arc<Site>) {
     let handshakes = Arc::new(Semaphore::new(limits::MAX_HANDSHAKES));
     while let Some(incoming) = site.endpoint.accept().await {
+        let strangers = site.invitations().open.admits_strangers(now_unix());
+        site.admission.admit_strangers(strangers);
         let Ok(permit) = handshakes.clone().try_acquire_owned() else {
             incoming.refuse();
             continue;
@@ -329,7 +331,6 @@ async fn greet(site: Arc<Site>, incoming: Incoming, permit: OwnedSemaphorePermit
             return;
         }
     };
-    drop(permit);
     let purpose = connection
         .handshake_data()
         .and_then(|data| data.downcast::<quinn::crypto::rustls::HandshakeData>().ok())
@@ -340,6 +341,8 @@ async fn greet(site: Arc<Site>, incoming: Incoming, permit: OwnedSemaphorePermit
             let peer = site.peers().get(&key).cloned();
             match peer {
                 Some(peer) => {
+                    // From here on the peer's own limit counts.
+                    drop(permit);
                     let (_, why) = connection::run(peer.remote.clone(), connection, false).await;
                     tracing::info!(peer = %peer.record().site, "link ended: {why}");
                 }

@@ -10,7 +10,7 @@ use super::close::{CloseCode, describe};
 use super::dial::dial;
 use super::node::{Pairing, Site};
 use super::streams::{self, Fault};
-use super::tls::{Purpose, key_of_connection};
+use super::tls::Purpose;
 use crate::frame::{Frame, PairProof};
 use crate::peer::pairing::{Refusal, Role, Session, prove, verify};
 use crate::peer::{Introduction, Invitation, PeerRecord, SiteKey};

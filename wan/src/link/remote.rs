@@ -127,6 +127,8 @@ pub(crate) struct Remote {
     pub(crate) newest: watch::Sender<u64>,
     /// Held by the one connection that is the link; the next waits for it to end.
     pub(crate) turn: tokio::sync::Mutex<()>,
+    /// Connections that may be in their greeting at once.
+    pub(crate) greetings: Semaphore,
     pub(crate) closed: watch::Sender<bool>,
     events: mpsc::UnboundedSender<Queued>,
     taken: tokio::sync::Mutex<mpsc::UnboundedReceiver<Queued>>,
@@ -164,6 +166,7 @@ impl Remote {
             connected: watch::Sender::new(false),
             newest: watch::Sender::new(0),
             turn: tokio::sync::Mutex::new(()),
+            greetings: Semaphore::new(limits::MAX_GREETINGS),
             closed: watch::Sender::new(false),
             events,
             taken: tokio::sync::Mutex::new(taken),

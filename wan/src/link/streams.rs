@@ -33,6 +33,9 @@ pub(crate) enum Fault {
     /// The greeting took too long.
     #[error("the greeting did not come in time")]
     Slow,
+    /// More connections begin than one peer needs.
+    #[error("too many connections begin at once; wait for the others to end")]
+    Busy,
     /// No version in common.
     #[error("{0}")]
     Version(String),
@@ -49,7 +52,7 @@ impl Fault {
             }
             Fault::Gone => CloseCode::Bye,
             Fault::Replaced => CloseCode::Replaced,
-            Fault::Slow => CloseCode::Slow,
+            Fault::Slow | Fault::Busy => CloseCode::Slow,
             Fault::Version(_) => CloseCode::Version,
             Fault::Revoked => CloseCode::Revoked,
         }
