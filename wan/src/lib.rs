@@ -1,1 +1,3 @@
 //! farhaven
+
+pub mod emulate;
