@@ -1,3 +1,5 @@
 //! farhaven
 
 pub mod emulate;
+mod link;
+pub mod rate;

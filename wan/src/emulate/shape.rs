@@ -154,7 +154,7 @@ impl FromStr for LinkShape {
 
 fn write_time(out: &mut fmt::Formatter<'_>, time: Duration) -> fmt::Result {
     let micros = time.as_micros();
-    if micros % 1000 == 0 {
+    if micros.is_multiple_of(1000) {
         write!(out, "{}ms", micros / 1000)
     } else {
         write!(out, "{micros}us")

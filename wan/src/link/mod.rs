@@ -1,0 +1,2 @@
+//! quinn's side of the controller.
+mod control;
