@@ -14,8 +14,7 @@
 //! Their product is what fills the link without a queue; the window is a few percent more,
 //! which is also what finds new bandwidth. Random loss does not lower it. A queue lowers
 //! it at once. A queue that stays although we retreat is somebody else's: then the window
-//! follows CUBIC ([`compete`]) and takes the share that a TCP neighbour would, until
-//! a dip shows that the queue was ours alone.
+//! holds half of the link ([`compete`]), until a dip shows that the queue was ours alone.
 
 mod compete;
 mod estimate;
@@ -24,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use compete::Competition;
+use compete::{Competition, DIP_PART};
 use estimate::{BaseRtt, RateFilter, Recent, Round, RoundSummary};
 
 /// What a controller is told when it is made.
@@ -43,8 +42,6 @@ pub struct RateOptions {
 const CRUISE_GAIN: f64 = 1.08;
 /// The dip that lets the queue run empty.
 const DIP_GAIN: f64 = 0.85;
-/// The same while competing: our part alone must not empty a queue that others hold up.
-const COMPETE_DIP_GAIN: f64 = 0.9;
 /// Growth of the window per round trip while the link is not yet full. The signal that it
 /// is full comes a round trip late; with this factor the queue then holds at most 0.8
 /// bandwidth-delay products. Doubling would overflow a queue of one.
@@ -54,10 +51,14 @@ const MINIMUM_PACKETS: u64 = 6;
 /// The longest time without a look at the empty path.
 const DIP_INTERVAL: Duration = Duration::from_secs(5);
 const DIP_ROUNDS: u32 = 20;
+/// The same while competing, when a dip measures the link.
+const COMPETE_DIP_INTERVAL: Duration = Duration::from_millis(1_500);
+const COMPETE_DIP_ROUNDS: u32 = 6;
 /// Rounds with a queue in spite of our retreat, until it must be somebody else's.
 const FOREIGN_ROUNDS: u32 = 4;
-/// Rounds of clear growth until growth is worth a startup of its own.
-const GROWTH_ROUNDS: u32 = 3;
+/// Growth within so many rounds that is worth a startup of its own.
+const GROWTH_ROUNDS: u32 = 4;
+const GROWTH: f64 = 1.12;
 /// Loss beyond this is congestion, whatever the round trip says.
 const HEAVY_LOSS: f64 = 0.08;
 /// Rounds of retreat before heavy loss. If it has not helped by then, the loss is not ours.
@@ -113,7 +114,10 @@ pub struct RateController {
     /// Rounds in a row with a queue, and the window before the first of them.
     queued_rounds: u32,
     window_before_queue: f64,
-    growing_rounds: u32,
+    bandwidth_before_queue: f64,
+    /// The bandwidth some rounds ago, and how many.
+    former_bandwidth: f64,
+    former_rounds: u32,
     lossy_rounds: u32,
     /// Startup: the best rate of a round so far, and rounds that did not better it.
     best_startup_rate: f64,
@@ -141,7 +145,9 @@ impl RateController {
             rounds_since_dip: 0,
             queued_rounds: 0,
             window_before_queue: 0.0,
-            growing_rounds: 0,
+            bandwidth_before_queue: 0.0,
+            former_bandwidth: 0.0,
+            former_rounds: 0,
             lossy_rounds: 0,
             best_startup_rate: 0.0,
             flat_rounds: 0,
@@ -178,7 +184,7 @@ impl RateController {
             self.leave_startup(now);
         }
         if let Phase::Compete = self.phase {
-            self.window = self.competition.window(now, self.mtu, self.smoothed_rtt);
+            self.window = self.competition.window(self.smoothed_rtt);
         }
         if self.round.is_over(now) {
             let summary = self.round.finish(now);
@@ -186,18 +192,15 @@ impl RateController {
         }
     }
 
-    /// Packets of `bytes` in all, the last of which left at `sent`, are lost. `persistent`:
-    /// nothing came through for several round trips.
-    pub fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64, persistent: bool) {
+    /// Packets of `bytes` in all are lost. `persistent`: nothing came through for several
+    /// round trips.
+    pub fn on_lost(&mut self, bytes: u64, persistent: bool) {
         self.round.on_lost(bytes);
         if persistent {
             // The path as it was is gone. Begin anew, gently.
             self.window = (INITIAL_PACKETS * self.mtu) as f64;
             self.bandwidth.clear();
             self.enter_startup();
-        } else if self.phase == Phase::Compete {
-            let queue = self.recent.newest_rtt() - self.base.seconds();
-            self.competition.on_lost(now, sent, queue, self.mtu);
         }
     }
 
@@ -263,7 +266,6 @@ impl RateController {
         self.phase = Phase::Startup;
         self.best_startup_rate = 0.0;
         self.flat_rounds = 0;
-        self.growing_rounds = 0;
         self.queued_rounds = 0;
     }
 
@@ -298,7 +300,7 @@ impl RateController {
         self.bandwidth.reset(rate.unwrap_or(self.best_startup_rate));
         self.phase = Phase::Cruise;
         self.queued_rounds = 0;
-        self.growing_rounds = 0;
+        self.forget_growth();
         self.dipped = now;
         self.rounds_since_dip = 0;
         self.follow(CRUISE_GAIN);
@@ -308,7 +310,6 @@ impl RateController {
     // Cruise
 
     fn cruise_round(&mut self, now: Instant, round: RoundSummary) {
-        let known = self.bandwidth.value();
         let queue = round.least_rtt - self.base.seconds();
         if queue > self.queue_limit() {
             self.queue_round(now, round);
@@ -326,11 +327,7 @@ impl RateController {
         if queue < self.base.seconds() / 50.0 {
             self.seen_empty(now);
         }
-        self.growing_rounds = match rate > 1.03 * known && !round.app_limited {
-            true => self.growing_rounds + 1,
-            false => 0,
-        };
-        if self.growing_rounds >= GROWTH_ROUNDS {
+        if self.grows() {
             self.enter_startup();
         } else if now.saturating_duration_since(self.dipped) > DIP_INTERVAL
             && self.rounds_since_dip > DIP_ROUNDS
@@ -349,24 +346,27 @@ impl RateController {
             self.window_before_queue = self.window;
         }
         self.queued_rounds += 1;
-        self.growing_rounds = 0;
+        if self.queued_rounds == 1 {
+            self.bandwidth_before_queue = self.bandwidth.value();
+        }
         if !round.app_limited {
             self.bandwidth.reset(round.rate);
         }
+        self.forget_growth();
         self.follow(CRUISE_GAIN);
         if self.queued_rounds >= FOREIGN_ROUNDS {
             self.phase = Phase::Compete;
             self.rounds_since_dip = 0;
             self.dipped = now;
             let start = self.window_before_queue.max(self.window);
-            self.competition = Competition::start(now, start);
+            self.competition = Competition::start(start, self.bandwidth_before_queue);
             self.window = start;
         }
     }
 
     /// Loss as heavy as this is taken for congestion, until retreating has not helped.
     fn lossy_round(&mut self, round: RoundSummary) {
-        self.growing_rounds = 0;
+        self.forget_growth();
         self.lossy_rounds += 1;
         if self.lossy_rounds <= LOSS_RETREAT_ROUNDS {
             self.bandwidth.reset(round.rate);
@@ -385,32 +385,50 @@ impl RateController {
         self.bandwidth.reset(round.rate);
         let queue = round.least_rtt - self.base.seconds();
         self.competition.observe_queue(queue);
-        let waited = now.saturating_duration_since(self.dipped) > DIP_INTERVAL / 2;
-        // The look is worth most while the queue is long: two flows that have both just
-        // backed off leave it empty, too.
-        if waited && self.rounds_since_dip > DIP_ROUNDS / 2 && self.competition.is_high(queue)
-            || queue < self.queue_limit() / 2.0
-        {
+        if round.loss > HEAVY_LOSS {
+            self.competition.on_heavy_loss();
+        }
+        let waited = now.saturating_duration_since(self.dipped) > COMPETE_DIP_INTERVAL
+            && self.rounds_since_dip > COMPETE_DIP_ROUNDS;
+        if waited && self.competition.may_dip(queue) || queue < self.queue_limit() / 2.0 {
             self.phase = Phase::CompeteDip;
-            self.window = COMPETE_DIP_GAIN * round.rate * self.base.seconds();
+            self.competition.begin_dip(self.window, queue);
+            self.window = (1.0 - DIP_PART) * self.window;
         }
     }
 
     fn compete_dip_round(&mut self, now: Instant, round: RoundSummary) {
-        self.dipped = now;
-        self.rounds_since_dip = 0;
+        self.seen_empty(now);
         let queue = round.least_rtt - self.base.seconds();
         if queue < self.queue_limit() / 2.0 {
             self.phase = Phase::Cruise;
             self.queued_rounds = 0;
             self.follow(CRUISE_GAIN);
         } else {
+            let rate = self.bandwidth.value();
+            self.competition.end_dip(self.window, queue, rate);
             self.phase = Phase::Compete;
-            self.window = self.competition.window(now, self.mtu, self.smoothed_rtt);
+            self.window = self.competition.window(self.smoothed_rtt);
         }
     }
 
     // Common to all phases
+
+    /// Whether the bandwidth grew so much lately that a startup is the faster way up.
+    fn grows(&mut self) -> bool {
+        let bandwidth = self.bandwidth.value();
+        let grown = self.former_bandwidth > 0.0 && bandwidth > GROWTH * self.former_bandwidth;
+        self.former_rounds += 1;
+        if self.former_rounds >= GROWTH_ROUNDS || self.former_bandwidth == 0.0 {
+            self.former_rounds = 0;
+            self.former_bandwidth = bandwidth;
+        }
+        grown
+    }
+
+    fn forget_growth(&mut self) {
+        self.former_bandwidth = 0.0;
+    }
 
     fn seen_empty(&mut self, now: Instant) {
         self.dipped = now;

@@ -60,13 +60,12 @@ impl Controller for Adapter {
 
     fn on_congestion_event(
         &mut self,
-        now: Instant,
-        sent: Instant,
+        _now: Instant,
+        _sent: Instant,
         is_persistent_congestion: bool,
         lost_bytes: u64,
     ) {
-        self.rate
-            .on_lost(now, sent, lost_bytes, is_persistent_congestion);
+        self.rate.on_lost(lost_bytes, is_persistent_congestion);
     }
 
     fn on_mtu_update(&mut self, new_mtu: u16) {

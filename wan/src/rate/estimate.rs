@@ -197,10 +197,6 @@ impl Recent {
         });
     }
 
-    pub(super) fn newest_rtt(&self) -> f64 {
-        self.moments.back().map_or(0.0, |moment| moment.rtt)
-    }
-
     /// The smallest of the last few round trips; `None` before there are enough.
     pub(super) fn least_rtt(&self) -> Option<f64> {
         let last = self.moments.iter().rev().take(RECENT_RTTS);

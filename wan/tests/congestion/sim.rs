@@ -71,6 +71,7 @@ struct Flow {
     smoothed_rtt: f64,
     tokens: f64,
     refilled: u64,
+    start: u64,
     wake: u64,
     largest_acked: Option<u64>,
     last_progress: u64,
@@ -149,6 +150,7 @@ impl Simulation {
             smoothed_rtt: 0.0,
             tokens: 10.0 * PACKET as f64,
             refilled: start,
+            start,
             wake: start,
             largest_acked: None,
             last_progress: start,
@@ -344,7 +346,7 @@ impl Simulation {
         if flow.unacked.is_empty() {
             return;
         }
-        let patience = ((flow.smoothed_rtt * 3.0 + 0.1) * 1e9) as u64 * (1 << flow.timeouts.min(6));
+        let patience = ((flow.smoothed_rtt * 3.0 + 1.0) * 1e9) as u64 * (1 << flow.timeouts.min(6));
         let due = flow.last_progress + patience;
         if due > self.now {
             self.at(due, Event::LossTimer(index));
@@ -366,7 +368,7 @@ impl Simulation {
         let now = self.now;
         loop {
             let flow = &mut self.flows[index];
-            if !flow.active || flow.wake > now {
+            if !flow.active || flow.start > now {
                 return;
             }
             if flow.in_flight + PACKET >= flow.controller.window() {
@@ -394,9 +396,11 @@ impl Simulation {
                     // quinn waits for a whole burst, on a timer of a millisecond.
                     let wait = ((burst - flow.tokens) / rate * 1e9) as u64;
                     flow.app_limited = false;
-                    flow.wake = (now + wait).div_ceil(MILLI) * MILLI;
-                    let wake = flow.wake;
-                    self.at(wake, Event::Wake(index));
+                    let wake = (now + wait).div_ceil(MILLI) * MILLI;
+                    if flow.wake != wake {
+                        flow.wake = wake;
+                        self.at(wake, Event::Wake(index));
+                    }
                     return;
                 }
                 flow.tokens -= PACKET as f64;
