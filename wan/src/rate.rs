@@ -23,7 +23,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use compete::{Competition, DIP_PART};
+use compete::Competition;
 use estimate::{BaseRtt, RateFilter, Recent, Round, RoundSummary};
 
 /// What a controller is told when it is made.
@@ -54,8 +54,12 @@ const DIP_ROUNDS: u32 = 20;
 /// The same while competing, when a dip measures the link.
 const COMPETE_DIP_INTERVAL: Duration = Duration::from_millis(1_500);
 const COMPETE_DIP_ROUNDS: u32 = 6;
+const FIRST_DIP_ROUNDS: u32 = 2;
 /// Rounds with a queue in spite of our retreat, until it must be somebody else's.
-const FOREIGN_ROUNDS: u32 = 4;
+const FOREIGN_ROUNDS: u32 = 3;
+/// So soon after a retreat, another that cost us bandwidth again is a neighbour's doing.
+const SQUEEZE_INTERVAL: Duration = Duration::from_secs(10);
+const SQUEEZE: f64 = 0.93;
 /// Growth within so many rounds that is worth a startup of its own.
 const GROWTH_ROUNDS: u32 = 4;
 const GROWTH: f64 = 1.12;
@@ -79,6 +83,14 @@ enum Phase {
     Compete,
     /// As [`Phase::Dip`], to see whether the somebody is still there.
     CompeteDip,
+}
+
+/// What we had when we retreated from a queue.
+#[derive(Debug, Clone, Copy)]
+struct Retreat {
+    at: Instant,
+    window: f64,
+    bandwidth: f64,
 }
 
 /// What a controller knows, for status pages and tests.
@@ -111,10 +123,9 @@ pub struct RateController {
     /// When the path was last seen empty, and rounds since.
     dipped: Instant,
     rounds_since_dip: u32,
-    /// Rounds in a row with a queue, and the window before the first of them.
+    /// Rounds in a row with a queue, and what was before the first of them.
     queued_rounds: u32,
-    window_before_queue: f64,
-    bandwidth_before_queue: f64,
+    retreat: Retreat,
     /// The bandwidth some rounds ago, and how many.
     former_bandwidth: f64,
     former_rounds: u32,
@@ -144,8 +155,11 @@ impl RateController {
             dipped: now,
             rounds_since_dip: 0,
             queued_rounds: 0,
-            window_before_queue: 0.0,
-            bandwidth_before_queue: 0.0,
+            retreat: Retreat {
+                at: now,
+                window: 0.0,
+                bandwidth: 0.0,
+            },
             former_bandwidth: 0.0,
             former_rounds: 0,
             lossy_rounds: 0,
@@ -163,6 +177,9 @@ impl RateController {
             0.0 => rtt,
             smoothed => smoothed + (rtt - smoothed) / 16.0,
         };
+        if matches!(self.phase, Phase::Compete | Phase::CompeteDip) {
+            self.base.keep(now);
+        }
         self.base.observe(now, rtt);
         self.round.on_ack(sent, bytes, rtt, app_limited);
         if self.phase == Phase::Startup && !app_limited {
@@ -199,7 +216,7 @@ impl RateController {
         if persistent {
             // The path as it was is gone. Begin anew, gently.
             self.window = (INITIAL_PACKETS * self.mtu) as f64;
-            self.bandwidth.clear();
+            self.bandwidth.reset(0.0);
             self.enter_startup();
         }
     }
@@ -304,7 +321,6 @@ impl RateController {
         self.dipped = now;
         self.rounds_since_dip = 0;
         self.follow(CRUISE_GAIN);
-        self.window_before_queue = self.window;
     }
 
     // Cruise
@@ -318,7 +334,7 @@ impl RateController {
         self.queued_rounds = 0;
         // What was lost at random used the link all the same.
         let rate = round.rate / (1.0 - round.loss.min(HEAVY_LOSS));
-        self.bandwidth.add(rate, round.app_limited);
+        self.bandwidth.add(rate);
         if round.loss > HEAVY_LOSS && !round.app_limited {
             self.lossy_round(round);
             return;
@@ -342,26 +358,41 @@ impl RateController {
     /// A queue beyond our allowance: the newest rate is our share, and the retreat to it
     /// empties the queue within a round, if it is ours.
     fn queue_round(&mut self, now: Instant, round: RoundSummary) {
-        if self.queued_rounds == 0 {
-            self.window_before_queue = self.window;
-        }
         self.queued_rounds += 1;
+        self.forget_growth();
         if self.queued_rounds == 1 {
-            self.bandwidth_before_queue = self.bandwidth.value();
+            let since = now.saturating_duration_since(self.retreat.at);
+            if since > SQUEEZE_INTERVAL || self.retreat.bandwidth < self.bandwidth.value() {
+                self.retreat = Retreat {
+                    at: now,
+                    window: self.window,
+                    bandwidth: self.bandwidth.value(),
+                };
+            }
         }
         if !round.app_limited {
             self.bandwidth.reset(round.rate);
         }
-        self.forget_growth();
         self.follow(CRUISE_GAIN);
-        if self.queued_rounds >= FOREIGN_ROUNDS {
-            self.phase = Phase::Compete;
-            self.rounds_since_dip = 0;
-            self.dipped = now;
-            let start = self.window_before_queue.max(self.window);
-            self.competition = Competition::start(start, self.bandwidth_before_queue);
-            self.window = start;
+        let squeezed = self.bandwidth.value() < SQUEEZE * self.retreat.bandwidth;
+        let again = self.retreat.at != now && self.queued_rounds == 1;
+        if self.queued_rounds >= FOREIGN_ROUNDS
+            || squeezed && (again || self.competition.known(now))
+        {
+            self.compete(now);
         }
+    }
+
+    fn compete(&mut self, now: Instant) {
+        self.phase = Phase::Compete;
+        self.seen_empty(now);
+        let window = self.retreat.window.max(self.window);
+        self.competition.begin(
+            now,
+            window,
+            self.retreat.bandwidth.max(self.bandwidth.value()),
+        );
+        self.window = self.competition.window(self.smoothed_rtt);
     }
 
     /// Loss as heavy as this is taken for congestion, until retreating has not helped.
@@ -384,32 +415,38 @@ impl RateController {
     fn compete_round(&mut self, now: Instant, round: RoundSummary) {
         self.bandwidth.reset(round.rate);
         let queue = round.least_rtt - self.base.seconds();
-        self.competition.observe_queue(queue);
         if round.loss > HEAVY_LOSS {
             self.competition.on_heavy_loss();
         }
-        let waited = now.saturating_duration_since(self.dipped) > COMPETE_DIP_INTERVAL
-            && self.rounds_since_dip > COMPETE_DIP_ROUNDS;
-        if waited && self.competition.may_dip(queue) || queue < self.queue_limit() / 2.0 {
+        let since = now.saturating_duration_since(self.dipped);
+        let waited = match self.competition.measured() {
+            true => since > COMPETE_DIP_INTERVAL && self.rounds_since_dip > COMPETE_DIP_ROUNDS,
+            false => self.rounds_since_dip > FIRST_DIP_ROUNDS,
+        };
+        if queue < self.queue_limit() / 2.0 {
+            self.cruise_again();
+        } else if waited && queue > self.queue_limit() {
             self.phase = Phase::CompeteDip;
-            self.competition.begin_dip(self.window, queue);
-            self.window = (1.0 - DIP_PART) * self.window;
+            self.window = self.competition.begin_dip(self.window, queue, round.rate);
         }
     }
 
     fn compete_dip_round(&mut self, now: Instant, round: RoundSummary) {
         self.seen_empty(now);
         let queue = round.least_rtt - self.base.seconds();
-        if queue < self.queue_limit() / 2.0 {
-            self.phase = Phase::Cruise;
-            self.queued_rounds = 0;
-            self.follow(CRUISE_GAIN);
+        if self.competition.end_dip(now, queue) {
+            self.cruise_again();
         } else {
-            let rate = self.bandwidth.value();
-            self.competition.end_dip(self.window, queue, rate);
             self.phase = Phase::Compete;
             self.window = self.competition.window(self.smoothed_rtt);
         }
+    }
+
+    fn cruise_again(&mut self) {
+        self.phase = Phase::Cruise;
+        self.queued_rounds = 0;
+        self.forget_growth();
+        self.follow(CRUISE_GAIN);
     }
 
     // Common to all phases

@@ -240,3 +240,14 @@ fn keeps_to_a_cap_and_leaves_it_at_once() {
 fn one() {
     println!("{:?}", alone(&std::env::var("LINK").unwrap(), 1));
 }
+
+#[test]
+#[ignore]
+fn one_beside() {
+    let kind = if std::env::var("TCP").unwrap() == "reno" {
+        Kind::Reno
+    } else {
+        Kind::Cubic
+    };
+    beside(kind, &std::env::var("LINK").unwrap(), 0, 5 * SECOND);
+}

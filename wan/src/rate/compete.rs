@@ -1,90 +1,100 @@
-//! The window beside a TCP neighbour: half of the link, as long as the neighbour keeps a
-//! queue.
+//! The window beside a neighbour that keeps a queue: half of the link.
 //!
 //! A controller that retreats from every queue starves beside one that fills it. One that
 //! backs off at every loss, as TCP does, starves on links with random loss. So we measure
 //! the whole link and hold a part of it. The measurement is a dip: when our window shrinks
 //! for a round, the queue shrinks by as many bytes, while the neighbour's window stays as
 //! it is. Bytes over the seconds by which the round trip fell is the rate of the link.
+//! If that is our own rate, then the queue was ours, and there is no neighbour.
 //!
 //! Half of the link is half of the bytes on the way, `rate x round trip / 2`, at any length
 //! of the queue. So the window rises while the neighbour fills the queue and falls when
 //! the neighbour backs off, and the neighbour finds the other half.
 
+use std::time::{Duration, Instant};
+
 /// What we hold beside others.
 const PART: f64 = 0.5;
-/// What the window falls by in a dip.
-pub(super) const DIP_PART: f64 = 0.4;
+/// What a dip takes of the queue: less than all of it, or it would measure too much.
+const DIP_OF_QUEUE: f64 = 0.5;
+/// What a dip takes of our window at most.
+const DIP_OF_WINDOW: f64 = 0.5;
 /// By how much one dip may correct what we know of the link.
-const CORRECTION: f64 = 2.5;
+const CORRECTION: f64 = 3.0;
 /// Weight of a new measurement.
-const WEIGHT: f64 = 0.5;
-/// A queue this near to the longest seen is long.
-const HIGH_QUEUE: f64 = 0.6;
+const WEIGHT: f64 = 0.4;
+/// Who has this part of the link has no neighbour.
+const ALONE: f64 = 0.85;
+/// How long a measured link is remembered.
+const MEMORY: Duration = Duration::from_secs(30);
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Competition {
-    /// The whole link, bytes a second.
+    /// The whole link, bytes a second, and when it was measured.
     link: f64,
-    measured: bool,
+    measured: Option<Instant>,
     /// The window we had before the others came; we keep it until the first measurement.
     start: f64,
-    longest_queue: f64,
-    before_dip: Dip,
+    dip: Option<Dip>,
 }
 
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Copy)]
 struct Dip {
-    window: f64,
+    bytes: f64,
     queue: f64,
+    rate: f64,
 }
 
 impl Competition {
-    /// Begins at the `window` and the rate of the path that we had before the others came.
-    pub(super) fn start(window: f64, link: f64) -> Self {
-        Self {
-            link,
-            start: window,
-            ..Self::default()
+    /// Begins at the `window` and the rate of the path that we had before the others came,
+    /// or with what is remembered of them.
+    pub(super) fn begin(&mut self, now: Instant, window: f64, link: f64) {
+        if !self.known(now) {
+            *self = Self {
+                link,
+                start: window,
+                ..Self::default()
+            };
         }
     }
 
-    /// A queue of so many seconds was measured.
-    pub(super) fn observe_queue(&mut self, queue: f64) {
-        // Forgets slowly, for a neighbour or a route that left.
-        self.longest_queue = (self.longest_queue * 0.99).max(queue);
+    /// Whether there was a neighbour lately.
+    pub(super) fn known(&self, now: Instant) -> bool {
+        self.measured
+            .is_some_and(|at| now.saturating_duration_since(at) < MEMORY)
     }
 
-    /// Whether a dip is worth it now: while the queue is short it may run empty, and then
-    /// shows nothing. Without a first measurement, any time is good.
-    pub(super) fn may_dip(&self, queue: f64) -> bool {
-        !self.measured || queue >= HIGH_QUEUE * self.longest_queue
+    pub(super) fn measured(&self) -> bool {
+        self.measured.is_some()
     }
 
-    /// A dip from `window` begins.
-    pub(super) fn begin_dip(&mut self, window: f64, queue: f64) {
-        self.before_dip = Dip { window, queue };
+    /// A dip begins, at a `queue` in seconds and our own `rate`; the window for it.
+    pub(super) fn begin_dip(&mut self, window: f64, queue: f64, rate: f64) -> f64 {
+        let bytes = DIP_OF_QUEUE * queue * rate.max(self.link);
+        let bytes = bytes.min(DIP_OF_WINDOW * window);
+        self.dip = Some(Dip { bytes, queue, rate });
+        window - bytes
     }
 
-    /// The dip to `window` left a `queue`; `rate` is our own part.
-    pub(super) fn end_dip(&mut self, window: f64, queue: f64, rate: f64) {
-        let fallen = self.before_dip.queue - queue;
-        let bytes = self.before_dip.window - window;
-        if bytes <= 0.0 {
-            return;
-        }
-        let seen = match fallen > 0.0005 {
-            true => bytes / fallen,
-            false => f64::INFINITY,
+    /// The dip left a `queue`. True: we are alone, the queue was our own.
+    pub(super) fn end_dip(&mut self, now: Instant, queue: f64) -> bool {
+        let Some(dip) = self.dip.take() else {
+            return false;
         };
-        let seen = seen
-            .clamp(self.link / CORRECTION, self.link * CORRECTION)
-            .max(rate);
-        self.link = match self.measured {
+        let fallen = (dip.queue - queue).max(0.0005);
+        let seen = dip.bytes / fallen;
+        if dip.rate > ALONE * seen {
+            self.measured = None;
+            return true;
+        }
+        let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
+        let seen = seen.max(dip.rate);
+        self.link = match self.measured() {
             true => self.link + WEIGHT * (seen - self.link),
             false => seen,
         };
-        self.measured = true;
+        self.measured = Some(now);
+        false
     }
 
     /// Loss that is heavy even for a full queue.
@@ -96,7 +106,7 @@ impl Competition {
     /// The window in bytes at this round trip.
     pub(super) fn window(&self, rtt: f64) -> f64 {
         let part = PART * self.link * rtt;
-        match self.measured {
+        match self.measured() {
             true => part,
             false => part.max(self.start),
         }

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 /// Half of the time for which the smallest round trip counts.
 const BASE_EPOCH: Duration = Duration::from_secs(15);
-/// Rounds whose largest rate counts.
-const RATE_ROUNDS: usize = 8;
+/// How long the smallest round trip is kept while others keep a queue.
+const BASE_KEPT: Duration = Duration::from_secs(120);
 /// A round lasts at least this long, or its rate is noise.
 const ROUND_MIN: Duration = Duration::from_millis(10);
 /// Acknowledgements kept in detail.
@@ -19,6 +19,7 @@ const RECENT_RTTS: usize = 8;
 #[derive(Debug, Clone)]
 pub(super) struct BaseRtt {
     epoch: Instant,
+    confirmed: Instant,
     older: f64,
     newer: f64,
 }
@@ -27,6 +28,7 @@ impl BaseRtt {
     pub(super) fn new(now: Instant) -> Self {
         Self {
             epoch: now,
+            confirmed: now,
             older: f64::INFINITY,
             newer: f64::INFINITY,
         }
@@ -38,7 +40,17 @@ impl BaseRtt {
             self.older = self.newer;
             self.newer = f64::INFINITY;
         }
+        if rtt <= self.seconds() {
+            self.confirmed = now;
+        }
         self.newer = self.newer.min(rtt);
+    }
+
+    /// The path cannot be seen empty now: what is known of it does not age, within reason.
+    pub(super) fn keep(&mut self, now: Instant) {
+        if now.saturating_duration_since(self.confirmed) < BASE_KEPT {
+            self.epoch = now;
+        }
     }
 
     /// In seconds; 0 before the first measurement.
@@ -53,37 +65,27 @@ impl BaseRtt {
     }
 }
 
-/// The largest rate of the last rounds, bytes a second.
+/// The rate of the path in bytes a second: the largest that was measured since the last
+/// queue. While there is no queue nothing says that the path became slower, so nothing is
+/// forgotten; when there is one, the rate is measured exactly.
 #[derive(Debug, Clone, Default)]
 pub(super) struct RateFilter {
-    rounds: VecDeque<f64>,
+    rate: f64,
 }
 
 impl RateFilter {
     pub(super) fn value(&self) -> f64 {
-        self.rounds.iter().copied().fold(0.0, f64::max)
+        self.rate
     }
 
-    /// A round's rate. One that had too little to send counts only if it is larger, and
-    /// does not make the others older.
-    pub(super) fn add(&mut self, rate: f64, app_limited: bool) {
-        if app_limited && rate <= self.value() {
-            return;
-        }
-        self.rounds.push_back(rate);
-        if self.rounds.len() > RATE_ROUNDS {
-            self.rounds.pop_front();
-        }
+    /// A rate without a queue: the path carries at least this.
+    pub(super) fn add(&mut self, rate: f64) {
+        self.rate = self.rate.max(rate);
     }
 
     /// Only this rate counts from now on.
     pub(super) fn reset(&mut self, rate: f64) {
-        self.rounds.clear();
-        self.rounds.push_back(rate);
-    }
-
-    pub(super) fn clear(&mut self) {
-        self.rounds.clear();
+        self.rate = rate;
     }
 }
 
