@@ -39,13 +39,16 @@ pub struct RateOptions {
 
 /// Window over bandwidth-delay product while all is well. The surplus is the queue we
 /// allow ourselves, the slack for late timers, and the speed at which growth is found.
-const CRUISE_GAIN: f64 = 1.08;
+const CRUISE_GAIN: f64 = 1.06;
 /// The dip that lets the queue run empty.
 const DIP_GAIN: f64 = 0.85;
 /// Growth of the window per round trip while the link is not yet full. The signal that it
 /// is full comes a round trip late; with this factor the queue then holds at most 0.8
 /// bandwidth-delay products. Doubling would overflow a queue of one.
 const STARTUP_GROWTH: f64 = 1.7;
+/// A window that the queue of any link of today holds may double.
+const SMALL_WINDOW: f64 = 256.0 * 1024.0;
+const SMALL_WINDOW_GROWTH: f64 = 2.0;
 const INITIAL_PACKETS: u64 = 32;
 const MINIMUM_PACKETS: u64 = 6;
 /// The longest time without a look at the empty path.
@@ -183,7 +186,11 @@ impl RateController {
         self.base.observe(now, rtt);
         self.round.on_ack(sent, bytes, rtt, app_limited);
         if self.phase == Phase::Startup && !app_limited {
-            self.window += bytes as f64 * (STARTUP_GROWTH - 1.0);
+            let growth = match self.window < SMALL_WINDOW {
+                true => SMALL_WINDOW_GROWTH,
+                false => STARTUP_GROWTH,
+            };
+            self.window += bytes as f64 * (growth - 1.0);
         }
     }
 
@@ -480,7 +487,7 @@ impl RateController {
     fn follow(&mut self, gain: f64) {
         let rate = self.bandwidth.value();
         // Acknowledgements come for two packets at a time, timers up to a millisecond late.
-        let slack = 3.0 * self.mtu as f64 + rate * 0.001;
+        let slack = 2.0 * self.mtu as f64 + rate * 0.001;
         self.window = gain * rate * self.base.seconds() + slack;
     }
 }
