@@ -86,6 +86,9 @@ fn arguments() -> Result<Arguments, Failure> {
 fn transport(arguments: &Arguments) -> Result<Arc<TransportConfig>, Failure> {
     let flight = arguments.link.bandwidth_delay_bytes();
     let window = (4 * flight).max(16 << 20);
+    // quinn takes credit for what is written, not for what is sent: a receive window that
+    // is not clearly larger than the send window stalls the sender for a round trip or more.
+    let receive = u32::try_from(2 * window)?;
     let mut transport = TransportConfig::default();
     let controller: Arc<dyn ControllerFactory + Send + Sync> = match arguments.controller.as_str() {
         "ours" => control::factory(&rate::RateOptions::default()),
@@ -97,7 +100,7 @@ fn transport(arguments: &Arguments) -> Result<Arc<TransportConfig>, Failure> {
         .congestion_controller_factory(controller)
         .max_concurrent_uni_streams(256u32.into())
         .stream_receive_window((2u32 << 20).into())
-        .receive_window(u32::try_from(window)?.into())
+        .receive_window(receive.into())
         .send_window(window);
     Ok(Arc::new(transport))
 }
