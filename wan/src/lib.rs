@@ -2,4 +2,5 @@
 
 pub mod emulate;
 mod link;
+pub mod pace;
 pub mod rate;
