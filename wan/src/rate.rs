@@ -18,6 +18,8 @@
 
 mod compete;
 mod estimate;
+mod loss;
+mod phases;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -25,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use compete::Competition;
 use estimate::{BaseRtt, RateFilter, Recent, Round, RoundSummary};
+use loss::LossJudge;
 
 /// What a controller is told when it is made.
 #[derive(Debug, Clone, Default)]
@@ -37,11 +40,6 @@ pub struct RateOptions {
     pub initial: Option<u64>,
 }
 
-/// Window over bandwidth-delay product while all is well. The surplus is the queue we
-/// allow ourselves, the slack for late timers, and the speed at which growth is found.
-const CRUISE_GAIN: f64 = 1.06;
-/// The dip that lets the queue run empty.
-const DIP_GAIN: f64 = 0.85;
 /// Growth of the window per round trip while the link is not yet full. The signal that it
 /// is full comes a round trip late; with this factor the queue then holds at most 0.8
 /// bandwidth-delay products. Doubling would overflow a queue of one.
@@ -51,29 +49,6 @@ const SMALL_WINDOW: f64 = 256.0 * 1024.0;
 const SMALL_WINDOW_GROWTH: f64 = 2.0;
 const INITIAL_PACKETS: u64 = 32;
 const MINIMUM_PACKETS: u64 = 6;
-/// The longest time without a look at the empty path.
-const DIP_INTERVAL: Duration = Duration::from_secs(5);
-const DIP_ROUNDS: u32 = 20;
-/// The same while competing, when a dip measures the link.
-const COMPETE_DIP_INTERVAL: Duration = Duration::from_millis(1_500);
-const COMPETE_DIP_ROUNDS: u32 = 6;
-const FIRST_DIP_ROUNDS: u32 = 2;
-/// Rounds with a queue in spite of our retreat, until it must be somebody else's.
-const FOREIGN_ROUNDS: u32 = 3;
-/// So soon after a retreat, another that cost us bandwidth again is a neighbour's doing.
-const SQUEEZE_INTERVAL: Duration = Duration::from_secs(10);
-const SQUEEZE: f64 = 0.93;
-/// Growth within so many rounds that is worth a startup of its own.
-const GROWTH_ROUNDS: u32 = 4;
-const GROWTH: f64 = 1.12;
-/// Loss beyond this is congestion, whatever the round trip says.
-const HEAVY_LOSS: f64 = 0.08;
-/// Rounds of retreat before heavy loss. If it has not helped by then, the loss is not ours.
-const LOSS_RETREAT_ROUNDS: u32 = 4;
-const LOSS_RETREAT_GAIN: f64 = 0.85;
-/// Rounds after which a link with heavy loss is tried again.
-const LOSS_RETRY_ROUNDS: u32 = 100;
-
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The window grows until the path answers with a queue.
@@ -82,6 +57,8 @@ enum Phase {
     Cruise,
     /// One round with little in flight, to see the empty path.
     Dip,
+    /// Less than the link's rate for some packets, to see whose the loss is.
+    Ask,
     /// Somebody else keeps a queue: take a fair share.
     Compete,
     /// As [`Phase::Dip`], to see whether the somebody is still there.
@@ -132,7 +109,8 @@ pub struct RateController {
     /// The bandwidth some rounds ago, and how many.
     former_bandwidth: f64,
     former_rounds: u32,
-    lossy_rounds: u32,
+    losses: LossJudge,
+    bandwidth_before_ask: f64,
     /// Startup: the best rate of a round so far, and rounds that did not better it.
     best_startup_rate: f64,
     flat_rounds: u32,
@@ -165,7 +143,8 @@ impl RateController {
             },
             former_bandwidth: 0.0,
             former_rounds: 0,
-            lossy_rounds: 0,
+            losses: LossJudge::new(now),
+            bandwidth_before_ask: 0.0,
             best_startup_rate: 0.0,
             flat_rounds: 0,
             started: false,
@@ -276,218 +255,11 @@ impl RateController {
             Phase::Cruise => self.cruise_round(now, round),
             Phase::Dip => {
                 self.seen_empty(now);
-                self.phase = Phase::Cruise;
-                self.follow(CRUISE_GAIN);
+                self.cruise_again();
             }
+            Phase::Ask => self.ask_round(now, round),
             Phase::Compete => self.compete_round(now, round),
             Phase::CompeteDip => self.compete_dip_round(now, round),
         }
-    }
-
-    // Startup
-
-    fn enter_startup(&mut self) {
-        self.phase = Phase::Startup;
-        self.best_startup_rate = 0.0;
-        self.flat_rounds = 0;
-        self.queued_rounds = 0;
-    }
-
-    fn startup_fills_a_queue(&self) -> bool {
-        let base = self.base.seconds();
-        self.recent
-            .least_rtt()
-            .is_some_and(|rtt| rtt - base > (base / 8.0).max(0.003))
-    }
-
-    fn startup_round(&mut self, now: Instant, round: RoundSummary) {
-        if round.app_limited {
-            return;
-        }
-        if round.rate > 1.15 * self.best_startup_rate {
-            self.best_startup_rate = round.rate;
-            self.flat_rounds = 0;
-        } else {
-            self.flat_rounds += 1;
-        }
-        // A policer drops without ever queueing: then the rate stays, or loss is heavy.
-        let many = round.lost_bytes > 8 * self.mtu && round.loss > 0.1;
-        if self.flat_rounds >= 3 || many {
-            self.leave_startup(now);
-        }
-    }
-
-    fn leave_startup(&mut self, now: Instant) {
-        // The link has been full for the last moments only, so the last half round trip
-        // says what it carries.
-        let rate = self.recent.rate(self.base.seconds() / 2.0);
-        self.bandwidth.reset(rate.unwrap_or(self.best_startup_rate));
-        self.phase = Phase::Cruise;
-        self.queued_rounds = 0;
-        self.forget_growth();
-        self.dipped = now;
-        self.rounds_since_dip = 0;
-        self.follow(CRUISE_GAIN);
-    }
-
-    // Cruise
-
-    fn cruise_round(&mut self, now: Instant, round: RoundSummary) {
-        let queue = round.least_rtt - self.base.seconds();
-        if queue > self.queue_limit() {
-            self.queue_round(now, round);
-            return;
-        }
-        self.queued_rounds = 0;
-        // What was lost at random used the link all the same.
-        let rate = round.rate / (1.0 - round.loss.min(HEAVY_LOSS));
-        self.bandwidth.add(rate);
-        if round.loss > HEAVY_LOSS && !round.app_limited {
-            self.lossy_round(round);
-            return;
-        }
-        self.lossy_rounds = 0;
-        if queue < self.base.seconds() / 50.0 {
-            self.seen_empty(now);
-        }
-        if self.grows() {
-            self.enter_startup();
-        } else if now.saturating_duration_since(self.dipped) > DIP_INTERVAL
-            && self.rounds_since_dip > DIP_ROUNDS
-        {
-            self.phase = Phase::Dip;
-            self.window = DIP_GAIN * self.bandwidth.value() * self.base.seconds();
-        } else {
-            self.follow(CRUISE_GAIN);
-        }
-    }
-
-    /// A queue beyond our allowance: the newest rate is our share, and the retreat to it
-    /// empties the queue within a round, if it is ours.
-    fn queue_round(&mut self, now: Instant, round: RoundSummary) {
-        self.queued_rounds += 1;
-        self.forget_growth();
-        if self.queued_rounds == 1 {
-            let since = now.saturating_duration_since(self.retreat.at);
-            if since > SQUEEZE_INTERVAL || self.retreat.bandwidth < self.bandwidth.value() {
-                self.retreat = Retreat {
-                    at: now,
-                    window: self.window,
-                    bandwidth: self.bandwidth.value(),
-                };
-            }
-        }
-        if !round.app_limited {
-            self.bandwidth.reset(round.rate);
-        }
-        self.follow(CRUISE_GAIN);
-        let squeezed = self.bandwidth.value() < SQUEEZE * self.retreat.bandwidth;
-        let again = self.retreat.at != now && self.queued_rounds == 1;
-        if self.queued_rounds >= FOREIGN_ROUNDS
-            || squeezed && (again || self.competition.known(now))
-        {
-            self.compete(now);
-        }
-    }
-
-    fn compete(&mut self, now: Instant) {
-        self.phase = Phase::Compete;
-        self.seen_empty(now);
-        let window = self.retreat.window.max(self.window);
-        self.competition.begin(
-            now,
-            window,
-            self.retreat.bandwidth.max(self.bandwidth.value()),
-        );
-        self.window = self.competition.window(self.smoothed_rtt);
-    }
-
-    /// Loss as heavy as this is taken for congestion, until retreating has not helped.
-    fn lossy_round(&mut self, round: RoundSummary) {
-        self.forget_growth();
-        self.lossy_rounds += 1;
-        if self.lossy_rounds <= LOSS_RETREAT_ROUNDS {
-            self.bandwidth.reset(round.rate);
-            self.follow(LOSS_RETREAT_GAIN);
-        } else {
-            self.follow(CRUISE_GAIN);
-            if self.lossy_rounds > LOSS_RETRY_ROUNDS {
-                self.lossy_rounds = 0;
-            }
-        }
-    }
-
-    // Compete
-
-    fn compete_round(&mut self, now: Instant, round: RoundSummary) {
-        self.bandwidth.reset(round.rate);
-        let queue = round.least_rtt - self.base.seconds();
-        if round.loss > HEAVY_LOSS {
-            self.competition.on_heavy_loss();
-        }
-        let since = now.saturating_duration_since(self.dipped);
-        let waited = match self.competition.measured() {
-            true => since > COMPETE_DIP_INTERVAL && self.rounds_since_dip > COMPETE_DIP_ROUNDS,
-            false => self.rounds_since_dip > FIRST_DIP_ROUNDS,
-        };
-        if queue < self.queue_limit() / 2.0 {
-            self.cruise_again();
-        } else if waited && queue > self.queue_limit() {
-            self.phase = Phase::CompeteDip;
-            self.window = self.competition.begin_dip(self.window, queue, round.rate);
-        }
-    }
-
-    fn compete_dip_round(&mut self, now: Instant, round: RoundSummary) {
-        self.seen_empty(now);
-        let queue = round.least_rtt - self.base.seconds();
-        if self.competition.end_dip(now, queue) {
-            self.cruise_again();
-        } else {
-            self.phase = Phase::Compete;
-            self.window = self.competition.window(self.smoothed_rtt);
-        }
-    }
-
-    fn cruise_again(&mut self) {
-        self.phase = Phase::Cruise;
-        self.queued_rounds = 0;
-        self.forget_growth();
-        self.follow(CRUISE_GAIN);
-    }
-
-    // Common to all phases
-
-    /// Whether the bandwidth grew so much lately that a startup is the faster way up.
-    fn grows(&mut self) -> bool {
-        let bandwidth = self.bandwidth.value();
-        let grown = self.former_bandwidth > 0.0 && bandwidth > GROWTH * self.former_bandwidth;
-        self.former_rounds += 1;
-        if self.former_rounds >= GROWTH_ROUNDS || self.former_bandwidth == 0.0 {
-            self.former_rounds = 0;
-            self.former_bandwidth = bandwidth;
-        }
-        grown
-    }
-
-    fn forget_growth(&mut self) {
-        self.former_bandwidth = 0.0;
-    }
-
-    fn seen_empty(&mut self, now: Instant) {
-        self.dipped = now;
-        self.rounds_since_dip = 0;
-    }
-
-    /// Seconds of queue that are more than our own allowance and the noise of timers.
-    fn queue_limit(&self) -> f64 {
-        self.base.seconds() * 0.15 + 0.004
-    }
-
-    fn follow(&mut self, gain: f64) {
-        let rate = self.bandwidth.value();
-        // Acknowledgements come for two packets at a time, timers up to a millisecond late.
-        let slack = 2.0 * self.mtu as f64 + rate * 0.001;
-        self.window = gain * rate * self.base.seconds() + slack;
     }
 }

@@ -235,6 +235,138 @@ fn keeps_to_a_cap_and_leaves_it_at_once() {
     assert!(free > 90e6, "{free}");
 }
 
+fn print(simulation: &Simulation, shape: &str, names: &[&str], before: &[Tally], seconds: f64) {
+    let shape = link(shape);
+    let parts: Vec<String> = names
+        .iter()
+        .enumerate()
+        .map(|(flow, name)| {
+            let tally = simulation.tally(flow).since(&before[flow]);
+            format!(
+                "{name} {:.3} (dropped {:.4}, rtt x{:.2})",
+                share(tally, shape, seconds),
+                tally.dropped as f64 / tally.sent.max(1) as f64,
+                tally.rtt_ms() / shape.rtt.as_secs_f64() / 1e3
+            )
+        })
+        .collect();
+    println!("   {:?}", parts);
+}
+
+#[test]
+#[ignore]
+fn explore() {
+    let run = |title: &str, shape: &str, others: &[&str], act: &dyn Fn(&mut Simulation, u64)| {
+        println!("{title} {shape}");
+        let mut simulation = Simulation::new(link(shape), 3);
+        simulation.add(0, ours(RateOptions::default()));
+        let mut names = vec!["ours"];
+        for (i, other) in others.iter().enumerate() {
+            let start = (i as u64 + 1) * 3 * SECOND;
+            match *other {
+                "ours" => simulation.add(start, ours(RateOptions::default())),
+                "cubic" => simulation.add(start, tcp(Kind::Cubic)),
+                _ => simulation.add(start, tcp(Kind::Reno)),
+            };
+            names.push(other);
+        }
+        for window in 0..6 {
+            let before: Vec<_> = (0..names.len()).map(|f| simulation.tally(f)).collect();
+            act(&mut simulation, window);
+            for step in 1..=50 {
+                simulation.run_until((window * 50 + step) * 200 * MILLI);
+                if std::env::var_os("TRACE").is_some() {
+                    println!(
+                        "{:.1} {}",
+                        simulation.now as f64 / 1e9,
+                        simulation.describe(0)
+                    );
+                }
+            }
+            print(&simulation, shape, &names, &before, 10.0);
+        }
+    };
+    let none: &dyn Fn(&mut Simulation, u64) = &|_, _| ();
+    run("two of ours", "100mbit,80ms,0.1%", &["ours"], none);
+    run(
+        "three of ours",
+        "100mbit,40ms,0.1%",
+        &["ours", "ours"],
+        none,
+    );
+    run("two TCP", "100mbit,80ms,0%", &["cubic", "cubic"], none);
+    run(
+        "four TCP",
+        "100mbit,80ms,0%",
+        &["cubic", "cubic", "reno", "reno"],
+        none,
+    );
+    run("lossy TCP", "100mbit,80ms,0.1%", &["cubic"], none);
+    run(
+        "TCP leaves at 30",
+        "100mbit,80ms,0%",
+        &["cubic"],
+        &|s, w| {
+            if w == 3 {
+                s.stop(1)
+            }
+        },
+    );
+    run("shallow", "100mbit,80ms,0.1%,queue=64kib", &[], none);
+    run("shallower", "100mbit,80ms,0.1%,queue=30kib", &[], none);
+    run(
+        "quarter",
+        "100mbit,80ms,0.1%,queue=250kib",
+        &["cubic"],
+        none,
+    );
+    run("deep", "100mbit,80ms,0%,queue=4mib", &["cubic"], none);
+    run("loss 10 %", "100mbit,80ms,10%", &[], none);
+    run("loss 8 %", "100mbit,80ms,8%", &[], none);
+    run("reroute 80 to 160", "100mbit,80ms,0.1%", &[], &|s, w| {
+        if w == 2 {
+            s.reshape(link("100mbit,160ms,0.1%"))
+        } else if w == 4 {
+            s.reshape(link("100mbit,80ms,0.1%"))
+        }
+    });
+    run("cut 3 s", "100mbit,80ms,0.1%", &[], &|s, w| {
+        if w == 2 {
+            s.cut(true);
+            let t = s.now + 3 * SECOND;
+            s.run_until(t);
+            s.cut(false);
+        }
+    });
+    run(
+        "offers 20 from 10 to 20",
+        "100mbit,80ms,0.1%",
+        &[],
+        &|s, w| {
+            if w == 1 {
+                s.offer(0, Some(20e6))
+            } else if w == 2 {
+                s.offer(0, None)
+            }
+        },
+    );
+    run(
+        "fixed 50 beside",
+        "100mbit,80ms,0.1%",
+        &["cubic"],
+        &|s, w| {
+            if w == 0 {
+                s.offer(1, Some(50e6))
+            }
+        },
+    );
+    run("jitter 10", "100mbit,80ms,0.1%,jitter=10ms", &[], none);
+    run("jitter 5 at 20", "100mbit,20ms,0.1%,jitter=5ms", &[], none);
+    run("lan", "1gbit,1ms,0%", &[], none);
+    run("slow", "2mbit,80ms,0.1%", &[], none);
+    run("satellite", "20mbit,600ms,0.5%", &[], none);
+}
+
 #[test]
 #[ignore]
 fn one() {

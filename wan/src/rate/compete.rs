@@ -23,10 +23,24 @@ const DIP_OF_WINDOW: f64 = 0.5;
 const CORRECTION: f64 = 3.0;
 /// Weight of a new measurement.
 const WEIGHT: f64 = 0.4;
+/// A link so much faster than any rate we saw is none: there was no queue to shrink.
+const UNLIKELY: f64 = 5.0;
+const UNANSWERED_DIPS: u32 = 2;
 /// Who has this part of the link has no neighbour.
 const ALONE: f64 = 0.85;
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
+
+/// What a dip showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Finding {
+    /// The link carries us alone.
+    Alone,
+    /// Others are there, too.
+    Shared,
+    /// Nothing that we do changes the round trip: there is no queue.
+    NoQueue,
+}
 
 #[derive(Debug, Clone, Default)]
 pub(super) struct Competition {
@@ -36,6 +50,8 @@ pub(super) struct Competition {
     /// The window we had before the others came; we keep it until the first measurement.
     start: f64,
     dip: Option<Dip>,
+    /// Dips in a row that the round trip did not answer.
+    unanswered: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -76,16 +92,24 @@ impl Competition {
         window - bytes
     }
 
-    /// The dip left a `queue`. True: we are alone, the queue was our own.
-    pub(super) fn end_dip(&mut self, now: Instant, queue: f64) -> bool {
+    /// The dip left a `queue`, in seconds.
+    pub(super) fn end_dip(&mut self, now: Instant, queue: f64) -> Finding {
         let Some(dip) = self.dip.take() else {
-            return false;
+            return Finding::Shared;
         };
-        let fallen = (dip.queue - queue).max(0.0005);
+        let fallen = (dip.queue - queue).max(0.0002);
         let seen = dip.bytes / fallen;
         if dip.rate > ALONE * seen {
-            self.measured = None;
-            return true;
+            *self = Self::default();
+            return Finding::Alone;
+        }
+        self.unanswered = match seen > UNLIKELY * self.link.max(dip.rate) {
+            true => self.unanswered + 1,
+            false => 0,
+        };
+        if self.unanswered >= UNANSWERED_DIPS {
+            *self = Self::default();
+            return Finding::NoQueue;
         }
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
         let seen = seen.max(dip.rate);
@@ -94,7 +118,7 @@ impl Competition {
             false => seen,
         };
         self.measured = Some(now);
-        false
+        Finding::Shared
     }
 
     /// Loss that is heavy even for a full queue.

@@ -53,6 +53,12 @@ impl BaseRtt {
         }
     }
 
+    /// The path has another length now.
+    pub(super) fn reset(&mut self, now: Instant, rtt: f64) {
+        *self = Self::new(now);
+        self.newer = rtt;
+    }
+
     /// In seconds; 0 before the first measurement.
     pub(super) fn seconds(&self) -> f64 {
         let least = self.older.min(self.newer);
@@ -96,6 +102,7 @@ pub(super) struct RoundSummary {
     pub(super) rate: f64,
     /// Part of the bytes that was lost.
     pub(super) loss: f64,
+    pub(super) delivered_bytes: u64,
     pub(super) lost_bytes: u64,
     /// Smallest round trip, seconds.
     pub(super) least_rtt: f64,
@@ -161,6 +168,7 @@ impl Round {
         let summary = RoundSummary {
             rate: delivered as f64 / seconds.max(1e-6),
             loss: self.lost as f64 / (self.lost + delivered).max(1) as f64,
+            delivered_bytes: delivered,
             lost_bytes: self.lost,
             least_rtt: self.least_rtt,
             app_limited: self.app_limited,

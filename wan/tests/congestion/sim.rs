@@ -181,6 +181,15 @@ impl Simulation {
         self.watch();
     }
 
+    /// Cuts the link both ways or mends it.
+    pub fn cut(&mut self, cut: bool) {
+        self.forward.set_cut(self.now, cut);
+        self.backward.set_cut(self.now, cut);
+        self.forward_next = u64::MAX;
+        self.backward_next = u64::MAX;
+        self.watch();
+    }
+
     pub fn tally(&self, flow: usize) -> Tally {
         self.flows[flow].tally
     }
