@@ -21,6 +21,7 @@ mod standby;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -31,6 +32,7 @@ use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::link::StartError;
+use farhaven_wan::rate::RateOptions;
 use farhaven_wan::peer::IdentityError;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
@@ -152,7 +154,7 @@ impl Site {
     pub async fn shutdown(&self) {
         // Drivers let go of their guests when their command queues close.
         self.drivers.write().unwrap_or_else(PoisonError::into_inner).clear();
-        self.node.close().await;
+        self.node.shutdown().await;
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
     }
@@ -337,7 +339,10 @@ fn node_options(config: &SiteConfig) -> NodeOptions {
             idle_timeout: link.idle_timeout.duration(),
             segmentation_offload: link.gso,
             socket_buffer_bytes: usize::try_from(link.socket_buffer.bytes()).unwrap_or(usize::MAX),
-            rate_limit: link.rate_limit.rate().map(|rate| rate.bits_per_second()),
+            rate: RateOptions {
+                cap: link.rate_limit.rate().map(|rate| Arc::new(AtomicU64::new(rate.bits_per_second()))),
+                initial: None,
+            },
             ..LinkOptions::default()
         },
     }

@@ -8,10 +8,13 @@
 //! [`link::PeerEvent`]; once durable there, [`link::Peer::durable`] sends the
 //! acknowledgement back, and the batch is let go.
 
+pub mod emulate;
 pub mod frame;
 pub mod limits;
 pub mod link;
+pub mod pace;
 pub mod peer;
+pub mod rate;
 pub mod session;
 
 pub use link::{LinkOptions, LinkStatus, Node, NodeOptions, Pairing, Peer, PeerEvent};

@@ -7,6 +7,7 @@
 
 mod close;
 mod connection;
+mod control;
 mod data;
 mod dial;
 mod node;

@@ -271,7 +271,7 @@ impl Node {
     }
 
     /// Closes every link, tells the peers, and waits a bounded time until that is sent.
-    pub async fn shutdown(self) {
+    pub async fn shutdown(&self) {
         self.site.close();
         let _ = timeout(SHUTDOWN, self.site.endpoint.wait_idle()).await;
     }

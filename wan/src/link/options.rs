@@ -3,13 +3,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use quinn::congestion::ControllerFactory;
 use quinn::{IdleTimeout, TransportConfig, VarInt};
 
+use super::control;
 use crate::limits;
-
-/// A source of congestion controllers, one for each connection.
-pub(crate) type Congestion = Arc<dyn ControllerFactory + Send + Sync>;
+use crate::rate::RateOptions;
 
 /// What may be set of a link. Start from the default and change fields.
 #[derive(Clone)]
@@ -36,8 +34,8 @@ pub struct LinkOptions {
     pub socket_buffer_bytes: usize,
     /// Shortest and longest wait before dialling again.
     pub redial: (Duration, Duration),
-    /// Controller to use instead of QUIC's own.
-    pub(crate) congestion: Option<Congestion>,
+    /// Cap and first guess of the rate, for our congestion controller.
+    pub rate: RateOptions,
 }
 
 impl Default for LinkOptions {
@@ -52,7 +50,7 @@ impl Default for LinkOptions {
             segmentation_offload: true,
             socket_buffer_bytes: 4 << 20,
             redial: (Duration::from_millis(200), Duration::from_secs(5)),
-            congestion: None,
+            rate: RateOptions::default(),
         }
     }
 }
@@ -96,9 +94,7 @@ impl LinkOptions {
             .max_idle_timeout(IdleTimeout::try_from(self.idle_timeout).ok())
             .datagram_receive_buffer_size(None)
             .enable_segmentation_offload(self.segmentation_offload);
-        if let Some(congestion) = &self.congestion {
-            transport.congestion_controller_factory(congestion.clone());
-        }
+        transport.congestion_controller_factory(control::factory(&self.rate));
         transport
     }
 }

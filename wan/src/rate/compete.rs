@@ -1,0 +1,138 @@
+//! The window beside a neighbour that keeps a queue: half of the link.
+//!
+//! A controller that retreats from every queue starves beside one that fills it. One that
+//! backs off at every loss, as TCP does, starves on links with random loss. So we measure
+//! the whole link and hold a part of it. The measurement is a dip: when our window shrinks
+//! for a round, the queue shrinks by as many bytes, while the neighbour's window stays as
+//! it is. Bytes over the seconds by which the round trip fell is the rate of the link.
+//! If that is our own rate, then the queue was ours, and there is no neighbour.
+//!
+//! Half of the link is half of the bytes on the way, `rate x round trip / 2`, at any length
+//! of the queue. So the window rises while the neighbour fills the queue and falls when
+//! the neighbour backs off, and the neighbour finds the other half.
+
+use std::time::{Duration, Instant};
+
+/// What we hold beside others.
+const PART: f64 = 0.5;
+/// What a dip takes of the queue: less than all of it, or it would measure too much.
+const DIP_OF_QUEUE: f64 = 0.5;
+/// What a dip takes of our window at most.
+const DIP_OF_WINDOW: f64 = 0.5;
+/// By how much one dip may correct what we know of the link.
+const CORRECTION: f64 = 3.0;
+/// Weight of a new measurement.
+const WEIGHT: f64 = 0.4;
+/// A link so much faster than any rate we saw is none: there was no queue to shrink.
+const UNLIKELY: f64 = 5.0;
+const UNANSWERED_DIPS: u32 = 2;
+/// Who has this part of the link has no neighbour.
+const ALONE: f64 = 0.85;
+/// How long a measured link is remembered.
+const MEMORY: Duration = Duration::from_secs(30);
+
+/// What a dip showed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Finding {
+    /// The link carries us alone.
+    Alone,
+    /// Others are there, too.
+    Shared,
+    /// Nothing that we do changes the round trip: there is no queue.
+    NoQueue,
+}
+
+#[derive(Debug, Clone, Default)]
+pub(super) struct Competition {
+    /// The whole link, bytes a second, and when it was measured.
+    link: f64,
+    measured: Option<Instant>,
+    /// The window we had before the others came; we keep it until the first measurement.
+    start: f64,
+    dip: Option<Dip>,
+    /// Dips in a row that the round trip did not answer.
+    unanswered: u32,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct Dip {
+    bytes: f64,
+    queue: f64,
+    rate: f64,
+}
+
+impl Competition {
+    /// Begins at the `window` and the rate of the path that we had before the others came,
+    /// or with what is remembered of them.
+    pub(super) fn begin(&mut self, now: Instant, window: f64, link: f64) {
+        if !self.known(now) {
+            *self = Self {
+                link,
+                start: window,
+                ..Self::default()
+            };
+        }
+    }
+
+    /// Whether there was a neighbour lately.
+    pub(super) fn known(&self, now: Instant) -> bool {
+        self.measured
+            .is_some_and(|at| now.saturating_duration_since(at) < MEMORY)
+    }
+
+    pub(super) fn measured(&self) -> bool {
+        self.measured.is_some()
+    }
+
+    /// A dip begins, at a `queue` in seconds and our own `rate`; the window for it.
+    pub(super) fn begin_dip(&mut self, window: f64, queue: f64, rate: f64) -> f64 {
+        let bytes = DIP_OF_QUEUE * queue * rate.max(self.link);
+        let bytes = bytes.min(DIP_OF_WINDOW * window);
+        self.dip = Some(Dip { bytes, queue, rate });
+        window - bytes
+    }
+
+    /// The dip left a `queue`, in seconds.
+    pub(super) fn end_dip(&mut self, now: Instant, queue: f64) -> Finding {
+        let Some(dip) = self.dip.take() else {
+            return Finding::Shared;
+        };
+        let fallen = (dip.queue - queue).max(0.0002);
+        let seen = dip.bytes / fallen;
+        if dip.rate > ALONE * seen {
+            *self = Self::default();
+            return Finding::Alone;
+        }
+        self.unanswered = match seen > UNLIKELY * self.link.max(dip.rate) {
+            true => self.unanswered + 1,
+            false => 0,
+        };
+        if self.unanswered >= UNANSWERED_DIPS {
+            *self = Self::default();
+            return Finding::NoQueue;
+        }
+        let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
+        let seen = seen.max(dip.rate);
+        self.link = match self.measured() {
+            true => self.link + WEIGHT * (seen - self.link),
+            false => seen,
+        };
+        self.measured = Some(now);
+        Finding::Shared
+    }
+
+    /// Loss that is heavy even for a full queue.
+    pub(super) fn on_heavy_loss(&mut self) {
+        self.link *= 0.8;
+        self.start *= 0.8;
+    }
+
+    /// The window in bytes at this round trip.
+    pub(super) fn window(&self, rtt: f64) -> f64 {
+        let part = PART * self.link * rtt;
+        match self.measured() {
+            true => part,
+            false => part.max(self.start),
+        }
+    }
+}

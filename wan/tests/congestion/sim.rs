@@ -1,0 +1,439 @@
+//! Senders, a shared link and receivers in virtual time, packet by packet.
+//!
+//! The link is the emulator's own [`Pipe`]. Senders behave as quinn does: packets are paced
+//! at 1.25 windows a smoothed round trip with quinn's burst sizes, acknowledgements come
+//! for every second packet or after 25 ms, loss is three packets of reordering or 9/8
+//! round trips, and an acknowledgement that is lost is made good by the next.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap};
+use std::time::{Duration, Instant};
+
+use farhaven_wan::emulate::{HEADER_BYTES, LinkShape, Pipe};
+
+/// Payload bytes of a full packet, as quinn finds them on an Ethernet path.
+pub const PACKET: u64 = 1452;
+pub const MILLI: u64 = 1_000_000;
+pub const SECOND: u64 = 1_000_000_000;
+
+/// What a sender asks of its congestion controller.
+pub trait Controller {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool);
+    fn on_end_acks(&mut self, now: Instant);
+    fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64, persistent: bool);
+    fn window(&self) -> u64;
+    /// TCP of the plain kind sends what an acknowledgement allows at once.
+    fn paced(&self) -> bool {
+        true
+    }
+    /// For status in traces.
+    fn describe(&self) -> String {
+        String::new()
+    }
+}
+
+/// What a flow did in a span of time.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Tally {
+    pub sent: u64,
+    pub dropped: u64,
+    pub delivered_bytes: u64,
+    rtt_sum: f64,
+    rtt_count: u64,
+}
+
+impl Tally {
+    /// Mean round trip in milliseconds.
+    pub fn rtt_ms(&self) -> f64 {
+        self.rtt_sum / self.rtt_count.max(1) as f64
+    }
+
+    pub fn since(&self, earlier: &Tally) -> Tally {
+        Tally {
+            sent: self.sent - earlier.sent,
+            dropped: self.dropped - earlier.dropped,
+            delivered_bytes: self.delivered_bytes - earlier.delivered_bytes,
+            rtt_sum: self.rtt_sum - earlier.rtt_sum,
+            rtt_count: self.rtt_count - earlier.rtt_count,
+        }
+    }
+}
+
+struct Flow {
+    controller: Box<dyn Controller>,
+    active: bool,
+    /// Bytes a second the application offers; `None`: always more.
+    offered: Option<(f64, f64, u64)>,
+    next_number: u64,
+    unacked: BTreeMap<u64, u64>,
+    in_flight: u64,
+    app_limited: bool,
+    smoothed_rtt: f64,
+    tokens: f64,
+    refilled: u64,
+    start: u64,
+    wake: u64,
+    largest_acked: Option<u64>,
+    last_progress: u64,
+    timeouts: u32,
+    /// Receiver: packets in the order they came, and how many of them are acknowledged.
+    received: Vec<u64>,
+    acknowledged: usize,
+    ack_due: Option<u64>,
+    processed: usize,
+    tally: Tally,
+}
+
+#[derive(Clone, Copy)]
+struct Packet {
+    flow: usize,
+    number: u64,
+}
+
+#[derive(Clone, Copy)]
+struct Acknowledgement {
+    flow: usize,
+    upto: usize,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Event {
+    Forward,
+    Backward,
+    Wake(usize),
+    AckTimer(usize),
+    LossTimer(usize),
+}
+
+/// The simulation: one link, any number of flows.
+pub struct Simulation {
+    epoch: Instant,
+    pub now: u64,
+    forward: Pipe<Packet>,
+    backward: Pipe<Acknowledgement>,
+    flows: Vec<Flow>,
+    events: BinaryHeap<Reverse<(u64, Event)>>,
+    forward_next: u64,
+    backward_next: u64,
+}
+
+impl Simulation {
+    pub fn new(link: LinkShape, seed: u64) -> Self {
+        Self {
+            epoch: Instant::now(),
+            now: 0,
+            forward: Pipe::new(link, seed),
+            backward: Pipe::new(link, seed + 1_000),
+            flows: Vec::new(),
+            events: BinaryHeap::new(),
+            forward_next: u64::MAX,
+            backward_next: u64::MAX,
+        }
+    }
+
+    /// Virtual time as controllers want it.
+    pub fn instant(&self) -> Instant {
+        self.epoch + Duration::from_nanos(self.now)
+    }
+
+    /// Adds a flow that sends from `start` on.
+    pub fn add(&mut self, start: u64, make: impl FnOnce(Instant) -> Box<dyn Controller>) -> usize {
+        let index = self.flows.len();
+        self.flows.push(Flow {
+            controller: make(self.epoch + Duration::from_nanos(start)),
+            active: true,
+            offered: None,
+            next_number: 0,
+            unacked: BTreeMap::new(),
+            in_flight: 0,
+            app_limited: false,
+            smoothed_rtt: 0.0,
+            tokens: 10.0 * PACKET as f64,
+            refilled: start,
+            start,
+            wake: start,
+            largest_acked: None,
+            last_progress: start,
+            timeouts: 0,
+            received: Vec::new(),
+            acknowledged: 0,
+            ack_due: None,
+            processed: 0,
+            tally: Tally::default(),
+        });
+        self.at(start, Event::Wake(index));
+        index
+    }
+
+    /// The flow's application offers only so many bits a second from now on.
+    pub fn offer(&mut self, flow: usize, bits: Option<f64>) {
+        self.flows[flow].offered = bits.map(|bits| (bits / 8.0, 0.0, self.now));
+        self.at(self.now, Event::Wake(flow));
+    }
+
+    pub fn stop(&mut self, flow: usize) {
+        self.flows[flow].active = false;
+    }
+
+    pub fn reshape(&mut self, link: LinkShape) {
+        self.forward.reshape(self.now, link);
+        self.backward.reshape(self.now, link);
+        self.watch();
+    }
+
+    /// Cuts the link both ways or mends it.
+    pub fn cut(&mut self, cut: bool) {
+        self.forward.set_cut(self.now, cut);
+        self.backward.set_cut(self.now, cut);
+        self.forward_next = u64::MAX;
+        self.backward_next = u64::MAX;
+        self.watch();
+    }
+
+    pub fn tally(&self, flow: usize) -> Tally {
+        self.flows[flow].tally
+    }
+
+    pub fn describe(&self, flow: usize) -> String {
+        let flow = &self.flows[flow];
+        format!(
+            "window {} srtt {:.1} ms {}",
+            flow.controller.window(),
+            flow.smoothed_rtt * 1e3,
+            flow.controller.describe()
+        )
+    }
+
+    /// Runs until `end`, in nanoseconds from the beginning.
+    pub fn run_until(&mut self, end: u64) {
+        while let Some(Reverse((at, event))) = self.events.peek().copied() {
+            if at > end {
+                break;
+            }
+            self.events.pop();
+            self.now = self.now.max(at);
+            match event {
+                Event::Forward => self.deliver(),
+                Event::Backward => self.deliver_acks(),
+                Event::Wake(flow) => self.send(flow),
+                Event::AckTimer(flow) => {
+                    if self.flows[flow].ack_due.is_some_and(|due| due <= self.now) {
+                        self.acknowledge(flow);
+                    }
+                }
+                Event::LossTimer(flow) => self.timeout(flow),
+            }
+            self.watch();
+        }
+        self.now = end;
+    }
+
+    fn at(&mut self, time: u64, event: Event) {
+        self.events.push(Reverse((time, event)));
+    }
+
+    /// Sees to it that the pipes are looked at in time.
+    fn watch(&mut self) {
+        if let Some(next) = self.forward.next() {
+            if next != self.forward_next {
+                self.forward_next = next;
+                self.at(next, Event::Forward);
+            }
+        }
+        if let Some(next) = self.backward.next() {
+            if next != self.backward_next {
+                self.backward_next = next;
+                self.at(next, Event::Backward);
+            }
+        }
+    }
+
+    /// Packets reach their receivers.
+    fn deliver(&mut self) {
+        self.forward_next = u64::MAX;
+        while let Some(packet) = self.forward.take(self.now) {
+            let flow = &mut self.flows[packet.flow];
+            let gap = flow
+                .received
+                .last()
+                .is_some_and(|last| packet.number != last + 1);
+            flow.received.push(packet.number);
+            let waiting = flow.received.len() - flow.acknowledged;
+            if waiting >= 2 || gap {
+                self.acknowledge(packet.flow);
+            } else if flow.ack_due.is_none() {
+                let due = self.now + 25 * MILLI;
+                flow.ack_due = Some(due);
+                self.at(due, Event::AckTimer(packet.flow));
+            }
+        }
+    }
+
+    fn acknowledge(&mut self, index: usize) {
+        let flow = &mut self.flows[index];
+        flow.acknowledged = flow.received.len();
+        flow.ack_due = None;
+        let upto = flow.acknowledged;
+        let ack = Acknowledgement { flow: index, upto };
+        self.backward.offer(self.now, 40 + HEADER_BYTES, ack);
+    }
+
+    fn deliver_acks(&mut self) {
+        self.backward_next = u64::MAX;
+        while let Some(ack) = self.backward.take(self.now) {
+            self.on_ack(ack);
+            self.send(ack.flow);
+        }
+    }
+
+    fn on_ack(&mut self, ack: Acknowledgement) {
+        let (now, epoch, instant) = (self.now, self.epoch, self.instant());
+        let flow = &mut self.flows[ack.flow];
+        if ack.upto <= flow.processed {
+            return;
+        }
+        let numbers = flow.received[flow.processed..ack.upto].to_vec();
+        flow.processed = ack.upto;
+        let app_limited = flow.app_limited;
+        let mut newest = None;
+        for number in numbers {
+            // One that was held to be lost may still arrive: it counts no more.
+            let Some(sent) = flow.unacked.remove(&number) else {
+                continue;
+            };
+            flow.in_flight -= PACKET;
+            flow.tally.delivered_bytes += PACKET;
+            flow.largest_acked = flow.largest_acked.max(Some(number));
+            newest = newest.max(Some(sent));
+            let sent = epoch + Duration::from_nanos(sent);
+            flow.controller.on_ack(instant, sent, PACKET, app_limited);
+        }
+        if let Some(sent) = newest {
+            let rtt = (now - sent) as f64 / 1e9;
+            flow.tally.rtt_sum += rtt * 1e3;
+            flow.tally.rtt_count += 1;
+            flow.smoothed_rtt = match flow.smoothed_rtt {
+                0.0 => rtt,
+                smoothed => smoothed * 0.875 + rtt * 0.125,
+            };
+            flow.last_progress = now;
+            flow.timeouts = 0;
+            flow.controller.on_end_acks(instant);
+        }
+        self.detect_losses(ack.flow);
+    }
+
+    fn detect_losses(&mut self, index: usize) {
+        let (epoch, instant) = (self.epoch, self.instant());
+        let flow = &mut self.flows[index];
+        let Some(largest) = flow.largest_acked else {
+            return;
+        };
+        let patience = (flow.smoothed_rtt * 1.125 * 1e9) as u64;
+        let lost: Vec<(u64, u64)> = flow
+            .unacked
+            .range(..largest)
+            .filter(|(number, sent)| **number + 3 <= largest || self.now - **sent > patience)
+            .map(|(number, sent)| (*number, *sent))
+            .collect();
+        let Some((_, last_sent)) = lost.last() else {
+            return;
+        };
+        let last_sent = epoch + Duration::from_nanos(*last_sent);
+        for (number, _) in &lost {
+            flow.unacked.remove(number);
+            flow.in_flight -= PACKET;
+        }
+        let bytes = PACKET * lost.len() as u64;
+        flow.controller.on_lost(instant, last_sent, bytes, false);
+    }
+
+    /// Nothing came for long: everything in flight is taken for lost.
+    fn timeout(&mut self, index: usize) {
+        let (epoch, instant) = (self.epoch, self.instant());
+        let flow = &mut self.flows[index];
+        if flow.unacked.is_empty() {
+            return;
+        }
+        let patience = ((flow.smoothed_rtt * 3.0 + 1.0) * 1e9) as u64 * (1 << flow.timeouts.min(6));
+        let due = flow.last_progress + patience;
+        if due > self.now {
+            self.at(due, Event::LossTimer(index));
+            return;
+        }
+        flow.timeouts += 1;
+        flow.last_progress = self.now;
+        let bytes = flow.in_flight;
+        let last = flow.unacked.values().last().copied().unwrap_or(0);
+        flow.unacked.clear();
+        flow.in_flight = 0;
+        let last = epoch + Duration::from_nanos(last);
+        let persistent = flow.timeouts >= 2;
+        flow.controller.on_lost(instant, last, bytes, persistent);
+        self.at(self.now, Event::Wake(index));
+    }
+
+    fn send(&mut self, index: usize) {
+        let now = self.now;
+        loop {
+            let flow = &mut self.flows[index];
+            if !flow.active || flow.start > now {
+                return;
+            }
+            if flow.in_flight + PACKET >= flow.controller.window() {
+                flow.app_limited = false;
+                return;
+            }
+            if let Some((rate, credit, at)) = &mut flow.offered {
+                *credit = (*credit + *rate * (now - *at) as f64 / 1e9).min(64.0 * PACKET as f64);
+                *at = now;
+                if *credit < PACKET as f64 {
+                    flow.app_limited = true;
+                    let wait = (PACKET as f64 - *credit) / *rate * 1e9;
+                    self.at(now + wait as u64 + MILLI, Event::Wake(index));
+                    return;
+                }
+            }
+            if flow.controller.paced() && flow.smoothed_rtt > 0.0 {
+                let rate = 1.25 * flow.controller.window() as f64 / flow.smoothed_rtt;
+                let burst =
+                    (rate * 0.002 / 1.25).clamp(10.0 * PACKET as f64, 256.0 * PACKET as f64);
+                let gained = rate * (now - flow.refilled) as f64 / 1e9;
+                flow.tokens = (flow.tokens + gained).min(burst);
+                flow.refilled = now;
+                if flow.tokens < PACKET as f64 {
+                    // quinn waits for a whole burst, on a timer of a millisecond.
+                    let wait = ((burst - flow.tokens) / rate * 1e9) as u64;
+                    flow.app_limited = false;
+                    let wake = (now + wait).div_ceil(MILLI) * MILLI;
+                    if flow.wake != wake {
+                        flow.wake = wake;
+                        self.at(wake, Event::Wake(index));
+                    }
+                    return;
+                }
+                flow.tokens -= PACKET as f64;
+            }
+            if let Some((_, credit, _)) = &mut flow.offered {
+                *credit -= PACKET as f64;
+            }
+            let number = flow.next_number;
+            flow.next_number += 1;
+            if flow.unacked.is_empty() {
+                flow.last_progress = now;
+                self.at(now + 100 * MILLI, Event::LossTimer(index));
+            }
+            let flow = &mut self.flows[index];
+            flow.unacked.insert(number, now);
+            flow.in_flight += PACKET;
+            flow.tally.sent += 1;
+            let packet = Packet {
+                flow: index,
+                number,
+            };
+            if !self.forward.offer(now, PACKET + HEADER_BYTES, packet) {
+                self.flows[index].tally.dropped += 1;
+            }
+        }
+    }
+}
