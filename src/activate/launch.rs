@@ -7,17 +7,19 @@
 //! in a session of its own and outlives us; [`Launched::adopt`] finds it again.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::process::{Pid, Signal};
-use serde_json::{Value, json};
+use serde_json::json;
 
+use super::failure::{LaunchError, died, log_path};
+use super::hydrate::{make_overlays, streams};
 use crate::guest::qemu::definition::Definition;
-use crate::guest::qemu::instantiate::{Backing, InstantiateError, Placement};
+use crate::guest::qemu::instantiate::Placement;
 use crate::guest::qemu::peer::is_qemu;
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 
@@ -29,8 +31,6 @@ const RESTORE: Duration = Duration::from_secs(30);
 const QUIT: Duration = Duration::from_secs(5);
 /// A unix socket's path has 108 bytes with its final NUL.
 const LONGEST_SOCKET: usize = 107;
-/// QEMU's words that an error shows: the end of its log.
-const SHOWN: u64 = 2000;
 
 /// What to launch, and where its parts are.
 pub struct LaunchPlan<'a> {
@@ -45,95 +45,13 @@ pub struct LaunchPlan<'a> {
 
 /// A QEMU that we launched.
 pub struct Launched {
-    qmp: Qmp,
+    pub(super) qmp: Qmp,
     pid: u32,
     /// None when adopted.
     child: Option<Child>,
     run: PathBuf,
     /// Volume name and what `block-stream` calls it, of each disk with something below.
-    disks: Vec<(String, String)>,
-}
-
-/// How far a disk's copy from the store is.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-pub struct Hydration {
-    /// The volume.
-    pub disk: String,
-    /// Bytes looked at.
-    pub done: u64,
-    /// Bytes to look at; it may grow.
-    pub total: u64,
-    /// Whether it goes on.
-    pub state: HydrationState,
-}
-
-/// Whether a disk's copy goes on.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum HydrationState {
-    /// It is being copied.
-    Running,
-    /// The overlay holds all; the store is not needed.
-    Done,
-    /// It stopped; the guest still reads through the store.
-    Failed(String),
-}
-
-/// Why a guest could not be launched, restored or ended.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The command line.
-    #[error(transparent)]
-    Instantiate(#[from] InstantiateError),
-    /// A file or directory.
-    #[error("cannot {what} {path}: {source}")]
-    File {
-        /// What was tried.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The program does not run.
-    #[error("cannot start {program}: {source}. Install it: apt-get install -y qemu-system-x86 qemu-utils")]
-    Program {
-        /// Its name.
-        program: String,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The definition names something that is not QEMU.
-    #[error("the guest's definition names the program {0:?}, which is none of QEMU's; it is not run. Add the guest again at its site")]
-    NotQemu(String),
-    /// A socket's path is too long.
-    #[error("{0} is longer than the 107 bytes a socket's path may have; choose a shorter run directory")]
-    LongPath(PathBuf),
-    /// An overlay could not be made.
-    #[error("qemu-img cannot make the overlay {path}: {words}")]
-    Overlay {
-        /// The overlay.
-        path: PathBuf,
-        /// What qemu-img said.
-        words: String,
-    },
-    /// QEMU ended, or does not answer.
-    #[error("QEMU {doing}: {why}. Its last words (all in {log}): {words}")]
-    Qemu {
-        /// Whether it started or was restoring.
-        doing: &'static str,
-        /// What we saw.
-        why: String,
-        /// Its log file.
-        log: PathBuf,
-        /// The end of its log.
-        words: String,
-    },
-    /// A later command failed.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
+    pub(super) disks: Vec<(String, String)>,
 }
 
 impl Launched {
@@ -143,7 +61,11 @@ impl Launched {
     /// # Errors
     /// See [`LaunchError`]; QEMU's own words are in it.
     pub fn start(plan: &LaunchPlan) -> Result<Self, LaunchError> {
-        let LaunchPlan { definition, placement, program } = *plan;
+        let LaunchPlan {
+            definition,
+            placement,
+            program,
+        } = *plan;
         let run = &placement.run;
         let file = |what: &'static str, path: &Path| {
             let path = path.to_owned();
@@ -176,15 +98,30 @@ impl Launched {
             .stdout(log)
             .stderr(errors)
             .spawn()
-            .map_err(|source| LaunchError::Program { program: program.display().to_string(), source })?;
+            .map_err(|source| LaunchError::Program {
+                program: program.display().to_string(),
+                source,
+            })?;
         let mut starting = Starting(Some(child));
         let qmp = starting.await_qmp(&placement.qmp, run)?;
-        let Some(child) = starting.0.take() else { return Err(died(run, "did not start", "it is gone")) };
+        let Some(child) = starting.0.take() else {
+            return Err(died(run, "did not start", "it is gone"));
+        };
         let pid_path = pid_path(run);
-        let launched = Launched { qmp, pid: child.id(), child: Some(child), run: run.clone(), disks: streams(definition, placement) };
+        let launched = Launched {
+            qmp,
+            pid: child.id(),
+            child: Some(child),
+            run: run.clone(),
+            disks: streams(definition, placement),
+        };
         if let Err(source) = fs::write(&pid_path, format!("{}\n", launched.pid)) {
             launched.kill();
-            return Err(LaunchError::File { what: "write", path: pid_path, source });
+            return Err(LaunchError::File {
+                what: "write",
+                path: pid_path,
+                source,
+            });
         }
         Ok(launched)
     }
@@ -194,19 +131,36 @@ impl Launched {
     ///
     /// # Errors
     /// When its process lives but its QMP socket does not answer.
-    pub fn adopt(definition: &Definition, placement: &Placement) -> Result<Option<Self>, LaunchError> {
-        let noted = fs::read_to_string(pid_path(&placement.run)).ok().and_then(|text| text.trim().parse().ok());
+    pub fn adopt(
+        definition: &Definition,
+        placement: &Placement,
+    ) -> Result<Option<Self>, LaunchError> {
+        let noted = fs::read_to_string(pid_path(&placement.run))
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
         match Qmp::connect(&placement.qmp, START) {
             Ok(qmp) => {
                 let path = placement.qmp.clone();
-                let pid = qmp.pid().map_err(|source| LaunchError::File { what: "ask the kernel about", path, source })?;
+                let pid = qmp.pid().map_err(|source| LaunchError::File {
+                    what: "ask the kernel about",
+                    path,
+                    source,
+                })?;
                 let disks = streams(definition, placement);
-                Ok(Some(Launched { qmp, pid, child: None, run: placement.run.clone(), disks }))
+                Ok(Some(Launched {
+                    qmp,
+                    pid,
+                    child: None,
+                    run: placement.run.clone(),
+                    disks,
+                }))
             }
-            Err(error) => match noted.filter(|pid| is_alive(*pid) && runs_with(*pid, &placement.qmp)) {
-                Some(_) => Err(error.into()),
-                None => Ok(None),
-            },
+            Err(error) => {
+                match noted.filter(|pid| is_alive(*pid) && runs_with(*pid, &placement.qmp)) {
+                    Some(_) => Err(error.into()),
+                    None => Ok(None),
+                }
+            }
         }
     }
 
@@ -219,7 +173,10 @@ impl Launched {
         self.set_capabilities()?;
         let socket = incoming_socket(&self.run);
         let _ = fs::remove_file(&socket);
-        self.qmp.execute("migrate-incoming", json!({"uri": format!("unix:{}", socket.display())}))?;
+        self.qmp.execute(
+            "migrate-incoming",
+            json!({"uri": format!("unix:{}", socket.display())}),
+        )?;
         let outcome = self.feed(&socket, device_state);
         let _ = fs::remove_file(&socket);
         outcome
@@ -227,7 +184,10 @@ impl Launched {
 
     fn set_capabilities(&mut self) -> Result<(), LaunchError> {
         let capabilities = json!([{"capability": "x-ignore-shared", "state": true}]);
-        self.qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
+        self.qmp.execute(
+            "migrate-set-capabilities",
+            json!({"capabilities": capabilities}),
+        )?;
         Ok(())
     }
 
@@ -236,8 +196,12 @@ impl Launched {
             stream.set_write_timeout(Some(RESTORE))?;
             Ok(stream)
         });
-        let mut stream = connected.map_err(|e| self.failed(&format!("its incoming socket refuses: {e}")))?;
-        let written = stream.write_all(device_state).and_then(|()| stream.flush());
+        let mut stream =
+            connected.map_err(|e| self.failed(&format!("its incoming socket refuses: {e}")))?;
+        let written = stream.write_all(device_state).and_then(|()| {
+            // A state that was cut short must fail, not be waited for.
+            stream.shutdown(std::net::Shutdown::Write)
+        });
         let deadline = Instant::now() + RESTORE;
         loop {
             let status = match self.qmp.execute("query-status", json!({})) {
@@ -258,7 +222,9 @@ impl Launched {
                 return Err(self.failed(&format!("it stopped reading the device state: {error}")));
             }
             if Instant::now() > deadline {
-                return Err(self.failed(&format!("the device state was not taken within {RESTORE:?}; it may be cut short")));
+                return Err(self.failed(&format!(
+                    "the device state was not taken within {RESTORE:?}; it may be cut short"
+                )));
             }
             std::thread::sleep(Duration::from_micros(500));
         }
@@ -274,7 +240,10 @@ impl Launched {
             Ok(migration) => migration,
             Err(error) => return Err(self.failed(&error.to_string())),
         };
-        let why = migration["error-desc"].as_str().unwrap_or("it does not say why").to_owned();
+        let why = migration["error-desc"]
+            .as_str()
+            .unwrap_or("it does not say why")
+            .to_owned();
         Ok((migration["status"] == "failed").then_some(why))
     }
 
@@ -298,7 +267,11 @@ impl Launched {
         let status = self.qmp.execute("query-status", json!({}))?;
         match status["running"] == true {
             true => Ok(()),
-            false => Err(died(&self.run, "does not run", &format!("its status is {}", status["status"]))),
+            false => Err(died(
+                &self.run,
+                "does not run",
+                &format!("its status is {}", status["status"]),
+            )),
         }
     }
 
@@ -307,74 +280,11 @@ impl Launched {
     /// # Errors
     /// When QEMU does not answer.
     pub fn announce(&mut self) -> Result<(), LaunchError> {
-        self.qmp.execute("announce-self", json!({"initial": 50, "max": 550, "rounds": 10, "step": 50}))?;
+        self.qmp.execute(
+            "announce-self",
+            json!({"initial": 50, "max": 550, "rounds": 10, "step": 50}),
+        )?;
         Ok(())
-    }
-
-    /// Starts to copy what the overlays lack, at most `bytes_per_second` each
-    /// (0: as fast as it goes). Disks that are being copied already are left alone.
-    ///
-    /// # Errors
-    /// When QEMU refuses.
-    pub fn hydrate(&mut self, bytes_per_second: u64) -> Result<(), LaunchError> {
-        for (index, (_, device)) in self.disks.iter().enumerate() {
-            let job = job(index);
-            let started = self.qmp.execute(
-                "block-stream",
-                json!({"job-id": job, "device": device, "speed": bytes_per_second,
-                       "on-error": "report", "auto-dismiss": false}),
-            );
-            match started {
-                Ok(_) => {}
-                Err(QmpError::Refused { .. }) if self.jobs()?.iter().any(|(id, _)| *id == job) => {}
-                Err(error) => return Err(error.into()),
-            }
-        }
-        Ok(())
-    }
-
-    /// Changes how fast disks are copied.
-    ///
-    /// # Errors
-    /// When QEMU does not answer.
-    pub fn set_hydration_speed(&mut self, bytes_per_second: u64) -> Result<(), LaunchError> {
-        for (id, job) in self.jobs()? {
-            if job["status"] != "concluded" {
-                self.qmp.execute("block-job-set-speed", json!({"device": id, "speed": bytes_per_second}))?;
-            }
-        }
-        Ok(())
-    }
-
-    /// How far each disk's copy is; after [`Launched::hydrate`].
-    ///
-    /// # Errors
-    /// When QEMU does not answer.
-    pub fn hydration(&mut self) -> Result<Vec<Hydration>, LaunchError> {
-        let jobs = self.jobs()?;
-        let progress = |index: usize, disk: &str| {
-            let id = job(index);
-            let (_, job) = jobs.iter().find(|(name, _)| *name == id)?;
-            let state = match (job["status"].as_str(), job["error"].as_str()) {
-                (_, Some(error)) => HydrationState::Failed(error.to_owned()),
-                (Some("concluded"), None) => HydrationState::Done,
-                _ => HydrationState::Running,
-            };
-            let number = |key: &str| job[key].as_u64().unwrap_or(0);
-            let (done, total) = (number("current-progress"), number("total-progress"));
-            Some(Hydration { disk: disk.to_owned(), done, total, state })
-        };
-        Ok(self.disks.iter().enumerate().filter_map(|(index, (disk, _))| progress(index, disk)).collect())
-    }
-
-    /// Our copying jobs.
-    fn jobs(&mut self) -> Result<Vec<(String, Value)>, LaunchError> {
-        let jobs = self.qmp.execute("query-jobs", json!({}))?;
-        let ours = |job: &Value| {
-            let id = job["id"].as_str().filter(|id| id.starts_with(JOB))?;
-            Some((id.to_owned(), job.clone()))
-        };
-        Ok(jobs.as_array().into_iter().flatten().filter_map(ours).collect())
     }
 
     /// Stops the guest; QEMU stays.
@@ -434,15 +344,22 @@ impl Starting {
             let left = deadline.saturating_duration_since(Instant::now());
             let status = self.0.as_mut().map(Child::try_wait);
             if let Some(Ok(Some(status))) = status {
-                return Err(died(run, "did not start", &format!("it ended with {status}")));
+                return Err(died(
+                    run,
+                    "did not start",
+                    &format!("it ended with {status}"),
+                ));
             }
             if left.is_zero() {
-                let why = format!("it does not answer within {START:?}; is its NBD server or storage stuck?");
+                let why = format!(
+                    "it does not answer within {START:?}; is its NBD server or storage stuck?"
+                );
                 return Err(died(run, "did not start", &why));
             }
-            match Qmp::connect(socket, left) {
+            match Qmp::connect(socket, left.max(START / 2)) {
                 Ok(qmp) => return Ok(qmp),
-                Err(QmpError::Connect { .. } | QmpError::Closed { .. } | QmpError::Busy { .. }) => {}
+                Err(QmpError::Connect { .. } | QmpError::Closed { .. } | QmpError::Busy { .. }) => {
+                }
                 Err(error) => return Err(error.into()),
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -459,16 +376,6 @@ impl Drop for Starting {
     }
 }
 
-const JOB: &str = "farhaven-hydrate-";
-
-fn job(index: usize) -> String {
-    format!("{JOB}{index}")
-}
-
-fn log_path(run: &Path) -> PathBuf {
-    run.join("qemu.log")
-}
-
 fn pid_path(run: &Path) -> PathBuf {
     run.join("qemu.pid")
 }
@@ -477,60 +384,11 @@ fn incoming_socket(run: &Path) -> PathBuf {
     run.join("incoming.sock")
 }
 
-fn died(run: &Path, doing: &'static str, why: &str) -> LaunchError {
-    let log = log_path(run);
-    LaunchError::Qemu { doing, why: why.to_owned(), words: last_words(&log), log }
-}
-
-fn last_words(log: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(mut file) = File::open(log) {
-        let length = file.metadata().map_or(0, |facts| facts.len());
-        let _ = file.seek(SeekFrom::Start(length.saturating_sub(SHOWN)));
-        let _ = file.take(SHOWN).read_to_end(&mut bytes);
-    }
-    let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
-    if text.is_empty() { "none".to_owned() } else { text }
-}
-
-/// The disks that have something below, and their names for `block-stream`.
-fn streams(definition: &Definition, placement: &Placement) -> Vec<(String, String)> {
-    let below = |name: &str| placement.disks.get(name).is_some_and(|place| place.backing != Backing::Nothing);
-    let disks = definition.disks.iter().filter(|disk| below(&disk.name));
-    let device = |node: &str, name: &str| if node.starts_with('#') { name.to_owned() } else { node.to_owned() };
-    disks.map(|disk| (disk.name.clone(), device(&disk.node, &disk.name))).collect()
-}
-
-fn make_overlays(definition: &Definition, placement: &Placement) -> Result<(), LaunchError> {
-    for disk in &definition.disks {
-        let Some(place) = placement.disks.get(&disk.name).filter(|place| !place.overlay.exists()) else { continue };
-        let mut command = Command::new("qemu-img");
-        command.args(["create", "-q", "-f", "qcow2"]);
-        if let Some(below) = place.backing.options()? {
-            // In the header too, so that nobody takes a half copied overlay for
-            // a whole disk; unchecked (-u), so that nothing is waited for.
-            let format = below["driver"].as_str().unwrap_or("raw").to_owned();
-            command.args(["-u", "-F", &format, "-b"]).arg(format!("json:{below}"));
-        }
-        let output = command
-            .arg(&place.overlay)
-            .arg(disk.bytes.to_string())
-            .stdin(Stdio::null())
-            .output()
-            .map_err(|source| LaunchError::Program { program: "qemu-img".to_owned(), source })?;
-        if !output.status.success() {
-            let _ = fs::remove_file(&place.overlay);
-            let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(LaunchError::Overlay { path: place.overlay.clone(), words });
-        }
-    }
-    Ok(())
-}
-
 /// Lives and is no zombie.
 fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Does this process's command line name that QMP socket? A pid may have been given to another.

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Subcommand};
 use farhaven_policies::load;
-use farhaven_policies::site::{LogFormat, SiteConfig};
+use farhaven_policies::site::{ENV_PREFIX, LogFormat, SiteConfig};
 use farhaven_policies::units::Period;
 use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
@@ -92,7 +92,7 @@ fn init(name: &str, dir: &std::path::Path) -> Outcome {
     let failed = |e: std::io::Error| format!("{}: {e}", dir.display());
     files::private_directory(&dir).map_err(failed)?;
     files::replace(&file, text.as_bytes()).map_err(failed)?;
-    if let Err(error) = load::load::<SiteConfig>(Some(&file), &[]) {
+    if let Err(error) = load::load::<SiteConfig>(Some(&file), ENV_PREFIX, &[]) {
         let _ = std::fs::remove_file(&file);
         return Err(error.to_string());
     }
@@ -112,7 +112,7 @@ async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
             .ok_or_else(|| format!("--set {pair}: expected KEY=VALUE, like link.rate_limit=100mbit"))?;
         overrides.push((key.to_owned(), value.to_owned()));
     }
-    let config: SiteConfig = load::load(config.as_deref(), &overrides).map_err(told)?;
+    let config: SiteConfig = load::load(config.as_deref(), ENV_PREFIX, &overrides).map_err(told)?;
     let filter = EnvFilter::try_new(&config.log.level)
         .map_err(|e| format!("log.level '{}' is not understood: {e}", config.log.level))?;
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);

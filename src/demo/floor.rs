@@ -34,7 +34,7 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
     let points = store.points(guest);
     let first = points.first().ok_or("the target's store has no point")?;
     let mut before = store.open_point(guest, first.point).map_err(|e| e.to_string())?;
-    let mut floor = Floor::new();
+    let mut floor = Floor::new().map_err(|e| e.to_string())?;
     for (volume, kind) in (0..).zip(before.volumes().iter().map(|v| v.kind)) {
         if kind != VolumeKind::DeviceState {
             for (unit, count) in before.nonzero_runs(volume) {
@@ -42,22 +42,26 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
             }
         }
     }
-    let mut floors = Floors { first: floor.bytes(), ..Floors::default() };
+    let mut floors = Floors { first: bytes(&mut floor)?, ..Floors::default() };
     // One accumulator goes on: what was there before does not count again, and
     // groups are closed at each point, as they must be on the wire.
     for header in points.iter().skip(1) {
         let replica = store.open_point(guest, header.point).map_err(|e| e.to_string())?;
-        let so_far = floor.bytes();
+        let so_far = bytes(&mut floor)?;
         for run in replica.changes_since(&before) {
             add(&mut floor, &replica, run.volume, run.unit, run.count)?;
         }
-        floors.steady += floor.bytes() - so_far;
+        floors.steady += bytes(&mut floor)? - so_far;
         let context: Result<PointContext, _> =
             ciborium::de::from_reader_with_recursion_limit(replica.context(), 64);
         floors.steady_sent += context.map_or(0, |c| c.sent_bytes);
         before = replica;
     }
     Ok(floors)
+}
+
+fn bytes(floor: &mut Floor) -> Result<u64, String> {
+    floor.bytes().map_err(|e| e.to_string())
 }
 
 fn add(floor: &mut Floor, replica: &Replica, volume: u16, unit: u64, count: u64) -> Result<(), String> {
@@ -67,7 +71,7 @@ fn add(floor: &mut Floor, replica: &Replica, volume: u16, unit: u64, count: u64)
         let mut bytes = vec![0; piece as usize * UNIT];
         replica.read(volume, at, piece, &mut bytes).map_err(|e| e.to_string())?;
         for unit in bytes.chunks_exact(UNIT) {
-            floor.unit(unit);
+            floor.unit(unit).map_err(|e| e.to_string())?;
         }
         at += piece;
     }

@@ -8,7 +8,7 @@
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder, Sequence};
 use farhaven_storage_sync::digest::DigestKey;
@@ -116,6 +116,28 @@ pub struct Totals {
     pub changed_bytes: AtomicU64,
     /// Bytes of batches since protection began.
     pub sent_bytes: AtomicU64,
+    /// When `sent_bytes` was last looked at, what it was, and the rate up to then.
+    seen: Mutex<Option<(Instant, u64, u64)>>,
+}
+
+impl Totals {
+    /// Batch bytes a second, over the last second or more between two calls.
+    pub fn throughput(&self) -> u64 {
+        const SPAN: Duration = Duration::from_secs(1);
+        let now = (Instant::now(), self.sent_bytes.load(Ordering::Relaxed));
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let (at, bytes, rate) = seen.unwrap_or((now.0, now.1, 0));
+        let span = now.0.duration_since(at);
+        if seen.is_some() && span < SPAN {
+            return rate;
+        }
+        let rate = match span {
+            Duration::ZERO => 0,
+            span => ((now.1 - bytes) as f64 / span.as_secs_f64()) as u64,
+        };
+        *seen = Some((now.0, now.1, rate));
+        rate
+    }
 }
 
 impl Shipment {

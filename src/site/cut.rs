@@ -42,7 +42,7 @@ pub(super) async fn make(
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
     let mut known = std::mem::take(&mut attached.state_known);
-    let limit = driver.protection.policy.capture_buffer();
+    let limit = usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
     let point = attached.next;
     let work = blocking(move || {
         let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
@@ -179,7 +179,7 @@ pub(super) async fn seal(
         sent_bytes = made.shipped.sent_bytes,
         "sealed"
     );
-    Ok(Sealed { point: made.point, cut_at: made.cut_at, took })
+    Ok(Sealed { point: made.point, cut_at: made.cut_at, pause: made.times.pause, took })
 }
 
 /// Hands a held guest over: seals its last point and has the peer run it. The

@@ -11,7 +11,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
-use farhaven_storage_sync::unit::{Digest, UNIT, VolumeKind};
+use farhaven_policies::decide::{self, Measured};
+use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeKind};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::records::{GuestRecord, Protection};
@@ -85,7 +86,8 @@ pub(super) struct Driver {
     pub(super) stop: watch::Sender<bool>,
     commands: mpsc::Receiver<Command>,
     waiting: VecDeque<Command>,
-    newest_cut: Option<SystemTime>,
+    sealing: Measured,
+    pausing: Measured,
 }
 
 /// How others reach a driver.
@@ -115,7 +117,7 @@ impl Driver {
             name: record.name.clone(),
             id: record.id.to_string(),
             peer: Some(protection.to.clone()),
-            rpo_target_ms: Some(protection.policy.rpo().as_millis() as u64),
+            rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
@@ -130,7 +132,8 @@ impl Driver {
             stop: watch::channel(false).0,
             commands,
             waiting: VecDeque::new(),
-            newest_cut: None,
+            sealing: Measured::default(),
+            pausing: Measured::default(),
         };
         tokio::spawn(driver.run());
         DriverHandle { commands: commands_tx, view: watched, totals }
@@ -285,7 +288,7 @@ impl Driver {
 
     async fn attach(&mut self) -> Result<Box<dyn Guest>, DriveError> {
         let (site, record) = (self.site.clone(), self.record.clone());
-        let key = site.tracking_key;
+        let key = site.tracking_key.clone();
         let threads = std::thread::available_parallelism().map_or(2, usize::from);
         let attached = blocking(move || site.attach(&record, key, threads)).await?;
         Ok(attached?)
@@ -298,16 +301,16 @@ impl Driver {
             None => self.site.fence.raise(self.record.id, self.site.key())?,
         };
         self.view.send_modify(|v| v.term = Some(term.number));
-        let opened = self.ask_open(&*guest, term, true).await?;
+        let opened = self.ask_open(guest.volumes().to_vec(), term).await?;
         let remote = self.remote.clone();
-        let bytes = self.site.config.store.index_bytes();
-        let outgoing = self.interruptible(remote.outgoing(opened.last_seq, bytes, self.site.tracking_key)).await??;
+        let bytes = usize::try_from(self.site.config.store.index_bytes.bytes()).unwrap_or(usize::MAX);
+        let outgoing = self.interruptible(remote.outgoing(opened.last_seq, bytes, self.site.tracking_key.clone())).await??;
         let mut state_known = Vec::new();
         if opened.newest > 0 {
             self.phase(Phase::Resuming);
             self.view.send_modify(|v| v.newest_point = opened.newest);
-            self.newest_cut =
-                Some(SystemTime::UNIX_EPOCH + Duration::from_nanos(opened.newest_cut_at));
+            let cut_at = SystemTime::UNIX_EPOCH + Duration::from_nanos(opened.newest_cut_at);
+            self.site.note_sealed(self.record.id, cut_at);
             (guest, state_known) = self.resume_tracking(guest, &outgoing, &opened).await?;
         }
         Ok(Attached {
@@ -320,16 +323,16 @@ impl Driver {
         })
     }
 
-    async fn ask_open(&mut self, guest: &dyn Guest, term: Term, fresh: bool) -> Result<Opened, DriveError> {
+    async fn ask_open(&self, volumes: Vec<Volume>, term: Term) -> Result<Opened, DriveError> {
         let opening = Opening {
             guest: self.record.id,
             name: self.record.name.clone(),
             source: self.site.config.site.name.clone(),
             definition: self.record.definition.clone(),
-            volumes: guest.volumes().to_vec(),
+            volumes,
             term,
             warm: self.protection.policy.warm,
-            fresh,
+            fresh: true,
             retention: self.protection.policy.retention.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
@@ -426,7 +429,8 @@ impl Driver {
         self.round(attached).await?;
         loop {
             let sealed = self.point(attached, After::Continue).await?;
-            self.newest_cut = Some(sealed.cut_at);
+            self.sealing.observe(sealed.took);
+            self.pausing.observe(sealed.pause);
             self.phase(Phase::Protected);
             self.look_at_commands();
             while self.waiting.is_empty() {
@@ -469,7 +473,11 @@ impl Driver {
     /// How long until the next cut begins, by policy and by what the last took; `None` for now.
     fn until_next_cut(&self, last: &Sealed) -> Option<Duration> {
         let since = SystemTime::now().duration_since(last.cut_at).unwrap_or_default();
-        let every = farhaven_policies::decide::cut_interval(self.protection.policy.rpo(), last.took);
+        let every = decide::interval(
+            &self.protection.policy,
+            self.sealing.expect(last.took),
+            self.pausing.expect(last.pause),
+        );
         every.checked_sub(since).filter(|left| !left.is_zero())
     }
 
@@ -666,6 +674,8 @@ impl Driver {
 pub(super) struct Sealed {
     pub(super) point: u64,
     pub(super) cut_at: SystemTime,
+    /// How long the guest was stopped for it.
+    pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
 }

@@ -17,7 +17,7 @@ use super::standby::Standby;
 use crate::guest::qemu::check::{self, Finding};
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::{AttachOptions, QemuGuest};
-use crate::guest::qemu::definition::{Definition, DefinitionError};
+use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::{Guest, GuestError};
 use crate::replicate::message::{Message, RETIRE_BATCHES};
@@ -35,9 +35,9 @@ const SMALLEST_BUFFER: u64 = 1 << 20;
 const WORTH_PRUNING: usize = 4;
 
 /// Reads a running QEMU's definition.
-pub(super) fn define(qmp: &Path) -> Result<Definition, DefinitionError> {
-    let mut qmp = Qmp::connect(qmp, QMP_PATIENCE)?;
-    Definition::read(&mut qmp)
+pub(super) fn define(qmp: &Path) -> Result<Definition, String> {
+    let mut qmp = Qmp::connect(qmp, QMP_PATIENCE).map_err(|e| e.to_string())?;
+    Definition::read(&mut qmp).map_err(|e| e.to_string())
 }
 
 /// The local part of a guest's check. While the guest is protected our own
@@ -122,13 +122,13 @@ impl Site {
 
     /// Lets a held guest that nobody is attached to run on.
     pub(super) fn resume_guest(&self, record: &GuestRecord) -> Result<(), GuestError> {
-        let mut guest = self.attach(record, self.tracking_key, 1)?;
+        let mut guest = self.attach(record, self.tracking_key.clone(), 1)?;
         guest.resume()
     }
 
     /// Ends a held guest that nobody is attached to; one that is gone has ended.
     pub(super) fn let_guest_go(&self, record: &GuestRecord) -> Result<(), GuestError> {
-        match self.attach(record, self.tracking_key, 1) {
+        match self.attach(record, self.tracking_key.clone(), 1) {
             Ok(mut guest) => guest.let_go(),
             Err(GuestError::Qmp(QmpError::Connect { .. })) => Ok(()),
             Err(error) => Err(error),
@@ -212,6 +212,5 @@ pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<()
     let store = remote.incoming.store.clone();
     let keep = Keep::from([(guest, std::collections::BTreeSet::new())]);
     perform(remote, keep).await?;
-    store.forget_guest(guest);
     Ok(())
 }

@@ -126,10 +126,10 @@ async fn how_it_ended(
     guest: Option<Box<dyn Guest>>,
 ) -> Result<Option<ActivationTimes>, DriveError> {
     let Some(term) = driver.protection.moving else { return Ok(None) };
-    let question = || Message::GiveUp { guest: driver.record.id };
+    let guest_id = driver.record.id;
     let remote = driver.remote.clone();
     let answer = loop {
-        match remote.ask_within(question(), Duration::from_secs(60)).await {
+        match remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60)).await {
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {

@@ -86,7 +86,7 @@ pub struct Site {
     pub fence: Fence,
     identity: Identity,
     node: Arc<Node>,
-    catalogue: Catalogue,
+    catalogue: Arc<Catalogue>,
     /// Key of every digest of this process.
     tracking_key: DigestKey,
     remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
@@ -109,8 +109,8 @@ impl Site {
         }
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
-        if let Some(why) = report.rebuilt {
-            tracing::warn!(why, "the catalogue was rebuilt");
+        if report.rebuilt || report.journal_rebuilt {
+            tracing::warn!(set_aside = ?report.set_aside, "the catalogue was damaged or missing, and was rebuilt");
         }
         let fence = Fence::open(&state.join("terms"))?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
@@ -120,7 +120,7 @@ impl Site {
             fence,
             identity,
             node,
-            catalogue,
+            catalogue: Arc::new(catalogue),
             tracking_key: DigestKey::random(),
             remotes: RwLock::default(),
             drivers: RwLock::default(),

@@ -361,7 +361,7 @@ impl Standby {
     ) -> Result<(), ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
-        let mut ready = match state.ready.take() {
+        let ready = match state.ready.take() {
             Some(ready) => {
                 let began = Instant::now();
                 times.ram_bytes = self.fill(state, point).await?;

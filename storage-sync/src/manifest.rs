@@ -342,10 +342,10 @@ mod tests {
             prop_assert_eq!((head.base, &head.context[..]), (4, &b"definition"[..]));
             prop_assert_eq!(back, runs);
             let cut = cut.index(bytes.len());
-            prop_assert!(decode(path, &bytes[..cut], &mut |_| {}).is_err());
+            prop_assert!(decode(path, &bytes[..cut], &mut drop).is_err());
             let at = at.index(bytes.len());
             bytes[at] ^= flip;
-            prop_assert!(decode(path, &bytes, &mut |_| {}).is_err());
+            prop_assert!(decode(path, &bytes, &mut drop).is_err());
         }
 
         #[test]

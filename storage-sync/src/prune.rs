@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use crate::codec::{BatchError, BatchView, Content, EntriesView};
 use crate::files::{FileError, sync_dir};
-use crate::limits::MANIFEST_CHAIN;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
 use crate::map::{PointMap, Run};
@@ -128,6 +127,7 @@ impl Store {
     /// When manifests or batches cannot be read.
     pub fn plan_prune(&self, keep: &Keep) -> Result<PrunePlan, PruneError> {
         let inner = &self.0;
+        let _pruning = held(&inner.pruning);
         let _writing = held(&inner.writing);
         let mut plan = PrunePlan::default();
         let mut drops = Drops::new();
@@ -187,21 +187,10 @@ impl Store {
     /// # Errors
     /// See [`PruneError`]: the store is whole, and may have shrunk.
     pub fn perform_prune(&self, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
-        let _writing = held(&self.0.writing);
+        let _pruning = held(&self.0.pruning);
         let outcome = perform(&self.0, plan);
         self.give_up_prune(plan);
         outcome
-    }
-
-    /// Forgets a guest that has no points: its unsealed batches count as dead
-    /// in the next plan.
-    pub fn forget_guest(&self, guest: GuestId) {
-        let mut state = held(&self.0.state);
-        if let Some(known) = state.guests.get_mut(&guest)
-            && known.points.is_empty()
-        {
-            known.unsealed.clear();
-        }
     }
 }
 
@@ -286,6 +275,7 @@ fn unsealed(
 
 fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
     let mut report = PruneReport::default();
+    let writing = held(&inner.writing);
     let drops = still_to_drop(inner, plan);
     for (&guest, drops) in &drops {
         rebase(inner, guest, drops)?;
@@ -303,6 +293,8 @@ fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
     report.revived = revived.len();
     report.batches = dead.len();
     inner.log.forget(&dead);
+    // Copying takes long, and neither seals nor a failover wait for it.
+    drop(writing);
     let before = inner.log.bytes();
     for plan in &plan.segments {
         move_live(inner, plan.segment)?;
@@ -335,23 +327,16 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
             return Ok(());
         }
         let mut entry = entry.clone();
-        let full = PointMap::default();
-        let on = kept.as_ref().filter(|(on, _)| on.depth < MANIFEST_CHAIN);
+        let on = kept.as_ref().filter(|(on, _)| on.may_be_base());
         if drops.contains(&entry.base) {
-            let (base, depth, on) = match on {
-                Some((base, map)) => (base.header.point, base.depth + 1, map),
-                None => (0, 1, &full),
-            };
-            let runs = map.since(on).into_iter();
-            let bytes = manifest::encode(&entry.header, base, &head.context, runs);
+            let nothing = PointMap::default();
+            let (base, below) = on.map_or((None, &nothing), |(base, map)| (Some(base), map));
+            let number = base.map_or(0, |base| base.header.point);
+            let runs = map.since(below).into_iter();
+            let bytes = manifest::encode(&entry.header, number, &head.context, runs);
             let path = manifest::path_of(&inner.manifests, guest, point);
             manifest::write(&path, &bytes)?;
-            let manifest_bytes = bytes.len() as u64;
-            entry = PointEntry { header: entry.header, base, depth, manifest_bytes };
-        } else if let Some((on, _)) = &kept
-            && entry.base == on.header.point
-        {
-            entry.depth = on.depth + 1;
+            entry = PointEntry::new(entry.header, base, bytes.len() as u64);
         }
         if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
             state.points.insert(point, entry.clone());

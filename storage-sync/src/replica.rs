@@ -145,13 +145,15 @@ impl Store {
             cached_most,
             readers: Mutex::default(),
         };
-        // A prune may be giving this point's manifest another base: not now.
-        let _writing = held(&self.0.writing);
         let path = manifest::path_of(&self.0.manifests, guest, point);
         replica.context = manifest::read_head(&path)?.context;
         replica.map = match newest {
             Some(map) => map,
-            None => Arc::new(self.0.load_map(guest, point)?),
+            None => {
+                // A prune may be giving manifests another base: not now.
+                let _writing = held(&self.0.writing);
+                Arc::new(self.0.load_map(guest, point)?)
+            }
         };
         match self.0.dangling(&replica.map) {
             None => Ok(replica),

@@ -18,7 +18,7 @@ use bytes::Bytes;
 use crate::codec::{BatchError, BatchHeader, BatchView, Expander};
 use crate::digest::DigestKey;
 use crate::files::{FileError, LockError};
-use crate::limits::{MAP_LEAF, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::limits::{MANIFEST_CHAIN, MAP_LEAF, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
 use crate::log::{Log, LogError, ScanReport};
 use crate::manifest::{self, ManifestError, PointHeader};
 use crate::map::PointMap;
@@ -108,7 +108,34 @@ pub(crate) struct PointEntry {
     pub(crate) base: u64,
     /// Manifests below this one, itself included, down to a full one.
     pub(crate) depth: usize,
-    pub(crate) manifest_bytes: u64,
+    /// Bytes of that full one, and of those above it.
+    pub(crate) full_bytes: u64,
+    pub(crate) delta_bytes: u64,
+}
+
+impl PointEntry {
+    /// The entry of a manifest of `bytes` on `base` (`None`: a full one).
+    pub(crate) fn new(
+        header: Arc<PointHeader>,
+        base: Option<&PointEntry>,
+        bytes: u64,
+    ) -> PointEntry {
+        match base {
+            None => PointEntry { header, base: 0, depth: 1, full_bytes: bytes, delta_bytes: 0 },
+            Some(on) => PointEntry {
+                header,
+                base: on.header.point,
+                depth: on.depth + 1,
+                full_bytes: on.full_bytes,
+                delta_bytes: on.delta_bytes + bytes,
+            },
+        }
+    }
+
+    /// Should another manifest build on this one, or be a full one?
+    pub(crate) fn may_be_base(&self) -> bool {
+        self.depth < MANIFEST_CHAIN && self.delta_bytes <= self.full_bytes.max(64 * 1024)
+    }
 }
 
 #[derive(Default)]
@@ -118,6 +145,8 @@ pub(crate) struct GuestState {
     pub(crate) newest: Arc<PointMap>,
     /// Largest point number ever sealed and seen: no lower one is taken again.
     pub(crate) largest: u64,
+    /// The largest point number in any batch received.
+    pub(crate) claimed: u64,
     /// Batches of points that are not sealed yet.
     pub(crate) unsealed: BTreeMap<u64, BTreeSet<u64>>,
     pub(crate) pins: HashMap<u64, usize>,
@@ -143,6 +172,8 @@ pub(crate) struct Inner {
     pub(crate) state: Mutex<State>,
     /// Held through a seal or a prune: they write manifests.
     pub(crate) writing: Mutex<()>,
+    /// Held through a prune: one at a time.
+    pub(crate) pruning: Mutex<()>,
     _lock: File,
 }
 
@@ -248,6 +279,13 @@ impl Store {
         unsealed.into_iter().flatten().copied().collect()
     }
 
+    /// The lowest number that a guest's next point may have: above every point
+    /// sealed, and above every point that batches here claim to belong to.
+    pub fn next_point(&self, guest: GuestId) -> u64 {
+        let state = held(&self.0.state);
+        state.guests.get(&guest).map_or(1, |guest| guest.largest.max(guest.claimed) + 1)
+    }
+
     /// Gives up what was received for points that are not sealed: the next
     /// attempt has a new number. The batches stay for dedup until a prune.
     pub fn abandon(&self, guest: GuestId) {
@@ -287,6 +325,7 @@ impl State {
     /// Counts a batch to its point, unless that is sealed already.
     pub(crate) fn belongs(&mut self, header: &BatchHeader) {
         let guest = self.guests.entry(header.guest).or_default();
+        guest.claimed = guest.claimed.max(header.point);
         if header.point > guest.largest {
             guest.unsealed.entry(header.point).or_default().insert(header.seq);
         }

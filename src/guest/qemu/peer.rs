@@ -38,10 +38,6 @@ pub struct PeerFacts {
 pub fn peer_facts(definition: &Definition, ram: &Path, store: &Path) -> PeerFacts {
     let program = &definition.program;
     let version = output(program, &["--version"]);
-    let setting = |name: &str| {
-        let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
-        text.trim().parse().unwrap_or(0)
-    };
     PeerFacts {
         qemu: parse_version(&version),
         machines: parse_machines(&output(program, &["-machine", "help"])),
@@ -52,8 +48,17 @@ pub fn peer_facts(definition: &Definition, ram: &Path, store: &Path) -> PeerFact
         store_directory: (store.display().to_string(), bytes_free(store)),
         memory_available: memory_available(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         files: definition.files.iter().filter_map(|file| HostFile::read(&file.path).ok()).collect(),
-        socket_buffers: (setting("rmem_max"), setting("wmem_max")),
+        socket_buffers: socket_buffers(),
     }
+}
+
+/// The largest socket buffer that a program may ask for here: receive, send.
+pub fn socket_buffers() -> (u64, u64) {
+    let setting = |name: &str| {
+        let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
+        text.trim().parse().unwrap_or(0)
+    };
+    (setting("rmem_max"), setting("wmem_max"))
 }
 
 /// Bytes that this user may still write below a directory.

@@ -24,6 +24,20 @@ struct Bucket {
     places: [Place; SLOTS],
 }
 
+impl Bucket {
+    fn at(&self, slot: usize) -> (Digest, Place) {
+        (self.digests[slot], self.places[slot])
+    }
+
+    fn free(&self) -> usize {
+        self.places.iter().filter(|&&place| place == Place::ZERO).count()
+    }
+
+    fn empty_slot(&self) -> Option<usize> {
+        self.places.iter().position(|&place| place == Place::ZERO)
+    }
+}
+
 const EMPTY: Bucket = Bucket { digests: [Digest::UNKNOWN; SLOTS], places: [Place::ZERO; SLOTS] };
 
 #[derive(Default)]
@@ -182,19 +196,35 @@ impl Shard {
                 }
             }
         }
-        let free = |bucket: usize| {
-            self.buckets[bucket].places.iter().filter(|&&place| place == Place::ZERO).count()
-        };
         let [first, second] = candidates;
+        let free = |bucket: usize| self.buckets[bucket].free();
         let bucket = if free(first) >= free(second) { first } else { second };
-        let bucket = &mut self.buckets[bucket];
-        let Some(slot) = bucket.places.iter().position(|&place| place == Place::ZERO) else {
-            return false;
+        let spot = match self.buckets[bucket].empty_slot() {
+            Some(slot) => Some((bucket, slot)),
+            None => self.make_room(candidates),
         };
-        bucket.places[slot] = place;
-        bucket.digests[slot] = digest;
+        let Some((bucket, slot)) = spot else { return false };
+        self.buckets[bucket].places[slot] = place;
+        self.buckets[bucket].digests[slot] = digest;
         *len += 1;
         true
+    }
+
+    /// Both buckets are full: moves someone in them to their other bucket.
+    fn make_room(&mut self, full: [usize; 2]) -> Option<(usize, usize)> {
+        for bucket in full {
+            for slot in 0..SLOTS {
+                let (digest, place) = self.buckets[bucket].at(slot);
+                for other in candidates(digest, self.buckets.len()) {
+                    if let Some(empty) = self.buckets[other].empty_slot() {
+                        self.buckets[other].digests[empty] = digest;
+                        self.buckets[other].places[empty] = place;
+                        return Some((bucket, slot));
+                    }
+                }
+            }
+        }
+        None
     }
 
     fn grow(&mut self, most: usize, len: &mut usize) {

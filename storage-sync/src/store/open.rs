@@ -38,6 +38,7 @@ pub(super) fn open(
         log,
         state: Mutex::new(State::default()),
         writing: Mutex::new(()),
+        pruning: Mutex::new(()),
         _lock: lock,
     };
     let mut report = OpenReport { log: log_report, ..OpenReport::default() };
@@ -90,17 +91,16 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
             damage("it is the manifest of another point".into());
             continue;
         }
-        let depth = match (head.base, state.points.get(&head.base)) {
-            (0, _) => 1,
-            (_, Some(base)) => base.depth + 1,
+        let base = match (head.base, state.points.get(&head.base)) {
+            (0, _) => None,
+            (_, Some(base)) => Some(base),
             (base, None) => {
                 damage(format!("point {base}, on which it builds, is missing or damaged"));
                 continue;
             }
         };
         let length = std::fs::metadata(&path).map_err(FileError::at("read", &path))?.len();
-        let header = Arc::new(head.header);
-        let entry = PointEntry { header, base: head.base, depth, manifest_bytes: length };
+        let entry = PointEntry::new(Arc::new(head.header), base, length);
         state.points.insert(point, entry);
     }
     held(&inner.state).guests.insert(guest, state);

@@ -6,7 +6,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Inner, PointEntry, held, leaf_bytes};
 use crate::codec::{BatchError, Chain, Content, EntriesView};
 use crate::files::{FileError, make_dir, sync_dir};
-use crate::limits::{CONTEXT_BYTES, MANIFEST_CHAIN, POINT};
+use crate::limits::{CONTEXT_BYTES, POINT};
 use crate::log::LogError;
 use crate::manifest::{self, PointHeader, PointStats, check_volumes};
 use crate::map::{PointMap, Run};
@@ -268,19 +268,18 @@ fn write(
         make_dir(dir)?;
         sync_dir(&inner.manifests)?;
     }
-    let full = parent.is_none_or(|parent| parent.depth >= MANIFEST_CHAIN);
-    let base = if full { 0 } else { header.parent };
-    let bytes = match full {
-        true => manifest::encode(&header, 0, context, map.all_runs()),
-        false => manifest::encode(&header, base, context, changes.iter().copied()),
+    let base = parent.filter(|parent| parent.may_be_base());
+    let bytes = match base {
+        None => manifest::encode(&header, 0, context, map.all_runs()),
+        Some(base) => {
+            manifest::encode(&header, base.header.point, context, changes.iter().copied())
+        }
     };
     manifest::write(&path, &bytes)?;
-    let depth = parent.filter(|_| !full).map_or(1, |parent| parent.depth + 1);
-    let manifest_bytes = bytes.len() as u64;
-    Ok(PointEntry { header: Arc::new(header), base, depth, manifest_bytes })
+    Ok(PointEntry::new(Arc::new(header), base, bytes.len() as u64))
 }
 
-pub(crate) fn now() -> u64 {
+fn now() -> u64 {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -1,6 +1,5 @@
 //! What an operator may set of a link, and the QUIC transport made of it.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use quinn::{IdleTimeout, TransportConfig, VarInt};
