@@ -1,6 +1,7 @@
 //! The nouns of stored data: guests, volumes, 4 KiB units, digests, places.
 
 use std::fmt;
+use std::str::FromStr;
 
 /// Bytes of one unit, for RAM and disks alike: one size makes both one dedup domain.
 pub const UNIT: usize = 4096;
@@ -8,9 +9,83 @@ pub const UNIT: usize = 4096;
 /// Most literal units in one batch: they are compressed together.
 pub const GROUP: usize = 64;
 
-/// A guest, across sites and renames.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+/// A guest, across sites and renames. Written in the form of a UUID.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct GuestId(pub [u8; 16]);
+
+impl GuestId {
+    /// A new identity from the system's random source, marked as a version 4 UUID.
+    pub fn random() -> GuestId {
+        let mut id: [u8; 16] = rand::random();
+        id[6] = id[6] & 0x0f | 0x40;
+        id[8] = id[8] & 0x3f | 0x80;
+        GuestId(id)
+    }
+}
+
+impl fmt::Display for GuestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (at, byte) in self.0.iter().enumerate() {
+            if matches!(at, 4 | 6 | 8 | 10) {
+                f.write_str("-")?;
+            }
+            write!(f, "{byte:02x}")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for GuestId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// Text that is no guest identity.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a guest is written as 32 hexadecimal digits in the form 8-4-4-4-12, this is not one")]
+pub struct GuestIdError;
+
+impl FromStr for GuestId {
+    type Err = GuestIdError;
+
+    fn from_str(text: &str) -> Result<GuestId, GuestIdError> {
+        let text = text.as_bytes();
+        if text.len() != 36 {
+            return Err(GuestIdError);
+        }
+        let mut id = [0u8; 16];
+        let mut digits = 0;
+        for (at, &byte) in text.iter().enumerate() {
+            if matches!(at, 8 | 13 | 18 | 23) {
+                if byte != b'-' {
+                    return Err(GuestIdError);
+                }
+                continue;
+            }
+            let digit = char::from(byte).to_digit(16).ok_or(GuestIdError)? as u8;
+            // 36 characters less 4 hyphens: `digits` stays under 32.
+            id[digits / 2] = id[digits / 2] << 4 | digit;
+            digits += 1;
+        }
+        Ok(GuestId(id))
+    }
+}
+
+impl TryFrom<String> for GuestId {
+    type Error = GuestIdError;
+
+    fn try_from(text: String) -> Result<GuestId, GuestIdError> {
+        text.parse()
+    }
+}
+
+impl From<GuestId> for String {
+    fn from(id: GuestId) -> String {
+        id.to_string()
+    }
+}
 
 /// Index of a volume in its guest's list.
 pub type VolumeIndex = u16;

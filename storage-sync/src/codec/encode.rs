@@ -1,0 +1,278 @@
+//! Changed units in, batches out.
+//!
+//! One encoder serves one guest's way to one point. Its batches come out in
+//! the order of their numbers; encoders of other guests take numbers from the
+//! same [`Sequence`] in between.
+
+use std::collections::HashMap;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use zstd::bulk::Compressor;
+
+use crate::codec::batch::{self, Batch, BatchHeader};
+use crate::codec::compress::{self, Codec};
+use crate::codec::dedup::DedupIndex;
+use crate::codec::entry::{Content, Entry, EntryWriter};
+use crate::digest::is_zero;
+use crate::limits::{
+    BATCH_BODY_RAW, BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS,
+    VOLUMES,
+};
+use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
+
+/// Numbers for the batches of one pair of sites, shared by all its encoders.
+#[derive(Debug)]
+pub struct Sequence(AtomicU64);
+
+impl Sequence {
+    /// The first batch gets `next` (at least 1): one more than the last the peer holds.
+    pub fn starting_at(next: u64) -> Sequence {
+        Sequence(AtomicU64::new(next.max(1)))
+    }
+
+    /// The number that the next batch would get.
+    pub fn next(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// Makes the next number at least `next`: a peer that was found to hold more.
+    pub fn raise_to(&self, next: u64) {
+        self.0.fetch_max(next, Ordering::Relaxed);
+    }
+
+    fn take(&self) -> u64 {
+        self.0.fetch_add(1, Ordering::Relaxed)
+    }
+}
+
+/// Why units could not be encoded.
+#[derive(Debug, thiserror::Error)]
+pub enum EncodeError {
+    /// Units are handed over one by one.
+    #[error("a unit has 4096 bytes, not {0}; this is a fault in the caller")]
+    Length(usize),
+    /// The volume or unit is beyond what a batch can name.
+    #[error(
+        "volume {volume}, units {unit}+{count} are beyond the limits of the format \
+         ({VOLUMES} volumes of 4 PiB); exclude that disk from protection"
+    )]
+    Range {
+        /// The volume.
+        volume: VolumeIndex,
+        /// First unit.
+        unit: u64,
+        /// Units.
+        count: u64,
+    },
+    /// All numbers are used, or the point's number is out of range.
+    #[error("batch or point numbers are used up; start with a new, empty store at the peer")]
+    Numbers,
+    /// No memory for the compressor.
+    #[error("cannot start the compressor; free some memory and try again")]
+    Compressor(#[source] io::Error),
+}
+
+/// The batch being filled.
+struct Open {
+    seq: u64,
+    entries: EntryWriter,
+    body: Vec<u8>,
+    digests: HashMap<Digest, u8>,
+    units: u64,
+}
+
+/// Encodes one guest's units for one point.
+pub struct Encoder {
+    guest: GuestId,
+    point: u64,
+    seqs: Arc<Sequence>,
+    index: Arc<Mutex<DedupIndex>>,
+    level: i32,
+    compressor: Option<Compressor<'static>>,
+    open: Option<Open>,
+    spare: Vec<u8>,
+    packed: Vec<u8>,
+}
+
+impl std::fmt::Debug for Encoder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Encoder({} point {})", self.guest, self.point)
+    }
+}
+
+impl Encoder {
+    /// An encoder for `guest`'s units of `point`, with zstd at `level`.
+    pub fn new(
+        guest: GuestId,
+        point: u64,
+        seqs: Arc<Sequence>,
+        index: Arc<Mutex<DedupIndex>>,
+        level: i32,
+    ) -> Encoder {
+        Encoder {
+            guest,
+            point,
+            seqs,
+            index,
+            level,
+            compressor: None,
+            open: None,
+            spare: Vec::new(),
+            packed: Vec::new(),
+        }
+    }
+
+    /// Goes on with another point. Flush before: an open batch would keep the
+    /// old point's number, so it is finished and returned here.
+    pub fn next_point(&mut self, point: u64) -> Option<Batch> {
+        let batch = self.flush();
+        self.point = point;
+        batch
+    }
+
+    /// Takes one unit and its digest ([`Digest::UNKNOWN`] when there is none).
+    /// Returns the batch that this completed, if any.
+    ///
+    /// # Errors
+    /// See [`EncodeError`]; the unit was not taken then.
+    pub fn unit(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        bytes: &[u8],
+        digest: Digest,
+    ) -> Result<Option<Batch>, EncodeError> {
+        if bytes.len() != UNIT {
+            return Err(EncodeError::Length(bytes.len()));
+        }
+        if digest == Digest::ZERO_UNIT || digest == Digest::UNKNOWN && is_zero(bytes) {
+            return self.zeros(volume, unit, 1);
+        }
+        check(volume, unit, 1)?;
+        self.prepare()?;
+        let known = self.known(digest);
+        let open = self.open.as_mut().ok_or(EncodeError::Numbers)?;
+        let content = match known {
+            Some(place) => Content::Refs(place),
+            None => {
+                let index = (open.body.len() / UNIT) as u8;
+                open.body.extend_from_slice(bytes);
+                if digest != Digest::UNKNOWN {
+                    open.digests.insert(digest, index);
+                }
+                Content::Literals(index)
+            }
+        };
+        open.entries.push(Entry { volume, unit, count: 1, content });
+        open.units += 1;
+        Ok(self.flush_when_full())
+    }
+
+    /// `count` units from `unit` on read as zeros.
+    ///
+    /// # Errors
+    /// See [`EncodeError`]; nothing was taken then.
+    pub fn zeros(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        count: u64,
+    ) -> Result<Option<Batch>, EncodeError> {
+        if count == 0 {
+            return Ok(None);
+        }
+        check(volume, unit, count)?;
+        self.prepare()?;
+        let open = self.open.as_mut().ok_or(EncodeError::Numbers)?;
+        open.entries.push(Entry { volume, unit, count, content: Content::Zeros });
+        open.units += count;
+        Ok(self.flush_when_full())
+    }
+
+    /// Completes the open batch, if there is one.
+    pub fn flush(&mut self) -> Option<Batch> {
+        let open = self.open.take()?;
+        let literals = (open.body.len() / UNIT) as u8;
+        let (count, entries) = open.entries.finish();
+        let codec = match &mut self.compressor {
+            Some(compressor) if literals > 0 => {
+                compress::shrink(compressor, &open.body, &mut self.packed)
+            }
+            _ => {
+                self.packed.clear();
+                Codec::Raw
+            }
+        };
+        let header = BatchHeader {
+            seq: open.seq,
+            guest: self.guest,
+            point: self.point,
+            entries_bytes: entries.len(),
+            entries: count,
+            literals,
+            codec,
+            body_stored: self.packed.len(),
+            body_hash: [0; 32],
+            hash: [0; 32],
+        };
+        let (bytes, hash) = batch::lay_out(header, &entries, &self.packed);
+        let digests: Vec<(Digest, u8)> = open.digests.into_iter().collect();
+        self.index().insert_pending(self.guest, open.seq, &digests);
+        self.spare = open.body;
+        self.spare.clear();
+        Some(Batch { seq: open.seq, bytes, hash, point: self.point, literals, units: open.units })
+    }
+
+    fn index(&self) -> MutexGuard<'_, DedupIndex> {
+        // A panic elsewhere leaves the index whole: each step keeps it valid.
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn known(&self, digest: Digest) -> Option<Place> {
+        let open = self.open.as_ref()?;
+        if let Some(&index) = open.digests.get(&digest) {
+            return Some(Place::new(open.seq, index));
+        }
+        // A place from a number after this batch's own (another guest's, sent
+        // earlier but numbered later) cannot be referred to.
+        self.index().get_for(self.guest, digest).filter(|place| place.seq() < open.seq)
+    }
+
+    /// Makes sure that there is an open batch, and a compressor.
+    fn prepare(&mut self) -> Result<(), EncodeError> {
+        if self.compressor.is_none() {
+            let compressor = Compressor::new(self.level).map_err(EncodeError::Compressor)?;
+            self.compressor = Some(compressor);
+        }
+        if self.open.is_none() {
+            if self.point == 0 || self.point > POINT || self.seqs.next() >= SEQ {
+                return Err(EncodeError::Numbers);
+            }
+            let seq = self.seqs.take();
+            let mut body = std::mem::take(&mut self.spare);
+            body.reserve(BATCH_BODY_RAW);
+            let entries = EntryWriter::new(seq);
+            self.open = Some(Open { seq, entries, body, digests: HashMap::new(), units: 0 });
+        }
+        Ok(())
+    }
+
+    fn flush_when_full(&mut self) -> Option<Batch> {
+        let open = self.open.as_ref()?;
+        // One entry is still open, and one more may come before this is asked again.
+        let full = open.body.len() >= GROUP * UNIT
+            || open.entries.entries() >= BATCH_ENTRIES
+            || open.entries.bytes() + 2 * ENTRY_BYTES > BATCH_ENTRIES_BYTES;
+        if full { self.flush() } else { None }
+    }
+}
+
+fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> {
+    let fits = unit.checked_add(count).is_some_and(|end| end <= VOLUME_UNITS);
+    if fits && usize::from(volume) < VOLUMES {
+        return Ok(());
+    }
+    Err(EncodeError::Range { volume, unit, count })
+}

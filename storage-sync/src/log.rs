@@ -1,0 +1,397 @@
+//! The log: batches in append-only segment files, exactly as they arrived.
+//!
+//! Batches come in verified, are written behind one another, synced, and only
+//! then known to the index (number -> segment, offset, length). Opening scans
+//! the segments (`scan.rs`). A place names a batch by number, so prune may copy
+//! live batches to the end and remove old segments.
+
+mod scan;
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+
+use crate::codec::BatchHeader;
+use crate::files::{FileError, make_dir, open_private, sync_dir};
+use crate::limits::{BATCH_BYTES, BATCH_HEADER, SEGMENTS_OPEN};
+
+pub use scan::{BadRange, ScanReport};
+
+/// Where a batch lies on disk.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Location {
+    pub(crate) segment: u32,
+    pub(crate) offset: u32,
+    pub(crate) bytes: u32,
+    pub(crate) literals: u8,
+}
+
+/// Why the log refused.
+#[derive(Debug, thiserror::Error)]
+pub enum LogError {
+    /// No room. What was appended before is safe, and appending works again
+    /// once there is room.
+    #[error(
+        "the file system of {} is full: free space there or prune recovery points; \
+         what is sealed is safe, replication goes on when there is room", dir.display()
+    )]
+    Full {
+        /// The directory that has no room.
+        dir: PathBuf,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// The configured limit is reached.
+    #[error(
+        "the store in {} holds {have} bytes and may hold {limit}: \
+         raise the limit or keep fewer recovery points", dir.display()
+    )]
+    Quota {
+        /// The store.
+        dir: PathBuf,
+        /// Bytes it holds.
+        have: u64,
+        /// Bytes it may hold.
+        limit: u64,
+    },
+    /// A sync failed before. What the disk holds is not known any more.
+    #[error(
+        "the log in {} stopped taking data because its disk failed to sync ({why}): \
+         check the disk, then restart the daemon", dir.display()
+    )]
+    Failed {
+        /// The directory.
+        dir: PathBuf,
+        /// The first failure.
+        why: String,
+    },
+    /// The same number with other content.
+    #[error(
+        "batch {seq} is in the log with other content: the peer numbers its batches from \
+         a lost state; restart replication from the newest sealed point"
+    )]
+    Conflict {
+        /// The number.
+        seq: u64,
+    },
+    /// Not in the log.
+    #[error("batch {seq} is not in the log; it was never received, or was pruned or lost")]
+    Missing {
+        /// The number.
+        seq: u64,
+    },
+    /// A file operation failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+struct Writer {
+    segment: u32,
+    file: Option<Arc<File>>,
+    offset: u64,
+    failed: Option<String>,
+}
+
+/// The segments of one store.
+pub(crate) struct Log {
+    dir: PathBuf,
+    segment_bytes: u64,
+    bytes_most: Option<u64>,
+    index: RwLock<BTreeMap<u64, Location>>,
+    segments: Mutex<BTreeMap<u32, u64>>,
+    writer: Mutex<Writer>,
+    readers: Mutex<HashMap<u32, Arc<File>>>,
+}
+
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn segment_path(dir: &Path, segment: u32) -> PathBuf {
+    dir.join(format!("{segment:08}.seg"))
+}
+
+impl Log {
+    /// Opens the segments in `dir`, calling `seen` for every batch that is kept.
+    pub(crate) fn open(
+        dir: &Path,
+        segment_bytes: u64,
+        bytes_most: Option<u64>,
+        seen: &mut dyn FnMut(&BatchHeader),
+    ) -> Result<(Log, ScanReport), FileError> {
+        make_dir(dir)?;
+        let mut index = BTreeMap::new();
+        let (segments, report) = scan::scan(dir, &mut index, seen)?;
+        let last = segments.last_key_value().map(|(&number, &bytes)| (number, bytes));
+        let mut writer = Writer { segment: 0, file: None, offset: 0, failed: None };
+        if let Some((segment, offset)) = last {
+            let file = open_private(&segment_path(dir, segment))?;
+            writer = Writer { segment, file: Some(Arc::new(file)), offset, failed: None };
+        }
+        let log = Log {
+            dir: dir.to_path_buf(),
+            segment_bytes,
+            bytes_most,
+            index: RwLock::new(index),
+            segments: Mutex::new(segments),
+            writer: Mutex::new(writer),
+            readers: Mutex::new(HashMap::new()),
+        };
+        Ok((log, report))
+    }
+
+    /// Appends verified batches and syncs once. When this returns, every one of
+    /// them is durable. On an error some may be: sending them again is harmless.
+    pub(crate) fn append(&self, batches: &[(BatchHeader, &[u8])]) -> Result<(), LogError> {
+        self.append_with(batches, false)
+    }
+
+    /// Copies batches to the end, so that the segments they are in can go.
+    pub(crate) fn move_to_end(&self, batches: &[(BatchHeader, &[u8])]) -> Result<(), LogError> {
+        self.append_with(batches, true)
+    }
+
+    fn append_with(&self, batches: &[(BatchHeader, &[u8])], again: bool) -> Result<(), LogError> {
+        let mut writer = held(&self.writer);
+        let mut done: BTreeMap<u64, ([u8; 32], Location)> = BTreeMap::new();
+        let mut outcome = Ok(());
+        for (header, bytes) in batches {
+            if let Some((hash, _)) = done.get(&header.seq) {
+                if *hash == header.hash {
+                    continue;
+                }
+                outcome = Err(LogError::Conflict { seq: header.seq });
+                break;
+            }
+            if !again {
+                match self.known(header) {
+                    Ok(true) => continue,
+                    Ok(false) => {}
+                    Err(error) => {
+                        outcome = Err(error);
+                        break;
+                    }
+                }
+            }
+            match self.write(&mut writer, header, bytes, again) {
+                Ok(location) => done.insert(header.seq, (header.hash, location)),
+                Err(error) => {
+                    outcome = Err(error);
+                    break;
+                }
+            };
+        }
+        if !done.is_empty() {
+            self.sync(&mut writer)?;
+            let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+            index.extend(done.into_iter().map(|(seq, (_, location))| (seq, location)));
+        }
+        outcome
+    }
+
+    /// Is exactly this batch in the log already?
+    fn known(&self, header: &BatchHeader) -> Result<bool, LogError> {
+        let Some(location) = self.locate(header.seq) else { return Ok(false) };
+        let mut fixed = [0; BATCH_HEADER];
+        let read = self.reader(location.segment).and_then(|file| {
+            file.read_exact_at(&mut fixed, location.offset.into())
+                .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
+        });
+        read?;
+        match BatchHeader::parse(&fixed) {
+            Ok(kept) if kept.hash != header.hash => Err(LogError::Conflict { seq: header.seq }),
+            Ok(_) => Ok(true),
+            // The kept copy is damaged: take the one that arrived instead.
+            Err(_) => Ok(false),
+        }
+    }
+
+    fn write(
+        &self,
+        writer: &mut Writer,
+        header: &BatchHeader,
+        bytes: &[u8],
+        again: bool,
+    ) -> Result<Location, LogError> {
+        if let Some(why) = &writer.failed {
+            return Err(LogError::Failed { dir: self.dir.clone(), why: why.clone() });
+        }
+        let have = self.bytes();
+        if let Some(limit) = self.bytes_most
+            && !again
+            && have + bytes.len() as u64 > limit
+        {
+            return Err(LogError::Quota { dir: self.dir.clone(), have, limit });
+        }
+        if writer.file.is_none() || writer.offset + bytes.len() as u64 > self.segment_bytes {
+            self.roll(writer)?;
+        }
+        let path = segment_path(&self.dir, writer.segment);
+        let Some(file) = &writer.file else { return Err(self.lost(writer)) };
+        if let Err(source) = file.write_all_at(bytes, writer.offset) {
+            // Back to the last whole record: whatever came of it must not stay.
+            if let Err(error) = file.set_len(writer.offset) {
+                let why = format!("cannot cut {} back: {error}", path.display());
+                writer.failed = Some(why);
+            }
+            let error = FileError { action: "append to", path, source };
+            return Err(match error.is_full() {
+                true => LogError::Full { dir: self.dir.clone(), source: error.source },
+                false => error.into(),
+            });
+        }
+        let location = Location {
+            segment: writer.segment,
+            offset: writer.offset as u32,
+            bytes: bytes.len() as u32,
+            literals: header.literals,
+        };
+        writer.offset += bytes.len() as u64;
+        held(&self.segments).insert(writer.segment, writer.offset);
+        Ok(location)
+    }
+
+    /// Closes the segment, synced, and starts the next.
+    fn roll(&self, writer: &mut Writer) -> Result<(), LogError> {
+        self.sync(writer)?;
+        let segment = writer.segment + 1;
+        let path = segment_path(&self.dir, segment);
+        let made = open_private(&path).and_then(|file| {
+            file.set_len(0).map_err(FileError::at("empty", &path))?;
+            sync_dir(&self.dir)?;
+            Ok(file)
+        });
+        let file = made.map_err(|error| match error.is_full() {
+            true => LogError::Full { dir: self.dir.clone(), source: error.source },
+            false => error.into(),
+        })?;
+        *writer = Writer { segment, file: Some(Arc::new(file)), offset: 0, failed: None };
+        held(&self.segments).insert(segment, 0);
+        Ok(())
+    }
+
+    /// Makes everything written durable. A failure is final: after it the
+    /// kernel may have dropped the pages, and a second sync would lie.
+    fn sync(&self, writer: &mut Writer) -> Result<(), LogError> {
+        if writer.failed.is_some() {
+            return Err(self.lost(writer));
+        }
+        let Some(file) = &writer.file else { return Ok(()) };
+        if let Err(error) = file.sync_data() {
+            writer.failed = Some(error.to_string());
+            return Err(self.lost(writer));
+        }
+        Ok(())
+    }
+
+    fn lost(&self, writer: &Writer) -> LogError {
+        let why = writer.failed.clone().unwrap_or_default();
+        LogError::Failed { dir: self.dir.clone(), why }
+    }
+
+    pub(crate) fn locate(&self, seq: u64) -> Option<Location> {
+        self.index.read().unwrap_or_else(PoisonError::into_inner).get(&seq).copied()
+    }
+
+    /// Numbers of batches from `from` on, at most `most`.
+    pub(crate) fn seqs_from(&self, from: u64, most: usize) -> Vec<u64> {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.range(from..).take(most).map(|(&seq, _)| seq).collect()
+    }
+
+    /// Calls `visit` for every batch, in the order of their numbers.
+    pub(crate) fn each(&self, visit: &mut dyn FnMut(u64, Location)) {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.iter().for_each(|(&seq, &location)| visit(seq, location));
+    }
+
+    /// The largest number in the log, 0 when it is empty.
+    pub(crate) fn last_seq(&self) -> u64 {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.last_key_value().map_or(0, |(&seq, _)| seq)
+    }
+
+    /// Bytes in all segments.
+    pub(crate) fn bytes(&self) -> u64 {
+        held(&self.segments).values().sum()
+    }
+
+    /// Segments and their bytes, without the one that is being written.
+    pub(crate) fn closed_segments(&self) -> BTreeMap<u32, u64> {
+        let current = held(&self.writer).segment;
+        let mut segments = held(&self.segments).clone();
+        segments.remove(&current);
+        segments
+    }
+
+    /// The whole batch, as bytes. Not verified here.
+    pub(crate) fn read(&self, seq: u64, out: &mut Vec<u8>) -> Result<(), LogError> {
+        self.read_part(seq, BATCH_BYTES, out)
+    }
+
+    /// Header and entries of a batch, not verified; more may follow.
+    pub(crate) fn read_entries(&self, seq: u64, out: &mut Vec<u8>) -> Result<(), LogError> {
+        self.read_part(seq, 2048, out)?;
+        let whole = match BatchHeader::parse(out) {
+            Ok(header) => BATCH_HEADER + header.entries_bytes,
+            Err(_) => return Ok(()), // The caller parses it again and says why.
+        };
+        if whole > out.len() { self.read_part(seq, whole, out) } else { Ok(()) }
+    }
+
+    fn read_part(&self, seq: u64, most: usize, out: &mut Vec<u8>) -> Result<(), LogError> {
+        // Twice at most: prune may move the batch between look-up and read.
+        for last in [false, true] {
+            let location = self.locate(seq).ok_or(LogError::Missing { seq })?;
+            out.clear();
+            out.resize(most.min(location.bytes as usize), 0);
+            let read = self.reader(location.segment).and_then(|file| {
+                file.read_exact_at(out, location.offset.into())
+                    .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
+            });
+            match read {
+                Ok(()) => return Ok(()),
+                Err(error) if last || self.locate(seq) == Some(location) => {
+                    return Err(error.into());
+                }
+                Err(_) => {}
+            }
+        }
+        Err(LogError::Missing { seq })
+    }
+
+    fn reader(&self, segment: u32) -> Result<Arc<File>, FileError> {
+        let mut readers = held(&self.readers);
+        if let Some(file) = readers.get(&segment) {
+            return Ok(file.clone());
+        }
+        let path = segment_path(&self.dir, segment);
+        let file = Arc::new(File::open(&path).map_err(FileError::at("open", &path))?);
+        if readers.len() >= SEGMENTS_OPEN {
+            readers.clear();
+        }
+        readers.insert(segment, file.clone());
+        Ok(file)
+    }
+
+    /// Forgets batches; their bytes go with their segments.
+    pub(crate) fn forget(&self, seqs: &[u64]) {
+        let mut index = self.index.write().unwrap_or_else(PoisonError::into_inner);
+        for seq in seqs {
+            index.remove(seq);
+        }
+    }
+
+    /// Removes a segment that nothing in the index lies in.
+    pub(crate) fn remove_segment(&self, segment: u32) -> Result<u64, FileError> {
+        let path = segment_path(&self.dir, segment);
+        held(&self.readers).remove(&segment);
+        std::fs::remove_file(&path).map_err(FileError::at("remove", &path))?;
+        sync_dir(&self.dir)?;
+        Ok(held(&self.segments).remove(&segment).unwrap_or(0))
+    }
+}

@@ -1,0 +1,399 @@
+//! Letting points go: plan, tell the source, then perform.
+//!
+//! The plan names the points to drop, the segments worth removing and the
+//! batches that would go with them. The source must forget those batches (it
+//! might refer to them) and say so; only then is the plan performed, after
+//! everything was checked again: what came to be needed in the meantime stays.
+//!
+//! A crash at any moment loses nothing. A point that builds on a dropped one
+//! is first written anew on a kept one; then dropped manifests are removed,
+//! newest first; then live batches are copied to the end of the log and
+//! synced; then segments are removed. Each step leaves a whole store.
+
+use std::collections::{BTreeMap, BTreeSet, HashSet};
+use std::fmt;
+use std::sync::Arc;
+
+use crate::codec::{BatchError, BatchView, Content, EntriesView};
+use crate::files::{FileError, sync_dir};
+use crate::log::LogError;
+use crate::manifest::{self, ManifestError};
+use crate::map::{PointMap, Run};
+use crate::store::{Inner, PointEntry, Store, held};
+use crate::unit::GuestId;
+
+/// A segment is rewritten when at least one in this many bytes is dead.
+const WORTH: u64 = 4;
+
+/// The points to keep, per guest. Guests that are not named keep all of theirs.
+/// The newest point of a guest is kept too, unless its list is empty: then the
+/// guest is given up altogether.
+pub type Keep = BTreeMap<GuestId, BTreeSet<u64>>;
+
+/// What a prune will do. Its `Display` is for people.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct PrunePlan {
+    /// Points to drop.
+    pub dropped: Vec<(GuestId, u64)>,
+    /// Points that would be dropped but are open: they stay.
+    pub pinned: Vec<(GuestId, u64)>,
+    /// Batches that will go: the source must forget them first.
+    pub retire: Vec<u64>,
+    /// Segments to remove.
+    pub segments: Vec<SegmentPlan>,
+}
+
+/// One segment to be removed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct SegmentPlan {
+    /// Its number.
+    pub segment: u32,
+    /// Its size.
+    pub bytes: u64,
+    /// Bytes in it that are needed and will be copied first.
+    pub live_bytes: u64,
+}
+
+impl PrunePlan {
+    /// Bytes of disk that it will free.
+    pub fn bytes_freed(&self) -> u64 {
+        self.segments.iter().map(|segment| segment.bytes - segment.live_bytes).sum()
+    }
+
+    /// Is there nothing to do?
+    pub fn is_empty(&self) -> bool {
+        self.dropped.is_empty() && self.segments.is_empty()
+    }
+}
+
+impl fmt::Display for PrunePlan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (guest, point) in &self.dropped {
+            writeln!(f, "drop point {point} of {guest}")?;
+        }
+        for (guest, point) in &self.pinned {
+            writeln!(f, "keep point {point} of {guest}: it is in use")?;
+        }
+        for plan in &self.segments {
+            let SegmentPlan { segment, bytes, live_bytes } = plan;
+            writeln!(f, "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)")?;
+        }
+        let (batches, freed) = (self.retire.len(), self.bytes_freed());
+        write!(f, "{batches} batches go, {freed} bytes are freed")
+    }
+}
+
+/// What a prune did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PruneReport {
+    /// Points dropped.
+    pub points: usize,
+    /// Batches gone.
+    pub batches: usize,
+    /// Batches of the plan that were needed again and stayed.
+    pub revived: usize,
+    /// Segments removed.
+    pub segments: usize,
+    /// Bytes that the log is smaller now.
+    pub bytes_freed: u64,
+}
+
+/// Why a prune stopped. The store is whole; planning again goes on from there.
+#[derive(Debug, thiserror::Error)]
+pub enum PruneError {
+    /// A manifest cannot be used.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+    /// A stored batch is damaged.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The log refused.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A file operation failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// Points to drop, per guest.
+type Drops = BTreeMap<GuestId, BTreeSet<u64>>;
+
+impl Store {
+    /// Plans a prune. From now until it is performed or given up
+    /// ([`Store::give_up_prune`]), the batches to retire are not offered to
+    /// sources any more.
+    ///
+    /// # Errors
+    /// When manifests or batches cannot be read.
+    pub fn plan_prune(&self, keep: &Keep) -> Result<PrunePlan, PruneError> {
+        let inner = &self.0;
+        let _pruning = held(&inner.pruning);
+        let _writing = held(&inner.writing);
+        let mut plan = PrunePlan::default();
+        let mut drops = Drops::new();
+        for (&guest, state) in &held(&inner.state).guests {
+            let Some(keep) = keep.get(&guest) else { continue };
+            let newest = state.newest_point();
+            for &point in state.points.keys() {
+                if keep.contains(&point) || point == newest && !keep.is_empty() {
+                    continue;
+                }
+                if state.pins.contains_key(&point) {
+                    plan.pinned.push((guest, point));
+                    continue;
+                }
+                plan.dropped.push((guest, point));
+                drops.entry(guest).or_default().insert(point);
+            }
+        }
+        let given_up: BTreeSet<GuestId> = emptied(keep);
+        let mut live = live_batches(inner, &drops)?;
+        live.extend(unsealed(inner, &given_up, &mut HashSet::new())?);
+        live.insert(inner.log.last_seq());
+        let mut sizes: BTreeMap<u32, (u64, Vec<u64>)> = BTreeMap::new();
+        inner.log.each(&mut |seq, location| {
+            let (live_bytes, dead) = sizes.entry(location.segment).or_default();
+            match live.contains(&seq) {
+                true => *live_bytes += u64::from(location.bytes),
+                false => dead.push(seq),
+            }
+        });
+        for (segment, bytes) in inner.log.closed_segments() {
+            let (live_bytes, dead) = sizes.remove(&segment).unwrap_or_default();
+            let gone = bytes.saturating_sub(live_bytes);
+            if bytes == 0 || gone * WORTH >= bytes && gone > 0 {
+                plan.segments.push(SegmentPlan { segment, bytes, live_bytes });
+                plan.retire.extend(dead);
+            }
+        }
+        // What needs no copy goes first: on a full disk that makes the room.
+        plan.segments.sort_by_key(|segment| (segment.live_bytes, segment.segment));
+        plan.retire.sort_unstable();
+        held(&inner.state).retiring.extend(&plan.retire);
+        Ok(plan)
+    }
+
+    /// The plan will not be performed.
+    pub fn give_up_prune(&self, plan: &PrunePlan) {
+        let mut state = held(&self.0.state);
+        for seq in &plan.retire {
+            state.retiring.remove(seq);
+        }
+    }
+
+    /// Performs a plan whose batches the source has forgotten. What came to be
+    /// needed since stays.
+    ///
+    /// # Errors
+    /// See [`PruneError`]: the store is whole, and may have shrunk.
+    pub fn perform_prune(&self, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
+        let _pruning = held(&self.0.pruning);
+        let outcome = perform(&self.0, plan);
+        self.give_up_prune(plan);
+        outcome
+    }
+}
+
+fn emptied(keep: &Keep) -> BTreeSet<GuestId> {
+    keep.iter().filter(|(_, points)| points.is_empty()).map(|(&guest, _)| guest).collect()
+}
+
+/// Walks a guest's points upward with the map of each, without building one twice.
+fn walk(
+    inner: &Inner,
+    guest: GuestId,
+    each: &mut dyn FnMut(&PointEntry, &PointMap, manifest::Head) -> Result<(), PruneError>,
+) -> Result<(), PruneError> {
+    let entries: Vec<PointEntry> = match held(&inner.state).guests.get(&guest) {
+        Some(state) => state.points.values().cloned().collect(),
+        None => return Ok(()),
+    };
+    let mut before = 0;
+    let mut map = PointMap::default();
+    for entry in &entries {
+        let point = entry.header.point;
+        let path = manifest::path_of(&inner.manifests, guest, point);
+        if entry.base == 0 {
+            map = PointMap::default();
+        } else if entry.base != before {
+            map = inner.load_map(guest, entry.base)?;
+        }
+        let head = inner.apply(&path, &mut map)?;
+        before = point;
+        each(entry, &map, head)?;
+    }
+    Ok(())
+}
+
+/// Batches that the points which stay need.
+fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError> {
+    let guests: Vec<GuestId> = held(&inner.state).guests.keys().copied().collect();
+    let mut live = HashSet::new();
+    for guest in guests {
+        let mut kept = PointMap::default();
+        walk(inner, guest, &mut |entry, map, _| {
+            if drops.get(&guest).is_some_and(|drops| drops.contains(&entry.header.point)) {
+                return Ok(());
+            }
+            let changes: Vec<Run> = map.since(&kept);
+            live.extend(changes.iter().flat_map(Run::seqs));
+            kept = map.clone();
+            Ok(())
+        })?;
+    }
+    Ok(live)
+}
+
+/// Batches of points that are not sealed yet, and what they refer to. `read`
+/// has those that were looked at before; they are not read again.
+fn unsealed(
+    inner: &Inner,
+    given_up: &BTreeSet<GuestId>,
+    read: &mut HashSet<u64>,
+) -> Result<HashSet<u64>, PruneError> {
+    let seqs: Vec<u64> = {
+        let state = held(&inner.state);
+        let guests = state.guests.iter().filter(|(guest, _)| !given_up.contains(guest));
+        guests.flat_map(|(_, guest)| guest.unsealed.values().flatten().copied()).collect()
+    };
+    let mut live = HashSet::new();
+    let mut bytes = Vec::new();
+    for seq in seqs {
+        if !read.insert(seq) {
+            continue;
+        }
+        live.insert(seq);
+        inner.log.read_entries(seq, &mut bytes)?;
+        let view = EntriesView::parse(&bytes)?;
+        live.extend(view.entries().filter_map(|entry| match entry.content {
+            Content::Refs(place) => Some(place.seq()),
+            _ => None,
+        }));
+    }
+    Ok(live)
+}
+
+fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
+    let mut report = PruneReport::default();
+    let writing = held(&inner.writing);
+    let drops = still_to_drop(inner, plan);
+    for (&guest, drops) in &drops {
+        rebase(inner, guest, drops)?;
+        report.points += drop_points(inner, guest, drops)?;
+    }
+    // Everything that stays, read once at leisure, and once more what arrived
+    // meanwhile, under the lock that new batches need to count.
+    let mut live = live_batches(inner, &Drops::new())?;
+    let mut read = HashSet::new();
+    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
+    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
+    live.insert(inner.log.last_seq());
+    let (revived, dead): (Vec<u64>, Vec<u64>) =
+        plan.retire.iter().partition(|&seq| live.contains(seq));
+    report.revived = revived.len();
+    report.batches = dead.len();
+    inner.log.forget(&dead);
+    // Copying takes long, and neither seals nor a failover wait for it.
+    drop(writing);
+    let before = inner.log.bytes();
+    for plan in &plan.segments {
+        move_live(inner, plan.segment)?;
+        inner.log.remove_segment(plan.segment)?;
+        report.segments += 1;
+    }
+    report.bytes_freed = before.saturating_sub(inner.log.bytes());
+    Ok(report)
+}
+
+/// The plan's points, without those that were opened since.
+fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
+    let state = held(&inner.state);
+    let mut drops = Drops::new();
+    for &(guest, point) in &plan.dropped {
+        let Some(known) = state.guests.get(&guest) else { continue };
+        if known.points.contains_key(&point) && !known.pins.contains_key(&point) {
+            drops.entry(guest).or_default().insert(point);
+        }
+    }
+    drops
+}
+
+/// Writes kept points that build on dropped ones anew, on the kept one before.
+fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), PruneError> {
+    let mut kept: Option<(PointEntry, PointMap)> = None;
+    walk(inner, guest, &mut |entry, map, head| {
+        let point = entry.header.point;
+        if drops.contains(&point) {
+            return Ok(());
+        }
+        let mut entry = entry.clone();
+        let on = kept.as_ref().filter(|(on, _)| on.may_be_base());
+        if drops.contains(&entry.base) {
+            let nothing = PointMap::default();
+            let (base, below) = on.map_or((None, &nothing), |(base, map)| (Some(base), map));
+            let number = base.map_or(0, |base| base.header.point);
+            let runs = map.since(below).into_iter();
+            let bytes = manifest::encode(&entry.header, number, &head.context, runs);
+            let path = manifest::path_of(&inner.manifests, guest, point);
+            manifest::write(&path, &bytes)?;
+            entry = PointEntry::new(entry.header, base, bytes.len() as u64);
+        }
+        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+            state.points.insert(point, entry.clone());
+        }
+        kept = Some((entry, map.clone()));
+        Ok(())
+    })
+}
+
+/// Removes manifests, newest first, so that none is left without its base.
+fn drop_points(
+    inner: &Inner,
+    guest: GuestId,
+    drops: &BTreeSet<u64>,
+) -> Result<usize, PruneError> {
+    for &point in drops.iter().rev() {
+        let path = manifest::path_of(&inner.manifests, guest, point);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(FileError::at("remove", &path)(error).into());
+            }
+            _ => {}
+        }
+        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+            state.points.remove(&point);
+            if state.points.is_empty() {
+                state.newest = Arc::default();
+                state.unsealed.clear();
+            }
+        }
+    }
+    sync_dir(&inner.manifests.join(guest.to_string()))?;
+    Ok(drops.len())
+}
+
+/// Copies what is needed of a segment to the end of the log.
+fn move_live(inner: &Inner, segment: u32) -> Result<(), PruneError> {
+    let mut seqs = Vec::new();
+    inner.log.each(&mut |seq, location| {
+        if location.segment == segment {
+            seqs.push(seq);
+        }
+    });
+    for seqs in seqs.chunks(16) {
+        let mut copies = Vec::new();
+        for &seq in seqs {
+            let mut bytes = Vec::new();
+            inner.log.read(seq, &mut bytes)?;
+            copies.push(bytes);
+        }
+        let mut batches = Vec::new();
+        for bytes in &copies {
+            // A damaged batch is not copied as if it were whole: the prune stops.
+            let view = BatchView::parse(bytes)?;
+            batches.push((*view.header(), &bytes[..]));
+        }
+        inner.log.move_to_end(&batches)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,396 @@
+//! A recovery point as readable volumes.
+//!
+//! A [`Replica`] reads whatever was true at its cut, while new points are
+//! sealed beside it. Every batch is verified again on the way out: a damaged
+//! one is a named error, never data. While a replica is open, its point is
+//! pinned: prune leaves it.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+
+use crate::codec::{BatchError, Expander};
+use crate::limits::BATCH_BODY_RAW;
+use crate::log::LogError;
+use crate::manifest::{self, ManifestError, PointHeader};
+use crate::map::{PointMap, Run};
+use crate::store::{ExpandError, Store, held};
+use crate::unit::{GuestId, Place, UNIT, Volume, VolumeIndex};
+
+/// Units sorted at a time by [`Replica::fill_parallel`]: 16 MiB of memory.
+const WINDOW: usize = 1 << 20;
+
+/// Why a point cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum ReplicaError {
+    /// There is no such point.
+    #[error("guest {guest} has no recovery point {point} here{}", newest_is(*newest))]
+    NoPoint {
+        /// The guest.
+        guest: GuestId,
+        /// The number asked for.
+        point: u64,
+        /// The newest one there is; 0: none.
+        newest: u64,
+    },
+    /// The log has lost what the point needs.
+    #[error(
+        "point {point} needs unit {place:?}, which the log has lost; \
+         use another point, and check the disk of the store"
+    )]
+    Lost {
+        /// The point.
+        point: u64,
+        /// The first place that holds nothing.
+        place: Place,
+    },
+    /// Asked for units beyond the volume, or into a buffer of another size.
+    #[error("units {unit}+{count} of volume {volume} do not exist, or the buffer has another size")]
+    Range {
+        /// The volume.
+        volume: VolumeIndex,
+        /// First unit.
+        unit: u64,
+        /// Units.
+        count: u64,
+    },
+    /// A stored batch is damaged.
+    #[error(
+        "batch {seq}, which this point needs, is damaged on disk ({source}); \
+         use an older point, and check the disk of the store"
+    )]
+    Batch {
+        /// The batch.
+        seq: u64,
+        /// Which check failed.
+        #[source]
+        source: BatchError,
+    },
+    /// A stored batch cannot be read.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// The point's manifest is damaged or cannot be read.
+    #[error(transparent)]
+    Manifest(#[from] ManifestError),
+}
+
+fn newest_is(newest: u64) -> String {
+    match newest {
+        0 => "; it has none at all".into(),
+        newest => format!("; the newest is {newest}, `farhaven points` lists them"),
+    }
+}
+
+#[derive(Default)]
+struct Cache {
+    batches: HashMap<u64, (u64, Arc<Vec<u8>>)>,
+    tick: u64,
+}
+
+/// Working memory to read batches with.
+#[derive(Default)]
+struct Reader {
+    expander: Expander,
+    bytes: Vec<u8>,
+}
+
+/// One recovery point, open for reading from any thread.
+pub struct Replica {
+    store: Store,
+    header: Arc<PointHeader>,
+    context: Vec<u8>,
+    map: Arc<PointMap>,
+    cache: Mutex<Cache>,
+    cached_most: usize,
+    readers: Mutex<Vec<Reader>>,
+}
+
+impl std::fmt::Debug for Replica {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Replica({} point {})", self.header.guest, self.header.point)
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.store.unpin(self.header.guest, self.header.point);
+    }
+}
+
+impl Store {
+    /// Opens a recovery point for reading.
+    ///
+    /// # Errors
+    /// When it does not exist, or cannot be restored in full.
+    pub fn open_point(&self, guest: GuestId, point: u64) -> Result<Replica, ReplicaError> {
+        let (header, newest) = {
+            let mut state = held(&self.0.state);
+            let state = state.guests.get_mut(&guest);
+            let newest = state.as_ref().map_or(0, |state| state.newest_point());
+            let missing = ReplicaError::NoPoint { guest, point, newest };
+            let Some(state) = state else { return Err(missing) };
+            let Some(entry) = state.points.get(&point) else { return Err(missing) };
+            *state.pins.entry(point).or_default() += 1;
+            (entry.header.clone(), (newest == point).then(|| state.newest.clone()))
+        };
+        // From here on, dropping the replica unpins.
+        let cached_most = (self.0.options.cache_bytes / BATCH_BODY_RAW).max(1);
+        let mut replica = Replica {
+            store: self.clone(),
+            header,
+            context: Vec::new(),
+            map: Arc::default(),
+            cache: Mutex::default(),
+            cached_most,
+            readers: Mutex::default(),
+        };
+        let path = manifest::path_of(&self.0.manifests, guest, point);
+        replica.context = manifest::read_head(&path)?.context;
+        replica.map = match newest {
+            Some(map) => map,
+            None => {
+                // A prune may be giving manifests another base: not now.
+                let _writing = held(&self.0.writing);
+                Arc::new(self.0.load_map(guest, point)?)
+            }
+        };
+        match self.0.dangling(&replica.map) {
+            None => Ok(replica),
+            Some(place) => Err(ReplicaError::Lost { point, place }),
+        }
+    }
+
+    fn unpin(&self, guest: GuestId, point: u64) {
+        let mut state = held(&self.0.state);
+        let Some(state) = state.guests.get_mut(&guest) else { return };
+        if let Some(pins) = state.pins.get_mut(&point) {
+            *pins -= 1;
+            if *pins == 0 {
+                state.pins.remove(&point);
+            }
+        }
+    }
+}
+
+impl Replica {
+    /// What is told of the point.
+    pub fn header(&self) -> &PointHeader {
+        &self.header
+    }
+
+    /// The guest's volumes at the cut.
+    pub fn volumes(&self) -> &[Volume] {
+        &self.header.volumes
+    }
+
+    /// What the source gave along: how to launch the guest.
+    pub fn context(&self) -> &[u8] {
+        &self.context
+    }
+
+    /// Reads `count` units of `volume` from `unit` on into `out`, which has
+    /// exactly `count` × 4 KiB.
+    ///
+    /// # Errors
+    /// See [`ReplicaError`]; `out` may be partly written then.
+    pub fn read(
+        &self,
+        volume: VolumeIndex,
+        unit: u64,
+        count: u64,
+        out: &mut [u8],
+    ) -> Result<(), ReplicaError> {
+        let range = ReplicaError::Range { volume, unit, count };
+        let units = self.volumes().get(usize::from(volume)).map_or(0, Volume::units);
+        let (out, rest) = out.as_chunks_mut::<UNIT>();
+        let fits = unit.checked_add(count).is_some_and(|end| end <= units);
+        if !fits || out.len() as u64 != count || !rest.is_empty() {
+            return Err(range);
+        }
+        let mut batch: Option<(u64, Arc<Vec<u8>>)> = None;
+        for (unit, out) in (unit..).zip(out) {
+            let place = self.map.place(volume, unit);
+            if place == Place::ZERO {
+                out.fill(0);
+                continue;
+            }
+            let literals = match &batch {
+                Some((seq, literals)) if *seq == place.seq() => literals,
+                _ => &batch.insert((place.seq(), self.batch(place.seq())?)).1,
+            };
+            out.copy_from_slice(self.literal(literals, place)?);
+        }
+        Ok(())
+    }
+
+    fn literal<'a>(&self, literals: &'a [u8], place: Place) -> Result<&'a [u8], ReplicaError> {
+        let start = usize::from(place.index()) * UNIT;
+        let literal = literals.get(start..start + UNIT);
+        literal.ok_or(ReplicaError::Lost { point: self.header.point, place })
+    }
+
+    /// A batch's literals, from the cache or from disk.
+    fn batch(&self, seq: u64) -> Result<Arc<Vec<u8>>, ReplicaError> {
+        {
+            let mut cache = held(&self.cache);
+            cache.tick += 1;
+            let tick = cache.tick;
+            if let Some((used, literals)) = cache.batches.get_mut(&seq) {
+                *used = tick;
+                return Ok(literals.clone());
+            }
+        }
+        let mut literals = Vec::new();
+        self.expand(seq, &mut literals)?;
+        let literals = Arc::new(literals);
+        let mut cache = held(&self.cache);
+        while cache.batches.len() >= self.cached_most {
+            let oldest = cache.batches.iter().min_by_key(|(_, (used, _))| *used);
+            let Some(oldest) = oldest.map(|(&seq, _)| seq) else { break };
+            cache.batches.remove(&oldest);
+        }
+        let tick = cache.tick;
+        cache.batches.insert(seq, (tick, literals.clone()));
+        Ok(literals)
+    }
+
+    fn expand(&self, seq: u64, literals: &mut Vec<u8>) -> Result<(), ReplicaError> {
+        let mut reader = held(&self.readers).pop().unwrap_or_default();
+        let Reader { expander, bytes } = &mut reader;
+        let outcome = self.store.0.expand(seq, expander, bytes, literals);
+        held(&self.readers).push(reader);
+        outcome.map_err(|error| match error {
+            ExpandError::Log(error) => error.into(),
+            ExpandError::Batch(source) => ReplicaError::Batch { seq, source },
+        })
+    }
+
+    /// Runs of `volume` that are not zeros: (first unit, count), ascending.
+    pub fn nonzero_runs(&self, volume: VolumeIndex) -> impl Iterator<Item = (u64, u64)> {
+        let mut runs = self.map.runs(volume).peekable();
+        std::iter::from_fn(move || {
+            let Run { unit, mut count, .. } = runs.next()?;
+            while let Some(next) = runs.next_if(|next| next.unit == unit + count) {
+                count += next.count;
+            }
+            Some((unit, count))
+        })
+    }
+
+    /// Runs of `volume` that are not zeros, with the place of the first unit:
+    /// what a source needs to take up its tables again.
+    pub fn map_pages(&self, volume: VolumeIndex) -> impl Iterator<Item = Run> {
+        self.map.runs(volume)
+    }
+
+    /// Runs that may read differently here than at `old` (an older or newer
+    /// point of the same guest), zeros included.
+    pub fn changes_since(&self, old: &Replica) -> Vec<Run> {
+        self.map.since(&old.map)
+    }
+
+    /// Hands every unit of `volume` that is not zeros to `take` once, in the
+    /// order that reads the log best.
+    ///
+    /// # Errors
+    /// See [`ReplicaError`]; some units were handed over then.
+    pub fn fill(
+        &self,
+        volume: VolumeIndex,
+        mut take: impl FnMut(u64, &[u8]),
+    ) -> Result<(), ReplicaError> {
+        let mut literals = Vec::new();
+        self.windows(volume, |units| {
+            for group in units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()) {
+                self.group(group, &mut literals, &mut take)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// [`Replica::fill`] on `threads` threads.
+    ///
+    /// # Errors
+    /// As for [`Replica::fill`]: the first error of any thread.
+    pub fn fill_parallel(
+        &self,
+        volume: VolumeIndex,
+        threads: usize,
+        take: &(dyn Fn(u64, &[u8]) + Sync),
+    ) -> Result<(), ReplicaError> {
+        self.windows(volume, |units| {
+            let groups: Vec<&[(Place, u64)]> =
+                units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()).collect();
+            let next = AtomicUsize::new(0);
+            let work = || {
+                let mut literals = Vec::new();
+                while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if let Err(error) = self.group(group, &mut literals, &mut |unit, bytes| {
+                        take(unit, bytes);
+                    }) {
+                        next.store(groups.len(), Ordering::Relaxed);
+                        return Err(error);
+                    }
+                }
+                Ok(())
+            };
+            std::thread::scope(|scope| {
+                let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
+                let mut outcome = work();
+                for other in others {
+                    match other.join() {
+                        Ok(done) => outcome = outcome.and(done),
+                        Err(panic) => std::panic::resume_unwind(panic),
+                    }
+                }
+                outcome
+            })
+        })
+    }
+
+    /// The volume's placed units, a window at a time, each sorted by place.
+    fn windows(
+        &self,
+        volume: VolumeIndex,
+        mut each: impl FnMut(&[(Place, u64)]) -> Result<(), ReplicaError>,
+    ) -> Result<(), ReplicaError> {
+        let mut units: Vec<(Place, u64)> = Vec::new();
+        let mut flush = |units: &mut Vec<(Place, u64)>| {
+            units.sort_unstable();
+            let outcome = each(units);
+            units.clear();
+            outcome
+        };
+        for run in self.map.runs(volume) {
+            for at in 0..run.count {
+                units.push((Place(run.place.0 + at), run.unit + at));
+                if units.len() == WINDOW {
+                    flush(&mut units)?;
+                }
+            }
+        }
+        flush(&mut units)
+    }
+
+    fn group(
+        &self,
+        group: &[(Place, u64)],
+        literals: &mut Vec<u8>,
+        take: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<(), ReplicaError> {
+        let Some((first, _)) = group.first() else { return Ok(()) };
+        self.expand(first.seq(), literals)?;
+        let outcome = group.iter().try_for_each(|&(place, unit)| {
+            match self.literal(literals, place) {
+                Ok(bytes) => take(unit, bytes),
+                Err(error) => return ControlFlow::Break(error),
+            }
+            ControlFlow::Continue(())
+        });
+        match outcome {
+            ControlFlow::Continue(()) => Ok(()),
+            ControlFlow::Break(error) => Err(error),
+        }
+    }
+}

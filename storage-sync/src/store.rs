@@ -1,0 +1,422 @@
+//! The store of one origin site: batches in, recovery points out.
+//!
+//! [`Store::append`] verifies batches and makes them durable. [`Store::seal`]
+//! turns a point's batches into a manifest. [`Store::open_point`] gives a point
+//! to read. [`Store::plan_prune`] and [`Store::perform_prune`] let points go.
+//! A `Store` is a handle: clones share one store, from any thread.
+
+mod open;
+mod seal;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use bytes::Bytes;
+
+use crate::codec::{BatchError, BatchHeader, BatchView, Expander};
+use crate::digest::DigestKey;
+use crate::files::{FileError, LockError};
+use crate::limits::{MANIFEST_CHAIN, MAP_LEAF, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::log::{Log, LogError, ScanReport};
+use crate::manifest::{self, ManifestError, PointHeader};
+use crate::map::PointMap;
+use crate::unit::{Digest, GuestId, Place, UNIT};
+
+pub use seal::{Seal, SealError};
+
+/// How a store is kept.
+#[derive(Debug, Clone)]
+pub struct StoreOptions {
+    /// Size at which a segment is closed: 64 KiB to 2 GiB.
+    pub segment_bytes: u64,
+    /// Bytes of segments at which appending is refused; `None`: the disk decides.
+    pub bytes_most: Option<u64>,
+    /// Memory for the map of each guest's newest point: 0.2 % of what the guest
+    /// has in use. A seal that would need more is refused.
+    pub map_bytes: usize,
+    /// Memory for expanded batches, per open point.
+    pub cache_bytes: usize,
+}
+
+impl Default for StoreOptions {
+    fn default() -> StoreOptions {
+        StoreOptions {
+            segment_bytes: 64 << 20,
+            bytes_most: None,
+            map_bytes: 1 << 30,
+            cache_bytes: 8 << 20,
+        }
+    }
+}
+
+/// Why a store did not open, or refused data.
+#[derive(Debug, thiserror::Error)]
+pub enum StoreError {
+    /// An option out of range.
+    #[error("segment_bytes is {0}; it must be from {SEGMENT_BYTES_LEAST} to {SEGMENT_BYTES_MOST}")]
+    Options(u64),
+    /// Taken by another process.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// A batch is damaged or none.
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+    /// The log refused.
+    #[error(transparent)]
+    Log(#[from] LogError),
+    /// A file operation failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// A point that is there but cannot be restored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DamagedPoint {
+    /// The guest, when it could be told.
+    pub guest: Option<GuestId>,
+    /// Its manifest.
+    pub path: PathBuf,
+    /// What is wrong.
+    pub why: String,
+}
+
+/// What opening found. Everything in here is worth telling the operator.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct OpenReport {
+    /// The segments.
+    pub log: ScanReport,
+    /// Points that can be restored.
+    pub points: usize,
+    /// Points that cannot.
+    pub damaged: Vec<DamagedPoint>,
+}
+
+/// Digests of batches in the log, for a source that rebuilds its index.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct DigestPage {
+    /// Batch number and the digest of each of its literals.
+    pub batches: Vec<(u64, Vec<Digest>)>,
+    /// Where to go on; `None` at the end.
+    pub next: Option<u64>,
+}
+
+#[derive(Debug, Clone)]
+pub(crate) struct PointEntry {
+    pub(crate) header: Arc<PointHeader>,
+    pub(crate) base: u64,
+    /// Manifests below this one, itself included, down to a full one.
+    pub(crate) depth: usize,
+    /// Bytes of that full one, and of those above it.
+    pub(crate) full_bytes: u64,
+    pub(crate) delta_bytes: u64,
+}
+
+impl PointEntry {
+    /// The entry of a manifest of `bytes` on `base` (`None`: a full one).
+    pub(crate) fn new(
+        header: Arc<PointHeader>,
+        base: Option<&PointEntry>,
+        bytes: u64,
+    ) -> PointEntry {
+        match base {
+            None => PointEntry { header, base: 0, depth: 1, full_bytes: bytes, delta_bytes: 0 },
+            Some(on) => PointEntry {
+                header,
+                base: on.header.point,
+                depth: on.depth + 1,
+                full_bytes: on.full_bytes,
+                delta_bytes: on.delta_bytes + bytes,
+            },
+        }
+    }
+
+    /// Should another manifest build on this one, or be a full one?
+    pub(crate) fn may_be_base(&self) -> bool {
+        self.depth < MANIFEST_CHAIN && self.delta_bytes <= self.full_bytes.max(64 * 1024)
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct GuestState {
+    pub(crate) points: BTreeMap<u64, PointEntry>,
+    /// Map of the last of `points`.
+    pub(crate) newest: Arc<PointMap>,
+    /// Largest point number ever sealed and seen: no lower one is taken again.
+    pub(crate) largest: u64,
+    /// Batches of points that are not sealed yet.
+    pub(crate) unsealed: BTreeMap<u64, BTreeSet<u64>>,
+    pub(crate) pins: HashMap<u64, usize>,
+}
+
+impl GuestState {
+    pub(crate) fn newest_point(&self) -> u64 {
+        self.points.last_key_value().map_or(0, |(&point, _)| point)
+    }
+}
+
+#[derive(Default)]
+pub(crate) struct State {
+    pub(crate) guests: BTreeMap<GuestId, GuestState>,
+    /// Batches that a prune is about to remove: not offered for dedup any more.
+    pub(crate) retiring: BTreeSet<u64>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) manifests: PathBuf,
+    pub(crate) options: StoreOptions,
+    pub(crate) log: Log,
+    pub(crate) state: Mutex<State>,
+    /// Held through a seal or a prune: they write manifests.
+    pub(crate) writing: Mutex<()>,
+    /// Held through a prune: one at a time.
+    pub(crate) pruning: Mutex<()>,
+    _lock: File,
+}
+
+/// A handle to the store. See the module's page.
+#[derive(Clone)]
+pub struct Store(pub(crate) Arc<Inner>);
+
+impl std::fmt::Debug for Store {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Store({})", self.0.manifests.display())
+    }
+}
+
+pub(crate) fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Every change under these locks is a whole step, so a panic leaves them valid.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Store {
+    /// Opens the store in `dir`, making it if needed. Reads the headers of all
+    /// batches and points; damage is told in the report, never hidden.
+    ///
+    /// # Errors
+    /// When the directory is taken, cannot be written, or cannot be read.
+    pub fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenReport), StoreError> {
+        open::open(dir, options)
+    }
+
+    /// Verifies batches, appends them and syncs once. Returns the numbers of
+    /// all of them: each is durable now. Batches that are there already count.
+    ///
+    /// # Errors
+    /// One damaged batch refuses them all. After a log error some may be
+    /// durable; sending them again is harmless.
+    pub fn append(&self, batches: &[Bytes]) -> Result<Vec<u64>, StoreError> {
+        let mut verified = Vec::with_capacity(batches.len());
+        let mut expander = Expander::new();
+        let mut literals = Vec::new();
+        for bytes in batches {
+            let view = BatchView::parse(bytes)?;
+            // A batch that would not expand is worth nothing: tell its sender now.
+            view.literals(&mut expander, &mut literals)?;
+            verified.push((*view.header(), &bytes[..]));
+        }
+        self.0.log.append(&verified)?;
+        let mut state = held(&self.0.state);
+        for (header, _) in &verified {
+            state.belongs(header);
+        }
+        Ok(verified.iter().map(|(header, _)| header.seq).collect())
+    }
+
+    /// Is this batch durable here?
+    pub fn contains(&self, seq: u64) -> bool {
+        self.0.log.locate(seq).is_some()
+    }
+
+    /// The largest batch number in the log; 0 when it is empty.
+    pub fn last_seq(&self) -> u64 {
+        self.0.log.last_seq()
+    }
+
+    /// Bytes of all segments.
+    pub fn bytes(&self) -> u64 {
+        self.0.log.bytes()
+    }
+
+    /// Seals a recovery point: see [`Seal`]. When this returns, the manifest is
+    /// durable. Sealing the same point again gives the same answer.
+    ///
+    /// # Errors
+    /// See [`SealError`]; nothing has changed then.
+    pub fn seal(&self, seal: Seal) -> Result<PointHeader, SealError> {
+        seal::seal(&self.0, seal)
+    }
+
+    /// A guest's points, oldest first.
+    pub fn points(&self, guest: GuestId) -> Vec<PointHeader> {
+        let state = held(&self.0.state);
+        let points = state.guests.get(&guest).into_iter().flat_map(|guest| guest.points.values());
+        points.map(|entry| (*entry.header).clone()).collect()
+    }
+
+    /// A guest's newest point.
+    pub fn newest(&self, guest: GuestId) -> Option<PointHeader> {
+        let state = held(&self.0.state);
+        let (_, entry) = state.guests.get(&guest)?.points.last_key_value()?;
+        Some((*entry.header).clone())
+    }
+
+    /// Guests that have points here, or batches on their way to one.
+    pub fn guests(&self) -> Vec<GuestId> {
+        let state = held(&self.0.state);
+        let known = state.guests.iter();
+        let known = known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
+        known.map(|(&guest, _)| guest).collect()
+    }
+
+    /// The batches that were received for a point that is not sealed.
+    pub fn unsealed(&self, guest: GuestId, point: u64) -> Vec<u64> {
+        let state = held(&self.0.state);
+        let unsealed = state.guests.get(&guest).and_then(|guest| guest.unsealed.get(&point));
+        unsealed.into_iter().flatten().copied().collect()
+    }
+
+    /// Gives up what was received for points that are not sealed: the next
+    /// attempt has a new number. The batches stay for dedup until a prune.
+    pub fn abandon(&self, guest: GuestId) {
+        if let Some(guest) = held(&self.0.state).guests.get_mut(&guest) {
+            guest.unsealed.clear();
+        }
+    }
+
+    /// Digests, under the source's key, of the literals of up to `most` batches
+    /// from number `from` on. Damaged batches are left out.
+    pub fn live_digests(&self, key: &DigestKey, from: u64, most: usize) -> DigestPage {
+        let seqs = self.0.log.seqs_from(from, most.max(1));
+        let next = match seqs.last() {
+            Some(last) if seqs.len() >= most.max(1) => Some(last + 1),
+            _ => None,
+        };
+        let mut page = DigestPage { batches: Vec::with_capacity(seqs.len()), next };
+        let (mut bytes, mut literals) = (Vec::new(), Vec::new());
+        let mut expander = Expander::new();
+        for seq in seqs {
+            if held(&self.0.state).retiring.contains(&seq) {
+                continue;
+            }
+            if let Err(error) = self.0.expand(seq, &mut expander, &mut bytes, &mut literals) {
+                tracing::warn!(seq, %error, "a batch is left out of the dedup index");
+                continue;
+            }
+            let mut digests = Vec::with_capacity(literals.len() / UNIT);
+            key.digests(&literals, &mut digests);
+            page.batches.push((seq, digests));
+        }
+        page
+    }
+}
+
+impl State {
+    /// Counts a batch to its point, unless that is sealed already.
+    pub(crate) fn belongs(&mut self, header: &BatchHeader) {
+        let guest = self.guests.entry(header.guest).or_default();
+        if header.point > guest.largest {
+            guest.unsealed.entry(header.point).or_default().insert(header.seq);
+        }
+    }
+}
+
+/// Why a stored batch could not be read.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum ExpandError {
+    #[error(transparent)]
+    Log(#[from] LogError),
+    #[error(transparent)]
+    Batch(#[from] BatchError),
+}
+
+impl Inner {
+    /// Reads, verifies and expands one batch.
+    pub(crate) fn expand(
+        &self,
+        seq: u64,
+        expander: &mut Expander,
+        bytes: &mut Vec<u8>,
+        literals: &mut Vec<u8>,
+    ) -> Result<(), ExpandError> {
+        self.log.read(seq, bytes)?;
+        let view = BatchView::parse(bytes)?;
+        if view.header().seq != seq {
+            return Err(BatchError::Damaged { seq, part: "entries" }.into());
+        }
+        Ok(view.literals(expander, literals)?)
+    }
+
+    /// Does this place hold a literal?
+    pub(crate) fn resolves(&self, place: Place) -> bool {
+        self.log.locate(place.seq()).is_some_and(|at| place.index() < at.literals)
+    }
+
+    /// The first place of a map that holds nothing, if any.
+    pub(crate) fn dangling(&self, map: &PointMap) -> Option<Place> {
+        let mut checked = 0; // Runs often follow one another in one batch.
+        for run in map.all_runs() {
+            for seq in run.seqs() {
+                let last = Place(run.place.0 + run.count - 1);
+                let last = if last.seq() == seq { last } else { Place::new(seq, 63) };
+                if last.0 == checked {
+                    continue;
+                }
+                if !self.resolves(last) {
+                    return Some(last);
+                }
+                checked = last.0;
+            }
+        }
+        None
+    }
+
+    /// Builds the map of a point from its manifests, oldest first.
+    pub(crate) fn load_map(&self, guest: GuestId, point: u64) -> Result<PointMap, ManifestError> {
+        let mut chain = Vec::new();
+        let mut at = point;
+        while at != 0 {
+            let path = manifest::path_of(&self.manifests, guest, at);
+            chain.push(path.clone());
+            let state = held(&self.state);
+            let entry = state.guests.get(&guest).and_then(|guest| guest.points.get(&at));
+            let base = entry.map(|entry| entry.base);
+            drop(state);
+            at = match base {
+                Some(base) => base,
+                None => manifest::read_head(&path)?.base,
+            };
+        }
+        let mut map = PointMap::default();
+        for path in chain.iter().rev() {
+            self.apply(path, &mut map)?;
+        }
+        Ok(map)
+    }
+
+    /// Applies one manifest to the map of its base.
+    pub(crate) fn apply(
+        &self,
+        path: &Path,
+        map: &mut PointMap,
+    ) -> Result<manifest::Head, ManifestError> {
+        let most = self.options.map_bytes;
+        let mut fits = true;
+        let head = manifest::read(path, &mut |run| {
+            fits = fits && leaf_bytes(map) <= most;
+            if fits {
+                map.set(&run);
+            }
+        })?;
+        if !fits {
+            let why = format!("it needs more than map_bytes ({most}); raise it");
+            return Err(ManifestError::Damaged { path: path.to_path_buf(), why });
+        }
+        Ok(head)
+    }
+}
+
+pub(crate) fn leaf_bytes(map: &PointMap) -> usize {
+    map.leaves() * MAP_LEAF * size_of::<Place>()
+}

@@ -1,0 +1,133 @@
+//! Opening a store: the log, then every guest's manifests.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex};
+
+use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Store, StoreError};
+use super::{StoreOptions, held};
+use crate::files::{FileError, lock, make_dir};
+use crate::limits::{SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::log::Log;
+use crate::manifest::{self, ManifestError};
+use crate::unit::GuestId;
+
+pub(super) fn open(
+    dir: &Path,
+    options: StoreOptions,
+) -> Result<(Store, OpenReport), StoreError> {
+    if !(SEGMENT_BYTES_LEAST..=SEGMENT_BYTES_MOST).contains(&options.segment_bytes) {
+        return Err(StoreError::Options(options.segment_bytes));
+    }
+    let manifests = dir.join("manifests");
+    make_dir(dir)?;
+    make_dir(&manifests)?;
+    let lock = lock(dir)?;
+    // Which batches belong to unsealed points is known once the manifests are:
+    // until then only number, guest and point of each are noted.
+    let mut noted = Vec::new();
+    let (log, log_report) = Log::open(
+        &dir.join("segments"),
+        options.segment_bytes,
+        options.bytes_most,
+        &mut |header| noted.push(*header),
+    )?;
+    let inner = Inner {
+        manifests,
+        options,
+        log,
+        state: Mutex::new(State::default()),
+        writing: Mutex::new(()),
+        pruning: Mutex::new(()),
+        _lock: lock,
+    };
+    let mut report = OpenReport { log: log_report, ..OpenReport::default() };
+    let manifests = &inner.manifests;
+    for entry in std::fs::read_dir(manifests).map_err(FileError::at("list", manifests))? {
+        let name = entry.map_err(FileError::at("list", manifests))?.file_name();
+        if let Some(guest) = name.to_str().and_then(|name| name.parse().ok()) {
+            load_guest(&inner, guest, &mut report)?;
+        }
+    }
+    let mut state = held(&inner.state);
+    noted.iter().for_each(|header| state.belongs(header));
+    report.points = state.guests.values().map(|guest| guest.points.len()).sum();
+    drop(state);
+    Ok((Store(Arc::new(inner)), report))
+}
+
+fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<(), StoreError> {
+    let dir = inner.manifests.join(guest.to_string());
+    let mut state = GuestState::default();
+    let mut found = BTreeMap::new();
+    for entry in std::fs::read_dir(&dir).map_err(FileError::at("list", &dir))? {
+        let path = entry.map_err(FileError::at("list", &dir))?.path();
+        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|s| s.parse().ok());
+        match (path.extension().and_then(|extension| extension.to_str()), number) {
+            (Some("man"), Some(point)) => {
+                found.insert(point, path);
+            }
+            // A manifest that was never renamed was never sealed.
+            (Some("tmp"), _) => {
+                std::fs::remove_file(&path).map_err(FileError::at("remove", &path))?;
+            }
+            _ => {}
+        }
+    }
+    for (point, path) in found {
+        state.largest = state.largest.max(point);
+        let mut damage = |why: String| {
+            report.damaged.push(DamagedPoint { guest: Some(guest), path: path.clone(), why });
+        };
+        let head = match manifest::read_head(&path) {
+            Ok(head) => head,
+            Err(ManifestError::File(error)) => return Err(error.into()),
+            Err(error) => {
+                damage(error.to_string());
+                continue;
+            }
+        };
+        if head.header.guest != guest || head.header.point != point {
+            damage("it is the manifest of another point".into());
+            continue;
+        }
+        let base = match (head.base, state.points.get(&head.base)) {
+            (0, _) => None,
+            (_, Some(base)) => Some(base),
+            (base, None) => {
+                damage(format!("point {base}, on which it builds, is missing or damaged"));
+                continue;
+            }
+        };
+        let length = std::fs::metadata(&path).map_err(FileError::at("read", &path))?.len();
+        let entry = PointEntry::new(Arc::new(head.header), base, length);
+        state.points.insert(point, entry);
+    }
+    held(&inner.state).guests.insert(guest, state);
+    choose_newest(inner, guest, report)
+}
+
+/// The newest point must be whole, for the next one builds on it.
+fn choose_newest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<(), StoreError> {
+    loop {
+        let newest = held(&inner.state).guests.get(&guest).map_or(0, GuestState::newest_point);
+        let why = match inner.load_map(guest, newest) {
+            Ok(map) => match inner.dangling(&map) {
+                None => {
+                    if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+                        state.newest = Arc::new(map);
+                    }
+                    return Ok(());
+                }
+                Some(place) => format!("it needs unit {place:?}, which the log has lost"),
+            },
+            Err(ManifestError::File(error)) => return Err(error.into()),
+            Err(error) => error.to_string(),
+        };
+        let path = manifest::path_of(&inner.manifests, guest, newest);
+        report.damaged.push(DamagedPoint { guest: Some(guest), path, why });
+        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+            state.points.remove(&newest);
+        }
+    }
+}
