@@ -5,9 +5,11 @@
 //! sealed as recovery points, and read back as [`replica::Replica`]s.
 //! `FORMAT.md` beside this crate draws every byte. Nothing here knows a
 //! network, a hypervisor or a policy.
+pub mod catalogue;
 pub mod codec;
 pub mod digest;
 mod files;
+pub mod floor;
 pub mod limits;
 mod log;
 mod manifest;

@@ -258,7 +258,7 @@ impl<'a> EntriesView<'a> {
             }
             if let Content::Refs(place) = entry.content
                 && place.seq() == self.header.seq
-                && u64::from(place.index()) + entry.count > self.header.literals.into()
+                && u64::from(place.index()) + entry.count > u64::from(self.header.literals)
             {
                 return Err(BatchError::Invalid("a reference to a literal it does not have"));
             }
@@ -266,7 +266,7 @@ impl<'a> EntriesView<'a> {
         if count != self.header.entries {
             return Err(BatchError::Invalid("fewer entries than its header says"));
         }
-        if reader.literals_used() != self.header.literals.into() {
+        if reader.literals_used() != u64::from(self.header.literals) {
             return Err(BatchError::Invalid("its entries use another number of literals"));
         }
         Ok(())

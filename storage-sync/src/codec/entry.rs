@@ -60,9 +60,9 @@ impl Entry {
         }
         match (self.content, next.content) {
             (Content::Zeros, Content::Zeros) => true,
-            (Content::Literals(a), Content::Literals(b)) => u64::from(a) + self.count == b.into(),
+            (Content::Literals(a), Content::Literals(b)) => u64::from(a) + self.count == u64::from(b),
             (Content::Refs(a), Content::Refs(b)) => {
-                a.seq() == b.seq() && u64::from(a.index()) + self.count == b.index().into()
+                a.seq() == b.seq() && u64::from(a.index()) + self.count == u64::from(b.index())
             }
             _ => false,
         }

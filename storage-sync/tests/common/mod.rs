@@ -103,6 +103,22 @@ impl Model {
         batches
     }
 
+    /// Encodes everything the guest holds as `point`.
+    pub fn tell_all(&self, site: &Site, point: u64) -> Vec<Batch> {
+        let mut encoder =
+            Encoder::new(self.id, point, site.seqs.clone(), site.index.clone(), 1);
+        let mut batches = Vec::new();
+        for (volume, units) in self.now.iter().enumerate() {
+            for (at, &of) in units.iter().enumerate() {
+                let bytes = unit(of);
+                let digest = site.key.of(&bytes);
+                batches.extend(encoder.unit(volume as u16, at as u64, &bytes, digest).unwrap());
+            }
+        }
+        batches.extend(encoder.flush());
+        batches
+    }
+
     pub fn seal_of(&self, point: u64, parent: u64, batches: &[Batch]) -> Seal {
         let mut chain = Chain::new();
         for batch in batches {

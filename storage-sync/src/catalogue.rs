@@ -1,0 +1,341 @@
+//! The catalogue: sites, guests, groups and what else is worth a list.
+//!
+//! Rows are JSON under a table and a key. They are kept in sled, and every
+//! change also goes to a journal beside it (`journal.rs`), which is synced
+//! before a flush returns. The journal decides: on opening, sled is made equal
+//! to it, and a sled directory that is missing or damaged is made again. This
+//! is the only file that names sled.
+
+mod journal;
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+use crate::files::{FileError, LockError, lock, make_dir, sync_dir};
+use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
+use journal::Journal;
+
+/// Memory that sled may use for its cache.
+const CACHE: u64 = 8 << 20;
+
+/// What rows are about.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[repr(u8)]
+pub enum Table {
+    /// This site itself.
+    Site = 1,
+    /// Sites this one is paired with.
+    Peers = 2,
+    /// Guests that run or ran here.
+    Guests = 3,
+    /// Protection groups.
+    Groups = 4,
+    /// What is protected to where, and how.
+    Protections = 5,
+    /// Headers of recovery points.
+    Points = 6,
+    /// Points that were brought to life here.
+    Activations = 7,
+    /// What peers tell of their guests.
+    Remote = 8,
+}
+
+impl Table {
+    /// All of them.
+    pub const ALL: [Table; 8] = [
+        Table::Site,
+        Table::Peers,
+        Table::Guests,
+        Table::Groups,
+        Table::Protections,
+        Table::Points,
+        Table::Activations,
+        Table::Remote,
+    ];
+
+    fn from_number(number: u8) -> Option<Table> {
+        Table::ALL.into_iter().find(|&table| table as u8 == number)
+    }
+
+    fn row(self, key: &str) -> Vec<u8> {
+        let mut row = vec![self as u8];
+        row.extend_from_slice(key.as_bytes());
+        row
+    }
+}
+
+/// Why the catalogue refused.
+#[derive(Debug, thiserror::Error)]
+pub enum CatalogueError {
+    /// Taken by another process.
+    #[error(transparent)]
+    Lock(#[from] LockError),
+    /// sled failed.
+    #[error(
+        "the catalogue in {} failed: {why}; stop the daemon, remove that directory \
+         (it is made again from catalogue.journal) and start it", dir.display()
+    )]
+    Database {
+        /// sled's directory.
+        dir: PathBuf,
+        /// Its reason.
+        why: String,
+    },
+    /// A row is not what it should be.
+    #[error("row {key:?} of {table:?} cannot be read as what is expected there: {source}")]
+    Row {
+        /// The table.
+        table: Table,
+        /// The key.
+        key: String,
+        /// JSON's reason.
+        #[source]
+        source: serde_json::Error,
+    },
+    /// Too long.
+    #[error("row {key:?} of {table:?} is too long ({bytes} bytes)")]
+    Size {
+        /// The table.
+        table: Table,
+        /// The key, cut short.
+        key: String,
+        /// Bytes of key and value.
+        bytes: usize,
+    },
+    /// A file operation failed.
+    #[error(transparent)]
+    File(#[from] FileError),
+}
+
+/// What opening had to mend. Worth telling the operator unless it is empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct CatalogueReport {
+    /// The sled directory was made again from the journal.
+    pub rebuilt: bool,
+    /// The journal was made again from sled.
+    pub journal_rebuilt: bool,
+    /// What was damaged was renamed to this.
+    pub set_aside: Vec<PathBuf>,
+    /// Bytes at the journal's end that a crash left; they were never flushed.
+    pub torn_bytes: u64,
+}
+
+type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+
+/// An open catalogue. All methods may be called from any thread.
+pub struct Catalogue {
+    dir: PathBuf,
+    database: sled::Db,
+    journal: Mutex<Journal>,
+    _lock: File,
+}
+
+impl std::fmt::Debug for Catalogue {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Catalogue({})", self.dir.display())
+    }
+}
+
+impl Catalogue {
+    /// Opens the catalogue in `dir`, making it if needed.
+    ///
+    /// # Errors
+    /// When it is taken, or its directory cannot be read or written.
+    pub fn open(dir: &Path) -> Result<(Catalogue, CatalogueReport), CatalogueError> {
+        make_dir(dir)?;
+        let lock = lock(dir)?;
+        let mut report = CatalogueReport::default();
+        let sled_dir = dir.join("catalogue.sled");
+        let journal_path = dir.join("catalogue.journal");
+        let had_journal = journal_path.exists();
+        let had_sled = sled_dir.exists();
+        let (mut journal, journalled) = match Journal::open(&journal_path) {
+            Ok((journal, rows, torn)) => {
+                report.torn_bytes = torn;
+                (journal, Some(rows).filter(|_| had_journal))
+            }
+            Err(journal::OpenError::File(error)) => return Err(error.into()),
+            Err(journal::OpenError::Damaged) => {
+                report.set_aside.push(set_aside(&journal_path)?);
+                (Journal::open(&journal_path).map_err(journal::OpenError::file)?.0, None)
+            }
+        };
+        let (database, stored) = match open_sled(&sled_dir) {
+            Ok(opened) => opened,
+            Err(error) if journalled.is_none() => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the catalogue's database is made again");
+                report.set_aside.push(set_aside(&sled_dir)?);
+                report.rebuilt = true;
+                open_sled(&sled_dir)?
+            }
+        };
+        match journalled {
+            Some(rows) => {
+                report.rebuilt |= !had_sled && !rows.is_empty();
+                make_equal(&database, &stored, &rows).map_err(|error| failed(&sled_dir, &error))?;
+            }
+            None => {
+                report.journal_rebuilt = !stored.is_empty();
+                journal.rewrite(&stored)?;
+            }
+        }
+        let journal = Mutex::new(journal);
+        let catalogue = Catalogue { dir: dir.to_path_buf(), database, journal, _lock: lock };
+        catalogue.flush()?;
+        Ok((catalogue, report))
+    }
+
+    fn journal(&self) -> MutexGuard<'_, Journal> {
+        self.journal.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn sled_dir(&self) -> PathBuf {
+        self.dir.join("catalogue.sled")
+    }
+
+    /// Writes a row, replacing what was there. Durable after [`Catalogue::flush`].
+    ///
+    /// # Errors
+    /// When it is too long, or writing fails.
+    pub fn put<T: Serialize>(
+        &self,
+        table: Table,
+        key: &str,
+        value: &T,
+    ) -> Result<(), CatalogueError> {
+        let value = serde_json::to_vec(value).map_err(|source| CatalogueError::Row {
+            table,
+            key: key.to_string(),
+            source,
+        })?;
+        if key.len() > CATALOGUE_KEY || value.len() > CATALOGUE_VALUE {
+            let bytes = key.len() + value.len();
+            let key = key.chars().take(40).collect();
+            return Err(CatalogueError::Size { table, key, bytes });
+        }
+        let row = table.row(key);
+        let mut journal = self.journal();
+        journal.put(&row, Some(&value))?;
+        let written = self.database.insert(row, value);
+        written.map(drop).map_err(|error| failed(&self.sled_dir(), &error))
+    }
+
+    /// Removes a row; `false` when there was none.
+    ///
+    /// # Errors
+    /// When writing fails.
+    pub fn remove(&self, table: Table, key: &str) -> Result<bool, CatalogueError> {
+        let row = table.row(key);
+        let mut journal = self.journal();
+        journal.put(&row, None)?;
+        let removed = self.database.remove(row);
+        removed.map(|old| old.is_some()).map_err(|error| failed(&self.sled_dir(), &error))
+    }
+
+    /// Reads a row.
+    ///
+    /// # Errors
+    /// When it is there but is no `T`.
+    pub fn find<T: DeserializeOwned>(
+        &self,
+        table: Table,
+        key: &str,
+    ) -> Result<Option<T>, CatalogueError> {
+        let found = self.database.get(table.row(key));
+        let found = found.map_err(|error| failed(&self.sled_dir(), &error))?;
+        found.map(|value| parse(table, key, &value)).transpose()
+    }
+
+    /// Reads all rows of a table, by ascending key.
+    ///
+    /// # Errors
+    /// When one of them is no `T`.
+    pub fn list<T: DeserializeOwned>(
+        &self,
+        table: Table,
+    ) -> Result<Vec<(String, T)>, CatalogueError> {
+        let mut rows = Vec::new();
+        for row in self.database.scan_prefix([table as u8]) {
+            let (row, value) = row.map_err(|error| failed(&self.sled_dir(), &error))?;
+            let key = String::from_utf8_lossy(row.get(1..).unwrap_or_default()).into_owned();
+            let value = parse(table, &key, &value)?;
+            rows.push((key, value));
+        }
+        Ok(rows)
+    }
+
+    /// Makes everything written so far durable.
+    ///
+    /// # Errors
+    /// When a sync fails. That is final for this journal: open it again.
+    pub fn flush(&self) -> Result<(), CatalogueError> {
+        let mut journal = self.journal();
+        journal.sync()?;
+        if journal.is_long() {
+            let rows = rows_of(&self.database).map_err(|error| failed(&self.sled_dir(), &error))?;
+            journal.rewrite(&rows)?;
+        }
+        self.database.flush().map(drop).map_err(|error| failed(&self.sled_dir(), &error))
+    }
+}
+
+fn parse<T: DeserializeOwned>(table: Table, key: &str, value: &[u8]) -> Result<T, CatalogueError> {
+    serde_json::from_slice(value)
+        .map_err(|source| CatalogueError::Row { table, key: key.to_string(), source })
+}
+
+fn failed(dir: &Path, error: &dyn std::fmt::Display) -> CatalogueError {
+    CatalogueError::Database { dir: dir.to_path_buf(), why: error.to_string() }
+}
+
+/// Opens sled and reads every row, so that damage shows now. sled answers some
+/// damage with a panic: that is taken as an error too.
+fn open_sled(dir: &Path) -> Result<(sled::Db, Rows), CatalogueError> {
+    let open = || -> Result<(sled::Db, Rows), sled::Error> {
+        let database = sled::Config::new()
+            .path(dir)
+            .cache_capacity(CACHE)
+            .flush_every_ms(None)
+            .open()?;
+        let rows = rows_of(&database)?;
+        Ok((database, rows))
+    };
+    match catch_unwind(AssertUnwindSafe(open)) {
+        Ok(opened) => opened.map_err(|error| failed(dir, &error)),
+        Err(_) => Err(failed(dir, &"it is damaged")),
+    }
+}
+
+fn rows_of(database: &sled::Db) -> Result<Rows, sled::Error> {
+    let rows = database.iter().map(|row| row.map(|(key, value)| (key.to_vec(), value.to_vec())));
+    rows.collect()
+}
+
+fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sled::Error> {
+    for key in stored.keys().filter(|key| !rows.contains_key(*key)) {
+        database.remove(key)?;
+    }
+    for (key, value) in rows.iter().filter(|(key, value)| stored.get(*key) != Some(value)) {
+        database.insert(&key[..], &value[..])?;
+    }
+    Ok(())
+}
+
+/// Renames what is damaged, so that it can be looked at later.
+fn set_aside(path: &Path) -> Result<PathBuf, FileError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
+    let aside = (1..).map(named).find(|aside| !aside.exists()).unwrap_or_else(|| named(0));
+    std::fs::rename(path, &aside).map_err(FileError::at("rename", path))?;
+    if let Some(dir) = path.parent() {
+        sync_dir(dir)?;
+    }
+    Ok(aside)
+}

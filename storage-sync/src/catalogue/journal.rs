@@ -1,0 +1,172 @@
+//! The catalogue's journal: every change, one checksummed record each.
+//!
+//! A record is: length of key (u16), length of value (u32, all ones: removed),
+//! key, value, and the first 16 bytes of BLAKE3 over all of that. A torn end
+//! was never flushed and is cut off. Once it is much longer than what it
+//! tells, it is written anew.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use super::{Rows, Table};
+use crate::files::{FileError, open_private, put_whole, sync_dir};
+use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
+
+const MAGIC: &[u8; 8] = b"FHcj\x01\0\0\0";
+const REMOVED: u32 = u32::MAX;
+const FIXED: usize = 6;
+const SUM: usize = 16;
+
+/// Written anew when longer than this and than four times its rows.
+const LONG: u64 = 4 << 20;
+
+pub(super) struct Journal {
+    path: PathBuf,
+    file: File,
+    length: u64,
+    rows_length: u64,
+    failed: bool,
+}
+
+pub(super) enum OpenError {
+    File(FileError),
+    /// It is no journal, or damaged before its end.
+    Damaged,
+}
+
+impl OpenError {
+    pub(super) fn file(self) -> FileError {
+        match self {
+            OpenError::File(error) => error,
+            OpenError::Damaged => FileError {
+                action: "make",
+                path: PathBuf::from("catalogue.journal"),
+                source: std::io::ErrorKind::InvalidData.into(),
+            },
+        }
+    }
+}
+
+fn record(row: &[u8], value: Option<&[u8]>) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(FIXED + row.len() + value.map_or(0, <[u8]>::len) + SUM);
+    bytes.extend_from_slice(&(row.len() as u16).to_le_bytes());
+    bytes.extend_from_slice(&value.map_or(REMOVED, |value| value.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(row);
+    bytes.extend_from_slice(value.unwrap_or_default());
+    let sum = blake3::hash(&bytes);
+    bytes.extend_from_slice(&sum.as_bytes()[..SUM]);
+    bytes
+}
+
+/// The record in front: key, value or removal, and its length.
+fn take(bytes: &[u8]) -> Option<(&[u8], Option<&[u8]>, usize)> {
+    let key = u16::from_le_bytes(*bytes.first_chunk()?) as usize;
+    let value = u32::from_le_bytes(*bytes.get(2..)?.first_chunk()?);
+    let removed = value == REMOVED;
+    let value = if removed { 0 } else { value as usize };
+    if key == 0 || key > CATALOGUE_KEY + 1 || value > CATALOGUE_VALUE {
+        return None;
+    }
+    let end = FIXED + key + value;
+    let sum = bytes.get(end..end + SUM)?;
+    if blake3::hash(&bytes[..end]).as_bytes()[..SUM] != *sum {
+        return None;
+    }
+    let row = &bytes[FIXED..FIXED + key];
+    Table::from_number(*row.first()?)?;
+    Some((row, (!removed).then_some(&bytes[FIXED + key..end]), end + SUM))
+}
+
+impl Journal {
+    /// Opens and replays it. Returns its rows, and the bytes cut off its end.
+    pub(super) fn open(path: &Path) -> Result<(Journal, Rows, u64), OpenError> {
+        let io = |action| move |error| OpenError::File(FileError::at(action, path)(error));
+        let _ = std::fs::remove_file(path.with_extension("tmp"));
+        let mut file = open_private(path).map_err(OpenError::File)?;
+        let bytes = std::fs::read(path).map_err(io("read"))?;
+        let mut rows = Rows::new();
+        let mut at = MAGIC.len();
+        if bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes) {
+            file.set_len(0).and_then(|()| file.write_all(MAGIC)).map_err(io("write"))?;
+            file.sync_all().map_err(io("sync"))?;
+            if let Some(dir) = path.parent() {
+                sync_dir(dir).map_err(OpenError::File)?;
+            }
+        } else if !bytes.starts_with(MAGIC) {
+            return Err(OpenError::Damaged);
+        }
+        while let Some((row, value, length)) = bytes.get(at..).and_then(take) {
+            match value {
+                Some(value) => rows.insert(row.to_vec(), value.to_vec()),
+                None => rows.remove(row),
+            };
+            at += length;
+        }
+        let torn = bytes.len().saturating_sub(at) as u64;
+        // A torn end is one unflushed tail. Whole records behind the break
+        // mean that something in the middle rotted.
+        let rest = bytes.get(at + 1..).unwrap_or_default();
+        if (0..rest.len()).any(|start| take(&rest[start..]).is_some()) {
+            return Err(OpenError::Damaged);
+        }
+        if torn > 0 {
+            file.set_len(at as u64).map_err(io("cut"))?;
+            file.sync_all().map_err(io("sync"))?;
+        }
+        let rows_length = length_of(&rows);
+        let path = path.to_path_buf();
+        Ok((Journal { path, file, length: at as u64, rows_length, failed: false }, rows, torn))
+    }
+
+    pub(super) fn put(&mut self, row: &[u8], value: Option<&[u8]>) -> Result<(), FileError> {
+        self.usable()?;
+        let bytes = record(row, value);
+        if let Err(source) = self.file.write_all_at(&bytes, self.length) {
+            // Back to the last whole record.
+            self.failed = self.file.set_len(self.length).is_err();
+            return Err(FileError { action: "append to", path: self.path.clone(), source });
+        }
+        self.length += bytes.len() as u64;
+        Ok(())
+    }
+
+    pub(super) fn sync(&mut self) -> Result<(), FileError> {
+        self.usable()?;
+        self.file.sync_data().map_err(|source| {
+            // Final: what the disk holds is not known any more.
+            self.failed = true;
+            FileError { action: "sync", path: self.path.clone(), source }
+        })
+    }
+
+    fn usable(&self) -> Result<(), FileError> {
+        if !self.failed {
+            return Ok(());
+        }
+        let source = std::io::Error::other("it failed to sync before; restart the daemon");
+        Err(FileError { action: "append to", path: self.path.clone(), source })
+    }
+
+    pub(super) fn is_long(&self) -> bool {
+        self.length > LONG && self.length > 4 * self.rows_length
+    }
+
+    /// Replaces the whole journal by these rows, durably.
+    pub(super) fn rewrite(&mut self, rows: &Rows) -> Result<(), FileError> {
+        let records: Vec<Vec<u8>> =
+            rows.iter().map(|(row, value)| record(row, Some(value))).collect();
+        let mut parts: Vec<&[u8]> = vec![MAGIC];
+        parts.extend(records.iter().map(|record| &record[..]));
+        put_whole(&self.path, &parts)?;
+        self.file = open_private(&self.path)?;
+        self.length = parts.iter().map(|part| part.len() as u64).sum();
+        self.rows_length = self.length;
+        Ok(())
+    }
+}
+
+fn length_of(rows: &Rows) -> u64 {
+    rows.iter().map(|(row, value)| (FIXED + row.len() + value.len() + SUM) as u64).sum()
+}
