@@ -294,7 +294,7 @@ impl Tls {
         self.client_speaking(expected, vec![purpose.protocol().to_vec()])
     }
 
-    fn client_speaking(
+    pub(super) fn client_speaking(
         &self,
         expected: SiteKey,
         protocols: Vec<Vec<u8>>,
