@@ -9,6 +9,7 @@ mod close;
 mod connection;
 mod data;
 mod dial;
+mod gate;
 mod node;
 mod options;
 mod pair;
