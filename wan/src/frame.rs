@@ -8,7 +8,7 @@
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::limits;
-use crate::peer::Introduction;
+use crate::peer::{Introduction, check_site_name};
 
 /// Length of a frame's header: kind, then length of the body, little-endian.
 pub const HEADER_BYTES: usize = 5;
@@ -281,7 +281,7 @@ impl Frame {
                     incarnation: u64::from_le_bytes(fields.array()?),
                     max_batch_bytes: u32::from_le_bytes(fields.array()?),
                     max_message_bytes: u32::from_le_bytes(fields.array()?),
-                    site: fields.text(limits::MAX_SITE_NAME_BYTES)?,
+                    site: fields.site_name()?,
                 })
             }
             Kind::Resume => Frame::Resume(Resume {
@@ -399,6 +399,14 @@ impl Fields {
         std::str::from_utf8(&bytes)
             .map(str::to_owned)
             .map_err(|_| self.malformed("a text is not UTF-8"))
+    }
+
+    fn site_name(&mut self) -> Result<String, FrameError> {
+        let name = self.text(limits::MAX_SITE_NAME_BYTES)?;
+        match check_site_name(&name) {
+            Ok(()) => Ok(name),
+            Err(_) => Err(self.malformed("the site's name is not one")),
+        }
     }
 
     fn ranges(&mut self) -> Result<Ranges, FrameError> {

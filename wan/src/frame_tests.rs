@@ -36,7 +36,7 @@ fn frame() -> impl Strategy<Value = Frame> {
         (
             prop::collection::vec(any::<u16>(), 1..16),
             any::<(u64, u32, u32)>(),
-            "[a-zæ-ý]{0,30}"
+            "[a-z0-9][a-z0-9-]{0,30}"
         )
             .prop_map(|(versions, numbers, site)| Frame::Hello(Hello {
                 versions,

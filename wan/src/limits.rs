@@ -27,8 +27,8 @@ pub const RECEIVE_WINDOW: u32 = (MAX_DATA_STREAMS + 4) * STREAM_RECEIVE_WINDOW;
 /// Sequence number ranges in one frame.
 pub const MAX_RANGES: usize = 1024;
 
-/// Ranges a receiver remembers of one sender. Numbers are dense but for
-/// forgotten attempts; a peer that exceeds this does not follow the protocol.
+/// Ranges of numbers a side remembers, the highest ones. Numbers are dense but
+/// for attempts that were given up.
 pub const MAX_REMEMBERED_RANGES: usize = 65_536;
 
 /// Batches a sender keeps unacknowledged, whatever their size.

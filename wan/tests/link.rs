@@ -282,7 +282,7 @@ async fn a_restarted_receiver_gets_what_it_lost() {
     let at_east = east.node.trust(west.record(false));
     let again = take_all(&at_east, 10).await;
     assert_eq!(
-        again.iter().map(|(seq, _)| *seq).collect::<Vec<_>>(),
+        again.keys().copied().collect::<Vec<_>>(),
         (10..20).collect::<Vec<_>>()
     );
     within(at_west.all_acknowledged(19))

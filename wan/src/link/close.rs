@@ -41,6 +41,17 @@ const ALERT_ACCESS_DENIED: u64 = 0x100 + 49;
 const ALERT_CERTIFICATE_REQUIRED: u64 = 0x100 + 116;
 const ALERT_NO_APPLICATION_PROTOCOL: u64 = 0x100 + 120;
 
+/// Whether the peer refused this site's key in the handshake.
+pub(crate) fn refused_key(error: &ConnectionError) -> bool {
+    match error {
+        ConnectionError::ConnectionClosed(close) => {
+            let code = u64::from(close.error_code);
+            code == ALERT_ACCESS_DENIED || code == ALERT_CERTIFICATE_REQUIRED
+        }
+        _ => false,
+    }
+}
+
 /// Why a connection ended, and what to do about it.
 pub(crate) fn describe(error: &ConnectionError) -> String {
     match error {

@@ -22,7 +22,6 @@ use super::streams::{self, Fault, Read};
 use super::tls::{VERSIONS, protocol_name};
 use crate::frame::{Frame, Hello, Resume};
 use crate::limits;
-use crate::peer::check_site_name;
 
 /// Streams with a higher number go first.
 const CONTROL_PRIORITY: i32 = 2;
@@ -42,31 +41,36 @@ pub(crate) async fn run(
     connection: Connection,
     dialled: bool,
 ) -> (Option<Duration>, String) {
-    let outcome = serve(&remote, &connection, dialled).await;
-    let (lived, fault) = match outcome {
-        Ok((lived, fault)) => (Some(lived), fault),
-        Err(fault) => (None, fault),
-    };
+    match serve(&remote, &connection, dialled).await {
+        Ok((lived, why)) => (Some(lived), why),
+        Err(fault) => {
+            let why = end(&remote, &connection, &fault);
+            remote.state().why_last_disconnect = Some(why.clone());
+            (None, why)
+        }
+    }
+}
+
+/// Closes a connection, unless it is closed, and says why it ended.
+fn end(remote: &Remote, connection: &Connection, fault: &Fault) -> String {
     // Asked before closing: afterwards it would always be "closed by this site".
-    let why = match (&fault, connection.close_reason()) {
-        (_, Some(reason)) => describe(&reason),
-        (fault, None) => fault.to_string(),
-    };
-    if fault.code() == CloseCode::Protocol && connection.close_reason().is_none() {
-        tracing::warn!(peer = %remote.record().site, address = %connection.remote_address(), "disconnected: {fault}");
+    if let Some(reason) = connection.close_reason() {
+        return describe(&reason);
     }
-    connection.close(fault.code().number(), fault.to_string().as_bytes());
-    if lived.is_none() {
-        remote.state().why_last_disconnect = Some(why.clone());
+    let why = fault.to_string();
+    if fault.code() == CloseCode::Protocol {
+        let address = connection.remote_address();
+        tracing::warn!(peer = %remote.record().site, %address, "disconnected: {why}");
     }
-    (lived, why)
+    connection.close(fault.code().number(), why.as_bytes());
+    why
 }
 
 async fn serve(
     remote: &Arc<Remote>,
     connection: &Connection,
     dialled: bool,
-) -> Result<(Duration, Fault), Fault> {
+) -> Result<(Duration, String), Fault> {
     let limit = remote.options.handshake_timeout;
     let slow = |_| Fault::Slow;
     let greeting = remote.greetings.try_acquire().map_err(|_| Fault::Busy)?;
@@ -110,8 +114,9 @@ async fn serve(
         })
         .await;
     let fault = work(remote, connection, generation, (send, receive), outgoing).await;
-    detach(remote, connection, &fault).await;
-    Ok((since.elapsed(), fault))
+    let why = end(remote, connection, &fault);
+    detach(remote, connection, why.clone()).await;
+    Ok((since.elapsed(), why))
 }
 
 /// Opens the control stream and exchanges HELLO.
@@ -143,11 +148,6 @@ async fn greet(
 
 /// The version both speak, or the sentence that says what to upgrade.
 fn common_version(hello: &Hello) -> Result<u16, Fault> {
-    if check_site_name(&hello.site).is_err() {
-        return Err(Fault::Version(
-            "its HELLO carries no valid site name".to_owned(),
-        ));
-    }
     let takes_enough = hello.max_batch_bytes as usize >= limits::MAX_BATCH_BYTES
         && hello.max_message_bytes as usize >= limits::MAX_MESSAGE_BYTES;
     let common = VERSIONS
@@ -242,11 +242,7 @@ async fn work(
 }
 
 /// The link is down: what was not acknowledged waits to be sent again.
-async fn detach(remote: &Remote, connection: &Connection, fault: &Fault) {
-    let why = match connection.close_reason() {
-        Some(reason) => describe(&reason),
-        None => fault.to_string(),
-    };
+async fn detach(remote: &Remote, connection: &Connection, why: String) {
     {
         let mut state = remote.state();
         state.live = None;
@@ -255,7 +251,6 @@ async fn detach(remote: &Remote, connection: &Connection, fault: &Fault) {
         state.why_last_disconnect = Some(why.clone());
         remote.publish(&state);
     }
-    connection.close(fault.code().number(), fault.to_string().as_bytes());
     remote.connected.send_replace(false);
     remote.notice(PeerEvent::Disconnected { why }).await;
 }

@@ -102,10 +102,10 @@ async fn dial_address(
         .await
         .map_err(|_| "its name was not resolved in time".to_owned())?
         .map_err(|error| format!("its name cannot be resolved ({error})"))?;
-    let mut why = "its name has no address of this site's kind (IPv4 or IPv6)".to_owned();
+    let mut why = "its name has no IPv4 address, and this site listens on IPv4 only".to_owned();
     let ours = site.local_address;
     for target in resolved
-        .filter(|target| target.is_ipv4() == ours.is_ipv4())
+        .filter(|target| ours.is_ipv6() || target.is_ipv4())
         .take(MAX_RESOLVED)
     {
         let connecting =

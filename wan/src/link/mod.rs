@@ -10,6 +10,7 @@ mod connection;
 mod control;
 mod data;
 mod dial;
+mod gate;
 mod node;
 mod options;
 mod pair;

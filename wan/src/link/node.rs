@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::io;
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
 use super::close::{CloseCode, describe};
+use super::gate::Gate;
 use super::options::LinkOptions;
 use super::pair::{PairError, accept_invitation, answer, now_unix};
 use super::remote::{Peer, Remote};
@@ -88,6 +89,8 @@ pub(crate) struct Site {
     invitations: Mutex<Invitations>,
     peers: Mutex<HashMap<SiteKey, Peer>>,
     pairings: mpsc::UnboundedSender<Pairing>,
+    /// For lines about those who are not trusted.
+    strangers: Gate,
 }
 
 impl Site {
@@ -168,6 +171,7 @@ impl Node {
             invitations: Mutex::default(),
             peers: Mutex::default(),
             pairings,
+            strangers: Gate::default(),
         });
         tokio::spawn(accept(site.clone()));
         Ok(Node {
@@ -321,7 +325,9 @@ async fn greet(site: Arc<Site>, incoming: Incoming, permit: OwnedSemaphorePermit
         Ok(mut connecting) => match timeout(limit, &mut connecting).await {
             Ok(Ok(connection)) => connection,
             Ok(Err(error)) => {
-                tracing::info!(%address, "handshake failed: {}", describe(&error));
+                if let Some(more) = site.strangers.pass(Instant::now()) {
+                    tracing::info!(%address, more, "handshake failed: {}", describe(&error));
+                }
                 return;
             }
             Err(_) => return,
@@ -347,7 +353,9 @@ async fn greet(site: Arc<Site>, incoming: Incoming, permit: OwnedSemaphorePermit
                     tracing::info!(peer = %peer.record().site, "link ended: {why}");
                 }
                 None => {
-                    tracing::warn!(%key, %address, "refused: this key is not paired");
+                    if let Some(more) = site.strangers.pass(Instant::now()) {
+                        tracing::warn!(%key, %address, more, "refused: this key is not paired");
+                    }
                     connection.close(
                         CloseCode::Untrusted.number(),
                         b"this site does not trust your key; pair the two sites again",

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 use quinn::Connection;
 use tokio::time::timeout;
 
-use super::close::{CloseCode, describe};
+use super::close::{CloseCode, describe, refused_key};
 use super::dial::dial;
 use super::node::{Pairing, Site};
 use super::streams::{self, Fault};
@@ -129,11 +129,9 @@ pub(crate) async fn accept_invitation(
         }
         Err(fault) => {
             let why = match connection.close_reason() {
-                Some(reason) => match describe(&reason) {
-                    // No invitation is open there at all, so it knows no strangers.
-                    why if why.contains("does not trust") => Refusal::NotOpen.to_string(),
-                    why => why,
-                },
+                // No invitation is open there at all, so it lets no strangers in.
+                Some(reason) if refused_key(&reason) => Refusal::NotOpen.to_string(),
+                Some(reason) => describe(&reason),
                 None => fault.to_string(),
             };
             connection.close(fault.code().number(), fault.to_string().as_bytes());

@@ -248,6 +248,10 @@ impl Remote {
     /// Ends the trust, or the node: nothing is sent or received any more.
     pub(crate) fn close(&self, code: CloseCode, reason: &str) {
         self.closed.send_replace(true);
+        // Whoever waits for room in the queues must not outlive the link.
+        for room in [&self.data_room, &self.message_room, &self.notice_room] {
+            room.close();
+        }
         if let Some(live) = &self.state().live {
             live.connection.close(code.number(), reason.as_bytes());
         }
@@ -287,7 +291,7 @@ impl Peer {
     /// Sends a batch: waits while the window is full, then keeps it until the
     /// peer acknowledged it, over as many connections as that takes. Numbers
     /// are the caller's and are never used twice, also not after
-    /// [`Peer::reset_data`].
+    /// [`Peer::reset_data`]. A call that is dropped while it waits has sent nothing.
     ///
     /// # Errors
     /// When the link is closed, or the batch is too large or its number was used.
@@ -393,7 +397,9 @@ impl Peer {
     }
 
     /// The application made these batches durable: they are acknowledged.
-    /// Numbers of batches that it was not handed are ignored.
+    /// Numbers of batches that it was not handed are ignored. Every batch is to
+    /// be answered so (or all with [`Peer::refuse_data`]): its sender keeps it,
+    /// and a part of its window, until then.
     pub fn durable(&self, seqs: &[u64]) {
         if self.remote.state().receiver.durable(seqs) {
             self.remote.acknowledgements_wait.notify_one();

@@ -6,6 +6,7 @@
 use std::collections::HashSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Instant;
 
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::client::Resumption;
@@ -17,6 +18,7 @@ use rustls::server::{ClientHello, NoServerSessionStorage, ParsedCertificate, Res
 use rustls::sign::CertifiedKey;
 use rustls::{CertificateError, DigitallySignedStruct, DistinguishedName, Error, SignatureScheme};
 
+use super::gate::Gate;
 use crate::peer::{Identity, SiteKey, shorten};
 
 /// Names of the protocol, by version: the current one first.
@@ -220,26 +222,30 @@ impl ServerCertVerifier for VerifyServer {
 /// Hands out the site's certificate, and says so when a caller speaks another
 /// version: the alert it gets cannot carry that sentence.
 #[derive(Debug)]
-struct OwnCertificate(Arc<CertifiedKey>);
+struct OwnCertificate {
+    own: Arc<CertifiedKey>,
+    gate: Gate,
+}
 
 impl ResolvesServerCert for OwnCertificate {
     fn resolve(&self, hello: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
         let offered: Vec<&[u8]> = hello.alpn().into_iter().flatten().collect();
-        if !offered
+        let known = offered
             .iter()
-            .any(|name| Purpose::from_protocol(name).is_some())
-        {
+            .any(|name| Purpose::from_protocol(name).is_some());
+        if !known && let Some(more) = self.gate.pass(Instant::now()) {
             let names: Vec<_> = offered
                 .iter()
                 .map(|name| String::from_utf8_lossy(name))
                 .collect();
             tracing::warn!(
+                more,
                 "a caller speaks {:?}, this site {}; if it is a site of yours, upgrade the older one",
                 shorten(&names.join(", ")),
                 protocol_name(),
             );
         }
-        Some(self.0.clone())
+        Some(self.own.clone())
     }
 }
 
@@ -275,7 +281,10 @@ impl Tls {
         let mut config = rustls::ServerConfig::builder_with_provider(self.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])?
             .with_client_cert_verifier(Arc::new(verifier))
-            .with_cert_resolver(Arc::new(OwnCertificate(Arc::new(own))));
+            .with_cert_resolver(Arc::new(OwnCertificate {
+                own: Arc::new(own),
+                gate: Gate::default(),
+            }));
         config.alpn_protocols = vec![SESSION.to_vec(), PAIRING.to_vec()];
         // A resumed session would not look at the trusted keys again.
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -294,7 +303,7 @@ impl Tls {
         self.client_speaking(expected, vec![purpose.protocol().to_vec()])
     }
 
-    fn client_speaking(
+    pub(super) fn client_speaking(
         &self,
         expected: SiteKey,
         protocols: Vec<Vec<u8>>,

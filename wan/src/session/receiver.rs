@@ -18,12 +18,6 @@ pub enum Arrival {
 /// What a sender must not do. The connection is closed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum ReceiverError {
-    /// Its numbers have more gaps than are remembered.
-    #[error(
-        "the peer's batch numbers have more than {} gaps",
-        limits::MAX_REMEMBERED_RANGES
-    )]
-    TooSparse,
     /// It sends on although nothing was acknowledged.
     #[error(
         "the peer sent more than {} batches without acknowledgement",
@@ -86,9 +80,6 @@ impl Receiver {
         if self.in_hand.len() >= limits::MAX_IN_HAND_BATCHES {
             return Err(ReceiverError::TooMany);
         }
-        if self.durable.ranges() >= limits::MAX_REMEMBERED_RANGES {
-            return Err(ReceiverError::TooSparse);
-        }
         self.in_hand.insert(seq);
         Ok(Arrival::New)
     }
@@ -102,6 +93,11 @@ impl Receiver {
                 self.durable.insert(seq);
                 self.to_acknowledge.insert(seq);
             }
+        }
+        // The lowest are forgotten first. One of them sent again would be handed
+        // over again: never is a batch called durable that is not.
+        while self.durable.ranges() > limits::MAX_REMEMBERED_RANGES {
+            self.durable.take(1);
         }
         !self.to_acknowledge.is_empty()
     }

@@ -121,6 +121,9 @@ impl Sender {
             return Err(SubmitError::Full);
         }
         self.used.insert(seq);
+        while self.used.ranges() > limits::MAX_REMEMBERED_RANGES {
+            self.used.take(1);
+        }
         self.unacknowledged_bytes += length;
         self.kept.insert(seq, Kept { bytes, sent: false });
         self.pending.insert(seq);
