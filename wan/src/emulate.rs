@@ -9,18 +9,21 @@
 //! 1 Gbit/s.
 
 mod pipe;
+mod port;
 mod shape;
 
 use std::collections::HashMap;
-use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::io;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use quinn_udp::{EcnCodepoint, RecvMeta, Transmit, UdpSockRef, UdpSocketState};
+use quinn_udp::RecvMeta;
+
+use port::{Datagram, Port, RECEIVE_BYTES, send_batches};
 
 pub use pipe::{Pipe, PipeCounters};
 pub use shape::{LINK_FORM, LinkShape, LinkShapeError};
@@ -32,13 +35,9 @@ pub const LARGEST_PAYLOAD: usize = 1_500 - HEADER_BYTES as usize;
 
 /// Clients that may share one emulator; datagrams of further ones are ignored.
 const CLIENT_LIMIT: usize = 256;
-/// How often receiving threads look whether the emulator is being stopped.
-const STOP_CHECK: Duration = Duration::from_millis(100);
 /// A sending thread waits this much longer than it must, and so sends several packets at
 /// once: a tenth of the CPU for less than half a millisecond of delay.
 const GATHER_NANOS: u64 = 300_000;
-const SOCKET_BUFFER: usize = 4 << 20;
-const RECEIVE_BYTES: usize = 65_536;
 
 /// Where to listen, where to relay to, and over what link.
 #[derive(Debug, Clone)]
@@ -203,14 +202,6 @@ impl Drop for Emulator {
     }
 }
 
-/// A datagram under way and where it leaves.
-struct Datagram {
-    port: Arc<Port>,
-    destination: SocketAddr,
-    ecn: Option<EcnCodepoint>,
-    contents: Bytes,
-}
-
 /// One direction: the pipe and the word that it is no longer empty.
 struct Way {
     pipe: Mutex<Pipe<Datagram>>,
@@ -357,84 +348,6 @@ impl Shared {
                 }
             };
         }
-    }
-}
-
-/// Sends datagrams in order; neighbours of one size to one place go in one system call.
-fn send_batches(due: &[Datagram], buffer: &mut Vec<u8>) {
-    let mut rest = due;
-    while let Some(first) = rest.first() {
-        let size = first.contents.len();
-        let most = first.port.state.max_gso_segments().clamp(1, 64);
-        let mut count = 0;
-        buffer.clear();
-        for next in rest.iter().take(most) {
-            let fits = next.contents.len() <= size
-                && buffer.len() + next.contents.len() <= RECEIVE_BYTES - 1_000
-                && next.destination == first.destination
-                && next.ecn == first.ecn
-                && Arc::ptr_eq(&next.port, &first.port);
-            if count > 0 && !fits {
-                break;
-            }
-            buffer.extend_from_slice(&next.contents);
-            count += 1;
-            if next.contents.len() < size {
-                // A shorter one ends the batch: all others must have the same size.
-                break;
-            }
-        }
-        first.port.send(&Transmit {
-            destination: first.destination,
-            ecn: first.ecn,
-            contents: buffer,
-            segment_size: (count > 1).then_some(size),
-            src_ip: None,
-        });
-        rest = rest.get(count..).unwrap_or_default();
-    }
-}
-
-/// A UDP socket that sends and receives several datagrams at a time, blocking.
-struct Port {
-    socket: UdpSocket,
-    state: UdpSocketState,
-    addr: SocketAddr,
-}
-
-impl Port {
-    fn bind(addr: SocketAddr) -> io::Result<Self> {
-        let socket = UdpSocket::bind(addr)?;
-        let state = UdpSocketState::new(UdpSockRef::from(&socket))?;
-        // `UdpSocketState` made it non-blocking, for tokio; these threads want to sleep.
-        socket.set_nonblocking(false)?;
-        socket.set_read_timeout(Some(STOP_CHECK))?;
-        socket.set_write_timeout(Some(STOP_CHECK))?;
-        // As much as the system allows: a drop here would be a loss nobody counted.
-        let _ = state.set_recv_buffer_size(UdpSockRef::from(&socket), SOCKET_BUFFER);
-        let _ = state.set_send_buffer_size(UdpSockRef::from(&socket), SOCKET_BUFFER);
-        let addr = socket.local_addr()?;
-        Ok(Self {
-            socket,
-            state,
-            addr,
-        })
-    }
-
-    /// The next datagrams from one sender; `None` after a while without any, or when a
-    /// former datagram was refused (the target is not there yet).
-    fn receive(&self, buffer: &mut [u8]) -> Option<(RecvMeta, Bytes)> {
-        let mut meta = [RecvMeta::default()];
-        let mut slices = [IoSliceMut::new(buffer)];
-        let socket = UdpSockRef::from(&self.socket);
-        self.state.recv(socket, &mut slices, &mut meta).ok()?;
-        let [meta] = meta;
-        Some((meta, Bytes::copy_from_slice(buffer.get(..meta.len)?)))
-    }
-
-    fn send(&self, transmit: &Transmit<'_>) {
-        // A datagram that cannot be sent is a lost datagram, on this link as on any.
-        let _ = self.state.send(UdpSockRef::from(&self.socket), transmit);
     }
 }
 

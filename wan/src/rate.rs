@@ -95,6 +95,11 @@ pub struct RateController {
     phase: Phase,
     base: BaseRtt,
     smoothed_rtt: f64,
+    /// Mean round trip when there was no queue: the base and what timers, jitter and
+    /// delayed acknowledgements add.
+    quiet_rtt: f64,
+    /// The packets now acknowledged left during a dip, so they met no queue.
+    after_dip: bool,
     bandwidth: RateFilter,
     round: Round,
     recent: Recent,
@@ -128,6 +133,8 @@ impl RateController {
             phase: Phase::Startup,
             base: BaseRtt::new(now),
             smoothed_rtt: 0.0,
+            quiet_rtt: 0.0,
+            after_dip: false,
             bandwidth: RateFilter::default(),
             round: Round::new(now),
             recent: Recent::default(),
@@ -255,6 +262,7 @@ impl RateController {
             Phase::Cruise => self.cruise_round(now, round),
             Phase::Dip => {
                 self.seen_empty(now);
+                self.after_dip = true;
                 self.cruise_again();
             }
             Phase::Ask => self.ask_round(now, round),

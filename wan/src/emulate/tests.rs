@@ -1,5 +1,8 @@
 //! The relay over real sockets; what a pipe does with time is tested in `pipe.rs`.
 
+use std::net::UdpSocket;
+use std::time::Duration;
+
 use super::*;
 
 fn emulator(target: &UdpSocket, link: &str) -> Emulator {

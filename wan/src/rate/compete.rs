@@ -23,8 +23,10 @@ const DIP_OF_WINDOW: f64 = 0.5;
 const CORRECTION: f64 = 3.0;
 /// Weight of a new measurement.
 const WEIGHT: f64 = 0.4;
-/// A link so much faster than any rate we saw is none: there was no queue to shrink.
-const UNLIKELY: f64 = 5.0;
+/// When the round trip falls by less than this, there was no queue to shrink: the path has
+/// become longer. Twice, since others may have filled the gap.
+const UNANSWERED: f64 = 0.015;
+const UNANSWERED_SECONDS: f64 = 0.0005;
 const UNANSWERED_DIPS: u32 = 2;
 /// Who has this part of the link has no neighbour.
 const ALONE: f64 = 0.85;
@@ -97,19 +99,20 @@ impl Competition {
         let Some(dip) = self.dip.take() else {
             return Finding::Shared;
         };
-        let fallen = (dip.queue - queue).max(0.0002);
+        let fallen = dip.queue - queue;
+        if fallen < UNANSWERED_SECONDS.max(UNANSWERED * dip.queue) {
+            self.unanswered += 1;
+            if self.unanswered < UNANSWERED_DIPS {
+                return Finding::Shared;
+            }
+            *self = Self::default();
+            return Finding::NoQueue;
+        }
+        self.unanswered = 0;
         let seen = dip.bytes / fallen;
         if dip.rate > ALONE * seen {
             *self = Self::default();
             return Finding::Alone;
-        }
-        self.unanswered = match seen > UNLIKELY * self.link.max(dip.rate) {
-            true => self.unanswered + 1,
-            false => 0,
-        };
-        if self.unanswered >= UNANSWERED_DIPS {
-            *self = Self::default();
-            return Finding::NoQueue;
         }
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
         let seen = seen.max(dip.rate);

@@ -106,6 +106,8 @@ pub(super) struct RoundSummary {
     pub(super) lost_bytes: u64,
     /// Smallest round trip, seconds.
     pub(super) least_rtt: f64,
+    /// Mean round trip, seconds.
+    pub(super) mean_rtt: f64,
     pub(super) app_limited: bool,
 }
 
@@ -117,6 +119,8 @@ pub(super) struct Round {
     delivered_before: u64,
     lost: u64,
     least_rtt: f64,
+    rtt_sum: f64,
+    events: u32,
     event_rtt: Option<f64>,
     app_limited: bool,
     complete: bool,
@@ -130,6 +134,8 @@ impl Round {
             delivered_before: 0,
             lost: 0,
             least_rtt: f64::INFINITY,
+            rtt_sum: 0.0,
+            events: 0,
             event_rtt: None,
             app_limited: false,
             complete: false,
@@ -150,7 +156,10 @@ impl Round {
 
     /// The smallest round trip of the acknowledgement just told.
     pub(super) fn take_event_rtt(&mut self) -> Option<f64> {
-        self.event_rtt.take()
+        let rtt = self.event_rtt.take()?;
+        self.rtt_sum += rtt;
+        self.events += 1;
+        Some(rtt)
     }
 
     pub(super) fn delivered_total(&self) -> u64 {
@@ -171,6 +180,7 @@ impl Round {
             delivered_bytes: delivered,
             lost_bytes: self.lost,
             least_rtt: self.least_rtt,
+            mean_rtt: self.rtt_sum / f64::from(self.events.max(1)),
             app_limited: self.app_limited,
         };
         *self = Self {

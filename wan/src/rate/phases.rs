@@ -50,6 +50,10 @@ impl RateController {
     }
 
     pub(super) fn startup_round(&mut self, now: Instant, round: RoundSummary) {
+        self.quiet_rtt = match self.quiet_rtt {
+            0.0 => round.mean_rtt,
+            quiet => quiet.min(round.mean_rtt),
+        };
         if round.app_limited {
             return;
         }
@@ -82,6 +86,9 @@ impl RateController {
     // Cruise
 
     pub(super) fn cruise_round(&mut self, now: Instant, round: RoundSummary) {
+        if std::mem::take(&mut self.after_dip) {
+            self.quiet_rtt = round.mean_rtt;
+        }
         let queue = round.least_rtt - self.base.seconds();
         if queue > self.queue_limit() {
             self.queue_round(now, round);
@@ -237,6 +244,11 @@ impl RateController {
         self.rounds_since_dip = 0;
     }
 
+    /// What may pass for a path without a queue: others' queues must not.
+    fn quiet_limit(&self) -> f64 {
+        self.base.seconds() * 1.2 + 0.002
+    }
+
     /// Seconds of queue that are more than our own allowance and the noise of timers.
     fn queue_limit(&self) -> f64 {
         self.base.seconds() * 0.15 + 0.004
@@ -247,7 +259,10 @@ impl RateController {
         // Acknowledgements come for two packets at a time, timers up to a millisecond late.
         let slack = 2.0 * self.mtu as f64 + rate * 0.001;
         let surplus = self.losses.surplus();
-        let product = rate * self.base.seconds();
+        let product = rate
+            * self
+                .quiet_rtt
+                .clamp(self.base.seconds(), self.quiet_limit());
         self.window = product + surplus * ((gain - 1.0) * product + slack);
     }
 }

@@ -6,83 +6,17 @@
 //! round trips, and an acknowledgement that is lost is made good by the next.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::BinaryHeap;
 use std::time::{Duration, Instant};
 
 use farhaven_wan::emulate::{HEADER_BYTES, LinkShape, Pipe};
+
+use super::flow::{Controller, Flow, Tally};
 
 /// Payload bytes of a full packet, as quinn finds them on an Ethernet path.
 pub const PACKET: u64 = 1452;
 pub const MILLI: u64 = 1_000_000;
 pub const SECOND: u64 = 1_000_000_000;
-
-/// What a sender asks of its congestion controller.
-pub trait Controller {
-    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool);
-    fn on_end_acks(&mut self, now: Instant);
-    fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64, persistent: bool);
-    fn window(&self) -> u64;
-    /// TCP of the plain kind sends what an acknowledgement allows at once.
-    fn paced(&self) -> bool {
-        true
-    }
-    /// For status in traces.
-    fn describe(&self) -> String {
-        String::new()
-    }
-}
-
-/// What a flow did in a span of time.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Tally {
-    pub sent: u64,
-    pub dropped: u64,
-    pub delivered_bytes: u64,
-    rtt_sum: f64,
-    rtt_count: u64,
-}
-
-impl Tally {
-    /// Mean round trip in milliseconds.
-    pub fn rtt_ms(&self) -> f64 {
-        self.rtt_sum / self.rtt_count.max(1) as f64
-    }
-
-    pub fn since(&self, earlier: &Tally) -> Tally {
-        Tally {
-            sent: self.sent - earlier.sent,
-            dropped: self.dropped - earlier.dropped,
-            delivered_bytes: self.delivered_bytes - earlier.delivered_bytes,
-            rtt_sum: self.rtt_sum - earlier.rtt_sum,
-            rtt_count: self.rtt_count - earlier.rtt_count,
-        }
-    }
-}
-
-struct Flow {
-    controller: Box<dyn Controller>,
-    active: bool,
-    /// Bytes a second the application offers; `None`: always more.
-    offered: Option<(f64, f64, u64)>,
-    next_number: u64,
-    unacked: BTreeMap<u64, u64>,
-    in_flight: u64,
-    app_limited: bool,
-    smoothed_rtt: f64,
-    tokens: f64,
-    refilled: u64,
-    start: u64,
-    wake: u64,
-    largest_acked: Option<u64>,
-    last_progress: u64,
-    timeouts: u32,
-    /// Receiver: packets in the order they came, and how many of them are acknowledged.
-    received: Vec<u64>,
-    acknowledged: usize,
-    ack_due: Option<u64>,
-    processed: usize,
-    tally: Tally,
-}
 
 #[derive(Clone, Copy)]
 struct Packet {
@@ -139,28 +73,8 @@ impl Simulation {
     /// Adds a flow that sends from `start` on.
     pub fn add(&mut self, start: u64, make: impl FnOnce(Instant) -> Box<dyn Controller>) -> usize {
         let index = self.flows.len();
-        self.flows.push(Flow {
-            controller: make(self.epoch + Duration::from_nanos(start)),
-            active: true,
-            offered: None,
-            next_number: 0,
-            unacked: BTreeMap::new(),
-            in_flight: 0,
-            app_limited: false,
-            smoothed_rtt: 0.0,
-            tokens: 10.0 * PACKET as f64,
-            refilled: start,
-            start,
-            wake: start,
-            largest_acked: None,
-            last_progress: start,
-            timeouts: 0,
-            received: Vec::new(),
-            acknowledged: 0,
-            ack_due: None,
-            processed: 0,
-            tally: Tally::default(),
-        });
+        let controller = make(self.epoch + Duration::from_nanos(start));
+        self.flows.push(Flow::new(controller, start));
         self.at(start, Event::Wake(index));
         index
     }
@@ -192,16 +106,6 @@ impl Simulation {
 
     pub fn tally(&self, flow: usize) -> Tally {
         self.flows[flow].tally
-    }
-
-    pub fn describe(&self, flow: usize) -> String {
-        let flow = &self.flows[flow];
-        format!(
-            "window {} srtt {:.1} ms {}",
-            flow.controller.window(),
-            flow.smoothed_rtt * 1e3,
-            flow.controller.describe()
-        )
     }
 
     /// Runs until `end`, in nanoseconds from the beginning.

@@ -2,7 +2,8 @@
 
 use std::time::Instant;
 
-use super::sim::{Controller, PACKET};
+use super::flow::Controller;
+use super::sim::PACKET;
 
 /// Which TCP.
 #[derive(Clone, Copy, PartialEq, Eq)]
