@@ -134,7 +134,8 @@ pub trait Guest: Send {
     fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError>;
 
     /// Fixes one instant as recovery point number `point`. On any error the
-    /// guest is running again, or the error says that it is not.
+    /// guest is running again, or the error says that it is not; and nothing of
+    /// this cut counts as handed over, so the sink's content may be dropped.
     ///
     /// # Errors
     /// See [`GuestError`].
@@ -147,6 +148,10 @@ pub trait Guest: Send {
     /// # Errors
     /// When change tracking was lost: the next round must read everything.
     fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError>;
+
+    /// The peer has sealed this point: nothing of it, or of earlier ones, is
+    /// ever given back.
+    fn sealed(&mut self, point: u64);
 
     /// Everything handed over since the newest sealed point counts as changed again.
     fn give_back(&mut self);
@@ -185,6 +190,9 @@ pub enum GuestError {
     /// The hypervisor's control socket.
     #[error(transparent)]
     Qmp(#[from] qemu::qmp::QmpError),
+    /// Reading disks through the hypervisor.
+    #[error(transparent)]
+    Nbd(#[from] qemu::nbd_client::NbdError),
     /// Reading the guest's memory or disks.
     #[error("{what}: {source}")]
     Io {

@@ -81,6 +81,7 @@ pub struct Qmp {
     events: VecDeque<Value>,
     timeout: Duration,
     version: (u64, u64, u64),
+    commands: u64,
 }
 
 impl Qmp {
@@ -100,6 +101,7 @@ impl Qmp {
             events: VecDeque::new(),
             timeout,
             version: (0, 0, 0),
+            commands: 0,
         };
         let greeting = match qmp.line("the greeting", Instant::now() + timeout) {
             Err(QmpError::TimedOut { .. }) => return Err(QmpError::Busy { path: path.to_owned() }),
@@ -140,7 +142,11 @@ impl Qmp {
     /// # Errors
     /// Every variant of [`QmpError`] but `Connect` and `Busy`.
     pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
-        let mut line = json!({"execute": command, "arguments": arguments}).to_string();
+        // The id ties a reply to its command: the late answer to a command that
+        // timed out must not pass for the answer to the next one.
+        self.commands += 1;
+        let id = self.commands;
+        let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
         line.push('\n');
         if let Err(error) = self.stream.write_all(line.as_bytes()) {
             return Err(self.io(command, &error));
@@ -150,6 +156,8 @@ impl Qmp {
             let mut reply = self.line(command, deadline)?;
             if reply.get("event").is_some() {
                 self.keep(reply);
+            } else if reply.get("id").and_then(Value::as_u64).is_some_and(|answered| answered < id) {
+                tracing::debug!(command, "skipped the late reply to an earlier command");
             } else if let Some(error) = reply.get("error") {
                 let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
                 return Err(QmpError::Refused {

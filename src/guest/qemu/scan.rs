@@ -1,0 +1,359 @@
+//! Changed RAM by content: each page's digest against the digest the peer is
+//! known to hold.
+//!
+//! A block of guest memory is a file; it is read, never mapped: a read of a
+//! hole allocates nothing, a file that shrinks gives an error and no SIGBUS,
+//! and what was hashed is the very copy that is handed over, though the guest
+//! may write meanwhile. Worker threads take chunks of [`CHUNK`] bytes from the
+//! file's data ranges, hash them and send only changed units to the calling
+//! thread, which hands them to the sink and only then notes their digests.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
+
+use super::super::{GuestError, Sink, SinkError};
+use super::tracking::Bits;
+
+/// Bytes read and hashed at a time: fits a core's second-level cache.
+const CHUNK: u64 = 256 << 10;
+const CHUNK_UNITS: u64 = CHUNK / UNIT as u64;
+/// Chunks of one pass of the workers; bounds what waits to be noted (1 GiB of RAM).
+const PASS: usize = 4096;
+/// Chunks with changes that may wait for the sink.
+const WAITING: usize = 8;
+
+/// One digest of each unit, appended to `out`.
+pub(super) fn hash_units(key: &[u8; 32], units: &[u8], out: &mut Vec<Digest>) {
+    const ZEROS: [u8; UNIT] = [0; UNIT];
+    for unit in units.chunks_exact(UNIT) {
+        let digest = if unit == ZEROS {
+            Digest::ZERO_UNIT
+        } else {
+            let mut digest = Digest::default();
+            let hash = blake3::keyed_hash(key, unit);
+            digest.0.copy_from_slice(&hash.as_bytes()[..16]);
+            digest
+        };
+        out.push(digest);
+    }
+}
+
+/// Hands over the units of `bytes` for which `wanted` holds, zeros as zeros.
+pub(super) fn hand_over(
+    sink: &mut dyn Sink,
+    volume: VolumeIndex,
+    first: u64,
+    bytes: &[u8],
+    digests: &[Digest],
+    wanted: impl Fn(u64, Digest) -> bool,
+) -> Result<(), SinkError> {
+    let mut at = 0;
+    while at < digests.len() {
+        let zero = digests[at] == Digest::ZERO_UNIT;
+        let is_run = |i: usize| {
+            (digests[i] == Digest::ZERO_UNIT) == zero && wanted(first + i as u64, digests[i])
+        };
+        let count = (at..digests.len()).take_while(|i| is_run(*i)).count();
+        if count == 0 {
+            at += 1;
+            continue;
+        }
+        let unit = first + at as u64;
+        if zero {
+            sink.zeros(volume, unit, count as u64)?;
+        } else {
+            let end = at + count;
+            sink.units(volume, unit, &bytes[at * UNIT..end * UNIT], &digests[at..end])?;
+        }
+        at += count;
+    }
+    Ok(())
+}
+
+/// A block of guest memory and what the peer is known to hold of it.
+pub(super) struct RamBlock {
+    file: File,
+    path: PathBuf,
+    volume: VolumeIndex,
+    table: Vec<Digest>,
+    /// Units handed over in the scan under way, or the last one.
+    pub(super) handed: Bits,
+}
+
+/// What a worker found in one chunk: runs of changed units, one after another.
+struct Found {
+    units: Vec<u64>,
+    bytes: Vec<u8>,
+    digests: Vec<Digest>,
+}
+
+impl RamBlock {
+    /// Opens a block's file. A new replica is all zeros, so is the table.
+    pub(super) fn open(path: &Path, volume: VolumeIndex) -> Result<Self, GuestError> {
+        let what = |what: &str| format!("{what} the guest's RAM file {}", path.display());
+        let file = File::open(path)
+            .map_err(|source| GuestError::Io { what: what("opening"), source })?;
+        let bytes = file
+            .metadata()
+            .map_err(|source| GuestError::Io { what: what("looking at"), source })?
+            .len();
+        if bytes == 0 || bytes % UNIT as u64 != 0 {
+            return Err(GuestError::State(format!(
+                "{} has {bytes} bytes, which is no guest RAM; name the mem-path of the memory-backend-file",
+                path.display()
+            )));
+        }
+        let units = usize::try_from(bytes / UNIT as u64)
+            .map_err(|_| GuestError::State(format!("{} is too large", path.display())))?;
+        Ok(Self {
+            file,
+            path: path.to_owned(),
+            volume,
+            table: vec![Digest::ZERO_UNIT; units],
+            handed: Bits::new(units),
+        })
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        self.table.len() as u64 * UNIT as u64
+    }
+
+    /// Device and inode of the file.
+    pub(super) fn inode(&self) -> std::io::Result<u64> {
+        Ok(std::os::unix::fs::MetadataExt::ino(&self.file.metadata()?))
+    }
+
+    /// Replaces the table: what the peer holds.
+    pub(super) fn know(&mut self, digests: Vec<Digest>) -> Result<(), GuestError> {
+        if digests.len() != self.table.len() {
+            return Err(GuestError::State(format!(
+                "the peer knows {} units of {}, but it has {}; protect the guest anew",
+                digests.len(),
+                self.path.display(),
+                self.table.len()
+            )));
+        }
+        self.table = digests;
+        Ok(())
+    }
+
+    /// These units count as changed again.
+    pub(super) fn forget(&mut self, units: &Bits) {
+        for unit in units.iter() {
+            if let Some(slot) = self.table.get_mut(unit) {
+                *slot = Digest::UNKNOWN;
+            }
+        }
+    }
+
+    /// Hands over every unit whose content the peer is not known to hold, and
+    /// returns the bytes looked at. `handed` has the units that the sink took,
+    /// also on error.
+    pub(super) fn scan(
+        &mut self,
+        key: &[u8; 32],
+        threads: usize,
+        sink: &mut dyn Sink,
+    ) -> Result<u64, GuestError> {
+        self.handed.clear();
+        let total = self.bytes();
+        let data = self.data_ranges()?;
+        self.holes(&data, sink)?;
+        let chunks: Vec<u64> =
+            data.iter().flat_map(|r| r.clone().step_by(CHUNK_UNITS as usize)).collect();
+        for pass in chunks.chunks(PASS) {
+            self.pass(pass, key, threads, sink)?;
+            let done = pass.last().map_or(0, |last| (last + CHUNK_UNITS) * UNIT as u64);
+            sink.progress(done.min(total), total);
+        }
+        Ok(data.iter().map(|r| (r.end - r.start) * UNIT as u64).sum())
+    }
+
+    /// The file's data, as ranges of units in whole chunks. Each step moves on
+    /// by a chunk at least, so that a file of many small holes stays cheap.
+    fn data_ranges(&self) -> Result<Vec<Range<u64>>, GuestError> {
+        use rustix::fs::{SeekFrom, seek};
+        let failed = |e: rustix::io::Errno| GuestError::Io {
+            what: format!("looking for data in the RAM file {}", self.path.display()),
+            source: e.into(),
+        };
+        let end = self.bytes();
+        let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut at = 0;
+        while at < end {
+            let start = match seek(&self.file, SeekFrom::Data(at)) {
+                Ok(start) => start / CHUNK * CHUNK,
+                Err(rustix::io::Errno::NXIO) => break,
+                // A filesystem without SEEK_DATA: everything is data.
+                Err(rustix::io::Errno::INVAL) => return Ok(vec![0..end / UNIT as u64]),
+                Err(e) => return Err(failed(e)),
+            };
+            let hole = seek(&self.file, SeekFrom::Hole(start.max(at))).map_err(failed)?;
+            // The guest may have touched the page between the two calls, and
+            // `start` may round down to before the data: never stand still.
+            let stop = hole.max(start + 1).next_multiple_of(CHUNK).min(end);
+            let units = start / UNIT as u64..stop / UNIT as u64;
+            match ranges.last_mut() {
+                Some(last) if last.end >= units.start => last.end = units.end.max(last.end),
+                _ => ranges.push(units),
+            }
+            at = stop.max(at + 1);
+        }
+        Ok(ranges)
+    }
+
+    /// Units between the data ranges read as zeros.
+    fn holes(&mut self, data: &[Range<u64>], sink: &mut dyn Sink) -> Result<(), GuestError> {
+        let end = self.table.len();
+        let mut from = 0;
+        let stops = data.iter().map(|r| (r.start as usize, r.end as usize));
+        for (start, next) in stops.chain([(end, end)]) {
+            let mut at = from;
+            while let Some(skipped) =
+                self.table[at..start].iter().position(|d| *d != Digest::ZERO_UNIT)
+            {
+                let first = at + skipped;
+                let count =
+                    self.table[first..start].iter().take_while(|d| **d != Digest::ZERO_UNIT).count();
+                sink.zeros(self.volume, first as u64, count as u64)?;
+                for unit in first..first + count {
+                    self.table[unit] = Digest::ZERO_UNIT;
+                    self.handed.set(unit);
+                }
+                at = first + count;
+            }
+            from = next;
+        }
+        Ok(())
+    }
+
+    /// One pass of the workers over the chunks that start at these units.
+    fn pass(
+        &mut self,
+        chunks: &[u64],
+        key: &[u8; 32],
+        threads: usize,
+        sink: &mut dyn Sink,
+    ) -> Result<(), GuestError> {
+        let next = AtomicUsize::new(0);
+        let stop = AtomicBool::new(false);
+        let mut taken: Vec<(u64, Digest)> = Vec::new();
+        let (table, volume) = (&self.table, self.volume);
+        let work = Work { file: &self.file, path: &self.path, table, key, chunks, next, stop };
+        let outcome = std::thread::scope(|scope| {
+            let (send, receive) = sync_channel::<Found>(WAITING);
+            let workers: Vec<_> = (0..threads.clamp(1, 64))
+                .map(|_| {
+                    let send = send.clone();
+                    let work = &work;
+                    scope.spawn(move || work.run(&send))
+                })
+                .collect();
+            drop(send);
+            let mut outcome = Ok(());
+            for found in &receive {
+                if let Err(error) = deliver(&found, volume, sink, &mut taken) {
+                    work.stop.store(true, Ordering::Relaxed);
+                    outcome = Err(GuestError::from(error));
+                    break;
+                }
+            }
+            drop(receive);
+            for worker in workers {
+                let ended = worker.join().unwrap_or_else(|_| {
+                    Err(GuestError::State("a thread that scans RAM panicked".to_owned()))
+                });
+                if outcome.is_ok() {
+                    outcome = ended;
+                }
+            }
+            outcome
+        });
+        for (unit, digest) in taken {
+            self.table[unit as usize] = digest;
+            self.handed.set(unit as usize);
+        }
+        outcome
+    }
+}
+
+/// Hands one chunk's changes over; `taken` gets what the sink took.
+fn deliver(
+    found: &Found,
+    volume: VolumeIndex,
+    sink: &mut dyn Sink,
+    taken: &mut Vec<(u64, Digest)>,
+) -> Result<(), SinkError> {
+    let mut at = 0;
+    while at < found.units.len() {
+        let first = found.units[at];
+        let count = (at..found.units.len())
+            .take_while(|i| found.units[*i] == first + (i - at) as u64)
+            .count();
+        let end = at + count;
+        let digests = &found.digests[at..end];
+        hand_over(sink, volume, first, &found.bytes[at * UNIT..end * UNIT], digests, |_, _| true)?;
+        taken.extend(found.units[at..end].iter().copied().zip(digests.iter().copied()));
+        at = end;
+    }
+    Ok(())
+}
+
+/// What the workers of a pass share.
+struct Work<'a> {
+    file: &'a File,
+    path: &'a Path,
+    table: &'a [Digest],
+    key: &'a [u8; 32],
+    chunks: &'a [u64],
+    next: AtomicUsize,
+    stop: AtomicBool,
+}
+
+impl Work<'_> {
+    fn run(&self, send: &SyncSender<Found>) -> Result<(), GuestError> {
+        let mut buffer = vec![0; CHUNK as usize];
+        let mut digests = Vec::with_capacity(CHUNK_UNITS as usize);
+        while !self.stop.load(Ordering::Relaxed) {
+            let Some(&first) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
+                return Ok(());
+            };
+            let known = &self.table[first as usize..];
+            let known = &known[..known.len().min(CHUNK_UNITS as usize)];
+            let bytes = &mut buffer[..known.len() * UNIT];
+            self.file.read_exact_at(bytes, first * UNIT as u64).map_err(|source| {
+                self.stop.store(true, Ordering::Relaxed);
+                let what = format!("reading the guest's RAM file {}", self.path.display());
+                GuestError::Io { what, source }
+            })?;
+            digests.clear();
+            hash_units(self.key, bytes, &mut digests);
+            if digests == known {
+                continue;
+            }
+            let mut found = Found { units: Vec::new(), bytes: Vec::new(), digests: Vec::new() };
+            for (i, (digest, known)) in digests.iter().zip(known).enumerate() {
+                if digest != known {
+                    found.units.push(first + i as u64);
+                    found.bytes.extend_from_slice(&bytes[i * UNIT..(i + 1) * UNIT]);
+                    found.digests.push(*digest);
+                }
+            }
+            // A closed channel: the sink refused, and said why itself.
+            if send.send(found).is_err() {
+                return Ok(());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+#[path = "scan_tests.rs"]
+mod tests;

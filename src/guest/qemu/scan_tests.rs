@@ -1,0 +1,150 @@
+use super::*;
+use std::io::Write;
+
+const KEY: [u8; 32] = [7; 32];
+
+/// Keeps what the peer would have, and refuses after `limit` units.
+struct Model {
+    bytes: Vec<u8>,
+    units: usize,
+    zeros: u64,
+    limit: usize,
+}
+
+impl Model {
+    fn new(units: usize) -> Self {
+        Self { bytes: vec![0; units * UNIT], units: 0, zeros: 0, limit: usize::MAX }
+    }
+}
+
+impl Sink for Model {
+    fn units(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        bytes: &[u8],
+        digests: &[Digest],
+    ) -> Result<(), SinkError> {
+        assert_eq!(volume, 3);
+        assert_eq!(bytes.len(), digests.len() * UNIT);
+        if self.units + digests.len() > self.limit {
+            return Err(SinkError::Full);
+        }
+        let mut own = Vec::new();
+        hash_units(&KEY, bytes, &mut own);
+        assert_eq!(own, digests);
+        self.units += digests.len();
+        let at = unit as usize * UNIT;
+        self.bytes[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
+    }
+
+    fn zeros(&mut self, _: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
+        self.zeros += count;
+        let at = unit as usize * UNIT;
+        self.bytes[at..at + count as usize * UNIT].fill(0);
+        Ok(())
+    }
+}
+
+fn ram(units: usize) -> (tempfile::NamedTempFile, RamBlock) {
+    // On tmpfs, as guest RAM is, where there is one.
+    let dir = Path::new("/dev/shm");
+    let file = if dir.is_dir() { tempfile::NamedTempFile::new_in(dir) } else { tempfile::NamedTempFile::new() };
+    let file = file.expect("a file");
+    file.as_file().set_len((units * UNIT) as u64).expect("sized");
+    let block = RamBlock::open(file.path(), 3).expect("opens");
+    (file, block)
+}
+
+fn page(tag: usize) -> Vec<u8> {
+    (0..UNIT).map(|i| (i * 31 + tag * 7 + 1) as u8).collect()
+}
+
+#[test]
+fn each_scan_hands_over_exactly_what_changed() {
+    let units = 3000;
+    let (file, mut block) = ram(units);
+    let mut model = Model::new(units);
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!((model.units, model.zeros), (0, 0), "a new replica reads zero already");
+    for unit in [0, 1, 63, 64, 700, 2999] {
+        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+    }
+    let looked = block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.units, 6);
+    assert!(looked < (units * UNIT) as u64, "holes are not looked at");
+    assert_eq!(block.handed.iter().collect::<Vec<_>>(), [0, 1, 63, 64, 700, 2999]);
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.units, 6, "nothing changed");
+    file.as_file().write_all_at(&page(9), 700 * UNIT as u64).expect("writes");
+    file.as_file().write_all_at(&[0; UNIT], 64 * UNIT as u64).expect("writes");
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!((model.units, model.zeros), (7, 1));
+    assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
+}
+
+#[test]
+fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
+    let (file, mut block) = ram(1000);
+    let mut model = Model::new(1000);
+    for unit in 0..1000 {
+        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+    }
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+    let hole = (100 * UNIT as u64, 700 * UNIT as u64);
+    rustix::fs::fallocate(file.as_file(), flags, hole.0, hole.1).expect("punches");
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.zeros, 700);
+    assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.zeros, 700, "told once");
+}
+
+#[test]
+fn what_a_full_sink_did_not_take_comes_again() {
+    let (file, mut block) = ram(2000);
+    for unit in 0..2000 {
+        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+    }
+    let mut model = Model::new(2000);
+    model.limit = 1000;
+    let refused = block.scan(&KEY, 2, &mut model);
+    assert!(matches!(refused, Err(GuestError::Sink(SinkError::Full))));
+    let taken = model.units;
+    assert_eq!(block.handed.iter().count(), taken);
+    model.limit = usize::MAX;
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.units, 2000, "what was taken does not come twice");
+    assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
+    let handed = block.handed.clone();
+    block.forget(&handed);
+    block.scan(&KEY, 2, &mut model).expect("scans");
+    assert_eq!(model.units, 4000 - taken);
+}
+
+#[test]
+fn a_file_that_shrinks_is_an_error() {
+    let (file, mut block) = ram(1000);
+    for unit in 0..1000 {
+        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+    }
+    file.as_file().set_len(10 * UNIT as u64).expect("shrinks");
+    // Seen as a hole, or as an early end; never as a crash.
+    let mut model = Model::new(1000);
+    let _ = block.scan(&KEY, 2, &mut model);
+    let mut odd = tempfile::NamedTempFile::new().expect("a file");
+    odd.write_all(b"not RAM").expect("writes");
+    assert!(RamBlock::open(odd.path(), 0).is_err());
+}
+
+#[test]
+fn a_table_of_another_size_is_refused() {
+    let (_file, mut block) = ram(10);
+    assert!(block.know(vec![Digest::UNKNOWN; 9]).is_err());
+    block.know(vec![Digest::UNKNOWN; 10]).expect("fits");
+    let mut model = Model::new(10);
+    block.scan(&KEY, 1, &mut model).expect("scans");
+    assert_eq!(model.zeros, 10, "unknown units are told, holes too");
+}
