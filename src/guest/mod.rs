@@ -126,7 +126,12 @@ pub trait Guest: Send {
     ///
     /// # Errors
     /// When the table has another size than the volume.
-    fn baseline(&mut self, point: u64, volume: VolumeIndex, digests: Vec<Digest>) -> Result<(), GuestError>;
+    fn baseline(
+        &mut self,
+        point: u64,
+        volume: VolumeIndex,
+        digests: Vec<Digest>,
+    ) -> Result<(), GuestError>;
 
     /// One pass while the guest runs: everything (first time) or what changed
     /// (later). May over-report, may be torn; a later cut makes it exact.

@@ -84,19 +84,27 @@ pub(super) fn sweep(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> {
     let ours = |listed: &Value, key: &str| -> Vec<String> {
         let all = listed.as_array().map(Vec::as_slice).unwrap_or_default();
         let names = all.iter().filter_map(|v| v[key].as_str());
-        names.filter(|n| n.starts_with(PREFIX)).map(str::to_owned).collect()
+        names
+            .filter(|n| n.starts_with(PREFIX))
+            .map(str::to_owned)
+            .collect()
     };
     for id in ours(&qmp.execute("query-block-exports", json!({}))?, "id") {
         qmp.execute("block-export-del", json!({"id": id, "mode": "hard"}))?;
     }
-    gone(qmp, "query-block-exports", |listed| ours(listed, "id").is_empty())?;
+    gone(qmp, "query-block-exports", |listed| {
+        ours(listed, "id").is_empty()
+    })?;
     for id in ours(&qmp.execute("query-jobs", json!({}))?, "id") {
         // A job that has just ended by itself is no error.
         let _ = qmp.execute("block-job-cancel", json!({"device": id, "force": true}));
         let _ = qmp.execute("job-dismiss", json!({"id": id}));
     }
     gone(qmp, "query-jobs", |listed| ours(listed, "id").is_empty())?;
-    let mut nodes = ours(&qmp.execute("query-named-block-nodes", json!({"flat": true}))?, "node-name");
+    let mut nodes = ours(
+        &qmp.execute("query-named-block-nodes", json!({"flat": true}))?,
+        "node-name",
+    );
     // The qcow2 node goes before the file it stands on: "fleece" before "file".
     nodes.sort_by_key(|n| !n.starts_with("farhaven-fleece-"));
     for name in nodes {
@@ -165,10 +173,14 @@ pub(super) fn same_ram(qmp: &mut Qmp, blocks: &[(String, RamBlock)]) -> Result<(
         }
     }
     // Replicating another file than the one QEMU has mapped would look right until the failover.
-    let maps = qmp.pid().and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/maps")));
+    let maps = qmp
+        .pid()
+        .and_then(|pid| std::fs::read_to_string(format!("/proc/{pid}/maps")));
     let Ok(maps) = maps else { return Ok(()) };
-    let inodes: Vec<u64> =
-        maps.lines().filter_map(|l| l.split_ascii_whitespace().nth(4)?.parse().ok()).collect();
+    let inodes: Vec<u64> = maps
+        .lines()
+        .filter_map(|l| l.split_ascii_whitespace().nth(4)?.parse().ok())
+        .collect();
     for (name, block) in blocks {
         if let Ok(inode) = block.inode()
             && !inodes.contains(&inode)
@@ -204,14 +216,25 @@ pub(super) fn prepare_migration(qmp: &mut Qmp) -> Result<Before, GuestError> {
             }
         }
     }
-    let off = UNWANTED.iter().filter(|name| now.get(**name) == Some(&true));
+    let off = UNWANTED
+        .iter()
+        .filter(|name| now.get(**name) == Some(&true));
     change.extend(off.map(|name| ((*name).to_owned(), false)));
     set(qmp, &change)?;
     let parameters = qmp.execute("query-migrate-parameters", json!({}))?;
     let bandwidth = parameters["max-bandwidth"].as_u64();
-    qmp.execute("migrate-set-parameters", json!({"max-bandwidth": 1_u64 << 40}))?;
-    let capabilities = change.into_iter().map(|(name, state)| (name, !state)).collect();
-    Ok(Before { capabilities, bandwidth })
+    qmp.execute(
+        "migrate-set-parameters",
+        json!({"max-bandwidth": 1_u64 << 40}),
+    )?;
+    let capabilities = change
+        .into_iter()
+        .map(|(name, state)| (name, !state))
+        .collect();
+    Ok(Before {
+        capabilities,
+        bandwidth,
+    })
 }
 
 fn set(qmp: &mut Qmp, capabilities: &[(String, bool)]) -> Result<(), GuestError> {
@@ -274,7 +297,10 @@ pub(super) fn restore(qmp: &mut Qmp, before: &Before, work_dir: &Path) {
     let _ = qmp.execute("nbd-server-stop", json!({}));
     let _ = set(qmp, &before.capabilities);
     if let Some(bandwidth) = before.bandwidth {
-        let _ = qmp.execute("migrate-set-parameters", json!({"max-bandwidth": bandwidth}));
+        let _ = qmp.execute(
+            "migrate-set-parameters",
+            json!({"max-bandwidth": bandwidth}),
+        );
     }
     for name in ["nbd.sock", CUT_MARK, HELD_MARK] {
         let _ = std::fs::remove_file(work_dir.join(name));

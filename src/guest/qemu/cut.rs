@@ -24,12 +24,12 @@ use farhaven_storage_sync::unit::VolumeKind;
 use serde_json::json;
 
 use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Sink};
+use super::QemuGuest;
 use super::attach::{CUT_MARK, HELD_MARK, idle, status, sweep};
 use super::disk::{self, Disk};
 use super::qmp::{Qmp, QmpError};
 use super::stream::Inlet;
 use super::tracking::{nodes, transaction};
-use super::QemuGuest;
 
 /// How long a block job may take to write an empty image.
 const CREATE: Duration = Duration::from_secs(20);
@@ -109,7 +109,10 @@ impl QemuGuest {
         let (fixed, disks) = match opened {
             Ok(opened) => opened,
             Err(error) => {
-                if was_running && after == After::Hold && !matches!(status(&mut self.qmp).as_deref(), Ok("running")) {
+                if was_running
+                    && after == After::Hold
+                    && !matches!(status(&mut self.qmp).as_deref(), Ok("running"))
+                {
                     let _ = std::fs::remove_file(self.work_dir.join(HELD_MARK));
                     if let Err(worse) = self.go_on() {
                         return Err(worse);
@@ -122,11 +125,20 @@ impl QemuGuest {
         times.device_state = fixed.state_took;
         times.disks = fixed.disks_took;
         self.ram_went_with(point);
-        if let Some(volume) = self.volumes.iter_mut().find(|v| v.kind == VolumeKind::DeviceState) {
+        if let Some(volume) = self
+            .volumes
+            .iter_mut()
+            .find(|v| v.kind == VolumeKind::DeviceState)
+        {
             volume.bytes = fixed.device_state.len() as u64;
         }
         self.outstanding = Some(Outstanding { point });
-        Ok(Cut { at, times, device_state: fixed.device_state, disks })
+        Ok(Cut {
+            at,
+            times,
+            device_state: fixed.device_state,
+            disks,
+        })
     }
 
     /// From `stop` until everything is fixed.
@@ -148,11 +160,16 @@ impl QemuGuest {
         std::thread::scope(|scope| {
             let qemu_side = scope.spawn(move || {
                 let begun = Instant::now();
-                let device_state = save_state(qmp, inlet, options.state_limit, options.state_timeout)?;
+                let device_state =
+                    save_state(qmp, inlet, options.state_limit, options.state_timeout)?;
                 let state_took = begun.elapsed();
                 fix_disks(qmp, disks, point, after)?;
                 let disks_took = begun.elapsed().saturating_sub(state_took);
-                Ok::<_, GuestError>(Fixed { device_state, state_took, disks_took })
+                Ok::<_, GuestError>(Fixed {
+                    device_state,
+                    state_took,
+                    disks_took,
+                })
             });
             let begun = Instant::now();
             let mut scanned = Ok(());
@@ -169,7 +186,9 @@ impl QemuGuest {
             }
             times.ram_scan = begun.elapsed();
             let fixed = qemu_side.join().unwrap_or_else(|_| {
-                Err(GuestError::State("the thread that drives QEMU in a cut panicked".to_owned()))
+                Err(GuestError::State(
+                    "the thread that drives QEMU in a cut panicked".to_owned(),
+                ))
             });
             scanned.and(fixed)
         })
@@ -186,13 +205,20 @@ impl QemuGuest {
             let bitmap = disk.chain.changed().unwrap_or_default().to_owned();
             let reader = disk.open(&mut self.qmp, &node, Some(&bitmap), &self.view)?;
             let (next, compare) = (disk.next, disk.compare.clone());
-            instants.push(Box::new(disk::Instant { reader, bitmap, next, compare }));
+            instants.push(Box::new(disk::Instant {
+                reader,
+                bitmap,
+                next,
+                compare,
+            }));
         }
         Ok(instants)
     }
 
     pub(super) fn end_cut(&mut self, shipped: bool) -> Result<(), GuestError> {
-        let Some(Outstanding { point }) = self.outstanding.take() else { return Ok(()) };
+        let Some(Outstanding { point }) = self.outstanding.take() else {
+            return Ok(());
+        };
         self.must_sweep = true;
         sweep(&mut self.qmp, &self.work_dir)?;
         self.must_sweep = false;
@@ -273,7 +299,10 @@ impl QemuGuest {
             }
             Ok(())
         };
-        write().map_err(|source| GuestError::Io { what: format!("writing {}", path.display()), source })
+        write().map_err(|source| GuestError::Io {
+            what: format!("writing {}", path.display()),
+            source,
+        })
     }
 
     /// A closed socket of a dead QEMU is told as the guest's end.
@@ -309,7 +338,10 @@ fn save_state(
     let taken = inlet.receive(limit, timeout);
     // On an error the socket is closed by now, which fails the migration too.
     let ended = qmp.wait_event("MIGRATION", timeout, |data| {
-        matches!(data["status"].as_str(), Some("failed" | "completed" | "cancelled"))
+        matches!(
+            data["status"].as_str(),
+            Some("failed" | "completed" | "cancelled")
+        )
     });
     let taken = taken?;
     match ended?["data"]["status"].as_str() {
@@ -348,7 +380,10 @@ fn fix_disks(
 fn prepare_fleece(qmp: &mut Qmp, disk: &Disk, work_dir: &Path) -> Result<(), GuestError> {
     let path = work_dir.join(format!("fleece-{}.qcow2", disk.volume));
     std::fs::File::create(&path).map_err(|source| GuestError::Io {
-        what: format!("making {}, where disk writes go during a cut", path.display()),
+        what: format!(
+            "making {}, where disk writes go during a cut",
+            path.display()
+        ),
         source,
     })?;
     qmp.execute(
@@ -366,7 +401,9 @@ fn prepare_fleece(qmp: &mut Qmp, disk: &Disk, work_dir: &Path) -> Result<(), Gue
     let deadline = Instant::now() + CREATE;
     loop {
         let jobs = qmp.execute("query-jobs", json!({}))?;
-        let ours = jobs.as_array().and_then(|jobs| jobs.iter().find(|j| j["id"] == job.as_str()));
+        let ours = jobs
+            .as_array()
+            .and_then(|jobs| jobs.iter().find(|j| j["id"] == job.as_str()));
         match ours {
             None => break,
             Some(ended) if ended["status"] == "concluded" => {

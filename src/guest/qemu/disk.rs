@@ -45,7 +45,15 @@ impl Disk {
     pub(super) fn new(volume: VolumeIndex, node: &str, replica: &str, bytes: u64) -> Self {
         let chain = Chain::new(node, replica, bytes);
         let node = node.to_owned();
-        Self { volume, node, bytes, chain, next: 0, compare: None, established: false }
+        Self {
+            volume,
+            node,
+            bytes,
+            chain,
+            next: 0,
+            compare: None,
+            established: false,
+        }
     }
 
     pub(super) fn units(&self) -> u64 {
@@ -175,7 +183,10 @@ impl DiskReader {
             let end = (at + WINDOW).min(self.bytes);
             let extents = client.extents(at..end)?;
             let data = whole_units(
-                extents.iter().filter(|e| e.flags & READS_ZERO == 0).map(|e| e.offset..e.offset + e.length),
+                extents
+                    .iter()
+                    .filter(|e| e.flags & READS_ZERO == 0)
+                    .map(|e| e.offset..e.offset + e.length),
                 self.bytes,
             );
             if let Some(held) = compare {
@@ -201,7 +212,10 @@ impl DiskReader {
             let end = (at + CHANGED_WINDOW).min(stop);
             let extents = client.extents(at..end)?;
             let dirty = whole_units(
-                extents.iter().filter(|e| e.flags != 0).map(|e| e.offset..e.offset + e.length),
+                extents
+                    .iter()
+                    .filter(|e| e.flags != 0)
+                    .map(|e| e.offset..e.offset + e.length),
                 self.bytes,
             );
             self.read(&mut client, dirty, sink, &|_, _| true)?;
@@ -284,7 +298,10 @@ fn zeros(
 ) -> Result<(), GuestError> {
     let unit = UNIT as u64;
     let end = hole.end.div_ceil(unit);
-    let differs = |u: u64| held.get(u as usize).is_some_and(|d| *d != Digest::ZERO_UNIT);
+    let differs = |u: u64| {
+        held.get(u as usize)
+            .is_some_and(|d| *d != Digest::ZERO_UNIT)
+    };
     let mut at = hole.start / unit;
     while at < end {
         let count = (at..end).take_while(|u| differs(*u)).count() as u64;
@@ -317,7 +334,8 @@ impl DiskInstant for Instant {
             self.reader.changes(&self.bitmap, self.next, sink)?;
         }
         let mut next = self.next;
-        self.reader.copy(&mut next, self.compare.as_ref().map(|c| c.as_slice()), sink)
+        self.reader
+            .copy(&mut next, self.compare.as_ref().map(|c| c.as_slice()), sink)
     }
 }
 

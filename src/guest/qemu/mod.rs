@@ -20,15 +20,9 @@ use scan::RamBlock;
 use tracking::Bits;
 
 mod attach;
-pub mod check;
 mod cut;
-pub mod definition;
 mod disk;
-pub mod facts;
-pub mod instantiate;
 pub mod nbd_client;
-pub mod options;
-pub mod peer;
 pub mod qmp;
 mod scan;
 mod stream;
@@ -123,7 +117,10 @@ impl QemuGuest {
     /// When QEMU cannot be reached, or is not the guest that the options describe.
     pub fn attach(options: AttachOptions) -> Result<Self, GuestError> {
         let fits = |c: char| c.is_ascii_alphanumeric() || c == '-';
-        if options.replica.is_empty() || options.replica.len() > 64 || !options.replica.chars().all(fits) {
+        if options.replica.is_empty()
+            || options.replica.len() > 64
+            || !options.replica.chars().all(fits)
+        {
             return Err(GuestError::State(format!(
                 "'{}' cannot name a replica: letters, digits and -, at most 64",
                 options.replica
@@ -142,7 +139,11 @@ impl QemuGuest {
         let mut ram = Vec::new();
         for (id, path) in &options.ram {
             let block = RamBlock::open(path, volumes.len() as VolumeIndex)?;
-            volumes.push(Volume { name: id.clone(), kind: VolumeKind::Ram, bytes: block.bytes() });
+            volumes.push(Volume {
+                name: id.clone(),
+                kind: VolumeKind::Ram,
+                bytes: block.bytes(),
+            });
             ram.push((id.clone(), block));
         }
         attach::same_ram(&mut qmp, &ram)?;
@@ -155,10 +156,21 @@ impl QemuGuest {
                 ))
             })?;
             if found.bytes == 0 {
-                return Err(GuestError::State(format!("disk '{name}' is empty; leave it out")));
+                return Err(GuestError::State(format!(
+                    "disk '{name}' is empty; leave it out"
+                )));
             }
-            disks.push(Disk::new(volumes.len() as VolumeIndex, node, &options.replica, found.bytes));
-            volumes.push(Volume { name: name.clone(), kind: VolumeKind::Disk, bytes: found.bytes });
+            disks.push(Disk::new(
+                volumes.len() as VolumeIndex,
+                node,
+                &options.replica,
+                found.bytes,
+            ));
+            volumes.push(Volume {
+                name: name.clone(),
+                kind: VolumeKind::Disk,
+                bytes: found.bytes,
+            });
         }
         volumes.push(Volume {
             name: "device-state".to_owned(),
@@ -296,8 +308,14 @@ impl Guest for QemuGuest {
             )));
         }
         let nodes = tracking::nodes(&mut self.qmp)?;
-        let present = nodes.iter().find(|n| n.name == disk.node).map(|n| n.bitmaps.as_slice());
-        if disk.chain.adopt(&mut self.qmp, present.unwrap_or_default(), point)? {
+        let present = nodes
+            .iter()
+            .find(|n| n.name == disk.node)
+            .map(|n| n.bitmaps.as_slice());
+        if disk
+            .chain
+            .adopt(&mut self.qmp, present.unwrap_or_default(), point)?
+        {
             disk.establish();
         } else {
             disk.next = 0;
@@ -333,7 +351,8 @@ impl Guest for QemuGuest {
     }
 
     fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
-        self.make_cut(point, after, sink).map_err(|e| self.explain(e))
+        self.make_cut(point, after, sink)
+            .map_err(|e| self.explain(e))
     }
 
     fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError> {
@@ -377,7 +396,9 @@ impl Guest for QemuGuest {
 
     fn stop(&mut self) -> Result<(), GuestError> {
         self.mark(HELD_MARK, 0, true)?;
-        self.qmp.execute("stop", json!({})).map_err(|e| self.explain(e.into()))?;
+        self.qmp
+            .execute("stop", json!({}))
+            .map_err(|e| self.explain(e.into()))?;
         Ok(())
     }
 
@@ -388,7 +409,8 @@ impl Guest for QemuGuest {
             Err(error) => return Err(error.into()),
         }
         let deadline = std::time::Instant::now() + Duration::from_secs(10);
-        while self.process.is_some() && self.process_lives() && std::time::Instant::now() < deadline {
+        while self.process.is_some() && self.process_lives() && std::time::Instant::now() < deadline
+        {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.detached = true;
@@ -405,7 +427,9 @@ impl Guest for QemuGuest {
             // The socket broke, the process lives: ask over a new one.
             Err(_) => {
                 self.qmp = Qmp::connect(&self.options.qmp, self.options.qmp_timeout).ok()?;
-                attach::status(&mut self.qmp).ok().map(|status| status == "running")
+                attach::status(&mut self.qmp)
+                    .ok()
+                    .map(|status| status == "running")
             }
         }
     }
@@ -435,7 +459,9 @@ impl Drop for QemuGuest {
     fn drop(&mut self) {
         if !self.detached
             && (self.outstanding.is_some() || self.must_sweep)
-            && let Err(error) = self.end_cut(false).and_then(|()| attach::sweep(&mut self.qmp, &self.work_dir))
+            && let Err(error) = self
+                .end_cut(false)
+                .and_then(|()| attach::sweep(&mut self.qmp, &self.work_dir))
         {
             tracing::warn!(%error, guest = %self.options.name, "a cut could not be cleared away; the next attach does it");
         }
@@ -458,7 +484,12 @@ fn started(pid: u32) -> Option<String> {
 /// Makes the work directory, for this user alone.
 fn make_private(dir: &std::path::Path) -> Result<(), GuestError> {
     use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).map_err(|source| {
-        GuestError::Io { what: format!("making the run directory {}", dir.display()), source }
-    })
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| GuestError::Io {
+            what: format!("making the run directory {}", dir.display()),
+            source,
+        })
 }

@@ -56,7 +56,9 @@ pub const READS_ZERO: u32 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum NbdError {
     /// The socket failed, or the server was silent for too long.
-    #[error("reading a disk from QEMU's NBD server, {during}: {source}; if the guest still runs, the next cut tries again")]
+    #[error(
+        "reading a disk from QEMU's NBD server, {during}: {source}; if the guest still runs, the next cut tries again"
+    )]
     Io {
         /// What was being done.
         during: &'static str,
@@ -118,7 +120,10 @@ impl NbdClient<UnixStream> {
         contexts: &[&str],
         timeout: Duration,
     ) -> Result<Self, NbdError> {
-        let failed = |source| NbdError::Io { during: "connecting", source };
+        let failed = |source| NbdError::Io {
+            during: "connecting",
+            source,
+        };
         let stream = UnixStream::connect(socket).map_err(failed)?;
         stream.set_read_timeout(Some(timeout)).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
@@ -132,7 +137,12 @@ impl<S: Read + Write> NbdClient<S> {
     /// # Errors
     /// See [`NbdError`].
     pub fn negotiate(stream: S, export: &str, contexts: &[&str]) -> Result<Self, NbdError> {
-        let mut client = Self { stream, size: 0, contexts: Vec::new(), cookie: 0 };
+        let mut client = Self {
+            stream,
+            size: 0,
+            contexts: Vec::new(),
+            cookie: 0,
+        };
         let greeting: [u8; 18] = client.take("the greeting")?;
         if !greeting.starts_with(b"NBDMAGICIHAVEOPT") {
             return Err(NbdError::Protocol("no newstyle greeting"));
@@ -142,7 +152,12 @@ impl<S: Read + Write> NbdClient<S> {
             return Err(NbdError::Protocol("not fixed newstyle"));
         }
         client.put("the greeting", &u32::from(flags & 3).to_be_bytes())?;
-        client.option(OPTION_STRUCTURED_REPLY, &[], "structured replies", |_, _| Ok(()))?;
+        client.option(
+            OPTION_STRUCTURED_REPLY,
+            &[],
+            "structured replies",
+            |_, _| Ok(()),
+        )?;
         for context in contexts {
             let mut data = text(export);
             data.extend(1_u32.to_be_bytes());
@@ -150,8 +165,9 @@ impl<S: Read + Write> NbdClient<S> {
             let mut id = None;
             client.option(OPTION_SET_META_CONTEXT, &data, context, |kind, reply| {
                 if kind == REPLY_META_CONTEXT {
-                    let (number, name) =
-                        reply.split_at_checked(4).ok_or(NbdError::Protocol("short context"))?;
+                    let (number, name) = reply
+                        .split_at_checked(4)
+                        .ok_or(NbdError::Protocol("short context"))?;
                     if name == context.as_bytes() {
                         id = Some(be32(number));
                     }
@@ -173,8 +189,9 @@ impl<S: Read + Write> NbdClient<S> {
                 && let Some((what, rest)) = reply.split_first_chunk::<2>()
                 && u16::from_be_bytes(*what) == INFO_EXPORT
             {
-                let (bytes, _) =
-                    rest.split_first_chunk::<8>().ok_or(NbdError::Protocol("short export info"))?;
+                let (bytes, _) = rest
+                    .split_first_chunk::<8>()
+                    .ok_or(NbdError::Protocol("short export info"))?;
                 size = Some(u64::from_be_bytes(*bytes));
             }
             Ok(())
@@ -197,7 +214,10 @@ impl<S: Read + Write> NbdClient<S> {
     /// # Errors
     /// See [`NbdError`].
     pub fn extents(&mut self, range: Range<u64>) -> Result<Vec<Extent>, NbdError> {
-        let context = *self.contexts.first().ok_or(NbdError::Protocol("no context negotiated"))?;
+        let context = *self
+            .contexts
+            .first()
+            .ok_or(NbdError::Protocol("no context negotiated"))?;
         let end = range.end.min(self.size);
         let mut extents: Vec<Extent> = Vec::new();
         let mut at = range.start;
@@ -213,8 +233,9 @@ impl<S: Read + Write> NbdClient<S> {
                 match chunk.kind {
                     CHUNK_STATUS => {
                         let data = self.bytes(chunk.length, "block status")?;
-                        let (number, rest) =
-                            data.split_at_checked(4).ok_or(NbdError::Protocol("short status"))?;
+                        let (number, rest) = data
+                            .split_at_checked(4)
+                            .ok_or(NbdError::Protocol("short status"))?;
                         if be32(number) != context || rest.len() % 8 != 0 {
                             return Err(NbdError::Protocol("status of another context"));
                         }
@@ -225,7 +246,11 @@ impl<S: Read + Write> NbdClient<S> {
                             match extents.last_mut() {
                                 Some(last) if last.flags == flags => last.length += length,
                                 _ if length == 0 => {}
-                                _ => extents.push(Extent { offset: told, length, flags }),
+                                _ => extents.push(Extent {
+                                    offset: told,
+                                    length,
+                                    flags,
+                                }),
                             }
                             told += length;
                         }
@@ -308,11 +333,11 @@ impl<S: Read + Write> NbdClient<S> {
             .ok_or(NbdError::Protocol("a reply to no request"))?;
         match chunk.kind {
             CHUNK_DATA | CHUNK_HOLE => {
-                let offset = u64::from_be_bytes(self.take("a reply's offset")?);
                 let rest = chunk
                     .length
                     .checked_sub(8)
                     .ok_or(NbdError::Protocol("a short data chunk"))?;
+                let offset = u64::from_be_bytes(self.take("a reply's offset")?);
                 let length = match chunk.kind {
                     CHUNK_DATA => rest,
                     _ if rest == 4 => u32::from_be_bytes(self.take("a hole's length")?),
@@ -330,7 +355,10 @@ impl<S: Read + Write> NbdClient<S> {
                 if chunk.kind == CHUNK_DATA {
                     self.stream
                         .read_exact(part)
-                        .map_err(|source| NbdError::Io { during: "reading", source })?;
+                        .map_err(|source| NbdError::Io {
+                            during: "reading",
+                            source,
+                        })?;
                 } else {
                     part.fill(0);
                 }
@@ -432,18 +460,24 @@ impl<S: Read + Write> NbdClient<S> {
             return Err(NbdError::Protocol("a reply longer than 4 MiB"));
         }
         let mut data = vec![0; length as usize];
-        self.stream.read_exact(&mut data).map_err(|source| NbdError::Io { during, source })?;
+        self.stream
+            .read_exact(&mut data)
+            .map_err(|source| NbdError::Io { during, source })?;
         Ok(data)
     }
 
     fn take<const N: usize>(&mut self, during: &'static str) -> Result<[u8; N], NbdError> {
         let mut data = [0; N];
-        self.stream.read_exact(&mut data).map_err(|source| NbdError::Io { during, source })?;
+        self.stream
+            .read_exact(&mut data)
+            .map_err(|source| NbdError::Io { during, source })?;
         Ok(data)
     }
 
     fn put(&mut self, during: &'static str, data: &[u8]) -> Result<(), NbdError> {
-        self.stream.write_all(data).map_err(|source| NbdError::Io { during, source })
+        self.stream
+            .write_all(data)
+            .map_err(|source| NbdError::Io { during, source })
     }
 
     /// Says goodbye; the server frees the export at once.
@@ -461,7 +495,10 @@ struct Chunk {
 
 /// The first four bytes; callers have checked that there are four.
 fn be32(bytes: &[u8]) -> u32 {
-    bytes.iter().take(4).fold(0, |sum, b| sum << 8 | u32::from(*b))
+    bytes
+        .iter()
+        .take(4)
+        .fold(0, |sum, b| sum << 8 | u32::from(*b))
 }
 
 fn text(s: &str) -> Vec<u8> {

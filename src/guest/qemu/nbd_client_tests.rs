@@ -35,7 +35,11 @@ fn option_reply(option: u32, kind: u32, data: &[u8]) -> Vec<u8> {
 fn handshake(size: u64) -> Vec<u8> {
     let mut out = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
     out.extend(option_reply(OPTION_STRUCTURED_REPLY, REPLY_ACK, &[]));
-    out.extend(option_reply(OPTION_SET_META_CONTEXT, REPLY_META_CONTEXT, b"\0\0\0\x05base:allocation"));
+    out.extend(option_reply(
+        OPTION_SET_META_CONTEXT,
+        REPLY_META_CONTEXT,
+        b"\0\0\0\x05base:allocation",
+    ));
     out.extend(option_reply(OPTION_SET_META_CONTEXT, REPLY_ACK, &[]));
     let mut info = INFO_EXPORT.to_be_bytes().to_vec();
     info.extend(size.to_be_bytes());
@@ -66,7 +70,10 @@ fn client(size: u64, replies: &[Vec<u8>]) -> Result<NbdClient<Script>, NbdError>
     for reply in replies {
         sent.extend(reply);
     }
-    let script = Script { sent: std::io::Cursor::new(sent), got: Vec::new() };
+    let script = Script {
+        sent: std::io::Cursor::new(sent),
+        got: Vec::new(),
+    };
     NbdClient::negotiate(script, "disk", &[ALLOCATION])
 }
 
@@ -114,8 +121,16 @@ fn extents_are_merged_and_end_with_the_request() {
     assert_eq!(
         extents,
         [
-            Extent { offset: 0, length: 150, flags: 0 },
-            Extent { offset: 150, length: 850, flags: 3 }
+            Extent {
+                offset: 0,
+                length: 150,
+                flags: 0
+            },
+            Extent {
+                offset: 150,
+                length: 850,
+                flags: 3
+            }
         ]
     );
 }
@@ -133,13 +148,19 @@ fn what_breaks_the_protocol_is_refused() {
     ];
     for (what, reply) in wrong {
         let mut c = client(100, &[reply]).expect("negotiates");
-        assert!(matches!(read(&mut c, 0..100), Err(NbdError::Protocol(_))), "{what}");
+        assert!(
+            matches!(read(&mut c, 0..100), Err(NbdError::Protocol(_))),
+            "{what}"
+        );
     }
     let mut error = 5_u32.to_be_bytes().to_vec();
     error.extend(2_u16.to_be_bytes());
     error.extend(b"no");
     let mut c = client(100, &[chunk(true, CHUNK_ERROR | 1, 1, &error)]).expect("negotiates");
-    assert!(matches!(read(&mut c, 0..100), Err(NbdError::Refused { code: 5, .. })));
+    assert!(matches!(
+        read(&mut c, 0..100),
+        Err(NbdError::Refused { code: 5, .. })
+    ));
     let mut huge = chunk(true, CHUNK_STATUS, 1, &[]);
     huge[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
     let mut c = client(100, &[huge]).expect("negotiates");
@@ -151,8 +172,13 @@ fn a_refused_export_tells_the_servers_words() {
     let mut sent = b"NBDMAGICIHAVEOPT\0\x03".to_vec();
     sent.extend(option_reply(OPTION_STRUCTURED_REPLY, REPLY_ACK, &[]));
     sent.extend(option_reply(OPTION_GO, REPLY_ERROR | 6, b"no such export"));
-    let script = Script { sent: std::io::Cursor::new(sent), got: Vec::new() };
-    let Err(error) = NbdClient::negotiate(script, "disk", &[]) else { panic!("refused") };
+    let script = Script {
+        sent: std::io::Cursor::new(sent),
+        got: Vec::new(),
+    };
+    let Err(error) = NbdClient::negotiate(script, "disk", &[]) else {
+        panic!("refused")
+    };
     assert!(error.to_string().contains("no such export"));
 }
 

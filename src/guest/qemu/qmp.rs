@@ -21,7 +21,9 @@ const MAX_LINE: u64 = 16 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// No socket there, or nobody listens.
-    #[error("cannot reach QEMU at {path}: {source}. Is the guest running, and is this its -qmp socket?")]
+    #[error(
+        "cannot reach QEMU at {path}: {source}. Is the guest running, and is this its -qmp socket?"
+    )]
     Connect {
         /// The socket's path.
         path: PathBuf,
@@ -30,13 +32,17 @@ pub enum QmpError {
         source: std::io::Error,
     },
     /// QEMU serves one QMP client at a time.
-    #[error("QEMU at {path} does not greet: another QMP client holds the socket. Give QEMU a second one for Farhaven (-qmp unix:PATH2,server=on,wait=off)")]
+    #[error(
+        "QEMU at {path} does not greet: another QMP client holds the socket. Give QEMU a second one for Farhaven (-qmp unix:PATH2,server=on,wait=off)"
+    )]
     Busy {
         /// The socket's path.
         path: PathBuf,
     },
     /// The connection ended: usually QEMU did.
-    #[error("QEMU closed its QMP socket {path} during {command}: the guest has ended or QEMU crashed")]
+    #[error(
+        "QEMU closed its QMP socket {path} during {command}: the guest has ended or QEMU crashed"
+    )]
     Closed {
         /// The socket's path.
         path: PathBuf,
@@ -90,7 +96,10 @@ impl Qmp {
     /// # Errors
     /// [`QmpError::Connect`], [`QmpError::Busy`], [`QmpError::Protocol`].
     pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
-        let failed = |source| QmpError::Connect { path: path.to_owned(), source };
+        let failed = |source| QmpError::Connect {
+            path: path.to_owned(),
+            source,
+        };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
         let reader = BufReader::new(stream.try_clone().map_err(failed)?);
@@ -104,7 +113,11 @@ impl Qmp {
             commands: 0,
         };
         let greeting = match qmp.line("the greeting", Instant::now() + timeout) {
-            Err(QmpError::TimedOut { .. }) => return Err(QmpError::Busy { path: path.to_owned() }),
+            Err(QmpError::TimedOut { .. }) => {
+                return Err(QmpError::Busy {
+                    path: path.to_owned(),
+                });
+            }
             other => other?,
         };
         let version = &greeting["QMP"]["version"]["qemu"];
@@ -156,7 +169,11 @@ impl Qmp {
             let mut reply = self.line(command, deadline)?;
             if reply.get("event").is_some() {
                 self.keep(reply);
-            } else if reply.get("id").and_then(Value::as_u64).is_some_and(|answered| answered < id) {
+            } else if reply
+                .get("id")
+                .and_then(Value::as_u64)
+                .is_some_and(|answered| answered < id)
+            {
                 tracing::debug!(command, "skipped the late reply to an earlier command");
             } else if let Some(error) = reply.get("error") {
                 let text = |key: &str| error[key].as_str().unwrap_or_default().to_owned();
@@ -189,7 +206,11 @@ impl Qmp {
         timeout: Duration,
         wanted: impl Fn(&Value) -> bool,
     ) -> Result<Value, QmpError> {
-        if let Some(at) = self.events.iter().position(|e| e["event"] == name && wanted(&e["data"])) {
+        if let Some(at) = self
+            .events
+            .iter()
+            .position(|e| e["event"] == name && wanted(&e["data"]))
+        {
             return Ok(self.events.remove(at).unwrap_or_default());
         }
         let deadline = Instant::now() + timeout;
@@ -222,7 +243,9 @@ impl Qmp {
                     after: self.timeout,
                 });
             }
-            self.stream.set_read_timeout(Some(left)).map_err(|e| self.io(command, &e))?;
+            self.stream
+                .set_read_timeout(Some(left))
+                .map_err(|e| self.io(command, &e))?;
             let allowed = MAX_LINE.saturating_sub(line.len() as u64);
             if allowed == 0 {
                 return Err(self.protocol("a line is longer than 16 MiB"));
@@ -232,7 +255,11 @@ impl Qmp {
                 Ok(0) => return Err(self.closed(command)),
                 Ok(_) if line.ends_with(b"\n") => break,
                 Ok(_) => {}
-                Err(e) if matches!(e.kind(), std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut) => {}
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut
+                    ) => {}
                 Err(e) => return Err(self.io(command, &e)),
             }
         }
@@ -251,10 +278,16 @@ impl Qmp {
     }
 
     fn closed(&self, command: &str) -> QmpError {
-        QmpError::Closed { path: self.path.clone(), command: command.to_owned() }
+        QmpError::Closed {
+            path: self.path.clone(),
+            command: command.to_owned(),
+        }
     }
 
     fn protocol(&self, why: &str) -> QmpError {
-        QmpError::Protocol { path: self.path.clone(), why: why.to_owned() }
+        QmpError::Protocol {
+            path: self.path.clone(),
+            why: why.to_owned(),
+        }
     }
 }

@@ -69,7 +69,12 @@ pub(super) fn hand_over(
             sink.zeros(volume, unit, count as u64)?;
         } else {
             let end = at + count;
-            sink.units(volume, unit, &bytes[at * UNIT..end * UNIT], &digests[at..end])?;
+            sink.units(
+                volume,
+                unit,
+                &bytes[at * UNIT..end * UNIT],
+                &digests[at..end],
+            )?;
         }
         at += count;
     }
@@ -97,11 +102,16 @@ impl RamBlock {
     /// Opens a block's file. A new replica is all zeros, so is the table.
     pub(super) fn open(path: &Path, volume: VolumeIndex) -> Result<Self, GuestError> {
         let what = |what: &str| format!("{what} the guest's RAM file {}", path.display());
-        let file = File::open(path)
-            .map_err(|source| GuestError::Io { what: what("opening"), source })?;
+        let file = File::open(path).map_err(|source| GuestError::Io {
+            what: what("opening"),
+            source,
+        })?;
         let bytes = file
             .metadata()
-            .map_err(|source| GuestError::Io { what: what("looking at"), source })?
+            .map_err(|source| GuestError::Io {
+                what: what("looking at"),
+                source,
+            })?
             .len();
         if bytes == 0 || bytes % UNIT as u64 != 0 {
             return Err(GuestError::State(format!(
@@ -165,11 +175,15 @@ impl RamBlock {
         let total = self.bytes();
         let data = self.data_ranges()?;
         self.holes(&data, sink)?;
-        let chunks: Vec<u64> =
-            data.iter().flat_map(|r| r.clone().step_by(CHUNK_UNITS as usize)).collect();
+        let chunks: Vec<u64> = data
+            .iter()
+            .flat_map(|r| r.clone().step_by(CHUNK_UNITS as usize))
+            .collect();
         for pass in chunks.chunks(PASS) {
             self.pass(pass, key, threads, sink)?;
-            let done = pass.last().map_or(0, |last| (last + CHUNK_UNITS) * UNIT as u64);
+            let done = pass
+                .last()
+                .map_or(0, |last| (last + CHUNK_UNITS) * UNIT as u64);
             sink.progress(done.min(total), total);
         }
         Ok(data.iter().map(|r| (r.end - r.start) * UNIT as u64).sum())
@@ -215,12 +229,15 @@ impl RamBlock {
         let stops = data.iter().map(|r| (r.start as usize, r.end as usize));
         for (start, next) in stops.chain([(end, end)]) {
             let mut at = from;
-            while let Some(skipped) =
-                self.table[at..start].iter().position(|d| *d != Digest::ZERO_UNIT)
+            while let Some(skipped) = self.table[at..start]
+                .iter()
+                .position(|d| *d != Digest::ZERO_UNIT)
             {
                 let first = at + skipped;
-                let count =
-                    self.table[first..start].iter().take_while(|d| **d != Digest::ZERO_UNIT).count();
+                let count = self.table[first..start]
+                    .iter()
+                    .take_while(|d| **d != Digest::ZERO_UNIT)
+                    .count();
                 sink.zeros(self.volume, first as u64, count as u64)?;
                 for unit in first..first + count {
                     self.table[unit] = Digest::ZERO_UNIT;
@@ -245,7 +262,15 @@ impl RamBlock {
         let stop = AtomicBool::new(false);
         let mut taken: Vec<(u64, Digest)> = Vec::new();
         let (table, volume) = (&self.table, self.volume);
-        let work = Work { file: &self.file, path: &self.path, table, key, chunks, next, stop };
+        let work = Work {
+            file: &self.file,
+            path: &self.path,
+            table,
+            key,
+            chunks,
+            next,
+            stop,
+        };
         let outcome = std::thread::scope(|scope| {
             let (send, receive) = sync_channel::<Found>(WAITING);
             let workers: Vec<_> = (0..threads.clamp(1, 64))
@@ -267,7 +292,9 @@ impl RamBlock {
             drop(receive);
             for worker in workers {
                 let ended = worker.join().unwrap_or_else(|_| {
-                    Err(GuestError::State("a thread that scans RAM panicked".to_owned()))
+                    Err(GuestError::State(
+                        "a thread that scans RAM panicked".to_owned(),
+                    ))
                 });
                 if outcome.is_ok() {
                     outcome = ended;
@@ -298,8 +325,20 @@ fn deliver(
             .count();
         let end = at + count;
         let digests = &found.digests[at..end];
-        hand_over(sink, volume, first, &found.bytes[at * UNIT..end * UNIT], digests, |_, _| true)?;
-        taken.extend(found.units[at..end].iter().copied().zip(digests.iter().copied()));
+        hand_over(
+            sink,
+            volume,
+            first,
+            &found.bytes[at * UNIT..end * UNIT],
+            digests,
+            |_, _| true,
+        )?;
+        taken.extend(
+            found.units[at..end]
+                .iter()
+                .copied()
+                .zip(digests.iter().copied()),
+        );
         at = end;
     }
     Ok(())
@@ -327,21 +366,29 @@ impl Work<'_> {
             let known = &self.table[first as usize..];
             let known = &known[..known.len().min(CHUNK_UNITS as usize)];
             let bytes = &mut buffer[..known.len() * UNIT];
-            self.file.read_exact_at(bytes, first * UNIT as u64).map_err(|source| {
-                self.stop.store(true, Ordering::Relaxed);
-                let what = format!("reading the guest's RAM file {}", self.path.display());
-                GuestError::Io { what, source }
-            })?;
+            self.file
+                .read_exact_at(bytes, first * UNIT as u64)
+                .map_err(|source| {
+                    self.stop.store(true, Ordering::Relaxed);
+                    let what = format!("reading the guest's RAM file {}", self.path.display());
+                    GuestError::Io { what, source }
+                })?;
             digests.clear();
             hash_units(self.key, bytes, &mut digests);
             if digests == known {
                 continue;
             }
-            let mut found = Found { units: Vec::new(), bytes: Vec::new(), digests: Vec::new() };
+            let mut found = Found {
+                units: Vec::new(),
+                bytes: Vec::new(),
+                digests: Vec::new(),
+            };
             for (i, (digest, known)) in digests.iter().zip(known).enumerate() {
                 if digest != known {
                     found.units.push(first + i as u64);
-                    found.bytes.extend_from_slice(&bytes[i * UNIT..(i + 1) * UNIT]);
+                    found
+                        .bytes
+                        .extend_from_slice(&bytes[i * UNIT..(i + 1) * UNIT]);
                     found.digests.push(*digest);
                 }
             }

@@ -13,7 +13,12 @@ struct Model {
 
 impl Model {
     fn new(units: usize) -> Self {
-        Self { bytes: vec![0; units * UNIT], units: 0, zeros: 0, limit: usize::MAX }
+        Self {
+            bytes: vec![0; units * UNIT],
+            units: 0,
+            zeros: 0,
+            limit: usize::MAX,
+        }
     }
 }
 
@@ -50,9 +55,15 @@ impl Sink for Model {
 fn ram(units: usize) -> (tempfile::NamedTempFile, RamBlock) {
     // On tmpfs, as guest RAM is, where there is one.
     let dir = Path::new("/dev/shm");
-    let file = if dir.is_dir() { tempfile::NamedTempFile::new_in(dir) } else { tempfile::NamedTempFile::new() };
+    let file = if dir.is_dir() {
+        tempfile::NamedTempFile::new_in(dir)
+    } else {
+        tempfile::NamedTempFile::new()
+    };
     let file = file.expect("a file");
-    file.as_file().set_len((units * UNIT) as u64).expect("sized");
+    file.as_file()
+        .set_len((units * UNIT) as u64)
+        .expect("sized");
     let block = RamBlock::open(file.path(), 3).expect("opens");
     (file, block)
 }
@@ -67,18 +78,31 @@ fn each_scan_hands_over_exactly_what_changed() {
     let (file, mut block) = ram(units);
     let mut model = Model::new(units);
     block.scan(&KEY, 2, &mut model).expect("scans");
-    assert_eq!((model.units, model.zeros), (0, 0), "a new replica reads zero already");
+    assert_eq!(
+        (model.units, model.zeros),
+        (0, 0),
+        "a new replica reads zero already"
+    );
     for unit in [0, 1, 63, 64, 700, 2999] {
-        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+        file.as_file()
+            .write_all_at(&page(unit), (unit * UNIT) as u64)
+            .expect("writes");
     }
     let looked = block.scan(&KEY, 2, &mut model).expect("scans");
     assert_eq!(model.units, 6);
     assert!(looked < (units * UNIT) as u64, "holes are not looked at");
-    assert_eq!(block.handed.iter().collect::<Vec<_>>(), [0, 1, 63, 64, 700, 2999]);
+    assert_eq!(
+        block.handed.iter().collect::<Vec<_>>(),
+        [0, 1, 63, 64, 700, 2999]
+    );
     block.scan(&KEY, 2, &mut model).expect("scans");
     assert_eq!(model.units, 6, "nothing changed");
-    file.as_file().write_all_at(&page(9), 700 * UNIT as u64).expect("writes");
-    file.as_file().write_all_at(&[0; UNIT], 64 * UNIT as u64).expect("writes");
+    file.as_file()
+        .write_all_at(&page(9), 700 * UNIT as u64)
+        .expect("writes");
+    file.as_file()
+        .write_all_at(&[0; UNIT], 64 * UNIT as u64)
+        .expect("writes");
     block.scan(&KEY, 2, &mut model).expect("scans");
     assert_eq!((model.units, model.zeros), (7, 1));
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
@@ -89,7 +113,9 @@ fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
     let (file, mut block) = ram(1000);
     let mut model = Model::new(1000);
     for unit in 0..1000 {
-        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+        file.as_file()
+            .write_all_at(&page(unit), (unit * UNIT) as u64)
+            .expect("writes");
     }
     block.scan(&KEY, 2, &mut model).expect("scans");
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
@@ -106,7 +132,9 @@ fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
 fn what_a_full_sink_did_not_take_comes_again() {
     let (file, mut block) = ram(2000);
     for unit in 0..2000 {
-        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+        file.as_file()
+            .write_all_at(&page(unit), (unit * UNIT) as u64)
+            .expect("writes");
     }
     let mut model = Model::new(2000);
     model.limit = 1000;
@@ -128,7 +156,9 @@ fn what_a_full_sink_did_not_take_comes_again() {
 fn a_file_that_shrinks_is_an_error() {
     let (file, mut block) = ram(1000);
     for unit in 0..1000 {
-        file.as_file().write_all_at(&page(unit), (unit * UNIT) as u64).expect("writes");
+        file.as_file()
+            .write_all_at(&page(unit), (unit * UNIT) as u64)
+            .expect("writes");
     }
     file.as_file().set_len(10 * UNIT as u64).expect("shrinks");
     // Seen as a hole, or as an early end; never as a crash.

@@ -38,7 +38,10 @@ impl Inlet {
         }
         let listener = UnixListener::bind(path).map_err(failed)?;
         listener.set_nonblocking(true).map_err(failed)?;
-        Ok(Self { listener, path: path.to_owned() })
+        Ok(Self {
+            listener,
+            path: path.to_owned(),
+        })
     }
 
     /// What `migrate` is told.
@@ -49,8 +52,10 @@ impl Inlet {
     /// Takes the whole stream, at most `limit` bytes, and has QEMU take the
     /// guest back. The caller then waits for the migration's status `failed`.
     pub(super) fn receive(&self, limit: usize, timeout: Duration) -> Result<Taken, GuestError> {
-        let failed =
-            |source| GuestError::Io { what: "taking the guest's device state".to_owned(), source };
+        let failed = |source| GuestError::Io {
+            what: "taking the guest's device state".to_owned(),
+            source,
+        };
         let deadline = Instant::now() + timeout;
         let mut stream = loop {
             match self.listener.accept() {
@@ -156,10 +161,15 @@ fn is_complete(data: &[u8]) -> bool {
     let mut from = data.len() - data.iter().rev().take_while(|b| text(b)).count();
     // Low bytes of the length may look like text: the JSON starts a little later.
     for _ in 0..=4 {
+        let Some(length) = data.len().checked_sub(from) else {
+            return false;
+        };
         let header = from.checked_sub(6).and_then(|at| data.get(at..from));
-        let length = (data.len() - from) as u64;
         if let Some([0, 6, length_bytes @ ..]) = header
-            && length_bytes.iter().fold(0, |sum, b| sum << 8 | u64::from(*b)) == length
+            && length_bytes
+                .iter()
+                .fold(0, |sum, b| sum << 8 | u64::from(*b))
+                == length as u64
             && data.get(from) == Some(&b'{')
         {
             return true;
@@ -211,7 +221,9 @@ mod tests {
         let inlet = Inlet::open(&dir.path().join("state.sock")).expect("listens");
         let path = inlet.path.clone();
         let sender = std::thread::spawn(move || send(UnixStream::connect(path).expect("connects")));
-        let taken = inlet.receive(4096, Duration::from_millis(500)).and_then(Taken::finish);
+        let taken = inlet
+            .receive(4096, Duration::from_millis(500))
+            .and_then(Taken::finish);
         sender.join().expect("the sender ends");
         taken
     }
@@ -225,7 +237,8 @@ mod tests {
                 s.write_all(piece).expect("sends");
             }
             let mut answer = [0; 8];
-            s.read_exact(&mut answer).expect("the return path is answered");
+            s.read_exact(&mut answer)
+                .expect("the return path is answered");
             assert_eq!(answer, SHUT_WITH_ERROR);
         });
         assert_eq!(taken.expect("complete"), state);
@@ -238,12 +251,22 @@ mod tests {
         let flood = receive(|mut s| {
             let _ = s.write_all(&[b'x'; 9000]);
         });
-        assert!(flood.expect_err("too long").to_string().contains("share=on"));
+        assert!(
+            flood
+                .expect_err("too long")
+                .to_string()
+                .contains("share=on")
+        );
         let silent = receive(|s| {
             std::thread::sleep(Duration::from_millis(700));
             drop(s);
         });
-        assert!(silent.expect_err("nothing came").to_string().contains("500ms"));
+        assert!(
+            silent
+                .expect_err("nothing came")
+                .to_string()
+                .contains("500ms")
+        );
     }
 
     #[test]

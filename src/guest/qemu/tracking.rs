@@ -69,11 +69,20 @@ pub(super) struct Node {
 /// All named nodes.
 pub(super) fn nodes(qmp: &mut Qmp) -> Result<Vec<Node>, GuestError> {
     let listed = qmp.execute("query-named-block-nodes", json!({"flat": true}))?;
-    Ok(listed.as_array().map(Vec::as_slice).unwrap_or_default().iter().filter_map(node).collect())
+    Ok(listed
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default()
+        .iter()
+        .filter_map(node)
+        .collect())
 }
 
 fn node(listed: &Value) -> Option<Node> {
-    let bitmaps = listed["dirty-bitmaps"].as_array().map(Vec::as_slice).unwrap_or_default();
+    let bitmaps = listed["dirty-bitmaps"]
+        .as_array()
+        .map(Vec::as_slice)
+        .unwrap_or_default();
     Some(Node {
         name: listed["node-name"].as_str()?.to_owned(),
         bytes: listed["image"]["virtual-size"].as_u64()?,
@@ -112,7 +121,12 @@ const LONGEST: usize = 32;
 impl Chain {
     pub(super) fn new(node: &str, replica: &str, disk_bytes: u64) -> Self {
         let grain = if disk_bytes <= 256 << 30 { 4096 } else { 65536 };
-        Self { node: node.to_owned(), replica: replica.to_owned(), grain, links: Vec::new() }
+        Self {
+            node: node.to_owned(),
+            replica: replica.to_owned(),
+            grain,
+            links: Vec::new(),
+        }
     }
 
     /// Name of the bitmap that records now.
@@ -128,7 +142,10 @@ impl Chain {
     }
 
     fn point_of(&self, name: &str) -> Option<u64> {
-        let rest = name.strip_prefix(PREFIX)?.strip_prefix(&self.replica)?.strip_prefix('-')?;
+        let rest = name
+            .strip_prefix(PREFIX)?
+            .strip_prefix(&self.replica)?
+            .strip_prefix('-')?;
         rest.parse().ok()
     }
 
@@ -145,7 +162,10 @@ impl Chain {
     pub(super) fn begin(&mut self, qmp: &mut Qmp, present: &[Bitmap]) -> Result<(), GuestError> {
         if self.links.is_empty() {
             self.adopt(qmp, present, u64::MAX)?;
-            let link = Link { name: self.name(None), point: None };
+            let link = Link {
+                name: self.name(None),
+                point: None,
+            };
             transaction(qmp, vec![self.add_action(&link.name)])?;
             self.links = vec![link];
         }
@@ -163,7 +183,12 @@ impl Chain {
         let mut links: Vec<Link> = present
             .iter()
             .filter(|b| b.usable)
-            .filter_map(|b| Some(Link { name: b.name.clone(), point: Some(self.point_of(&b.name)?) }))
+            .filter_map(|b| {
+                Some(Link {
+                    name: b.name.clone(),
+                    point: Some(self.point_of(&b.name)?),
+                })
+            })
             .filter(|l| l.point >= Some(point))
             .collect();
         links.sort_by_key(|l| l.point);
@@ -196,7 +221,10 @@ impl Chain {
 
     /// The transaction went through.
     pub(super) fn cut(&mut self, point: u64) {
-        let link = Link { name: self.name(Some(point)), point: Some(point) };
+        let link = Link {
+            name: self.name(Some(point)),
+            point: Some(point),
+        };
         self.links.push(link);
     }
 
@@ -224,7 +252,9 @@ impl Chain {
     /// Merges all links after `keep` into it, which then records. One
     /// transaction: there is no moment at which a write could be lost.
     fn fold(&mut self, qmp: &mut Qmp, keep: usize) -> Result<(), GuestError> {
-        let Some(kept) = self.links.get(keep) else { return Ok(()) };
+        let Some(kept) = self.links.get(keep) else {
+            return Ok(());
+        };
         let rest = &self.links[keep + 1..];
         if rest.is_empty() {
             return Ok(());
@@ -235,7 +265,11 @@ impl Chain {
             json!({"type": "block-dirty-bitmap-merge", "data": {
                 "node": self.node, "target": kept.name, "bitmaps": names}}),
         ];
-        actions.extend(names.iter().map(|n| self.action("block-dirty-bitmap-remove", n)));
+        actions.extend(
+            names
+                .iter()
+                .map(|n| self.action("block-dirty-bitmap-remove", n)),
+        );
         transaction(qmp, actions)?;
         self.links.truncate(keep + 1);
         Ok(())
@@ -265,15 +299,21 @@ impl Chain {
         let (oldest, second) = (&self.links[0].name, &self.links[1].name);
         let merge = json!({"type": "block-dirty-bitmap-merge", "data": {
             "node": self.node, "target": oldest, "bitmaps": [second]}});
-        transaction(qmp, vec![merge, self.action("block-dirty-bitmap-remove", second)])?;
+        transaction(
+            qmp,
+            vec![merge, self.action("block-dirty-bitmap-remove", second)],
+        )?;
         self.links.remove(1);
         Ok(())
     }
 
     /// Removes every bitmap of ours.
     pub(super) fn remove(&mut self, qmp: &mut Qmp) -> Result<(), GuestError> {
-        let all =
-            self.links.iter().map(|l| self.action("block-dirty-bitmap-remove", &l.name)).collect();
+        let all = self
+            .links
+            .iter()
+            .map(|l| self.action("block-dirty-bitmap-remove", &l.name))
+            .collect();
         transaction(qmp, all)?;
         self.links.clear();
         Ok(())
