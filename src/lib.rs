@@ -1,2 +1,3 @@
 //! Farhaven
+pub mod activate;
 pub mod guest;
