@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
+use farhaven::activate::failure::LaunchError;
 use farhaven::activate::hydrate::HydrationState;
-use farhaven::activate::launch::{LaunchError, LaunchPlan, Launched};
+use farhaven::activate::launch::{LaunchPlan, Launched};
 use farhaven::guest::qemu::check::{Severity, check, check_live};
 use farhaven::guest::qemu::definition::Definition;
 use farhaven::guest::qemu::instantiate::{Backing, DiskPlacement, Placement};
@@ -218,12 +219,10 @@ fn a_launch_that_fails_says_why_and_leaves_nothing_running() {
     let start = |placement: &Placement| Launched::start(&LaunchPlan { definition: &definition, placement, program: None });
     let nobody_runs = || assert!(Launched::adopt(&definition, &placement).unwrap().is_none());
 
-    // Each damage: at the start, in the middle, cut short.
+    // QEMU checks its stream's form; that the bytes are right is the store's promise.
     let mut wrong_machine = state.clone();
     wrong_machine[20] ^= 0x55;
-    let mut middle = state.clone();
-    middle[state.len() / 2..state.len() / 2 + 64].fill(0xa5);
-    for (what, bad) in [("machine", &wrong_machine[..]), ("empty", &[0; 64]), ("middle", &middle[..])] {
+    for (what, bad) in [("machine", &wrong_machine[..]), ("zeros", &[0; 64]), ("short", &state[..state.len() / 2]), ("empty", &[])] {
         let mut launched = start(&placement).unwrap();
         let error = launched.restore(bad).expect_err(what);
         let words = error.to_string();
@@ -277,7 +276,7 @@ fn the_guest_finds_what_is_wrong_with_it() {
     let mut flipped = 0;
     for at in (0..512 << 20).step_by(4096) {
         ram.read_exact_at(&mut page, at).unwrap();
-        if page.starts_with(b"table 00000005 seq ") && page[19..35] != *b"0000000000000000" {
+        if page.starts_with(b"table 00000005 seq ") {
             ram.write_all_at(&[page[3000] ^ 1], at + 3000).unwrap();
             flipped += 1;
         }

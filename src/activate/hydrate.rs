@@ -9,7 +9,8 @@ use std::process::{Command, Stdio};
 
 use serde_json::{Value, json};
 
-use super::launch::{LaunchError, Launched};
+use super::failure::LaunchError;
+use super::launch::Launched;
 use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::instantiate::{Backing, Placement};
 use crate::guest::qemu::qmp::QmpError;

@@ -7,7 +7,7 @@
 //! in a session of its own and outlives us; [`Launched::adopt`] finds it again.
 
 use std::fs::{self, File};
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -16,9 +16,10 @@ use std::time::{Duration, Instant};
 use rustix::process::{Pid, Signal};
 use serde_json::json;
 
+use super::failure::{LaunchError, died, log_path};
 use super::hydrate::{make_overlays, streams};
 use crate::guest::qemu::definition::Definition;
-use crate::guest::qemu::instantiate::{InstantiateError, Placement};
+use crate::guest::qemu::instantiate::Placement;
 use crate::guest::qemu::peer::is_qemu;
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 
@@ -30,8 +31,6 @@ const RESTORE: Duration = Duration::from_secs(30);
 const QUIT: Duration = Duration::from_secs(5);
 /// A unix socket's path has 108 bytes with its final NUL.
 const LONGEST_SOCKET: usize = 107;
-/// QEMU's words that an error shows: the end of its log.
-const SHOWN: u64 = 2000;
 
 /// What to launch, and where its parts are.
 pub struct LaunchPlan<'a> {
@@ -53,63 +52,6 @@ pub struct Launched {
     run: PathBuf,
     /// Volume name and what `block-stream` calls it, of each disk with something below.
     pub(super) disks: Vec<(String, String)>,
-}
-
-/// Why a guest could not be launched, restored or ended.
-#[derive(Debug, thiserror::Error)]
-pub enum LaunchError {
-    /// The command line.
-    #[error(transparent)]
-    Instantiate(#[from] InstantiateError),
-    /// A file or directory.
-    #[error("cannot {what} {path}: {source}")]
-    File {
-        /// What was tried.
-        what: &'static str,
-        /// The file.
-        path: PathBuf,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The program does not run.
-    #[error("cannot start {program}: {source}. Install it: apt-get install -y qemu-system-x86 qemu-utils")]
-    Program {
-        /// Its name.
-        program: String,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// The definition names something that is not QEMU.
-    #[error("the guest's definition names the program {0:?}, which is none of QEMU's; it is not run. Add the guest again at its site")]
-    NotQemu(String),
-    /// A socket's path is too long.
-    #[error("{0} is longer than the 107 bytes a socket's path may have; choose a shorter run directory")]
-    LongPath(PathBuf),
-    /// An overlay could not be made.
-    #[error("qemu-img cannot make the overlay {path}: {words}")]
-    Overlay {
-        /// The overlay.
-        path: PathBuf,
-        /// What qemu-img said.
-        words: String,
-    },
-    /// QEMU ended, or does not answer.
-    #[error("QEMU {doing}: {why}. Its last words (all in {log}): {words}")]
-    Qemu {
-        /// Whether it started or was restoring.
-        doing: &'static str,
-        /// What we saw.
-        why: String,
-        /// Its log file.
-        log: PathBuf,
-        /// The end of its log.
-        words: String,
-    },
-    /// A later command failed.
-    #[error(transparent)]
-    Qmp(#[from] QmpError),
 }
 
 impl Launched {
@@ -213,7 +155,10 @@ impl Launched {
             Ok(stream)
         });
         let mut stream = connected.map_err(|e| self.failed(&format!("its incoming socket refuses: {e}")))?;
-        let written = stream.write_all(device_state).and_then(|()| stream.flush());
+        let written = stream.write_all(device_state).and_then(|()| {
+            // A state that was cut short must fail, not be waited for.
+            stream.shutdown(std::net::Shutdown::Write)
+        });
         let deadline = Instant::now() + RESTORE;
         loop {
             let status = match self.qmp.execute("query-status", json!({})) {
@@ -369,32 +314,12 @@ impl Drop for Starting {
     }
 }
 
-fn log_path(run: &Path) -> PathBuf {
-    run.join("qemu.log")
-}
-
 fn pid_path(run: &Path) -> PathBuf {
     run.join("qemu.pid")
 }
 
 fn incoming_socket(run: &Path) -> PathBuf {
     run.join("incoming.sock")
-}
-
-fn died(run: &Path, doing: &'static str, why: &str) -> LaunchError {
-    let log = log_path(run);
-    LaunchError::Qemu { doing, why: why.to_owned(), words: last_words(&log), log }
-}
-
-fn last_words(log: &Path) -> String {
-    let mut bytes = Vec::new();
-    if let Ok(mut file) = File::open(log) {
-        let length = file.metadata().map_or(0, |facts| facts.len());
-        let _ = file.seek(SeekFrom::Start(length.saturating_sub(SHOWN)));
-        let _ = file.take(SHOWN).read_to_end(&mut bytes);
-    }
-    let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
-    if text.is_empty() { "none".to_owned() } else { text }
 }
 
 /// Lives and is no zombie.

@@ -2,5 +2,6 @@
 //! definition, given the point's memory and device state, and its disks are
 //! copied off the store while it runs.
 
+pub mod failure;
 pub mod hydrate;
 pub mod launch;

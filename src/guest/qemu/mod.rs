@@ -7,3 +7,4 @@ pub mod instantiate;
 pub mod options;
 pub mod peer;
 pub mod qmp;
+mod template;
