@@ -40,6 +40,8 @@ fn bad_pages(memory: &Memory) -> Vec<u64> {
 }
 
 proptest! {
+    #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
+
     #[test]
     fn memory_that_lost_a_page_is_found(writes in 0u64..100, item in 0u64..16) {
         let mut memory = memory(writes);

@@ -6,9 +6,10 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::definition::{Definition, RamBlock, implied};
+use super::definition::{Definition, RamBlock};
 use super::options::Argument;
 use super::qmp::{Qmp, QmpError};
+use super::template::implied;
 
 /// The oldest QEMU whose QMP has all that is needed, and that was tried.
 pub const OLDEST_QEMU: (u64, u64, u64) = (7, 2, 0);

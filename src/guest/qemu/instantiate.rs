@@ -5,8 +5,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
-use super::definition::{Definition, Disk, implied};
+use super::definition::{Definition, Disk};
 use super::options::{self, Argument, Keys};
+use super::template::implied;
 
 /// Seconds for which a disk waits for our NBD server to come back before the
 /// guest sees an error: a restart of the daemon must not cost a guest its disk.
@@ -55,7 +56,7 @@ pub enum Backing {
         /// Its format, as `raw`.
         format: String,
     },
-    /// Nothing: the overlay holds all (a disk that was hydrated before).
+    /// Nothing: the overlay holds all (a disk that was hydrated before, or an empty one).
     Nothing,
 }
 
@@ -188,8 +189,9 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
     let unplaced = || InstantiateError::Unplaced { what: "disk", name: disk.name.clone() };
     let place = placement.disks.get(&disk.name).ok_or_else(unplaced)?;
     let mut node = json!({"driver": "qcow2", "file": {"driver": "file", "filename": utf8(&place.overlay)?}});
-    // Without this QEMU would go by what the overlay's header says.
-    node["backing"] = place.backing.options()?.unwrap_or(Value::Null);
+    if let Some(below) = place.backing.options()? {
+        node["backing"] = below;
+    }
     if disk.option == "blockdev" {
         for (key, value) in &disk.keep {
             let value = match value.as_str() {
@@ -206,10 +208,7 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
     }
     let mut keys = Keys::default();
     disk.keep.iter().for_each(|(key, value)| keys.set(key, value));
-    // `-drive` wants dotted names; it knows no way to say "no backing" but an empty name.
-    if node["backing"].is_null() {
-        node["backing"] = json!("");
-    }
+    // `-drive` wants dotted names.
     let flat = Keys::parse(&node.to_string(), "");
     flat.pairs().iter().for_each(|(key, value)| keys.set(key, value));
     Ok(Argument::new("drive", keys.text("")))

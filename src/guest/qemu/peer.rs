@@ -100,13 +100,12 @@ fn parse_machines(text: &str) -> Vec<String> {
 }
 
 fn parse_cpus(text: &str) -> Vec<String> {
-    let lines = text.lines().take_while(|line| !line.starts_with("Recognized"));
+    let lines = text.lines().take_while(|line| !line.starts_with("Recognized")).filter(|line| !line.ends_with(':'));
     let model = |line: &str| {
         let mut words = line.split_whitespace();
         match words.next()? {
             "x86" | "PowerPC" | "s390" | "s390x" => words.next().map(str::to_owned),
-            word if !word.ends_with(':') => Some(word.to_owned()),
-            _ => None,
+            word => Some(word.to_owned()),
         }
     };
     lines.filter_map(model).collect()
