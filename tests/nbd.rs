@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-use farhaven::activate::nbd::serve::PIECE;
+use farhaven::activate::nbd::pieces::PIECE;
 use farhaven::activate::nbd::{BlockSource, MOST_CONNECTIONS, NbdError, NbdServer};
 use proptest::prelude::*;
 use rand::{Rng, SeedableRng};
