@@ -151,11 +151,18 @@ pub fn next_cut(policy: &Policy, facts: &CutFacts) -> NextCut {
     if !due.is_zero() {
         return wait(due, WaitReason::NotDue);
     }
-    let room = policy.capture_buffer.bytes() / 100 * BUFFER_SHARE;
-    if facts.expected_bytes.saturating_add(facts.buffered) > room {
-        let shrinking = facts
-            .bytes_before_round
-            .is_none_or(|before| shrunk(before, facts.expected_bytes));
+    let buffer = policy.capture_buffer.bytes();
+    let needed = facts.expected_bytes.saturating_add(facts.buffered);
+    let shrinking = facts
+        .bytes_before_round
+        .is_none_or(|before| shrunk(before, facts.expected_bytes));
+    // Where rounds win nothing more, a cut that may just fit beats none at all.
+    let room = if shrinking {
+        buffer / 100 * BUFFER_SHARE
+    } else {
+        buffer
+    };
+    if needed > room {
         return NextCut::Round { shrinking };
     }
     NextCut::Cut

@@ -81,7 +81,7 @@ pub enum Origin {
     Path(PathBuf),
     /// An environment variable.
     Variable(String),
-    /// A flag that sets this key.
+    /// A flag (`--set KEY=VALUE`, or one that stands for it) that sets this key.
     Flag(String),
     /// Nothing was given.
     Defaults,
@@ -105,7 +105,7 @@ impl fmt::Display for Origin {
             Origin::Line(path, line) => write!(f, "{}:{line}", path.display()),
             Origin::Path(path) => write!(f, "{}", path.display()),
             Origin::Variable(name) => write!(f, "environment variable {name}"),
-            Origin::Flag(key) => write!(f, "the flag that sets {key}"),
+            Origin::Flag(key) => write!(f, "--set {key}"),
             Origin::Defaults => f.write_str("no configuration given"),
         }
     }

@@ -134,12 +134,19 @@ fn what_would_overflow_the_buffer_goes_in_rounds_first() {
         next_cut(&policy, &large),
         NextCut::Round { shrinking: true }
     );
+    // Rounds that win nothing end in a cut if it can fit at all.
     let same = CutFacts {
         bytes_before_round: Some(51 << 20),
         ..large
     };
+    assert_eq!(next_cut(&policy, &same), NextCut::Cut);
+    let never = CutFacts {
+        expected_bytes: 65 << 20,
+        bytes_before_round: Some(66 << 20),
+        ..large
+    };
     assert_eq!(
-        next_cut(&policy, &same),
+        next_cut(&policy, &never),
         NextCut::Round { shrinking: false }
     );
     let drained = CutFacts {

@@ -129,9 +129,9 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
         "/etc/farhaven/site.toml:10: unknown key 'lgo'; did you mean 'log'?",
         "environment variable FARHAVEN__LINK__WINDW: unknown key 'link.windw'; did you mean 'link.window'?",
         "environment variable FARHAVEN__STORE__MIN_FREE: 'store.min_free' is \"lots\"; expected a size like 64MiB or 2GB",
-        "the flag that sets rate_limit: unknown key 'rate_limit'; did you mean 'link.rate_limit'?",
-        "the flag that sets qqqq: unknown key 'qqqq'; `farhaven site init` writes a file with every key",
-        "the flag that sets log.format: 'log.format' is \"xml\"; expected one of text, json",
+        "--set rate_limit: unknown key 'rate_limit'; did you mean 'link.rate_limit'?",
+        "--set qqqq: unknown key 'qqqq'; `farhaven site init` writes a file with every key",
+        "--set log.format: 'log.format' is \"xml\"; expected one of text, json",
     ];
     assert_eq!(told.lines().collect::<Vec<_>>(), expected);
 }
@@ -183,7 +183,7 @@ fn sound_types_with_unsound_values_are_told_where_they_were_set() {
         "/etc/farhaven/site.toml: 'link.idle_timeout' must be at least twice",
         "/etc/farhaven/site.toml:11: 'networks.lan' sets an id",
         "environment variable FARHAVEN__PROTECT__RPO: 'protect.rpo' is 1ms",
-        "the flag that sets protect.retention.newest: 'protect.retention.newest' is 0",
+        "--set protect.retention.newest: 'protect.retention.newest' is 0",
     ];
     let told: Vec<_> = told.lines().collect();
     assert_eq!(told.len(), expected.len(), "{told:#?}");

@@ -10,6 +10,7 @@
 //! neither unwritten space nor zeros are copied.
 
 mod handshake;
+pub mod pieces;
 pub mod serve;
 pub mod wire;
 
@@ -25,7 +26,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
 /// Most connections at a time, to all exports together. Each may hold
-/// [`serve::IN_FLIGHT`] pieces of [`serve::PIECE`] bytes.
+/// [`serve::IN_FLIGHT`] pieces of [`pieces::PIECE`] bytes.
 pub const MOST_CONNECTIONS: usize = 64;
 /// A client must choose its export within this time.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);

@@ -6,7 +6,6 @@
 //! memory is bounded by pieces times requests in flight.
 
 use std::io;
-use std::ops::Range;
 use std::sync::Arc;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -16,17 +15,14 @@ use tokio::sync::Mutex;
 use tokio::task::JoinSet;
 
 use super::handshake::{Agreed, broken};
+use super::pieces::{DATA_AT, Piece, Reading, extents};
 use super::wire::{self, Errno, Request, chunk, command};
 use super::{BlockSource, Export};
 
 /// Requests of one connection that are worked on at the same time.
 pub const IN_FLIGHT: usize = 8;
-/// Bytes that are read and sent in one go.
-pub const PIECE: usize = 256 << 10;
 /// Most extents in one reply: the client asks again for the rest.
 const MOST_EXTENTS: usize = 2048;
-/// Extents are asked of the source for so many bytes at a time, which bounds their number.
-const EXTENT_WINDOW: u64 = 64 << 20;
 
 /// Serves requests until the client says goodbye or goes away.
 pub(super) async fn serve(stream: UnixStream, agreed: Agreed) -> io::Result<()> {
@@ -284,129 +280,6 @@ impl Connection {
         }
         self.write(&bytes).await
     }
-}
-
-/// Where data begins in a piece: a chunk's head and the offset go before it.
-const DATA_AT: usize = wire::CHUNK_HEADER + 8;
-
-/// Part of a read's answer.
-enum Piece {
-    Zeros(Range<u64>),
-    /// Data from [`DATA_AT`] on.
-    Data {
-        at: u64,
-        bytes: Vec<u8>,
-    },
-}
-
-/// A read that goes piece by piece, each on a blocking thread.
-struct Reading {
-    source: Arc<dyn BlockSource>,
-    left: Range<u64>,
-    /// Extents from `left.start` on, last first; not yet asked for while `None`.
-    extents: Option<Vec<(u64, bool)>>,
-}
-
-impl Reading {
-    fn new(source: Arc<dyn BlockSource>, all: Range<u64>, holes: bool) -> Reading {
-        let extents = if holes {
-            None
-        } else {
-            Some(vec![(all.end - all.start, false)])
-        };
-        Reading {
-            source,
-            left: all,
-            extents,
-        }
-    }
-
-    /// The next piece; `left` is then what comes after it.
-    async fn next(self) -> (Reading, io::Result<Piece>) {
-        let gone = || Reading {
-            source: Arc::new(Gone),
-            left: 0..0,
-            extents: None,
-        };
-        match tokio::task::spawn_blocking(move || self.next_blocking()).await {
-            Ok(next) => next,
-            // The source panicked: this read fails, the daemon goes on.
-            Err(error) => (gone(), Err(io::Error::other(error))),
-        }
-    }
-
-    fn next_blocking(mut self) -> (Reading, io::Result<Piece>) {
-        let (source, left) = (&self.source, self.left.clone());
-        let extents = self.extents.get_or_insert_with(|| {
-            let mut extents = extents(&**source, left.clone(), usize::MAX);
-            extents.reverse();
-            extents
-        });
-        let (length, zero) = extents.pop().unwrap_or((left.end - left.start, false));
-        let at = left.start;
-        if zero {
-            self.left.start = at + length;
-            return (self, Ok(Piece::Zeros(at..at + length)));
-        }
-        let now = length.min(PIECE as u64);
-        if length > now {
-            extents.push((length - now, false));
-        }
-        let mut bytes = vec![0; DATA_AT + now as usize];
-        let read = self.source.read(at, &mut bytes[DATA_AT..]);
-        self.left.start = at + now;
-        (self, read.map(|()| Piece::Data { at, bytes }))
-    }
-}
-
-/// Stands for a source whose read never came back.
-struct Gone;
-
-impl BlockSource for Gone {
-    fn size(&self) -> u64 {
-        0
-    }
-
-    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
-        Err(io::Error::other("the source is gone"))
-    }
-
-    fn extents(&self, _: u64, _: u64) -> Vec<(u64, bool)> {
-        Vec::new()
-    }
-}
-
-/// Up to `most` extents of a range, neighbours of one kind joined. What a source
-/// says nothing about counts as data.
-fn extents(source: &dyn BlockSource, range: Range<u64>, most: usize) -> Vec<(u64, bool)> {
-    let mut found: Vec<(u64, bool)> = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let window = (range.end - at).min(EXTENT_WINDOW);
-        let mut told: u64 = 0;
-        let in_window = source
-            .extents(at, window)
-            .into_iter()
-            .chain([(u64::MAX, false)]);
-        for (length, zero) in in_window {
-            let length = length.min(window - told);
-            told += length;
-            if length == 0 {
-                continue;
-            }
-            match found.last_mut() {
-                Some((last, kind)) if *kind == zero => *last += length,
-                _ => {
-                    if found.len() == most {
-                        return found;
-                    }
-                    found.push((length, zero));
-                }
-            }
-        }
-        at += window;
-    }
-    found
 }
 
 impl Export {

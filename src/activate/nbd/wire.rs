@@ -300,7 +300,8 @@ mod tests {
             for end in 0..data.len() {
                 prop_assert_eq!(ContextQuery::parse(&data[..end]), None);
             }
-            prop_assert_eq!(Wanted::parse(&[wanted(&export, &infos), vec![0]].concat()), None);
+            let longer = [wanted(&export, &infos), vec![0]].concat();
+            prop_assert_eq!(Wanted::parse(&longer), None);
         }
 
         #[test]
