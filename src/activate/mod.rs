@@ -1,7 +1,11 @@
-//! A recovery point becomes a running guest: QEMU is launched on the guest's
-//! definition, given the point's memory and device state, and its disks are
-//! copied off the store while it runs.
+//! Bringing a recovery point to life: its RAM ([`warm`]), its disks ([`nbd`]),
+//! its QEMU ([`launch`], [`hydrate`], put together in [`place`]), and who may
+//! ([`fence`]).
 
 pub mod failure;
+pub mod fence;
 pub mod hydrate;
 pub mod launch;
+pub mod nbd;
+pub mod place;
+pub mod warm;

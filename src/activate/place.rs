@@ -10,7 +10,9 @@ use std::time::Duration;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, UNIT, VolumeIndex, VolumeKind};
 
-use super::launch::{Hydration, HydrationState, LaunchError, LaunchPlan, Launched};
+use super::failure::LaunchError;
+use super::hydrate::{Hydration, HydrationState};
+use super::launch::{LaunchPlan, Launched};
 use super::nbd::{BlockSource, NbdServer};
 use super::warm::ram_file;
 use crate::guest::qemu::definition::Definition;

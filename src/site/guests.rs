@@ -209,7 +209,6 @@ async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
 
 /// Drops every point of a guest that is given up, and frees what only they needed.
 pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
-    let store = remote.incoming.store.clone();
     let keep = Keep::from([(guest, std::collections::BTreeSet::new())]);
     perform(remote, keep).await?;
     Ok(())

@@ -41,7 +41,7 @@ pub enum ActivateError {
     Replica(#[from] farhaven_storage_sync::replica::ReplicaError),
     /// RAM files, overlays, QEMU.
     #[error(transparent)]
-    Launch(#[from] crate::activate::launch::LaunchError),
+    Launch(#[from] crate::activate::failure::LaunchError),
     /// Files.
     #[error("{what}: {source}")]
     Io {

@@ -145,6 +145,8 @@ pub(crate) struct GuestState {
     pub(crate) newest: Arc<PointMap>,
     /// Largest point number ever sealed and seen: no lower one is taken again.
     pub(crate) largest: u64,
+    /// The largest point number in any batch received.
+    pub(crate) claimed: u64,
     /// Batches of points that are not sealed yet.
     pub(crate) unsealed: BTreeMap<u64, BTreeSet<u64>>,
     pub(crate) pins: HashMap<u64, usize>,
@@ -277,6 +279,13 @@ impl Store {
         unsealed.into_iter().flatten().copied().collect()
     }
 
+    /// The lowest number that a guest's next point may have: above every point
+    /// sealed, and above every point that batches here claim to belong to.
+    pub fn next_point(&self, guest: GuestId) -> u64 {
+        let state = held(&self.0.state);
+        state.guests.get(&guest).map_or(1, |guest| guest.largest.max(guest.claimed) + 1)
+    }
+
     /// Gives up what was received for points that are not sealed: the next
     /// attempt has a new number. The batches stay for dedup until a prune.
     pub fn abandon(&self, guest: GuestId) {
@@ -316,6 +325,7 @@ impl State {
     /// Counts a batch to its point, unless that is sealed already.
     pub(crate) fn belongs(&mut self, header: &BatchHeader) {
         let guest = self.guests.entry(header.guest).or_default();
+        guest.claimed = guest.claimed.max(header.point);
         if header.point > guest.largest {
             guest.unsealed.entry(header.point).or_default().insert(header.seq);
         }

@@ -15,13 +15,424 @@ use serde_json::json;
 use super::{After, Cut, Guest, GuestError, Sink};
 use attach::{Before, CUT_MARK, HELD_MARK};
 use disk::{Disk, View};
+pub use attach_options::AttachOptions;
 use qmp::Qmp;
 use scan::RamBlock;
 use tracking::Bits;
 
 mod attach;
+mod attach_options;
+pub mod peer;
+pub mod options;
+pub mod instantiate;
+pub mod facts;
+pub mod definition;
+pub mod check;
 mod cut;
 mod disk;
+mod fleece;
 pub mod nbd_client;
+mod nbd_wire;
 pub mod qmp;
+mod scan;
+mod stream;
 mod template;
+mod tracking;
+mod unfit;
+
+/// Most cuts whose RAM is remembered apart while they wait to be sealed.
+const UNSEALED: usize = 32;
+
+/// A running QEMU under protection. Dropping it leaves the dirty bitmaps, so
+/// that the next attach knows what changed; [`Guest::detach`] removes them.
+pub struct QemuGuest {
+    options: AttachOptions,
+    qmp: Qmp,
+    /// QEMU's process and when it started: a process id alone may be used again.
+    process: Option<(u32, String)>,
+    work_dir: PathBuf,
+    before: Before,
+    volumes: Vec<Volume>,
+    ram: Vec<(String, RamBlock)>,
+    disks: Vec<Disk>,
+    view: View,
+    /// Units of each RAM block handed over since the last cut.
+    recent: Vec<Bits>,
+    /// Units handed over in the cut under way, or the last one.
+    cut_handed: Vec<Bits>,
+    /// Units that went with cuts which are not sealed yet.
+    unsealed: Vec<(u64, Vec<Bits>)>,
+    outstanding: Option<cut::Outstanding>,
+    newest_sealed: Option<u64>,
+    given_back: bool,
+    must_sweep: bool,
+    detached: bool,
+}
+
+impl QemuGuest {
+    /// Attaches to a running QEMU. A guest that a dead daemon of ours left
+    /// stopped in a cut is resumed; one that is held for a move is not.
+    ///
+    /// # Errors
+    /// When QEMU cannot be reached, or is not the guest that the options describe.
+    pub fn attach(options: AttachOptions) -> Result<Self, GuestError> {
+        let fits = |c: char| c.is_ascii_alphanumeric() || c == '-';
+        if options.replica.is_empty()
+            || options.replica.len() > 64
+            || !options.replica.chars().all(fits)
+        {
+            return Err(GuestError::State(format!(
+                "'{}' cannot name a replica: letters, digits and -, at most 64",
+                options.replica
+            )));
+        }
+        if options.ram.is_empty() || options.ram.len() + options.disks.len() > 1024 {
+            return Err(GuestError::State(
+                "a guest has at least one RAM block and at most 1024 volumes".to_owned(),
+            ));
+        }
+        let work_dir = options.work_dir.clone();
+        attach::make_private(&work_dir)?;
+        let mut qmp = Qmp::connect(&options.qmp, options.qmp_timeout)?;
+        attach::recover(&mut qmp, &work_dir)?;
+        let mut volumes = Vec::new();
+        let mut ram = Vec::new();
+        for (id, path) in &options.ram {
+            let block = RamBlock::open(path, volumes.len() as VolumeIndex)?;
+            volumes.push(Volume {
+                name: id.clone(),
+                kind: VolumeKind::Ram,
+                bytes: block.bytes(),
+            });
+            ram.push((id.clone(), block));
+        }
+        attach::same_ram(&mut qmp, &ram)?;
+        let nodes = tracking::nodes(&mut qmp)?;
+        let mut disks = Vec::new();
+        for (name, node) in &options.disks {
+            let found = nodes.iter().find(|n| n.name == *node).ok_or_else(|| {
+                GuestError::State(format!(
+                    "QEMU has no block node '{node}' for disk '{name}'; give the disk a node-name (query-named-block-nodes lists them) and run farhaven guest add again"
+                ))
+            })?;
+            if found.bytes == 0 {
+                return Err(GuestError::State(format!(
+                    "disk '{name}' is empty; leave it out"
+                )));
+            }
+            disks.push(Disk::new(
+                volumes.len() as VolumeIndex,
+                node,
+                &options.replica,
+                found.bytes,
+            ));
+            volumes.push(Volume {
+                name: name.clone(),
+                kind: VolumeKind::Disk,
+                bytes: found.bytes,
+            });
+        }
+        volumes.push(Volume {
+            name: "device-state".to_owned(),
+            kind: VolumeKind::DeviceState,
+            bytes: 0,
+        });
+        let before = attach::prepare_migration(&mut qmp)?;
+        let socket = if disks.is_empty() {
+            work_dir.join("nbd.sock")
+        } else {
+            attach::serve_nbd(&mut qmp, &work_dir)?
+        };
+        let process = qmp
+            .pid()
+            .ok()
+            .and_then(|pid| Some((pid, attach::started(pid)?)));
+        let bits: Vec<Bits> = volumes
+            .iter()
+            .filter(|v| v.kind == VolumeKind::Ram)
+            .map(|v| Bits::new(v.units() as usize))
+            .collect();
+        let view = View {
+            socket,
+            work_dir: work_dir.clone(),
+            hasher: scan::Hasher::new(options.key),
+            reserve: options.reserve,
+        };
+        Ok(Self {
+            options,
+            qmp,
+            process,
+            work_dir,
+            before,
+            volumes,
+            ram,
+            disks,
+            view,
+            recent: bits.clone(),
+            cut_handed: bits,
+            unsealed: Vec::new(),
+            outstanding: None,
+            newest_sealed: None,
+            given_back: false,
+            must_sweep: false,
+            detached: false,
+        })
+    }
+
+    /// The control socket, for queries beside protection.
+    pub fn qmp(&mut self) -> &mut Qmp {
+        &mut self.qmp
+    }
+
+    /// Makes up for what could not be done earlier: the end of a cut, the
+    /// bitmaps of sealed points, what was given back.
+    fn settle(&mut self) -> Result<(), GuestError> {
+        self.end_cut(false)?;
+        if self.must_sweep {
+            attach::sweep(&mut self.qmp, &self.work_dir)?;
+            self.must_sweep = false;
+        }
+        if let Some(point) = self.newest_sealed.take() {
+            for disk in &mut self.disks {
+                if disk.chain.sealed(&mut self.qmp, point)? {
+                    disk.establish();
+                }
+            }
+        }
+        if self.given_back {
+            for disk in &mut self.disks {
+                disk.chain.collapse(&mut self.qmp)?;
+                if !disk.established {
+                    disk.next = 0;
+                }
+            }
+            self.given_back = false;
+        }
+        for disk in &mut self.disks {
+            disk.chain.shorten(&mut self.qmp)?;
+        }
+        Ok(())
+    }
+
+    fn begin_tracking(&mut self) -> Result<(), GuestError> {
+        fleece::begin_tracking(&mut self.qmp, &mut self.disks)
+    }
+
+    /// The RAM handed over since the last cut, and in it, is of this point.
+    fn ram_went_with(&mut self, point: u64) {
+        let mut gone = self.recent.clone();
+        for ((all, recent), cut) in gone.iter_mut().zip(&mut self.recent).zip(&self.cut_handed) {
+            all.add(cut);
+            recent.clear();
+        }
+        self.unsealed.push((point, gone));
+        if self.unsealed.len() > UNSEALED {
+            let (_, oldest) = self.unsealed.remove(0);
+            if let Some((_, next)) = self.unsealed.first_mut() {
+                for (next, oldest) in next.iter_mut().zip(&oldest) {
+                    next.add(oldest);
+                }
+            }
+        }
+    }
+
+    fn process_lives(&self) -> bool {
+        match &self.process {
+            Some((pid, start)) => attach::started(*pid).as_ref() == Some(start),
+            None => true,
+        }
+    }
+}
+
+impl Guest for QemuGuest {
+    fn volumes(&self) -> &[Volume] {
+        &self.volumes
+    }
+
+    fn baseline(
+        &mut self,
+        point: u64,
+        volume: VolumeIndex,
+        digests: Vec<Digest>,
+    ) -> Result<(), GuestError> {
+        let index = usize::from(volume);
+        if let Some((_, block)) = self.ram.get_mut(index) {
+            return block.know(digests);
+        }
+        let Some(disk) = self.disks.iter_mut().find(|d| d.volume == volume) else {
+            return Ok(());
+        };
+        if digests.len() as u64 != disk.units() {
+            return Err(GuestError::State(format!(
+                "the peer knows {} units of disk '{}', but it has {}; protect the guest anew",
+                digests.len(),
+                disk.node,
+                disk.units()
+            )));
+        }
+        let nodes = tracking::nodes(&mut self.qmp)?;
+        let present = nodes
+            .iter()
+            .find(|n| n.name == disk.node)
+            .map(|n| n.bitmaps.as_slice());
+        if disk
+            .chain
+            .adopt(&mut self.qmp, present.unwrap_or_default(), point)?
+        {
+            disk.establish();
+        } else {
+            disk.next = 0;
+            disk.compare = Some(std::sync::Arc::new(digests));
+        }
+        Ok(())
+    }
+
+    /// The first time, whole disks, then RAM; later RAM alone: what changes on
+    /// disks is in the bitmaps, and is read once, from the instant of a cut.
+    fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError> {
+        self.settle().map_err(|e| self.explain(e))?;
+        self.begin_tracking().map_err(|e| self.explain(e))?;
+        for disk in &mut self.disks {
+            if disk.next == disk.units() {
+                continue;
+            }
+            let mut reader = disk.open(&mut self.qmp, &disk.node.clone(), None, &self.view)?;
+            self.must_sweep = true;
+            let compare = disk.compare.clone();
+            let copied = reader.copy(&mut disk.next, compare.as_ref().map(|c| c.as_slice()), sink);
+            let swept = attach::sweep(&mut self.qmp, &self.work_dir);
+            copied?;
+            swept?;
+            self.must_sweep = false;
+        }
+        for ((_, block), recent) in self.ram.iter_mut().zip(&mut self.recent) {
+            let scanned = block.scan(&self.view.hasher, self.options.scan_threads, sink);
+            recent.add(&block.handed);
+            scanned?;
+        }
+        Ok(())
+    }
+
+    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
+        self.make_cut(point, after, sink)
+            .map_err(|e| self.explain(e))
+    }
+
+    fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError> {
+        drop(cut);
+        self.end_cut(shipped).map_err(|e| self.explain(e))
+    }
+
+    fn sealed(&mut self, point: u64) {
+        self.unsealed.retain(|(p, _)| *p > point);
+        self.newest_sealed = self.newest_sealed.max(Some(point));
+        if self.outstanding.is_none()
+            && let Err(error) = self.settle()
+        {
+            tracing::warn!(%error, guest = %self.options.name, "clearing up after a sealed point is put off");
+        }
+    }
+
+    fn give_back(&mut self) {
+        for (index, (_, block)) in self.ram.iter_mut().enumerate() {
+            let unsealed = self.unsealed.iter().filter_map(|(_, bits)| bits.get(index));
+            for bits in unsealed.chain(self.recent.get(index)) {
+                block.forget(bits);
+            }
+        }
+        self.unsealed.clear();
+        for bits in &mut self.recent {
+            bits.clear();
+        }
+        self.given_back = true;
+    }
+
+    fn resume(&mut self) -> Result<(), GuestError> {
+        if attach::status(&mut self.qmp).map_err(|e| self.explain(e))? != "running" {
+            self.go_on()?;
+        }
+        for mark in [HELD_MARK, CUT_MARK] {
+            let _ = std::fs::remove_file(self.work_dir.join(mark));
+        }
+        Ok(())
+    }
+
+    fn stop(&mut self) -> Result<(), GuestError> {
+        self.mark(HELD_MARK, 0, true)?;
+        self.qmp
+            .execute("stop", json!({}))
+            .map_err(|e| self.explain(e.into()))?;
+        Ok(())
+    }
+
+    fn let_go(&mut self) -> Result<(), GuestError> {
+        self.outstanding = None;
+        match self.qmp.execute("quit", json!({})) {
+            Ok(_) | Err(qmp::QmpError::Closed { .. }) => {}
+            Err(error) => return Err(error.into()),
+        }
+        let deadline = std::time::Instant::now() + Duration::from_secs(10);
+        while self.process.is_some() && self.process_lives() && std::time::Instant::now() < deadline
+        {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.detached = true;
+        for name in ["nbd.sock", "state.sock", CUT_MARK, HELD_MARK] {
+            let _ = std::fs::remove_file(self.work_dir.join(name));
+        }
+        Ok(())
+    }
+
+    fn running(&mut self) -> Option<bool> {
+        match attach::status(&mut self.qmp) {
+            Ok(status) => Some(status == "running"),
+            Err(_) if !self.process_lives() => None,
+            // The socket broke, the process lives: ask over a new one.
+            Err(_) => {
+                self.qmp.reconnect(self.options.qmp_timeout).ok()?;
+                attach::status(&mut self.qmp)
+                    .ok()
+                    .map(|status| status == "running")
+            }
+        }
+    }
+
+    fn detach(&mut self) {
+        self.outstanding = None;
+        let swept = attach::sweep(&mut self.qmp, &self.work_dir);
+        let removed = (|| {
+            for disk in &mut self.disks {
+                let nodes = tracking::nodes(&mut self.qmp)?;
+                let node = nodes.iter().find(|n| n.name == disk.node);
+                let present = node.map(|n| n.bitmaps.as_slice()).unwrap_or_default();
+                disk.chain.adopt(&mut self.qmp, present, u64::MAX)?;
+                disk.chain.remove(&mut self.qmp)?;
+            }
+            Ok::<(), GuestError>(())
+        })();
+        if let Err(error) = swept.and(removed) {
+            tracing::warn!(%error, guest = %self.options.name, "some of what protection put into QEMU stays there until the guest ends");
+        }
+        attach::restore(&mut self.qmp, &self.before, &self.work_dir);
+        self.detached = true;
+    }
+}
+
+impl Drop for QemuGuest {
+    fn drop(&mut self) {
+        if self.detached {
+            return;
+        }
+        if !self.process_lives() {
+            attach::remove_fleeces(&self.work_dir);
+            for name in ["nbd.sock", "state.sock", CUT_MARK] {
+                let _ = std::fs::remove_file(self.work_dir.join(name));
+            }
+        } else if let Err(error) = self.end_cut(false).and_then(|()| match self.must_sweep {
+            true => attach::sweep(&mut self.qmp, &self.work_dir),
+            false => Ok(()),
+        }) {
+            tracing::warn!(%error, guest = %self.options.name, "a cut could not be cleared away; the next attach does it");
+        }
+    }
+}
