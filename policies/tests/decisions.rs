@@ -339,3 +339,54 @@ fn a_dead_link_ends_no_move() {
         MoveStep::LinkDown
     );
 }
+
+/// 8 MB/s of noise over 20 Mbit/s: rounds alone never end, a throttled guest does.
+#[test]
+fn a_guest_that_outruns_the_link_is_throttled_step_by_step_until_the_move_fits() {
+    let policy = Policy {
+        max_throttle: 95,
+        ..Policy::default()
+    };
+    let mut facts = MoveFacts {
+        rounds: 1,
+        remaining_bytes: 64 << 20,
+        remaining_before: None,
+        link_bytes_per_second: 2_500_000,
+        fixed: MS(250),
+        throttle: 0,
+    };
+    let mut throttles = Vec::new();
+    let within = loop {
+        match next_move_step(&policy, &facts) {
+            MoveStep::LastCut { within, .. } => break within,
+            MoveStep::Throttle { percent } => {
+                throttles.push(percent);
+                facts.throttle = percent;
+            }
+            MoveStep::Round => {}
+            MoveStep::LinkDown => panic!("the link is up"),
+        }
+        let seconds = facts.remaining_bytes as f64 / 2_500_000.0;
+        let written = 8e6 * (100.0 - f64::from(facts.throttle)) / 100.0 * seconds;
+        facts.remaining_before = Some(facts.remaining_bytes);
+        facts.remaining_bytes = (written as u64).min(64 << 20);
+        facts.rounds += 1;
+    };
+    assert_eq!((throttles, within), (vec![20, 40, 60, 80], true));
+
+    // A policy that forbids it gets the last cut, and is told that it takes longer.
+    let never = Policy {
+        max_throttle: 0,
+        ..Policy::default()
+    };
+    let facts = MoveFacts {
+        remaining_bytes: 64 << 20,
+        remaining_before: Some(64 << 20),
+        throttle: 0,
+        ..facts
+    };
+    assert!(matches!(
+        next_move_step(&never, &facts),
+        MoveStep::LastCut { within: false, .. }
+    ));
+}

@@ -119,7 +119,12 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
             ("FARHAVEN__LINK__WINDW", "1"),
             ("FARHAVEN__STORE__MIN_FREE", "lots"),
         ],
-        &[("rate_limit", "1mbit"), ("log.format", "xml"), ("qqqq", "")],
+        &[
+            ("rate_limit", "1mbit"),
+            ("log.format", "xml"),
+            ("rpo", "1s"),
+            ("qqqq", ""),
+        ],
     );
     let expected = [
         "/etc/farhaven/site.toml:5: unknown key 'link.rate_lmit'; did you mean 'link.rate_limit'?",
@@ -130,6 +135,7 @@ fn all_mistakes_are_told_at_once_each_with_its_place() {
         "environment variable FARHAVEN__LINK__WINDW: unknown key 'link.windw'; did you mean 'link.window'?",
         "environment variable FARHAVEN__STORE__MIN_FREE: 'store.min_free' is \"lots\"; expected a size like 64MiB or 2GB",
         "--set rate_limit: unknown key 'rate_limit'; did you mean 'link.rate_limit'?",
+        "--set rpo: unknown key 'rpo'; did you mean 'protect.rpo'?",
         "--set qqqq: unknown key 'qqqq'; `farhaven site init` writes a file with every key",
         "--set log.format: 'log.format' is \"xml\"; expected one of text, json",
     ];
