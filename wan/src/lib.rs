@@ -8,6 +8,7 @@
 //! [`link::PeerEvent`]; once durable there, [`link::Peer::durable`] sends the
 //! acknowledgement back, and the batch is let go.
 
+mod fields;
 pub mod frame;
 pub mod limits;
 pub mod link;

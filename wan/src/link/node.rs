@@ -12,9 +12,10 @@ use tokio::time::timeout;
 
 use super::close::{CloseCode, describe};
 use super::gate::Gate;
+use super::handle::Peer;
 use super::options::LinkOptions;
 use super::pair::{PairError, accept_invitation, answer, now_unix};
-use super::remote::{Peer, Remote};
+use super::remote::Remote;
 use super::socket::{SocketBuffers, bind};
 use super::tls::{Admission, Purpose, Tls, key_of_connection};
 use super::{connection, dial};
