@@ -15,6 +15,7 @@ mod node;
 mod options;
 mod pair;
 mod remote;
+mod reset;
 mod socket;
 mod status;
 mod streams;
