@@ -7,8 +7,9 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::fields::Fields;
 use crate::limits;
-use crate::peer::{Introduction, check_site_name};
+use crate::peer::Introduction;
 
 /// Length of a frame's header: kind, then length of the body, little-endian.
 pub const HEADER_BYTES: usize = 5;
@@ -266,7 +267,7 @@ impl Frame {
                 what: "its body is not as long as its header says",
             });
         }
-        let mut fields = Fields { kind, rest: body };
+        let mut fields = Fields::new(kind, body);
         let frame = match kind {
             Kind::Hello => {
                 let count = usize::from(fields.byte()?);
@@ -308,9 +309,7 @@ impl Frame {
                 }
             }
         };
-        if !fields.rest.is_empty() {
-            return Err(fields.malformed("bytes are left over"));
-        }
+        fields.end()?;
         Ok(frame)
     }
 }
@@ -350,95 +349,6 @@ pub(crate) fn put_introduction(out: &mut BytesMut, introduction: &Introduction) 
     out.put_u8(introduction.addresses().len() as u8);
     for address in introduction.addresses() {
         put_text(out, address);
-    }
-}
-
-/// Takes fields off the front of a body, never past its end.
-pub(crate) struct Fields {
-    pub(crate) kind: Kind,
-    pub(crate) rest: Bytes,
-}
-
-impl Fields {
-    fn malformed(&self, what: &'static str) -> FrameError {
-        FrameError::Malformed {
-            kind: self.kind,
-            what,
-        }
-    }
-
-    fn take(&mut self, count: usize) -> Result<Bytes, FrameError> {
-        if count > self.rest.len() {
-            return Err(self.malformed("it ends early"));
-        }
-        Ok(self.rest.split_to(count))
-    }
-
-    fn take_rest(&mut self) -> Bytes {
-        std::mem::take(&mut self.rest)
-    }
-
-    pub(crate) fn array<const N: usize>(&mut self) -> Result<[u8; N], FrameError> {
-        let bytes = self.take(N)?;
-        bytes
-            .first_chunk::<N>()
-            .copied()
-            .ok_or_else(|| self.malformed("it ends early"))
-    }
-
-    fn byte(&mut self) -> Result<u8, FrameError> {
-        self.array::<1>().map(|[byte]| byte)
-    }
-
-    fn text(&mut self, limit: usize) -> Result<String, FrameError> {
-        let length = usize::from(self.byte()?);
-        if length > limit {
-            return Err(self.malformed("a text is too long"));
-        }
-        let bytes = self.take(length)?;
-        std::str::from_utf8(&bytes)
-            .map(str::to_owned)
-            .map_err(|_| self.malformed("a text is not UTF-8"))
-    }
-
-    fn site_name(&mut self) -> Result<String, FrameError> {
-        let name = self.text(limits::MAX_SITE_NAME_BYTES)?;
-        match check_site_name(&name) {
-            Ok(()) => Ok(name),
-            Err(_) => Err(self.malformed("the site's name is not one")),
-        }
-    }
-
-    fn ranges(&mut self) -> Result<Ranges, FrameError> {
-        let count = usize::from(u16::from_le_bytes(self.array()?));
-        if count > limits::MAX_RANGES {
-            return Err(self.malformed("too many ranges"));
-        }
-        let mut ranges = Ranges::with_capacity(count);
-        let mut after: Option<u64> = None;
-        for _ in 0..count {
-            let first = u64::from_le_bytes(self.array()?);
-            let last = u64::from_le_bytes(self.array()?);
-            if first > last || after.is_some_and(|after| first <= after) {
-                return Err(self.malformed("ranges are not ascending"));
-            }
-            after = Some(last);
-            ranges.push((first, last));
-        }
-        Ok(ranges)
-    }
-
-    pub(crate) fn introduction(&mut self) -> Result<Introduction, FrameError> {
-        let site = self.text(limits::MAX_SITE_NAME_BYTES)?;
-        let count = usize::from(self.byte()?);
-        if count > limits::MAX_ADDRESSES {
-            return Err(self.malformed("too many addresses"));
-        }
-        let addresses = (0..count)
-            .map(|_| self.text(limits::MAX_ADDRESS_BYTES))
-            .collect::<Result<Vec<_>, _>>()?;
-        Introduction::new(site, addresses)
-            .map_err(|_| self.malformed("the site's name or an address is not one"))
     }
 }
 

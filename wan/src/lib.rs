@@ -9,6 +9,7 @@
 //! acknowledgement back, and the batch is let go.
 
 pub mod emulate;
+mod fields;
 pub mod frame;
 pub mod limits;
 pub mod link;

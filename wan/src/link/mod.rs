@@ -11,19 +11,22 @@ mod control;
 mod data;
 mod dial;
 mod gate;
+mod handle;
 mod node;
 mod options;
 mod pair;
 mod remote;
+mod reset;
 mod socket;
 mod status;
 mod streams;
 mod tls;
 
+pub use handle::{AcknowledgeError, Closed, Peer, SendDataError, SendMessageError};
 pub use node::{Node, NodeOptions, Pairing, StartError};
 pub use options::LinkOptions;
 pub use pair::PairError;
-pub use remote::{AcknowledgeError, Closed, Peer, PeerEvent, SendDataError, SendMessageError};
+pub use remote::PeerEvent;
 pub use socket::SocketBuffers;
 pub use status::LinkStatus;
 

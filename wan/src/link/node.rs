@@ -6,15 +6,17 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use quinn::{Endpoint, EndpointConfig, Incoming, ServerConfig, TokioRuntime, TransportConfig};
+use quinn::{Endpoint, Incoming, ServerConfig, TokioRuntime, TransportConfig};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
 use super::close::{CloseCode, describe};
 use super::gate::Gate;
+use super::handle::Peer;
 use super::options::LinkOptions;
 use super::pair::{PairError, accept_invitation, answer, now_unix};
-use super::remote::{Peer, Remote};
+use super::remote::Remote;
+use super::reset::endpoint_config;
 use super::socket::{SocketBuffers, bind};
 use super::tls::{Admission, Purpose, Tls, key_of_connection};
 use super::{connection, dial};
@@ -150,7 +152,7 @@ impl Node {
             .incoming_buffer_size(64 << 10)
             .incoming_buffer_size_total(1 << 20);
         let endpoint = Endpoint::new(
-            EndpointConfig::default(),
+            endpoint_config(identity),
             Some(server),
             socket,
             Arc::new(TokioRuntime),

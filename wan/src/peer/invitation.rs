@@ -6,7 +6,8 @@ use std::str::FromStr;
 use bytes::{BufMut, Bytes, BytesMut};
 
 use super::{Introduction, NameError, SiteKey, base32};
-use crate::frame::{Fields, Kind, put_introduction};
+use crate::fields::Fields;
+use crate::frame::{Kind, put_introduction};
 use crate::limits;
 
 /// What a token begins with. The digit is its version.
@@ -146,10 +147,7 @@ impl FromStr for Invitation {
         if checksum(body) != *sum {
             return Err(TokenError::Damaged);
         }
-        let mut fields = Fields {
-            kind: Kind::PairRequest,
-            rest: Bytes::copy_from_slice(body),
-        };
+        let mut fields = Fields::new(Kind::PairRequest, Bytes::copy_from_slice(body));
         let parse = |fields: &mut Fields| {
             let secret = fields.array()?;
             let key = SiteKey::from_bytes(fields.array()?);
@@ -163,7 +161,7 @@ impl FromStr for Invitation {
             })
         };
         let invitation = parse(&mut fields).map_err(|_| TokenError::Damaged)?;
-        if !fields.rest.is_empty() || invitation.addresses().is_empty() {
+        if fields.end().is_err() || invitation.addresses().is_empty() {
             return Err(TokenError::Damaged);
         }
         Ok(invitation)

@@ -52,19 +52,20 @@ impl Site {
 
     pub fn start_with(name: &'static str, change: impl FnOnce(&mut LinkOptions)) -> Site {
         let directory = tempfile::tempdir().expect("a directory");
-        Site::start_in(name, directory, change)
+        Site::start_in(name, directory, "127.0.0.1:0", change)
     }
 
     fn start_in(
         name: &'static str,
         directory: tempfile::TempDir,
+        listen: &str,
         change: impl FnOnce(&mut LinkOptions),
     ) -> Site {
         let identity = Identity::load_or_create(directory.path(), name).expect("an identity");
         let mut link = link_options();
         change(&mut link);
         let options = NodeOptions {
-            listen: "127.0.0.1:0".parse().expect("an address"),
+            listen: listen.parse().expect("an address"),
             link,
         };
         let node = Node::start(&identity, options).expect("started");
@@ -76,16 +77,24 @@ impl Site {
         }
     }
 
-    /// The same site as another process, at another port.
-    pub fn restart(self) -> Site {
+    /// The same site as another process, at the same port.
+    pub async fn restart(self) -> Site {
+        let address = self.address();
         let Site {
             name,
             directory,
             node,
             ..
         } = self;
-        drop(node);
-        Site::start_in(name, directory, |_| {})
+        node.shutdown().await;
+        // The socket is freed when its last task ends.
+        let free = async {
+            while std::net::UdpSocket::bind(&address).is_err() {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        within(free).await;
+        Site::start_in(name, directory, &address, |_| {})
     }
 
     pub fn key(&self) -> SiteKey {

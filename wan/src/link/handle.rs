@@ -1,0 +1,220 @@
+//! What the application holds of a trusted site.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use tokio::sync::watch;
+
+use super::close::CloseCode;
+use super::remote::{PeerEvent, Remote};
+use super::status::LinkStatus;
+use crate::limits;
+use crate::peer::{PeerRecord, SiteKey};
+use crate::session::{Acknowledgements, SubmitError};
+
+/// The trust in this peer ended, or the node was shut down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the link is closed: the trust in the peer ended, or this site stops")]
+pub struct Closed;
+
+/// Why a batch was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SendDataError {
+    /// The link is closed.
+    #[error(transparent)]
+    Closed(#[from] Closed),
+    /// The batch cannot be sent, now or later.
+    #[error(transparent)]
+    Batch(SubmitError),
+}
+
+/// Why a message was not taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum SendMessageError {
+    /// There is no connection (any more). Send it again after the next
+    /// [`PeerEvent::Connected`].
+    #[error("the peer is not connected")]
+    NotConnected,
+    /// It is too large.
+    #[error("a message of {0} bytes; at most 1 MiB are allowed")]
+    TooLarge(usize),
+}
+
+/// Why waiting for an acknowledgement ended without one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum AcknowledgeError {
+    /// The link is closed.
+    #[error(transparent)]
+    Closed(#[from] Closed),
+    /// [`Peer::reset_data`] forgot what was waited for.
+    #[error("the batches were given up before they were acknowledged")]
+    Reset,
+}
+
+/// A trusted site. Clones are the same link, which reconnects by itself.
+#[derive(Clone)]
+pub struct Peer {
+    pub(crate) remote: Arc<Remote>,
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Peer")
+            .field("key", &self.remote.key)
+            .field("site", &self.record().site)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Peer {
+    /// The site's pinned key.
+    pub fn key(&self) -> SiteKey {
+        self.remote.key
+    }
+
+    /// What [`crate::Node::trust`] was last given for this site.
+    pub fn record(&self) -> PeerRecord {
+        self.remote.record()
+    }
+
+    /// Sends a batch: waits while the window is full, then keeps it until the
+    /// peer acknowledged it, over as many connections as that takes. Numbers
+    /// are the caller's and are never used twice, also not after
+    /// [`Peer::reset_data`]. A call that is dropped while it waits has sent nothing.
+    ///
+    /// # Errors
+    /// When the link is closed, or the batch is too large or its number was used.
+    pub async fn send_data(&self, seq: u64, bytes: Bytes) -> Result<(), SendDataError> {
+        let mut acknowledgements = self.remote.acknowledgements.subscribe();
+        let mut closed = self.remote.closed.subscribe();
+        loop {
+            if *closed.borrow_and_update() {
+                return Err(Closed.into());
+            }
+            acknowledgements.mark_unchanged();
+            {
+                let mut state = self.remote.state();
+                match state.sender.submit(seq, bytes.clone()) {
+                    Ok(()) => {
+                        self.remote.publish(&state);
+                        self.remote.data_waits.notify_one();
+                        return Ok(());
+                    }
+                    Err(SubmitError::Full) => {}
+                    Err(error) => return Err(SendDataError::Batch(error)),
+                }
+            }
+            tokio::select! {
+                _ = acknowledgements.changed() => {}
+                _ = closed.changed() => {}
+            }
+        }
+    }
+
+    /// How far acknowledgement has come, to watch.
+    pub fn acknowledged(&self) -> watch::Receiver<Acknowledgements> {
+        self.remote.acknowledgements.subscribe()
+    }
+
+    /// Waits until every batch submitted so far with a number up to `seq` is
+    /// durable at the peer.
+    ///
+    /// # Errors
+    /// When the link is closed, or [`Peer::reset_data`] gave batches up meanwhile.
+    pub async fn all_acknowledged(&self, seq: u64) -> Result<(), AcknowledgeError> {
+        let mut acknowledgements = self.remote.acknowledgements.subscribe();
+        let mut closed = self.remote.closed.subscribe();
+        let resets = acknowledgements.borrow().resets;
+        loop {
+            let now = *acknowledgements.borrow_and_update();
+            if now.resets != resets {
+                return Err(AcknowledgeError::Reset);
+            }
+            if now.reached(seq) {
+                return Ok(());
+            }
+            if *closed.borrow_and_update() {
+                return Err(Closed.into());
+            }
+            tokio::select! {
+                _ = acknowledgements.changed() => {}
+                _ = closed.changed() => {}
+            }
+        }
+    }
+
+    /// Forgets every batch that is not acknowledged, and stops those under way.
+    pub fn reset_data(&self) {
+        let mut state = self.remote.state();
+        state.sender.reset();
+        self.remote.publish(&state);
+    }
+
+    /// Sends a message on this connection: reliable, in order, before data.
+    /// Lost with the connection: what matters is repeated after the next
+    /// [`PeerEvent::Connected`].
+    ///
+    /// # Errors
+    /// When there is no connection, or the message is over 1 MiB.
+    pub async fn send_message(&self, bytes: Bytes) -> Result<(), SendMessageError> {
+        if bytes.len() > limits::MAX_MESSAGE_BYTES {
+            return Err(SendMessageError::TooLarge(bytes.len()));
+        }
+        let messages = self
+            .remote
+            .state()
+            .live
+            .as_ref()
+            .map(|live| live.messages.clone());
+        let messages = messages.ok_or(SendMessageError::NotConnected)?;
+        messages
+            .send(bytes)
+            .await
+            .map_err(|_| SendMessageError::NotConnected)
+    }
+
+    /// The next event; `None` once the link is closed and every event taken.
+    /// Of several tasks that wait, each event goes to one.
+    pub async fn event(&self) -> Option<PeerEvent> {
+        self.remote.next_event().await
+    }
+
+    /// The application made these batches durable: they are acknowledged.
+    /// Numbers of batches that it was not handed are ignored. Every batch is to
+    /// be answered so (or all with [`Peer::refuse_data`]): its sender keeps it,
+    /// and a part of its window, until then.
+    pub fn durable(&self, seqs: &[u64]) {
+        if self.remote.state().receiver.durable(seqs) {
+            self.remote.acknowledgements_wait.notify_one();
+        }
+    }
+
+    /// The application cannot keep the batches it was handed and did not make
+    /// durable. The connection is closed with the reason, and the peer sends
+    /// them again on the next one.
+    pub fn refuse_data(&self, why: &str) {
+        let mut state = self.remote.state();
+        state.receiver.give_back();
+        if let Some(live) = &state.live {
+            live.connection
+                .close(CloseCode::Refused.number(), why.as_bytes());
+        }
+    }
+
+    /// When the peer was last heard of, keep-alives included, to about a
+    /// quarter of a second; `None` if never.
+    pub fn last_heard(&self) -> Option<Instant> {
+        self.remote.state().last_heard
+    }
+
+    /// How long the peer has been silent; `None` if it was never heard of.
+    pub fn silence(&self) -> Option<Duration> {
+        self.last_heard().map(|heard| heard.elapsed())
+    }
+
+    /// What the link measured.
+    pub fn status(&self) -> LinkStatus {
+        LinkStatus::of(&self.remote.state())
+    }
+}
