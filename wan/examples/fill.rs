@@ -210,12 +210,12 @@ async fn main() -> Result<(), Failure> {
         possible += payload * looked.elapsed().as_secs_f64();
         looked = Instant::now();
         rtts.push(connection.rtt().as_secs_f64() * 1e3);
-        if let Some((at, next)) = step {
-            if start.elapsed().as_secs_f64() >= *at {
-                emulator.set(*next);
-                shape = *next;
-                step = steps.next();
-            }
+        if let Some((at, next)) = step
+            && start.elapsed().as_secs_f64() >= *at
+        {
+            emulator.set(*next);
+            shape = *next;
+            step = steps.next();
         }
         if arguments.trace && last.1.elapsed() > Duration::from_millis(250) {
             let bytes = delivered.load(Ordering::Relaxed);

@@ -171,7 +171,7 @@ impl RateController {
         }
         self.base.observe(now, rtt);
         self.round.on_ack(sent, bytes, rtt, app_limited);
-        if self.phase == Phase::Startup && !app_limited {
+        if self.phase == Phase::Startup && !app_limited && !self.capped() {
             let growth = match self.window < SMALL_WINDOW {
                 true => SMALL_WINDOW_GROWTH,
                 false => STARTUP_GROWTH,
@@ -250,8 +250,12 @@ impl RateController {
         known.then(|| cap as f64 / 8.0 * self.smoothed_rtt)
     }
 
+    fn capped(&self) -> bool {
+        self.cap_window().is_some_and(|cap| cap < self.window)
+    }
+
     fn on_round(&mut self, now: Instant, mut round: RoundSummary) {
-        if self.cap_window().is_some_and(|cap| cap < self.window) {
+        if self.capped() {
             // The cap held us back: this round says as little as one without data.
             round.app_limited = true;
         }
@@ -271,3 +275,7 @@ impl RateController {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;
