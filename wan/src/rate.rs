@@ -12,9 +12,16 @@
 //!   window dips for one round, so that our own queue cannot pass for distance.
 //!
 //! Their product is what fills the link without a queue; the window is a few percent more,
-//! which is also what finds new bandwidth. Random loss does not lower it. A queue lowers
-//! it at once. A queue that stays although we retreat is somebody else's: then the window
-//! holds half of the link ([`compete`]), until a dip shows that the queue was ours alone.
+//! which is also what finds new bandwidth. What timers and jitter add to the round trip of
+//! an empty path is measured during the dips and made up for.
+//!
+//! - **Loss** by itself does not lower the window. More loss than lately makes the
+//!   controller ask the path whose it is ([`loss`]): sending a little less for a few
+//!   hundred packets ends it, or does not.
+//! - **A queue** lowers the window at once. One that stays although we retreat is
+//!   somebody else's: then the window holds half of the link ([`compete`]), until a dip
+//!   shows that the queue was ours alone, or that there is no queue and the path has
+//!   become longer.
 
 mod compete;
 mod estimate;
