@@ -25,7 +25,7 @@ use rand::RngCore;
 #[path = "../src/link/control.rs"]
 mod control;
 mod rate {
-    pub(crate) use farhaven_wan::rate::{RateController, RateOptions};
+    pub(crate) use farhaven_wan::rate::{RateController, RateOptions, RateStatus};
 }
 
 /// UDP payload of a full packet once quinn has found the path's size.
@@ -162,6 +162,20 @@ async fn send(connection: Connection, data: bytes::Bytes) -> Result<(), Failure>
     }
 }
 
+/// What our controller knows, for the trace.
+fn known(connection: &Connection) -> String {
+    let Some(status) = control::status(connection.congestion_state()) else {
+        return String::new();
+    };
+    format!(
+        "estimate {:.1} Mbit/s base {:.1} ms loss {:.3}{}",
+        status.bandwidth as f64 / 1e6,
+        status.base_rtt.unwrap_or_default().as_secs_f64() * 1e3,
+        status.loss,
+        if status.competing { " competing" } else { "" },
+    )
+}
+
 /// Seconds of CPU that this process used.
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
@@ -210,25 +224,26 @@ async fn main() -> Result<(), Failure> {
         possible += payload * looked.elapsed().as_secs_f64();
         looked = Instant::now();
         rtts.push(connection.rtt().as_secs_f64() * 1e3);
-        if let Some((at, next)) = step {
-            if start.elapsed().as_secs_f64() >= *at {
-                emulator.set(*next);
-                shape = *next;
-                step = steps.next();
-            }
+        if let Some((at, next)) = step
+            && start.elapsed().as_secs_f64() >= *at
+        {
+            emulator.set(*next);
+            shape = *next;
+            step = steps.next();
         }
         if arguments.trace && last.1.elapsed() > Duration::from_millis(250) {
             let bytes = delivered.load(Ordering::Relaxed);
             let stats = connection.stats();
             println!(
-                "{:6.2}s {:7.2} Mbit/s rtt {:6.1} ms window {:8} sent {} lost {} queue drops {}",
+                "{:6.2}s {:7.2} Mbit/s rtt {:6.1} ms window {:8} lost {} of {} queue drops {} {}",
                 start.elapsed().as_secs_f64(),
                 (bytes - last.0) as f64 * 8e-6 / last.1.elapsed().as_secs_f64(),
                 connection.rtt().as_secs_f64() * 1e3,
                 stats.path.cwnd,
-                stats.path.sent_packets,
                 stats.path.lost_packets,
+                stats.path.sent_packets,
                 emulator.counters().forward.overflowed,
+                known(&connection),
             );
             last = (bytes, Instant::now());
         }

@@ -361,4 +361,5 @@ fn wait<T>(result: Result<T, PoisonError<T>>) -> T {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests;

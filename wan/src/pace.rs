@@ -235,10 +235,10 @@ impl<F: Ord + Clone> Pace<F> {
 
     fn next_turn(&mut self, stays: bool) {
         self.credited = false;
-        if let Some(name) = self.turns.pop_front() {
-            if stays {
-                self.turns.push_back(name);
-            }
+        if let Some(name) = self.turns.pop_front()
+            && stays
+        {
+            self.turns.push_back(name);
         }
     }
 
@@ -255,4 +255,5 @@ impl<F: Ord + Clone> Pace<F> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests;

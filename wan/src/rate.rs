@@ -12,9 +12,16 @@
 //!   window dips for one round, so that our own queue cannot pass for distance.
 //!
 //! Their product is what fills the link without a queue; the window is a few percent more,
-//! which is also what finds new bandwidth. Random loss does not lower it. A queue lowers
-//! it at once. A queue that stays although we retreat is somebody else's: then the window
-//! holds half of the link ([`compete`]), until a dip shows that the queue was ours alone.
+//! which is also what finds new bandwidth. What timers and jitter add to the round trip of
+//! an empty path is measured during the dips and made up for.
+//!
+//! - **Loss** by itself does not lower the window. More loss than lately makes the
+//!   controller ask the path whose it is ([`loss`]): sending a little less for a few
+//!   hundred packets ends it, or does not.
+//! - **A queue** lowers the window at once. One that stays although we retreat is
+//!   somebody else's: then the window holds half of the link ([`compete`]), until a dip
+//!   shows that the queue was ours alone, or that there is no queue and the path has
+//!   become longer.
 
 mod compete;
 mod estimate;
@@ -171,7 +178,7 @@ impl RateController {
         }
         self.base.observe(now, rtt);
         self.round.on_ack(sent, bytes, rtt, app_limited);
-        if self.phase == Phase::Startup && !app_limited {
+        if self.phase == Phase::Startup && !app_limited && !self.capped() {
             let growth = match self.window < SMALL_WINDOW {
                 true => SMALL_WINDOW_GROWTH,
                 false => STARTUP_GROWTH,
@@ -250,8 +257,12 @@ impl RateController {
         known.then(|| cap as f64 / 8.0 * self.smoothed_rtt)
     }
 
+    fn capped(&self) -> bool {
+        self.cap_window().is_some_and(|cap| cap < self.window)
+    }
+
     fn on_round(&mut self, now: Instant, mut round: RoundSummary) {
-        if self.cap_window().is_some_and(|cap| cap < self.window) {
+        if self.capped() {
             // The cap held us back: this round says as little as one without data.
             round.app_limited = true;
         }
@@ -271,3 +282,7 @@ impl RateController {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;

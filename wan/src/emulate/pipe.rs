@@ -194,6 +194,7 @@ impl<T> Pipe<T> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

@@ -10,13 +10,20 @@ use std::time::Instant;
 use quinn_proto::RttEstimator;
 use quinn_proto::congestion::{Controller, ControllerFactory};
 
-use crate::rate::{RateController, RateOptions};
+use crate::rate::{RateController, RateOptions, RateStatus};
 
 /// Makes a controller for every connection that a transport configuration serves.
 pub(crate) fn factory(options: &RateOptions) -> Arc<dyn ControllerFactory + Send + Sync> {
     Arc::new(Factory {
         options: options.clone(),
     })
+}
+
+/// What the controller of a connection knows of its path; `None` for another controller.
+/// quinn hands out a copy of a connection's controller by `Connection::congestion_state`.
+pub(crate) fn status(state: Box<dyn Controller>) -> Option<RateStatus> {
+    let adapter = state.into_any().downcast::<Adapter>().ok()?;
+    Some(adapter.rate.status())
 }
 
 struct Factory {

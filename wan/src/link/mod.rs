@@ -7,6 +7,7 @@
 
 mod close;
 mod connection;
+#[allow(dead_code, reason = "some of its status is for examples and tests")]
 mod control;
 mod data;
 mod dial;

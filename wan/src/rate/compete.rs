@@ -29,7 +29,7 @@ const UNANSWERED: f64 = 0.015;
 const UNANSWERED_SECONDS: f64 = 0.0005;
 const UNANSWERED_DIPS: u32 = 2;
 /// Who has this part of the link has no neighbour.
-const ALONE: f64 = 0.85;
+const ALONE: f64 = 0.75;
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 

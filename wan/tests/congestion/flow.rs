@@ -6,7 +6,7 @@ use std::time::Instant;
 use super::sim::PACKET;
 
 /// What a sender asks of its congestion controller.
-pub trait Controller {
+pub(crate) trait Controller {
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool);
     fn on_end_acks(&mut self, now: Instant);
     fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64, persistent: bool);
@@ -19,21 +19,21 @@ pub trait Controller {
 
 /// What a flow did in a span of time.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Tally {
-    pub sent: u64,
-    pub dropped: u64,
-    pub delivered_bytes: u64,
-    pub rtt_sum: f64,
-    pub rtt_count: u64,
+pub(crate) struct Tally {
+    pub(crate) sent: u64,
+    pub(crate) dropped: u64,
+    pub(crate) delivered_bytes: u64,
+    pub(crate) rtt_sum: f64,
+    pub(crate) rtt_count: u64,
 }
 
 impl Tally {
     /// Mean round trip in milliseconds.
-    pub fn rtt_ms(&self) -> f64 {
+    pub(crate) fn rtt_ms(&self) -> f64 {
         self.rtt_sum / self.rtt_count.max(1) as f64
     }
 
-    pub fn since(&self, earlier: &Tally) -> Tally {
+    pub(crate) fn since(&self, earlier: &Tally) -> Tally {
         Tally {
             sent: self.sent - earlier.sent,
             dropped: self.dropped - earlier.dropped,
@@ -44,33 +44,33 @@ impl Tally {
     }
 }
 
-pub struct Flow {
-    pub controller: Box<dyn Controller>,
-    pub active: bool,
+pub(crate) struct Flow {
+    pub(crate) controller: Box<dyn Controller>,
+    pub(crate) active: bool,
     /// Bytes a second the application offers; `None`: always more.
-    pub offered: Option<(f64, f64, u64)>,
-    pub next_number: u64,
-    pub unacked: BTreeMap<u64, u64>,
-    pub in_flight: u64,
-    pub app_limited: bool,
-    pub smoothed_rtt: f64,
-    pub tokens: f64,
-    pub refilled: u64,
-    pub start: u64,
-    pub wake: u64,
-    pub largest_acked: Option<u64>,
-    pub last_progress: u64,
-    pub timeouts: u32,
+    pub(crate) offered: Option<(f64, f64, u64)>,
+    pub(crate) next_number: u64,
+    pub(crate) unacked: BTreeMap<u64, u64>,
+    pub(crate) in_flight: u64,
+    pub(crate) app_limited: bool,
+    pub(crate) smoothed_rtt: f64,
+    pub(crate) tokens: f64,
+    pub(crate) refilled: u64,
+    pub(crate) start: u64,
+    pub(crate) wake: u64,
+    pub(crate) largest_acked: Option<u64>,
+    pub(crate) last_progress: u64,
+    pub(crate) timeouts: u32,
     /// Receiver: packets in the order they came, and how many of them are acknowledged.
-    pub received: Vec<u64>,
-    pub acknowledged: usize,
-    pub ack_due: Option<u64>,
-    pub processed: usize,
-    pub tally: Tally,
+    pub(crate) received: Vec<u64>,
+    pub(crate) acknowledged: usize,
+    pub(crate) ack_due: Option<u64>,
+    pub(crate) processed: usize,
+    pub(crate) tally: Tally,
 }
 
 impl Flow {
-    pub fn new(controller: Box<dyn Controller>, start: u64) -> Self {
+    pub(crate) fn new(controller: Box<dyn Controller>, start: u64) -> Self {
         Self {
             controller,
             active: true,

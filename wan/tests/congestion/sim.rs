@@ -14,9 +14,9 @@ use farhaven_wan::emulate::{HEADER_BYTES, LinkShape, Pipe};
 use super::flow::{Controller, Flow, Tally};
 
 /// Payload bytes of a full packet, as quinn finds them on an Ethernet path.
-pub const PACKET: u64 = 1452;
-pub const MILLI: u64 = 1_000_000;
-pub const SECOND: u64 = 1_000_000_000;
+pub(crate) const PACKET: u64 = 1452;
+pub(crate) const MILLI: u64 = 1_000_000;
+pub(crate) const SECOND: u64 = 1_000_000_000;
 
 #[derive(Clone, Copy)]
 struct Packet {
@@ -40,9 +40,9 @@ enum Event {
 }
 
 /// The simulation: one link, any number of flows.
-pub struct Simulation {
+pub(crate) struct Simulation {
     epoch: Instant,
-    pub now: u64,
+    pub(crate) now: u64,
     forward: Pipe<Packet>,
     backward: Pipe<Acknowledgement>,
     flows: Vec<Flow>,
@@ -52,7 +52,7 @@ pub struct Simulation {
 }
 
 impl Simulation {
-    pub fn new(link: LinkShape, seed: u64) -> Self {
+    pub(crate) fn new(link: LinkShape, seed: u64) -> Self {
         Self {
             epoch: Instant::now(),
             now: 0,
@@ -66,12 +66,16 @@ impl Simulation {
     }
 
     /// Virtual time as controllers want it.
-    pub fn instant(&self) -> Instant {
+    pub(crate) fn instant(&self) -> Instant {
         self.epoch + Duration::from_nanos(self.now)
     }
 
     /// Adds a flow that sends from `start` on.
-    pub fn add(&mut self, start: u64, make: impl FnOnce(Instant) -> Box<dyn Controller>) -> usize {
+    pub(crate) fn add(
+        &mut self,
+        start: u64,
+        make: impl FnOnce(Instant) -> Box<dyn Controller>,
+    ) -> usize {
         let index = self.flows.len();
         let controller = make(self.epoch + Duration::from_nanos(start));
         self.flows.push(Flow::new(controller, start));
@@ -80,23 +84,23 @@ impl Simulation {
     }
 
     /// The flow's application offers only so many bits a second from now on.
-    pub fn offer(&mut self, flow: usize, bits: Option<f64>) {
+    pub(crate) fn offer(&mut self, flow: usize, bits: Option<f64>) {
         self.flows[flow].offered = bits.map(|bits| (bits / 8.0, 0.0, self.now));
         self.at(self.now, Event::Wake(flow));
     }
 
-    pub fn stop(&mut self, flow: usize) {
+    pub(crate) fn stop(&mut self, flow: usize) {
         self.flows[flow].active = false;
     }
 
-    pub fn reshape(&mut self, link: LinkShape) {
+    pub(crate) fn reshape(&mut self, link: LinkShape) {
         self.forward.reshape(self.now, link);
         self.backward.reshape(self.now, link);
         self.watch();
     }
 
     /// Cuts the link both ways or mends it.
-    pub fn cut(&mut self, cut: bool) {
+    pub(crate) fn cut(&mut self, cut: bool) {
         self.forward.set_cut(self.now, cut);
         self.backward.set_cut(self.now, cut);
         self.forward_next = u64::MAX;
@@ -104,12 +108,12 @@ impl Simulation {
         self.watch();
     }
 
-    pub fn tally(&self, flow: usize) -> Tally {
+    pub(crate) fn tally(&self, flow: usize) -> Tally {
         self.flows[flow].tally
     }
 
     /// Runs until `end`, in nanoseconds from the beginning.
-    pub fn run_until(&mut self, end: u64) {
+    pub(crate) fn run_until(&mut self, end: u64) {
         while let Some(Reverse((at, event))) = self.events.peek().copied() {
             if at > end {
                 break;
@@ -138,17 +142,17 @@ impl Simulation {
 
     /// Sees to it that the pipes are looked at in time.
     fn watch(&mut self) {
-        if let Some(next) = self.forward.next() {
-            if next != self.forward_next {
-                self.forward_next = next;
-                self.at(next, Event::Forward);
-            }
+        if let Some(next) = self.forward.next()
+            && next != self.forward_next
+        {
+            self.forward_next = next;
+            self.at(next, Event::Forward);
         }
-        if let Some(next) = self.backward.next() {
-            if next != self.backward_next {
-                self.backward_next = next;
-                self.at(next, Event::Backward);
-            }
+        if let Some(next) = self.backward.next()
+            && next != self.backward_next
+        {
+            self.backward_next = next;
+            self.at(next, Event::Backward);
         }
     }
 

@@ -7,13 +7,13 @@ use super::sim::PACKET;
 
 /// Which TCP.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Kind {
+pub(crate) enum Kind {
     Reno,
     Cubic,
 }
 
 /// A TCP-like controller with slow start, one back-off a round trip, and growth by `Kind`.
-pub struct Tcp {
+pub(crate) struct Tcp {
     kind: Kind,
     window: f64,
     threshold: f64,
@@ -25,7 +25,7 @@ pub struct Tcp {
 }
 
 impl Tcp {
-    pub fn new(kind: Kind) -> Self {
+    pub(crate) fn new(kind: Kind) -> Self {
         Self {
             kind,
             window: 10.0,

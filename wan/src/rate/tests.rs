@@ -1,0 +1,105 @@
+//! What must hold whatever the path and the peer do; how well it works is tested in
+//! `tests/congestion.rs`.
+
+use std::time::Duration;
+
+use super::*;
+use proptest::prelude::*;
+
+#[derive(Debug, Clone)]
+enum Event {
+    Ack {
+        after: u64,
+        rtt: u64,
+        bytes: u64,
+        app_limited: bool,
+    },
+    End,
+    Lost {
+        bytes: u64,
+        persistent: bool,
+    },
+    Mtu(u16),
+    Cap(u64),
+}
+
+fn event() -> impl Strategy<Value = Event> {
+    let ack = (
+        0..2_000_000u64,
+        0..5_000_000u64,
+        0..200_000u64,
+        any::<bool>(),
+    )
+        .prop_map(|(after, rtt, bytes, app_limited)| Event::Ack {
+            after,
+            rtt,
+            bytes,
+            app_limited,
+        });
+    prop_oneof![
+        6 => ack,
+        3 => Just(Event::End),
+        2 => (0..10_000_000u64, any::<bool>()).prop_map(|(bytes, odd)| Event::Lost {
+            bytes,
+            persistent: odd && bytes % 5 == 0,
+        }),
+        1 => any::<u16>().prop_map(Event::Mtu),
+        1 => any::<u64>().prop_map(Event::Cap),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn no_history_stops_it_or_makes_it_run_away(
+        events in proptest::collection::vec(event(), 1..400),
+        initial in proptest::option::of(any::<u64>()),
+    ) {
+        let cap = Arc::new(AtomicU64::new(0));
+        let options = RateOptions { cap: Some(cap.clone()), initial };
+        let start = Instant::now() + Duration::from_secs(100);
+        let mut controller = RateController::new(options, start, 1200);
+        let mut now = start;
+        let mut mtu = 1200u64;
+        for event in events {
+            match event {
+                Event::Ack { after, rtt, bytes, app_limited } => {
+                    now += Duration::from_micros(after);
+                    // Also packets "sent" in the future: a clock may step.
+                    let sent = now - Duration::from_micros(rtt) + Duration::from_millis(1);
+                    controller.on_ack(now, sent, bytes, app_limited);
+                }
+                Event::End => controller.on_end_acks(now),
+                Event::Lost { bytes, persistent } => controller.on_lost(bytes, persistent),
+                Event::Mtu(new) => {
+                    mtu = u64::from(new.max(1));
+                    controller.on_mtu(new);
+                }
+                Event::Cap(new) => cap.store(new, Ordering::Relaxed),
+            }
+            prop_assert!(controller.window() >= MINIMUM_PACKETS * mtu);
+            prop_assert!(controller.window.is_finite());
+            prop_assert!(controller.status().loss <= 1.0);
+        }
+    }
+}
+
+#[test]
+fn a_cap_does_not_store_up_a_burst() {
+    let cap = Arc::new(AtomicU64::new(8_000_000));
+    let options = RateOptions {
+        cap: Some(cap.clone()),
+        initial: None,
+    };
+    let mut now = Instant::now();
+    let mut controller = RateController::new(options, now, 1200);
+    // Ten seconds at the cap of 1 MB/s and a round trip of 50 ms.
+    for _ in 0..200 {
+        let sent = now;
+        now += Duration::from_millis(50);
+        controller.on_ack(now, sent, 50_000, false);
+        controller.on_end_acks(now);
+    }
+    assert!((45_000..=50_000).contains(&controller.window()));
+    cap.store(0, Ordering::Relaxed);
+    assert!(controller.window() < 200_000, "{}", controller.window());
+}
