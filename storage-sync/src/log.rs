@@ -126,11 +126,23 @@ impl Log {
         make_dir(dir)?;
         let mut index = BTreeMap::new();
         let (segments, report) = scan::scan(dir, &mut index, seen)?;
-        let last = segments.last_key_value().map(|(&number, &bytes)| (number, bytes));
-        let mut writer = Writer { segment: 0, file: None, offset: 0, failed: None };
+        let last = segments
+            .last_key_value()
+            .map(|(&number, &bytes)| (number, bytes));
+        let mut writer = Writer {
+            segment: 0,
+            file: None,
+            offset: 0,
+            failed: None,
+        };
         if let Some((segment, offset)) = last {
             let file = open_private(&segment_path(dir, segment))?;
-            writer = Writer { segment, file: Some(Arc::new(file)), offset, failed: None };
+            writer = Writer {
+                segment,
+                file: Some(Arc::new(file)),
+                offset,
+                failed: None,
+            };
         }
         let log = Log {
             dir: dir.to_path_buf(),
@@ -195,11 +207,16 @@ impl Log {
 
     /// Is exactly this batch in the log already?
     fn known(&self, header: &BatchHeader) -> Result<bool, LogError> {
-        let Some(location) = self.locate(header.seq) else { return Ok(false) };
+        let Some(location) = self.locate(header.seq) else {
+            return Ok(false);
+        };
         let mut fixed = [0; BATCH_HEADER];
         let read = self.reader(location.segment).and_then(|file| {
             file.read_exact_at(&mut fixed, location.offset.into())
-                .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
+                .map_err(FileError::at(
+                    "read",
+                    &segment_path(&self.dir, location.segment),
+                ))
         });
         read?;
         match BatchHeader::parse(&fixed) {
@@ -218,29 +235,45 @@ impl Log {
         again: bool,
     ) -> Result<Location, LogError> {
         if let Some(why) = &writer.failed {
-            return Err(LogError::Failed { dir: self.dir.clone(), why: why.clone() });
+            return Err(LogError::Failed {
+                dir: self.dir.clone(),
+                why: why.clone(),
+            });
         }
         let have = self.bytes();
         if let Some(limit) = self.bytes_most
             && !again
             && have + bytes.len() as u64 > limit
         {
-            return Err(LogError::Quota { dir: self.dir.clone(), have, limit });
+            return Err(LogError::Quota {
+                dir: self.dir.clone(),
+                have,
+                limit,
+            });
         }
         if writer.file.is_none() || writer.offset + bytes.len() as u64 > self.segment_bytes {
             self.roll(writer)?;
         }
         let path = segment_path(&self.dir, writer.segment);
-        let Some(file) = &writer.file else { return Err(self.lost(writer)) };
+        let Some(file) = &writer.file else {
+            return Err(self.lost(writer));
+        };
         if let Err(source) = file.write_all_at(bytes, writer.offset) {
             // Back to the last whole record: whatever came of it must not stay.
             if let Err(error) = file.set_len(writer.offset) {
                 let why = format!("cannot cut {} back: {error}", path.display());
                 writer.failed = Some(why);
             }
-            let error = FileError { action: "append to", path, source };
+            let error = FileError {
+                action: "append to",
+                path,
+                source,
+            };
             return Err(match error.is_full() {
-                true => LogError::Full { dir: self.dir.clone(), source: error.source },
+                true => LogError::Full {
+                    dir: self.dir.clone(),
+                    source: error.source,
+                },
                 false => error.into(),
             });
         }
@@ -266,10 +299,18 @@ impl Log {
             Ok(file)
         });
         let file = made.map_err(|error| match error.is_full() {
-            true => LogError::Full { dir: self.dir.clone(), source: error.source },
+            true => LogError::Full {
+                dir: self.dir.clone(),
+                source: error.source,
+            },
             false => error.into(),
         })?;
-        *writer = Writer { segment, file: Some(Arc::new(file)), offset: 0, failed: None };
+        *writer = Writer {
+            segment,
+            file: Some(Arc::new(file)),
+            offset: 0,
+            failed: None,
+        };
         held(&self.segments).insert(segment, 0);
         Ok(())
     }
@@ -280,7 +321,9 @@ impl Log {
         if writer.failed.is_some() {
             return Err(self.lost(writer));
         }
-        let Some(file) = &writer.file else { return Ok(()) };
+        let Some(file) = &writer.file else {
+            return Ok(());
+        };
         if let Err(error) = file.sync_data() {
             writer.failed = Some(error.to_string());
             return Err(self.lost(writer));
@@ -290,23 +333,36 @@ impl Log {
 
     fn lost(&self, writer: &Writer) -> LogError {
         let why = writer.failed.clone().unwrap_or_default();
-        LogError::Failed { dir: self.dir.clone(), why }
+        LogError::Failed {
+            dir: self.dir.clone(),
+            why,
+        }
     }
 
     pub(crate) fn locate(&self, seq: u64) -> Option<Location> {
-        self.index.read().unwrap_or_else(PoisonError::into_inner).get(&seq).copied()
+        self.index
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&seq)
+            .copied()
     }
 
     /// Numbers of batches from `from` on, at most `most`.
     pub(crate) fn seqs_from(&self, from: u64, most: usize) -> Vec<u64> {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.range(from..).take(most).map(|(&seq, _)| seq).collect()
+        index
+            .range(from..)
+            .take(most)
+            .map(|(&seq, _)| seq)
+            .collect()
     }
 
     /// Calls `visit` for every batch, in the order of their numbers.
     pub(crate) fn each(&self, visit: &mut dyn FnMut(u64, Location)) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.iter().for_each(|(&seq, &location)| visit(seq, location));
+        index
+            .iter()
+            .for_each(|(&seq, &location)| visit(seq, location));
     }
 
     /// The largest number in the log, 0 when it is empty.
@@ -340,7 +396,11 @@ impl Log {
             Ok(header) => BATCH_HEADER + header.entries_bytes,
             Err(_) => return Ok(()), // The caller parses it again and says why.
         };
-        if whole > out.len() { self.read_part(seq, whole, out) } else { Ok(()) }
+        if whole > out.len() {
+            self.read_part(seq, whole, out)
+        } else {
+            Ok(())
+        }
     }
 
     fn read_part(&self, seq: u64, most: usize, out: &mut Vec<u8>) -> Result<(), LogError> {
@@ -351,7 +411,10 @@ impl Log {
             out.resize(most.min(location.bytes as usize), 0);
             let read = self.reader(location.segment).and_then(|file| {
                 file.read_exact_at(out, location.offset.into())
-                    .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
+                    .map_err(FileError::at(
+                        "read",
+                        &segment_path(&self.dir, location.segment),
+                    ))
             });
             match read {
                 Ok(()) => return Ok(()),

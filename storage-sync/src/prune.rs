@@ -57,7 +57,10 @@ pub struct SegmentPlan {
 impl PrunePlan {
     /// Bytes of disk that it will free.
     pub fn bytes_freed(&self) -> u64 {
-        self.segments.iter().map(|segment| segment.bytes - segment.live_bytes).sum()
+        self.segments
+            .iter()
+            .map(|segment| segment.bytes - segment.live_bytes)
+            .sum()
     }
 
     /// Is there nothing to do?
@@ -75,8 +78,15 @@ impl fmt::Display for PrunePlan {
             writeln!(f, "keep point {point} of {guest}: it is in use")?;
         }
         for plan in &self.segments {
-            let SegmentPlan { segment, bytes, live_bytes } = plan;
-            writeln!(f, "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)")?;
+            let SegmentPlan {
+                segment,
+                bytes,
+                live_bytes,
+            } = plan;
+            writeln!(
+                f,
+                "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)"
+            )?;
         }
         let (batches, freed) = (self.retire.len(), self.bytes_freed());
         write!(f, "{batches} batches go, {freed} bytes are freed")
@@ -132,7 +142,9 @@ impl Store {
         let mut plan = PrunePlan::default();
         let mut drops = Drops::new();
         for (&guest, state) in &held(&inner.state).guests {
-            let Some(keep) = keep.get(&guest) else { continue };
+            let Some(keep) = keep.get(&guest) else {
+                continue;
+            };
             let newest = state.newest_point();
             for &point in state.points.keys() {
                 if keep.contains(&point) || point == newest && !keep.is_empty() {
@@ -162,12 +174,17 @@ impl Store {
             let (live_bytes, dead) = sizes.remove(&segment).unwrap_or_default();
             let gone = bytes.saturating_sub(live_bytes);
             if bytes == 0 || gone * WORTH >= bytes && gone > 0 {
-                plan.segments.push(SegmentPlan { segment, bytes, live_bytes });
+                plan.segments.push(SegmentPlan {
+                    segment,
+                    bytes,
+                    live_bytes,
+                });
                 plan.retire.extend(dead);
             }
         }
         // What needs no copy goes first: on a full disk that makes the room.
-        plan.segments.sort_by_key(|segment| (segment.live_bytes, segment.segment));
+        plan.segments
+            .sort_by_key(|segment| (segment.live_bytes, segment.segment));
         plan.retire.sort_unstable();
         held(&inner.state).retiring.extend(&plan.retire);
         Ok(plan)
@@ -195,7 +212,10 @@ impl Store {
 }
 
 fn emptied(keep: &Keep) -> BTreeSet<GuestId> {
-    keep.iter().filter(|(_, points)| points.is_empty()).map(|(&guest, _)| guest).collect()
+    keep.iter()
+        .filter(|(_, points)| points.is_empty())
+        .map(|(&guest, _)| guest)
+        .collect()
 }
 
 /// Walks a guest's points upward with the map of each, without building one twice.
@@ -232,7 +252,10 @@ fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError
     for guest in guests {
         let mut kept = PointMap::default();
         walk(inner, guest, &mut |entry, map, _| {
-            if drops.get(&guest).is_some_and(|drops| drops.contains(&entry.header.point)) {
+            if drops
+                .get(&guest)
+                .is_some_and(|drops| drops.contains(&entry.header.point))
+            {
                 return Ok(());
             }
             let changes: Vec<Run> = map.since(&kept);
@@ -253,8 +276,13 @@ fn unsealed(
 ) -> Result<HashSet<u64>, PruneError> {
     let seqs: Vec<u64> = {
         let state = held(&inner.state);
-        let guests = state.guests.iter().filter(|(guest, _)| !given_up.contains(guest));
-        guests.flat_map(|(_, guest)| guest.unsealed.values().flatten().copied()).collect()
+        let guests = state
+            .guests
+            .iter()
+            .filter(|(guest, _)| !given_up.contains(guest));
+        guests
+            .flat_map(|(_, guest)| guest.unsealed.values().flatten().copied())
+            .collect()
     };
     let mut live = HashSet::new();
     let mut bytes = Vec::new();
@@ -310,7 +338,9 @@ fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
     let state = held(&inner.state);
     let mut drops = Drops::new();
     for &(guest, point) in &plan.dropped {
-        let Some(known) = state.guests.get(&guest) else { continue };
+        let Some(known) = state.guests.get(&guest) else {
+            continue;
+        };
         if known.points.contains_key(&point) && !known.pins.contains_key(&point) {
             drops.entry(guest).or_default().insert(point);
         }
@@ -347,11 +377,7 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
 }
 
 /// Removes manifests, newest first, so that none is left without its base.
-fn drop_points(
-    inner: &Inner,
-    guest: GuestId,
-    drops: &BTreeSet<u64>,
-) -> Result<usize, PruneError> {
+fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<usize, PruneError> {
     for &point in drops.iter().rev() {
         let path = manifest::path_of(&inner.manifests, guest, point);
         match std::fs::remove_file(&path) {

@@ -108,7 +108,11 @@ pub struct Replica {
 
 impl std::fmt::Debug for Replica {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Replica({} point {})", self.header.guest, self.header.point)
+        write!(
+            f,
+            "Replica({} point {})",
+            self.header.guest, self.header.point
+        )
     }
 }
 
@@ -128,11 +132,22 @@ impl Store {
             let mut state = held(&self.0.state);
             let state = state.guests.get_mut(&guest);
             let newest = state.as_ref().map_or(0, |state| state.newest_point());
-            let missing = ReplicaError::NoPoint { guest, point, newest };
-            let Some(state) = state else { return Err(missing) };
-            let Some(entry) = state.points.get(&point) else { return Err(missing) };
+            let missing = ReplicaError::NoPoint {
+                guest,
+                point,
+                newest,
+            };
+            let Some(state) = state else {
+                return Err(missing);
+            };
+            let Some(entry) = state.points.get(&point) else {
+                return Err(missing);
+            };
             *state.pins.entry(point).or_default() += 1;
-            (entry.header.clone(), (newest == point).then(|| state.newest.clone()))
+            (
+                entry.header.clone(),
+                (newest == point).then(|| state.newest.clone()),
+            )
         };
         // From here on, dropping the replica unpins.
         let cached_most = (self.0.options.cache_bytes / BATCH_BODY_RAW).max(1);
@@ -163,7 +178,9 @@ impl Store {
 
     fn unpin(&self, guest: GuestId, point: u64) {
         let mut state = held(&self.0.state);
-        let Some(state) = state.guests.get_mut(&guest) else { return };
+        let Some(state) = state.guests.get_mut(&guest) else {
+            return;
+        };
         if let Some(pins) = state.pins.get_mut(&point) {
             *pins -= 1;
             if *pins == 0 {
@@ -201,8 +218,15 @@ impl Replica {
         count: u64,
         out: &mut [u8],
     ) -> Result<(), ReplicaError> {
-        let range = ReplicaError::Range { volume, unit, count };
-        let units = self.volumes().get(usize::from(volume)).map_or(0, Volume::units);
+        let range = ReplicaError::Range {
+            volume,
+            unit,
+            count,
+        };
+        let units = self
+            .volumes()
+            .get(usize::from(volume))
+            .map_or(0, Volume::units);
         let (out, rest) = out.as_chunks_mut::<UNIT>();
         let fits = unit.checked_add(count).is_some_and(|end| end <= units);
         if !fits || out.len() as u64 != count || !rest.is_empty() {
@@ -227,7 +251,10 @@ impl Replica {
     fn literal<'a>(&self, literals: &'a [u8], place: Place) -> Result<&'a [u8], ReplicaError> {
         let start = usize::from(place.index()) * UNIT;
         let literal = literals.get(start..start + UNIT);
-        literal.ok_or(ReplicaError::Lost { point: self.header.point, place })
+        literal.ok_or(ReplicaError::Lost {
+            point: self.header.point,
+            place,
+        })
     }
 
     /// A batch's literals, from the cache or from disk.
@@ -247,7 +274,9 @@ impl Replica {
         let mut cache = held(&self.cache);
         while cache.batches.len() >= self.cached_most {
             let oldest = cache.batches.iter().min_by_key(|(_, (used, _))| *used);
-            let Some(oldest) = oldest.map(|(&seq, _)| seq) else { break };
+            let Some(oldest) = oldest.map(|(&seq, _)| seq) else {
+                break;
+            };
             cache.batches.remove(&oldest);
         }
         let tick = cache.tick;
@@ -270,7 +299,9 @@ impl Replica {
     pub fn nonzero_runs(&self, volume: VolumeIndex) -> impl Iterator<Item = (u64, u64)> {
         let mut runs = self.map.runs(volume).peekable();
         std::iter::from_fn(move || {
-            let Run { unit, mut count, .. } = runs.next()?;
+            let Run {
+                unit, mut count, ..
+            } = runs.next()?;
             while let Some(next) = runs.next_if(|next| next.unit == unit + count) {
                 count += next.count;
             }
@@ -320,8 +351,9 @@ impl Replica {
         take: &(dyn Fn(u64, &[u8]) + Sync),
     ) -> Result<(), ReplicaError> {
         self.windows(volume, |units| {
-            let groups: Vec<&[(Place, u64)]> =
-                units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()).collect();
+            let groups: Vec<&[(Place, u64)]> = units
+                .chunk_by(|(a, _), (b, _)| a.seq() == b.seq())
+                .collect();
             let next = AtomicUsize::new(0);
             let work = || {
                 let mut literals = Vec::new();
@@ -379,7 +411,9 @@ impl Replica {
         literals: &mut Vec<u8>,
         take: &mut dyn FnMut(u64, &[u8]),
     ) -> Result<(), ReplicaError> {
-        let Some((first, _)) = group.first() else { return Ok(()) };
+        let Some((first, _)) = group.first() else {
+            return Ok(());
+        };
         self.expand(first.seq(), literals)?;
         let outcome = group.iter().try_for_each(|&(place, unit)| {
             match self.literal(literals, place) {

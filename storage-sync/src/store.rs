@@ -121,7 +121,13 @@ impl PointEntry {
         bytes: u64,
     ) -> PointEntry {
         match base {
-            None => PointEntry { header, base: 0, depth: 1, full_bytes: bytes, delta_bytes: 0 },
+            None => PointEntry {
+                header,
+                base: 0,
+                depth: 1,
+                full_bytes: bytes,
+                delta_bytes: 0,
+            },
             Some(on) => PointEntry {
                 header,
                 base: on.header.point,
@@ -251,7 +257,11 @@ impl Store {
     /// A guest's points, oldest first.
     pub fn points(&self, guest: GuestId) -> Vec<PointHeader> {
         let state = held(&self.0.state);
-        let points = state.guests.get(&guest).into_iter().flat_map(|guest| guest.points.values());
+        let points = state
+            .guests
+            .get(&guest)
+            .into_iter()
+            .flat_map(|guest| guest.points.values());
         points.map(|entry| (*entry.header).clone()).collect()
     }
 
@@ -266,14 +276,18 @@ impl Store {
     pub fn guests(&self) -> Vec<GuestId> {
         let state = held(&self.0.state);
         let known = state.guests.iter();
-        let known = known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
+        let known =
+            known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
         known.map(|(&guest, _)| guest).collect()
     }
 
     /// The batches that were received for a point that is not sealed.
     pub fn unsealed(&self, guest: GuestId, point: u64) -> Vec<u64> {
         let state = held(&self.0.state);
-        let unsealed = state.guests.get(&guest).and_then(|guest| guest.unsealed.get(&point));
+        let unsealed = state
+            .guests
+            .get(&guest)
+            .and_then(|guest| guest.unsealed.get(&point));
         unsealed.into_iter().flatten().copied().collect()
     }
 
@@ -293,7 +307,10 @@ impl Store {
             Some(last) if seqs.len() >= most.max(1) => Some(last + 1),
             _ => None,
         };
-        let mut page = DigestPage { batches: Vec::with_capacity(seqs.len()), next };
+        let mut page = DigestPage {
+            batches: Vec::with_capacity(seqs.len()),
+            next,
+        };
         let (mut bytes, mut literals) = (Vec::new(), Vec::new());
         let mut expander = Expander::new();
         for seq in seqs {
@@ -317,7 +334,11 @@ impl State {
     pub(crate) fn belongs(&mut self, header: &BatchHeader) {
         let guest = self.guests.entry(header.guest).or_default();
         if header.point > guest.largest {
-            guest.unsealed.entry(header.point).or_default().insert(header.seq);
+            guest
+                .unsealed
+                .entry(header.point)
+                .or_default()
+                .insert(header.seq);
         }
     }
 }
@@ -343,14 +364,20 @@ impl Inner {
         self.log.read(seq, bytes)?;
         let view = BatchView::parse(bytes)?;
         if view.header().seq != seq {
-            return Err(BatchError::Damaged { seq, part: "entries" }.into());
+            return Err(BatchError::Damaged {
+                seq,
+                part: "entries",
+            }
+            .into());
         }
         Ok(view.literals(expander, literals)?)
     }
 
     /// Does this place hold a literal?
     pub(crate) fn resolves(&self, place: Place) -> bool {
-        self.log.locate(place.seq()).is_some_and(|at| place.index() < at.literals)
+        self.log
+            .locate(place.seq())
+            .is_some_and(|at| place.index() < at.literals)
     }
 
     /// The first place of a map that holds nothing, if any.
@@ -359,7 +386,11 @@ impl Inner {
         for run in map.all_runs() {
             for seq in run.seqs() {
                 let last = Place(run.place.0 + run.count - 1);
-                let last = if last.seq() == seq { last } else { Place::new(seq, 63) };
+                let last = if last.seq() == seq {
+                    last
+                } else {
+                    Place::new(seq, 63)
+                };
                 if last.0 == checked {
                     continue;
                 }
@@ -380,7 +411,10 @@ impl Inner {
             let path = manifest::path_of(&self.manifests, guest, at);
             chain.push(path.clone());
             let state = held(&self.state);
-            let entry = state.guests.get(&guest).and_then(|guest| guest.points.get(&at));
+            let entry = state
+                .guests
+                .get(&guest)
+                .and_then(|guest| guest.points.get(&at));
             let base = entry.map(|entry| entry.base);
             drop(state);
             at = match base {
@@ -411,7 +445,10 @@ impl Inner {
         })?;
         if !fits {
             let why = format!("it needs more than map_bytes ({most}); raise it");
-            return Err(ManifestError::Damaged { path: path.to_path_buf(), why });
+            return Err(ManifestError::Damaged {
+                path: path.to_path_buf(),
+                why,
+            });
         }
         Ok(head)
     }
