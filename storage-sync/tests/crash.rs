@@ -8,9 +8,8 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::{Model, Site, open, options, send};
+use common::{Model, Site, literal_batches, open, options, send};
 use farhaven_storage_sync::LogError;
-use farhaven_storage_sync::codec::Batch;
 use farhaven_storage_sync::replica::ReplicaError;
 use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
 use rand::rngs::StdRng;
@@ -29,12 +28,6 @@ fn manifest(dir: &Path, guest: &Model, point: u64) -> PathBuf {
     dir.join("manifests")
         .join(guest.id.to_string())
         .join(format!("{point:020}.man"))
-}
-
-fn literal_batches(site: &Site, guest: &mut Model, point: u64, units: usize) -> Vec<Batch> {
-    let mut random = StdRng::seed_from_u64(point << 8 | u64::from(guest.id.0[0]));
-    guest.now[0][..units].fill_with(|| random.random_range(1..1 << 50));
-    guest.tell_all(site, point)
 }
 
 #[test]
@@ -56,8 +49,9 @@ fn a_torn_last_batch_is_cut_off_at_every_byte() {
     let path = segments(dir.path()).pop().unwrap();
     let bytes = fs::read(&path).unwrap();
     // Every byte of header and entries and of the end; the body in steps.
-    let close =
-        |end: &usize| end - before as usize <= 160 || bytes.len() - end < 64 || end % 41 == 0;
+    let close = |end: &usize| {
+        end - before as usize <= 160 || bytes.len() - end < 64 || end.is_multiple_of(41)
+    };
     for end in (before as usize..bytes.len()).filter(close) {
         fs::write(&path, &bytes[..end]).unwrap();
         let (store, report) = open(dir.path());
@@ -197,6 +191,9 @@ fn a_damaged_manifest_costs_its_point_only() {
     guest.check(&store);
 }
 
+/// One change that a prune makes to a store's files.
+type Step = Box<dyn Fn(&Path)>;
+
 #[test]
 fn a_crash_at_any_step_of_a_prune_loses_nothing() {
     let dir = tempfile::tempdir().unwrap();
@@ -232,7 +229,7 @@ fn a_crash_at_any_step_of_a_prune_loses_nothing() {
     guest.check(&open(pruned.path()).0);
     // After a crash, files are those of before or of after, in the order of the
     // steps: new manifests, old ones gone newest first, copies, segments gone.
-    let mut steps: Vec<Box<dyn Fn(&Path)>> = Vec::new();
+    let mut steps: Vec<Step> = Vec::new();
     let of = |root: &Path, path: &Path, base: &Path| root.join(path.strip_prefix(base).unwrap());
     for &point in &kept {
         let path = manifest(pruned.path(), &guest, point);
@@ -349,124 +346,4 @@ fn the_same_batch_twice_is_one_and_another_of_its_number_is_refused() {
         "{error}"
     );
     assert_eq!(store.bytes(), bytes);
-}
-
-#[test]
-fn a_quota_refuses_more_and_loses_nothing() {
-    let dir = tempfile::tempdir().unwrap();
-    let limit = 150_000;
-    let (store, _) = Store::open(
-        dir.path(),
-        StoreOptions {
-            bytes_most: Some(limit),
-            ..options()
-        },
-    )
-    .unwrap();
-    fills_up(&store, |error| {
-        assert!(
-            matches!(error, StoreError::Log(LogError::Quota { .. })),
-            "{error}"
-        );
-    });
-    assert!(store.bytes() <= limit);
-}
-
-/// Sends points until one is refused; the sealed ones are whole.
-fn fills_up(store: &Store, refused: impl Fn(StoreError)) -> (Site, Model, Vec<Batch>) {
-    let site = Site::new();
-    let mut guest = Model::new(1, &[400, 4]);
-    for point in 1.. {
-        let batches = literal_batches(&site, &mut guest, point, 50);
-        let bytes: Vec<_> = batches.iter().map(|batch| batch.bytes.clone()).collect();
-        match store.append(&bytes) {
-            Ok(_) => {}
-            Err(error) => {
-                refused(error);
-                assert!(point > 1);
-                guest.check(store);
-                return (site, guest, batches);
-            }
-        }
-        store
-            .seal(guest.seal_of(point, point - 1, &batches))
-            .unwrap();
-        guest.sealed.insert(point, guest.now.clone());
-    }
-    unreachable!("points are refused before numbers end")
-}
-
-/// Unmounts whatever happens.
-struct Mounted(tempfile::TempDir);
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
-    }
-}
-
-fn tiny_disk(test: &str) -> Option<Mounted> {
-    let dir = tempfile::tempdir().unwrap();
-    let mount = Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=400k", "farhaven-test"])
-        .arg(dir.path())
-        .output();
-    match mount {
-        Ok(output) if output.status.success() => Some(Mounted(dir)),
-        _ => {
-            eprintln!("{test}: skipped: no right to mount a tmpfs here");
-            None
-        }
-    }
-}
-
-#[test]
-fn a_full_disk_refuses_more_and_works_again_with_room() {
-    let Some(disk) = tiny_disk("a_full_disk") else {
-        return;
-    };
-    let dir = disk.0.path();
-    fs::write(dir.join("ballast"), vec![1; 100_000]).unwrap();
-    let (store, _) = open(dir);
-    let (site, mut guest, batches) = fills_up(&store, |error| {
-        assert!(
-            matches!(error, StoreError::Log(LogError::Full { .. })),
-            "{error}"
-        );
-        assert!(
-            error.to_string().contains(&dir.display().to_string()),
-            "{error}"
-        );
-    });
-    fs::remove_file(dir.join("ballast")).unwrap();
-    send(&site, &store, &batches);
-    let parent = *guest.sealed.keys().last().unwrap();
-    store
-        .seal(guest.seal_of(parent + 1, parent, &batches))
-        .unwrap();
-    guest.sealed.insert(parent + 1, guest.now.clone());
-    guest.check(&store);
-    drop(store);
-    let (store, report) = open(dir);
-    assert!(
-        report.damaged.is_empty() && report.log.bad.is_empty(),
-        "{report:?}"
-    );
-    guest.check(&store);
-    drop(store);
-}
-
-#[test]
-fn a_read_only_store_says_so() {
-    let Some(disk) = tiny_disk("a_read_only_store") else {
-        return;
-    };
-    drop(open(disk.0.path()));
-    let remount = Command::new("mount")
-        .args(["-o", "remount,ro"])
-        .arg(disk.0.path())
-        .status();
-    assert!(remount.unwrap().success());
-    let error = Store::open(disk.0.path(), options()).unwrap_err();
-    assert!(error.to_string().contains("read-only"), "{error}");
 }

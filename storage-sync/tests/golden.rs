@@ -101,7 +101,7 @@ fn a_manifest_is_read_as_it_was_written() {
     let mut volumes = guest.volumes();
     volumes[1].bytes = 8 << 30;
     let batch = batch();
-    store.append(&[batch.bytes.clone()]).unwrap();
+    store.append(std::slice::from_ref(&batch.bytes)).unwrap();
     let mut seal = guest.seal_of(300, 0, &[batch]);
     seal.volumes = volumes;
     store.seal(seal).unwrap();

@@ -12,7 +12,7 @@ use farhaven_storage_sync::store::{OpenReport, Seal, SealError, Store, StoreOpti
 use farhaven_storage_sync::unit::{GuestId, UNIT, Volume, VolumeKind};
 use farhaven_storage_sync::{PointHeader, PointStats};
 use rand::rngs::StdRng;
-use rand::{Rng, RngCore};
+use rand::{Rng, RngCore, SeedableRng};
 
 pub const SMALL: u64 = 64 * 1024;
 
@@ -31,7 +31,7 @@ pub fn open(dir: &Path) -> (Store, OpenReport) {
 pub fn unit(of: u64) -> Vec<u8> {
     let mut bytes = vec![0; UNIT];
     if of > 0 {
-        let mut random: StdRng = rand::SeedableRng::seed_from_u64(of);
+        let mut random: StdRng = SeedableRng::seed_from_u64(of);
         random.fill_bytes(&mut bytes[..UNIT / 2]);
     }
     bytes
@@ -240,4 +240,11 @@ pub fn check_point(store: &Store, guest: GuestId, point: u64, content: &Content)
             );
         }
     }
+}
+
+/// Gives the first units of a guest new content, and encodes all it holds.
+pub fn literal_batches(site: &Site, guest: &mut Model, point: u64, units: usize) -> Vec<Batch> {
+    let mut random = StdRng::seed_from_u64(point << 8 | u64::from(guest.id.0[0]));
+    guest.now[0][..units].fill_with(|| random.random_range(1..1 << 50));
+    guest.tell_all(site, point)
 }
