@@ -25,5 +25,9 @@ fn main() {
         black_box(key.of(unit));
     }
     let alone = units.len() as f64 / start.elapsed().as_secs_f64();
-    println!("{:.2} GB/s in groups of 16 units, {:.2} GB/s unit by unit", best / 1e9, alone / 1e9);
+    println!(
+        "{:.2} GB/s in groups of 16 units, {:.2} GB/s unit by unit",
+        best / 1e9,
+        alone / 1e9
+    );
 }

@@ -163,7 +163,12 @@ impl Catalogue {
             Err(journal::OpenError::File(error)) => return Err(error.into()),
             Err(journal::OpenError::Damaged) => {
                 report.set_aside.push(set_aside(&journal_path)?);
-                (Journal::open(&journal_path).map_err(journal::OpenError::file)?.0, None)
+                (
+                    Journal::open(&journal_path)
+                        .map_err(journal::OpenError::file)?
+                        .0,
+                    None,
+                )
             }
         };
         let (database, stored) = match open_sled(&sled_dir) {
@@ -187,7 +192,12 @@ impl Catalogue {
             }
         }
         let journal = Mutex::new(journal);
-        let catalogue = Catalogue { dir: dir.to_path_buf(), database, journal, _lock: lock };
+        let catalogue = Catalogue {
+            dir: dir.to_path_buf(),
+            database,
+            journal,
+            _lock: lock,
+        };
         catalogue.flush()?;
         Ok((catalogue, report))
     }
@@ -224,7 +234,9 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.put(&row, Some(&value))?;
         let written = self.database.insert(row, value);
-        written.map(drop).map_err(|error| failed(&self.sled_dir(), &error))
+        written
+            .map(drop)
+            .map_err(|error| failed(&self.sled_dir(), &error))
     }
 
     /// Removes a row; `false` when there was none.
@@ -236,7 +248,9 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.put(&row, None)?;
         let removed = self.database.remove(row);
-        removed.map(|old| old.is_some()).map_err(|error| failed(&self.sled_dir(), &error))
+        removed
+            .map(|old| old.is_some())
+            .map_err(|error| failed(&self.sled_dir(), &error))
     }
 
     /// Reads a row.
@@ -282,17 +296,26 @@ impl Catalogue {
             let rows = rows_of(&self.database).map_err(|error| failed(&self.sled_dir(), &error))?;
             journal.rewrite(&rows)?;
         }
-        self.database.flush().map(drop).map_err(|error| failed(&self.sled_dir(), &error))
+        self.database
+            .flush()
+            .map(drop)
+            .map_err(|error| failed(&self.sled_dir(), &error))
     }
 }
 
 fn parse<T: DeserializeOwned>(table: Table, key: &str, value: &[u8]) -> Result<T, CatalogueError> {
-    serde_json::from_slice(value)
-        .map_err(|source| CatalogueError::Row { table, key: key.to_string(), source })
+    serde_json::from_slice(value).map_err(|source| CatalogueError::Row {
+        table,
+        key: key.to_string(),
+        source,
+    })
 }
 
 fn failed(dir: &Path, error: &dyn std::fmt::Display) -> CatalogueError {
-    CatalogueError::Database { dir: dir.to_path_buf(), why: error.to_string() }
+    CatalogueError::Database {
+        dir: dir.to_path_buf(),
+        why: error.to_string(),
+    }
 }
 
 /// Opens sled and reads every row, so that damage shows now. sled answers some
@@ -314,7 +337,9 @@ fn open_sled(dir: &Path) -> Result<(sled::Db, Rows), CatalogueError> {
 }
 
 fn rows_of(database: &sled::Db) -> Result<Rows, sled::Error> {
-    let rows = database.iter().map(|row| row.map(|(key, value)| (key.to_vec(), value.to_vec())));
+    let rows = database
+        .iter()
+        .map(|row| row.map(|(key, value)| (key.to_vec(), value.to_vec())));
     rows.collect()
 }
 
@@ -322,7 +347,10 @@ fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sle
     for key in stored.keys().filter(|key| !rows.contains_key(*key)) {
         database.remove(key)?;
     }
-    for (key, value) in rows.iter().filter(|(key, value)| stored.get(*key) != Some(value)) {
+    for (key, value) in rows
+        .iter()
+        .filter(|(key, value)| stored.get(*key) != Some(value))
+    {
         database.insert(&key[..], &value[..])?;
     }
     Ok(())
@@ -332,7 +360,10 @@ fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sle
 fn set_aside(path: &Path) -> Result<PathBuf, FileError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
-    let aside = (1..).map(named).find(|aside| !aside.exists()).unwrap_or_else(|| named(0));
+    let aside = (1..)
+        .map(named)
+        .find(|aside| !aside.exists())
+        .unwrap_or_else(|| named(0));
     std::fs::rename(path, &aside).map_err(FileError::at("rename", path))?;
     if let Some(dir) = path.parent() {
         sync_dir(dir)?;

@@ -154,7 +154,9 @@ fn zero_chunk() -> &'static [u8; CHUNK] {
 /// Is the unit all zeros? Reads eight bytes at a time and stops early.
 pub fn is_zero(unit: &[u8]) -> bool {
     let (blocks, rest) = unit.as_chunks::<64>();
-    blocks.iter().all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
+    blocks
+        .iter()
+        .all(|block| block.iter().fold(0, |all, byte| all | byte) == 0)
         && rest.iter().all(|&byte| byte == 0)
 }
 

@@ -21,7 +21,11 @@ pub struct FileError {
 impl FileError {
     pub(crate) fn at(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> FileError {
         let path = path.to_path_buf();
-        move |source| FileError { action, path, source }
+        move |source| FileError {
+            action,
+            path,
+            source,
+        }
     }
 
     /// Is there no room left, on the disk or in the quota?
@@ -31,12 +35,17 @@ impl FileError {
 }
 
 fn is_full(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded)
+    matches!(
+        error.kind(),
+        io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
+    )
 }
 
 fn advice(error: &io::Error) -> &'static str {
     match error.kind() {
-        _ if is_full(error) => ": that file system is full; free space there, what is sealed is safe",
+        _ if is_full(error) => {
+            ": that file system is full; free space there, what is sealed is safe"
+        }
         io::ErrorKind::ReadOnlyFilesystem => ": it is read-only; mount it writable",
         io::ErrorKind::PermissionDenied => ": not permitted; give this user the directory",
         io::ErrorKind::NotFound => ": it does not exist",
@@ -59,7 +68,12 @@ pub(crate) fn sync_dir(path: &Path) -> Result<(), FileError> {
 /// Opens for reading and writing, for this user only, making it if needed.
 pub(crate) fn open_private(path: &Path) -> Result<File, FileError> {
     let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600);
     options.open(path).map_err(FileError::at("open", path))
 }
 
@@ -79,7 +93,11 @@ pub(crate) fn put_whole(path: &Path, parts: &[&[u8]]) -> Result<(), FileError> {
     if let Err(source) = write() {
         // Best effort: the next open removes leftovers as well.
         let _ = std::fs::remove_file(&temporary);
-        return Err(FileError { action: "write", path: path.to_path_buf(), source });
+        return Err(FileError {
+            action: "write",
+            path: path.to_path_buf(),
+            source,
+        });
     }
     match path.parent() {
         Some(dir) => sync_dir(dir),
@@ -93,8 +111,15 @@ pub(crate) fn lock(dir: &Path) -> Result<File, LockError> {
     let file = open_private(&path)?;
     match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(LockError::Held { dir: dir.to_path_buf() }),
-        Err(error) => Err(FileError { action: "lock", path, source: error.into() }.into()),
+        Err(rustix::io::Errno::WOULDBLOCK) => Err(LockError::Held {
+            dir: dir.to_path_buf(),
+        }),
+        Err(error) => Err(FileError {
+            action: "lock",
+            path,
+            source: error.into(),
+        }
+        .into()),
     }
 }
 

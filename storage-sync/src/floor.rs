@@ -59,7 +59,11 @@ impl Floor {
         }
         self.distinct += 1;
         self.group.extend_from_slice(unit);
-        if self.group.len() >= GROUP * UNIT { self.close() } else { Ok(()) }
+        if self.group.len() >= GROUP * UNIT {
+            self.close()
+        } else {
+            Ok(())
+        }
     }
 
     fn close(&mut self) -> io::Result<()> {
@@ -86,6 +90,7 @@ impl Floor {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use super::*;
 

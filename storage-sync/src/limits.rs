@@ -57,5 +57,8 @@ const _: () = assert!(GROUP == 64, "places have 6 bits of index");
 const _: () = assert!(UNIT == 4096 && UNIT.is_power_of_two());
 const _: () = assert!(SEGMENT_BYTES_MOST + (BATCH_BYTES as u64) < u32::MAX as u64);
 const _: () = assert!(VOLUMES <= u16::MAX as usize);
-const _: () = assert!(BATCH_BYTES < 512 * 1024, "several in flight must fit small buffers");
+const _: () = assert!(
+    BATCH_BYTES < 512 * 1024,
+    "several in flight must fit small buffers"
+);
 const _: () = assert!(VOLUME_UNITS.checked_mul(UNIT as u64).is_some());

@@ -5,6 +5,7 @@
 //! the segments (`scan.rs`). A place names a batch by number, so prune may copy
 //! live batches to the end and remove old segments.
 
+mod read;
 mod scan;
 
 use std::collections::{BTreeMap, HashMap};
@@ -16,7 +17,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::codec::BatchHeader;
 use crate::files::{FileError, make_dir, open_private, sync_dir};
-use crate::limits::{BATCH_BYTES, BATCH_HEADER, SEGMENTS_OPEN};
 
 pub use scan::{BadRange, ScanReport};
 
@@ -126,11 +126,23 @@ impl Log {
         make_dir(dir)?;
         let mut index = BTreeMap::new();
         let (segments, report) = scan::scan(dir, &mut index, seen)?;
-        let last = segments.last_key_value().map(|(&number, &bytes)| (number, bytes));
-        let mut writer = Writer { segment: 0, file: None, offset: 0, failed: None };
+        let last = segments
+            .last_key_value()
+            .map(|(&number, &bytes)| (number, bytes));
+        let mut writer = Writer {
+            segment: 0,
+            file: None,
+            offset: 0,
+            failed: None,
+        };
         if let Some((segment, offset)) = last {
             let file = open_private(&segment_path(dir, segment))?;
-            writer = Writer { segment, file: Some(Arc::new(file)), offset, failed: None };
+            writer = Writer {
+                segment,
+                file: Some(Arc::new(file)),
+                offset,
+                failed: None,
+            };
         }
         let log = Log {
             dir: dir.to_path_buf(),
@@ -193,23 +205,6 @@ impl Log {
         outcome
     }
 
-    /// Is exactly this batch in the log already?
-    fn known(&self, header: &BatchHeader) -> Result<bool, LogError> {
-        let Some(location) = self.locate(header.seq) else { return Ok(false) };
-        let mut fixed = [0; BATCH_HEADER];
-        let read = self.reader(location.segment).and_then(|file| {
-            file.read_exact_at(&mut fixed, location.offset.into())
-                .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
-        });
-        read?;
-        match BatchHeader::parse(&fixed) {
-            Ok(kept) if kept.hash != header.hash => Err(LogError::Conflict { seq: header.seq }),
-            Ok(_) => Ok(true),
-            // The kept copy is damaged: take the one that arrived instead.
-            Err(_) => Ok(false),
-        }
-    }
-
     fn write(
         &self,
         writer: &mut Writer,
@@ -218,29 +213,45 @@ impl Log {
         again: bool,
     ) -> Result<Location, LogError> {
         if let Some(why) = &writer.failed {
-            return Err(LogError::Failed { dir: self.dir.clone(), why: why.clone() });
+            return Err(LogError::Failed {
+                dir: self.dir.clone(),
+                why: why.clone(),
+            });
         }
         let have = self.bytes();
         if let Some(limit) = self.bytes_most
             && !again
             && have + bytes.len() as u64 > limit
         {
-            return Err(LogError::Quota { dir: self.dir.clone(), have, limit });
+            return Err(LogError::Quota {
+                dir: self.dir.clone(),
+                have,
+                limit,
+            });
         }
         if writer.file.is_none() || writer.offset + bytes.len() as u64 > self.segment_bytes {
             self.roll(writer)?;
         }
         let path = segment_path(&self.dir, writer.segment);
-        let Some(file) = &writer.file else { return Err(self.lost(writer)) };
+        let Some(file) = &writer.file else {
+            return Err(self.lost(writer));
+        };
         if let Err(source) = file.write_all_at(bytes, writer.offset) {
             // Back to the last whole record: whatever came of it must not stay.
             if let Err(error) = file.set_len(writer.offset) {
                 let why = format!("cannot cut {} back: {error}", path.display());
                 writer.failed = Some(why);
             }
-            let error = FileError { action: "append to", path, source };
+            let error = FileError {
+                action: "append to",
+                path,
+                source,
+            };
             return Err(match error.is_full() {
-                true => LogError::Full { dir: self.dir.clone(), source: error.source },
+                true => LogError::Full {
+                    dir: self.dir.clone(),
+                    source: error.source,
+                },
                 false => error.into(),
             });
         }
@@ -266,10 +277,18 @@ impl Log {
             Ok(file)
         });
         let file = made.map_err(|error| match error.is_full() {
-            true => LogError::Full { dir: self.dir.clone(), source: error.source },
+            true => LogError::Full {
+                dir: self.dir.clone(),
+                source: error.source,
+            },
             false => error.into(),
         })?;
-        *writer = Writer { segment, file: Some(Arc::new(file)), offset: 0, failed: None };
+        *writer = Writer {
+            segment,
+            file: Some(Arc::new(file)),
+            offset: 0,
+            failed: None,
+        };
         held(&self.segments).insert(segment, 0);
         Ok(())
     }
@@ -280,7 +299,9 @@ impl Log {
         if writer.failed.is_some() {
             return Err(self.lost(writer));
         }
-        let Some(file) = &writer.file else { return Ok(()) };
+        let Some(file) = &writer.file else {
+            return Ok(());
+        };
         if let Err(error) = file.sync_data() {
             writer.failed = Some(error.to_string());
             return Err(self.lost(writer));
@@ -290,23 +311,36 @@ impl Log {
 
     fn lost(&self, writer: &Writer) -> LogError {
         let why = writer.failed.clone().unwrap_or_default();
-        LogError::Failed { dir: self.dir.clone(), why }
+        LogError::Failed {
+            dir: self.dir.clone(),
+            why,
+        }
     }
 
     pub(crate) fn locate(&self, seq: u64) -> Option<Location> {
-        self.index.read().unwrap_or_else(PoisonError::into_inner).get(&seq).copied()
+        self.index
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&seq)
+            .copied()
     }
 
     /// Numbers of batches from `from` on, at most `most`.
     pub(crate) fn seqs_from(&self, from: u64, most: usize) -> Vec<u64> {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.range(from..).take(most).map(|(&seq, _)| seq).collect()
+        index
+            .range(from..)
+            .take(most)
+            .map(|(&seq, _)| seq)
+            .collect()
     }
 
     /// Calls `visit` for every batch, in the order of their numbers.
     pub(crate) fn each(&self, visit: &mut dyn FnMut(u64, Location)) {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.iter().for_each(|(&seq, &location)| visit(seq, location));
+        index
+            .iter()
+            .for_each(|(&seq, &location)| visit(seq, location));
     }
 
     /// The largest number in the log, 0 when it is empty.
@@ -326,56 +360,6 @@ impl Log {
         let mut segments = held(&self.segments).clone();
         segments.remove(&current);
         segments
-    }
-
-    /// The whole batch, as bytes. Not verified here.
-    pub(crate) fn read(&self, seq: u64, out: &mut Vec<u8>) -> Result<(), LogError> {
-        self.read_part(seq, BATCH_BYTES, out)
-    }
-
-    /// Header and entries of a batch, not verified; more may follow.
-    pub(crate) fn read_entries(&self, seq: u64, out: &mut Vec<u8>) -> Result<(), LogError> {
-        self.read_part(seq, 2048, out)?;
-        let whole = match BatchHeader::parse(out) {
-            Ok(header) => BATCH_HEADER + header.entries_bytes,
-            Err(_) => return Ok(()), // The caller parses it again and says why.
-        };
-        if whole > out.len() { self.read_part(seq, whole, out) } else { Ok(()) }
-    }
-
-    fn read_part(&self, seq: u64, most: usize, out: &mut Vec<u8>) -> Result<(), LogError> {
-        // Twice at most: prune may move the batch between look-up and read.
-        for last in [false, true] {
-            let location = self.locate(seq).ok_or(LogError::Missing { seq })?;
-            out.clear();
-            out.resize(most.min(location.bytes as usize), 0);
-            let read = self.reader(location.segment).and_then(|file| {
-                file.read_exact_at(out, location.offset.into())
-                    .map_err(FileError::at("read", &segment_path(&self.dir, location.segment)))
-            });
-            match read {
-                Ok(()) => return Ok(()),
-                Err(error) if last || self.locate(seq) == Some(location) => {
-                    return Err(error.into());
-                }
-                Err(_) => {}
-            }
-        }
-        Err(LogError::Missing { seq })
-    }
-
-    fn reader(&self, segment: u32) -> Result<Arc<File>, FileError> {
-        let mut readers = held(&self.readers);
-        if let Some(file) = readers.get(&segment) {
-            return Ok(file.clone());
-        }
-        let path = segment_path(&self.dir, segment);
-        let file = Arc::new(File::open(&path).map_err(FileError::at("open", &path))?);
-        if readers.len() >= SEGMENTS_OPEN {
-            readers.clear();
-        }
-        readers.insert(segment, file.clone());
-        Ok(file)
     }
 
     /// Forgets batches; their bytes go with their segments.

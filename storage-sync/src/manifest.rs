@@ -148,7 +148,11 @@ struct Cursor {
 impl Cursor {
     /// volume step, gap, count × 2 (+1 for zeros), step of the place.
     fn put(&mut self, out: &mut Vec<u8>, run: &Run) {
-        let start = if run.volume == self.volume { self.unit } else { 0 };
+        let start = if run.volume == self.volume {
+            self.unit
+        } else {
+            0
+        };
         varint::put(out, u64::from(run.volume - self.volume));
         varint::put(out, run.unit - start);
         varint::put(out, run.count << 1 | u64::from(run.place == Place::ZERO));
@@ -181,12 +185,20 @@ impl Cursor {
         }
         self.volume = volume;
         self.unit = end;
-        Some(Run { volume, unit, count, place })
+        Some(Run {
+            volume,
+            unit,
+            count,
+            place,
+        })
     }
 }
 
 fn damaged(path: &Path, why: &str) -> ManifestError {
-    ManifestError::Damaged { path: path.to_path_buf(), why: why.to_string() }
+    ManifestError::Damaged {
+        path: path.to_path_buf(),
+        why: why.to_string(),
+    }
 }
 
 /// Reads and verifies everything but the runs, from the front of a file's bytes.
@@ -202,7 +214,10 @@ fn decode_head(path: &Path, bytes: &[u8]) -> Result<(Head, usize), ManifestError
     }
     let version = u16::from_le_bytes([fixed[4], fixed[5]]);
     if version > VERSION || fixed[6] != 0 || fixed[7] != 0 {
-        return Err(ManifestError::Newer { path: path.to_path_buf(), version });
+        return Err(ManifestError::Newer {
+            path: path.to_path_buf(),
+            version,
+        });
     }
     let (cbor, context) = (u32_at(8), u32_at(12));
     if cbor > POINT_HEADER_BYTES || context > CONTEXT_BYTES {
@@ -226,7 +241,14 @@ fn decode_head(path: &Path, bytes: &[u8]) -> Result<(Head, usize), ManifestError
         return Err(damaged(path, "it builds on a later point"));
     }
     let context = head[FIXED + cbor..].to_vec();
-    Ok((Head { header, base, context }, end + 32))
+    Ok((
+        Head {
+            header,
+            base,
+            context,
+        },
+        end + 32,
+    ))
 }
 
 /// Reads a whole manifest from memory, calling `each` for every run.
@@ -244,7 +266,9 @@ pub(crate) fn decode(
     let mut rest = &bytes[start..end];
     let mut at = Cursor::default();
     while !rest.is_empty() {
-        let run = at.take(&mut rest).ok_or_else(|| damaged(path, "a run is out of range"))?;
+        let run = at
+            .take(&mut rest)
+            .ok_or_else(|| damaged(path, "a run is out of range"))?;
         each(run);
     }
     Ok(head)
@@ -288,6 +312,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests {
     use proptest::prelude::*;
 
@@ -301,7 +326,11 @@ mod tests {
             parent: 8,
             cut_at_unix_ns: 1,
             sealed_at_unix_ns: 2,
-            volumes: vec![Volume { name: "ram".into(), kind: VolumeKind::Ram, bytes: 1 << 30 }],
+            volumes: vec![Volume {
+                name: "ram".into(),
+                kind: VolumeKind::Ram,
+                bytes: 1 << 30,
+            }],
             batches: 3,
             chain: [5; 32],
             stored_bytes: 4,
@@ -311,7 +340,13 @@ mod tests {
     }
 
     fn runs() -> impl Strategy<Value = Vec<Run>> {
-        let run = (0u16..3, 0u64..1000, 1u64..600, 64u64..1 << 50, any::<bool>());
+        let run = (
+            0u16..3,
+            0u64..1000,
+            1u64..600,
+            64u64..1 << 50,
+            any::<bool>(),
+        );
         prop::collection::vec(run, 0..40).prop_map(|steps| {
             let mut runs = Vec::new();
             let (mut volume, mut unit) = (0, 0);
@@ -321,7 +356,12 @@ mod tests {
                     unit = 0;
                 }
                 let place = if zero { Place::ZERO } else { Place(place) };
-                runs.push(Run { volume, unit: unit + gap, count, place });
+                runs.push(Run {
+                    volume,
+                    unit: unit + gap,
+                    count,
+                    place,
+                });
                 unit += gap + count;
             }
             runs

@@ -71,7 +71,12 @@ pub(crate) struct PointMap {
 
 impl std::fmt::Debug for PointMap {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "PointMap({} volumes, {} leaves)", self.volumes.len(), self.leaves)
+        write!(
+            f,
+            "PointMap({} volumes, {} leaves)",
+            self.volumes.len(),
+            self.leaves
+        )
     }
 }
 
@@ -100,13 +105,21 @@ impl PointMap {
 
     /// Everything of `volume` from `unit` on reads as zeros: it has shrunk.
     pub(crate) fn truncate(&mut self, volume: VolumeIndex, unit: u64) {
-        self.set(&Run { volume, unit, count: u64::MAX - unit, place: Place::ZERO });
+        self.set(&Run {
+            volume,
+            unit,
+            count: u64::MAX - unit,
+            place: Place::ZERO,
+        });
     }
 
     /// Where a unit lies.
     pub(crate) fn place(&self, volume: VolumeIndex, unit: u64) -> Place {
-        let Some(map) = self.volumes.get(usize::from(volume)) else { return Place::ZERO };
-        map.leaf(unit / LEAF).map_or(Place::ZERO, |leaf| leaf.0[(unit % LEAF) as usize])
+        let Some(map) = self.volumes.get(usize::from(volume)) else {
+            return Place::ZERO;
+        };
+        map.leaf(unit / LEAF)
+            .map_or(Place::ZERO, |leaf| leaf.0[(unit % LEAF) as usize])
     }
 
     /// The first run of `volume` that is not zeros at or after `from`.
@@ -128,13 +141,20 @@ impl PointMap {
             }
             count += 1;
         }
-        Some(Run { volume, unit, count, place })
+        Some(Run {
+            volume,
+            unit,
+            count,
+            place,
+        })
     }
 
     /// All runs of `volume` that are not zeros.
     pub(crate) fn runs(&self, volume: VolumeIndex) -> impl Iterator<Item = Run> {
         let first = self.next_run(volume, 0);
-        std::iter::successors(first, move |run| self.next_run(volume, run.unit + run.count))
+        std::iter::successors(first, move |run| {
+            self.next_run(volume, run.unit + run.count)
+        })
     }
 
     /// All runs of all volumes that are not zeros.
@@ -164,12 +184,24 @@ impl VolumeMap {
     fn next_placed(&self, from: u64) -> Option<(u64, Place)> {
         let first = from / LEAF;
         for (&at, branch) in self.branches.range(first / BRANCH..) {
-            let start = if at == first / BRANCH { first % BRANCH } else { 0 };
+            let start = if at == first / BRANCH {
+                first % BRANCH
+            } else {
+                0
+            };
             for index in start..BRANCH {
-                let Some(leaf) = &branch.0[index as usize] else { continue };
+                let Some(leaf) = &branch.0[index as usize] else {
+                    continue;
+                };
                 let number = at * BRANCH + index;
-                let slot = if number == first { (from % LEAF) as usize } else { 0 };
-                let found = leaf.0[slot..].iter().position(|&place| place != Place::ZERO);
+                let slot = if number == first {
+                    (from % LEAF) as usize
+                } else {
+                    0
+                };
+                let found = leaf.0[slot..]
+                    .iter()
+                    .position(|&place| place != Place::ZERO);
                 if let Some(found) = found {
                     let slot = slot + found;
                     return Some((number * LEAF + slot as u64, leaf.0[slot]));
@@ -243,8 +275,12 @@ impl VolumeMap {
     }
 
     fn since(&self, old: &VolumeMap, volume: VolumeIndex, runs: &mut Vec<Run>) {
-        let mut numbers: Vec<u64> =
-            self.branches.keys().chain(old.branches.keys()).copied().collect();
+        let mut numbers: Vec<u64> = self
+            .branches
+            .keys()
+            .chain(old.branches.keys())
+            .copied()
+            .collect();
         numbers.sort_unstable();
         numbers.dedup();
         for at in numbers {
@@ -271,7 +307,12 @@ impl VolumeMap {
                     if place == old.map_or(Place::ZERO, |leaf| leaf.0[slot]) {
                         continue;
                     }
-                    let run = Run { volume, unit: base + slot as u64, count: 1, place };
+                    let run = Run {
+                        volume,
+                        unit: base + slot as u64,
+                        count: 1,
+                        place,
+                    };
                     if !runs.last_mut().is_some_and(|last| last.join(&run)) {
                         runs.push(run);
                     }
@@ -282,85 +323,4 @@ impl VolumeMap {
 }
 
 #[cfg(test)]
-mod tests {
-    use proptest::prelude::*;
-
-    use super::*;
-
-    fn any_run() -> impl Strategy<Value = Run> {
-        (0u16..3, 0u64..700_000, 1u64..1500, 0u64..5000, any::<bool>()).prop_map(
-            |(volume, unit, count, place, zero)| {
-                let place = if zero { Place::ZERO } else { Place(64 + place) };
-                Run { volume, unit: unit / 97 * 97, count, place }
-            },
-        )
-    }
-
-    fn apply(model: &mut BTreeMap<(u16, u64), Place>, run: &Run) {
-        for at in 0..run.count {
-            match run.place {
-                Place::ZERO => model.remove(&(run.volume, run.unit + at)),
-                place => model.insert((run.volume, run.unit + at), Place(place.0 + at)),
-            };
-        }
-    }
-
-    fn flat(map: &PointMap) -> BTreeMap<(u16, u64), Place> {
-        let mut flat = BTreeMap::new();
-        map.all_runs().for_each(|run| apply(&mut flat, &run));
-        flat
-    }
-
-    proptest! {
-        #![proptest_config(ProptestConfig::with_cases(64))]
-        #[test]
-        fn a_map_is_what_was_set_and_its_versions_stay(
-            before in prop::collection::vec(any_run(), 0..12),
-            after in prop::collection::vec(any_run(), 0..12),
-            cut in 0u64..700_000,
-        ) {
-            let mut map = PointMap::default();
-            let mut model = BTreeMap::new();
-            for run in &before {
-                map.set(run);
-                apply(&mut model, run);
-            }
-            prop_assert_eq!(&flat(&map), &model);
-            let old = map.clone();
-            for run in &after {
-                map.set(run);
-                apply(&mut model, run);
-            }
-            map.truncate(1, cut);
-            model.retain(|&(volume, unit), _| volume != 1 || unit < cut);
-            prop_assert_eq!(&flat(&map), &model);
-            let mut again = old.clone();
-            for run in map.since(&old) {
-                again.set(&run);
-            }
-            prop_assert_eq!(&flat(&again), &model);
-            prop_assert_eq!(again.leaves(), map.leaves());
-            for run in old.since(&map) {
-                again.set(&run);
-            }
-            prop_assert_eq!(flat(&again), flat(&old));
-            if let Some((&(volume, unit), &place)) = model.iter().next() {
-                prop_assert_eq!(map.place(volume, unit), place);
-            }
-        }
-    }
-
-    #[test]
-    fn an_ordinary_guest_costs_a_few_megabytes() {
-        let mut map = PointMap::default();
-        let units = (512u64 << 20) / 4096;
-        map.set(&Run { volume: 0, unit: 0, count: units, place: Place(64) });
-        map.set(&Run { volume: 1, unit: 0, count: 4 * units, place: Place(1 << 30) });
-        let bytes = map.leaves() * size_of::<Leaf>();
-        assert!(bytes <= 6 << 20, "{bytes} bytes");
-        map.truncate(0, 0);
-        map.truncate(1, 0);
-        assert_eq!(map.leaves(), 0);
-        map.truncate(900, 5);
-    }
-}
+mod tests;

@@ -10,12 +10,13 @@
 //! newest first; then live batches are copied to the end of the log and
 //! synced; then segments are removed. Each step leaves a whole store.
 
+mod perform;
+
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
-use std::sync::Arc;
 
-use crate::codec::{BatchError, BatchView, Content, EntriesView};
-use crate::files::{FileError, sync_dir};
+use crate::codec::{BatchError, Content, EntriesView};
+use crate::files::FileError;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
 use crate::map::{PointMap, Run};
@@ -57,7 +58,10 @@ pub struct SegmentPlan {
 impl PrunePlan {
     /// Bytes of disk that it will free.
     pub fn bytes_freed(&self) -> u64 {
-        self.segments.iter().map(|segment| segment.bytes - segment.live_bytes).sum()
+        self.segments
+            .iter()
+            .map(|segment| segment.bytes - segment.live_bytes)
+            .sum()
     }
 
     /// Is there nothing to do?
@@ -75,8 +79,15 @@ impl fmt::Display for PrunePlan {
             writeln!(f, "keep point {point} of {guest}: it is in use")?;
         }
         for plan in &self.segments {
-            let SegmentPlan { segment, bytes, live_bytes } = plan;
-            writeln!(f, "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)")?;
+            let SegmentPlan {
+                segment,
+                bytes,
+                live_bytes,
+            } = plan;
+            writeln!(
+                f,
+                "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)"
+            )?;
         }
         let (batches, freed) = (self.retire.len(), self.bytes_freed());
         write!(f, "{batches} batches go, {freed} bytes are freed")
@@ -132,7 +143,9 @@ impl Store {
         let mut plan = PrunePlan::default();
         let mut drops = Drops::new();
         for (&guest, state) in &held(&inner.state).guests {
-            let Some(keep) = keep.get(&guest) else { continue };
+            let Some(keep) = keep.get(&guest) else {
+                continue;
+            };
             let newest = state.newest_point();
             for &point in state.points.keys() {
                 if keep.contains(&point) || point == newest && !keep.is_empty() {
@@ -162,12 +175,17 @@ impl Store {
             let (live_bytes, dead) = sizes.remove(&segment).unwrap_or_default();
             let gone = bytes.saturating_sub(live_bytes);
             if bytes == 0 || gone * WORTH >= bytes && gone > 0 {
-                plan.segments.push(SegmentPlan { segment, bytes, live_bytes });
+                plan.segments.push(SegmentPlan {
+                    segment,
+                    bytes,
+                    live_bytes,
+                });
                 plan.retire.extend(dead);
             }
         }
         // What needs no copy goes first: on a full disk that makes the room.
-        plan.segments.sort_by_key(|segment| (segment.live_bytes, segment.segment));
+        plan.segments
+            .sort_by_key(|segment| (segment.live_bytes, segment.segment));
         plan.retire.sort_unstable();
         held(&inner.state).retiring.extend(&plan.retire);
         Ok(plan)
@@ -188,14 +206,17 @@ impl Store {
     /// See [`PruneError`]: the store is whole, and may have shrunk.
     pub fn perform_prune(&self, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
         let _pruning = held(&self.0.pruning);
-        let outcome = perform(&self.0, plan);
+        let outcome = perform::perform(&self.0, plan);
         self.give_up_prune(plan);
         outcome
     }
 }
 
 fn emptied(keep: &Keep) -> BTreeSet<GuestId> {
-    keep.iter().filter(|(_, points)| points.is_empty()).map(|(&guest, _)| guest).collect()
+    keep.iter()
+        .filter(|(_, points)| points.is_empty())
+        .map(|(&guest, _)| guest)
+        .collect()
 }
 
 /// Walks a guest's points upward with the map of each, without building one twice.
@@ -232,7 +253,10 @@ fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError
     for guest in guests {
         let mut kept = PointMap::default();
         walk(inner, guest, &mut |entry, map, _| {
-            if drops.get(&guest).is_some_and(|drops| drops.contains(&entry.header.point)) {
+            if drops
+                .get(&guest)
+                .is_some_and(|drops| drops.contains(&entry.header.point))
+            {
                 return Ok(());
             }
             let changes: Vec<Run> = map.since(&kept);
@@ -253,8 +277,13 @@ fn unsealed(
 ) -> Result<HashSet<u64>, PruneError> {
     let seqs: Vec<u64> = {
         let state = held(&inner.state);
-        let guests = state.guests.iter().filter(|(guest, _)| !given_up.contains(guest));
-        guests.flat_map(|(_, guest)| guest.unsealed.values().flatten().copied()).collect()
+        let guests = state
+            .guests
+            .iter()
+            .filter(|(guest, _)| !given_up.contains(guest));
+        guests
+            .flat_map(|(_, guest)| guest.unsealed.values().flatten().copied())
+            .collect()
     };
     let mut live = HashSet::new();
     let mut bytes = Vec::new();
@@ -271,129 +300,4 @@ fn unsealed(
         }));
     }
     Ok(live)
-}
-
-fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
-    let mut report = PruneReport::default();
-    let writing = held(&inner.writing);
-    let drops = still_to_drop(inner, plan);
-    for (&guest, drops) in &drops {
-        rebase(inner, guest, drops)?;
-        report.points += drop_points(inner, guest, drops)?;
-    }
-    // Everything that stays, read once at leisure, and once more what arrived
-    // meanwhile, under the lock that new batches need to count.
-    let mut live = live_batches(inner, &Drops::new())?;
-    let mut read = HashSet::new();
-    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
-    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
-    live.insert(inner.log.last_seq());
-    let (revived, dead): (Vec<u64>, Vec<u64>) =
-        plan.retire.iter().partition(|&seq| live.contains(seq));
-    report.revived = revived.len();
-    report.batches = dead.len();
-    inner.log.forget(&dead);
-    // Copying takes long, and neither seals nor a failover wait for it.
-    drop(writing);
-    let before = inner.log.bytes();
-    for plan in &plan.segments {
-        move_live(inner, plan.segment)?;
-        inner.log.remove_segment(plan.segment)?;
-        report.segments += 1;
-    }
-    report.bytes_freed = before.saturating_sub(inner.log.bytes());
-    Ok(report)
-}
-
-/// The plan's points, without those that were opened since.
-fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
-    let state = held(&inner.state);
-    let mut drops = Drops::new();
-    for &(guest, point) in &plan.dropped {
-        let Some(known) = state.guests.get(&guest) else { continue };
-        if known.points.contains_key(&point) && !known.pins.contains_key(&point) {
-            drops.entry(guest).or_default().insert(point);
-        }
-    }
-    drops
-}
-
-/// Writes kept points that build on dropped ones anew, on the kept one before.
-fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), PruneError> {
-    let mut kept: Option<(PointEntry, PointMap)> = None;
-    walk(inner, guest, &mut |entry, map, head| {
-        let point = entry.header.point;
-        if drops.contains(&point) {
-            return Ok(());
-        }
-        let mut entry = entry.clone();
-        let on = kept.as_ref().filter(|(on, _)| on.may_be_base());
-        if drops.contains(&entry.base) {
-            let nothing = PointMap::default();
-            let (base, below) = on.map_or((None, &nothing), |(base, map)| (Some(base), map));
-            let number = base.map_or(0, |base| base.header.point);
-            let runs = map.since(below).into_iter();
-            let bytes = manifest::encode(&entry.header, number, &head.context, runs);
-            let path = manifest::path_of(&inner.manifests, guest, point);
-            manifest::write(&path, &bytes)?;
-            entry = PointEntry::new(entry.header, base, bytes.len() as u64);
-        }
-        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
-            state.points.insert(point, entry.clone());
-        }
-        kept = Some((entry, map.clone()));
-        Ok(())
-    })
-}
-
-/// Removes manifests, newest first, so that none is left without its base.
-fn drop_points(
-    inner: &Inner,
-    guest: GuestId,
-    drops: &BTreeSet<u64>,
-) -> Result<usize, PruneError> {
-    for &point in drops.iter().rev() {
-        let path = manifest::path_of(&inner.manifests, guest, point);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(FileError::at("remove", &path)(error).into());
-            }
-            _ => {}
-        }
-        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
-            state.points.remove(&point);
-            if state.points.is_empty() {
-                state.newest = Arc::default();
-                state.unsealed.clear();
-            }
-        }
-    }
-    sync_dir(&inner.manifests.join(guest.to_string()))?;
-    Ok(drops.len())
-}
-
-/// Copies what is needed of a segment to the end of the log.
-fn move_live(inner: &Inner, segment: u32) -> Result<(), PruneError> {
-    let mut seqs = Vec::new();
-    inner.log.each(&mut |seq, location| {
-        if location.segment == segment {
-            seqs.push(seq);
-        }
-    });
-    for seqs in seqs.chunks(16) {
-        let mut copies = Vec::new();
-        for &seq in seqs {
-            let mut bytes = Vec::new();
-            inner.log.read(seq, &mut bytes)?;
-            copies.push(bytes);
-        }
-        let mut batches = Vec::new();
-        for bytes in &copies {
-            // A damaged batch is not copied as if it were whole: the prune stops.
-            let view = BatchView::parse(bytes)?;
-            batches.push((*view.header(), &bytes[..]));
-        }
-        inner.log.move_to_end(&batches)?;
-    }
-    Ok(())
 }

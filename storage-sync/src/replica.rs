@@ -5,9 +5,9 @@
 //! one is a named error, never data. While a replica is open, its point is
 //! pinned: prune leaves it.
 
+mod fill;
+
 use std::collections::HashMap;
-use std::ops::ControlFlow;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use crate::codec::{BatchError, Expander};
@@ -17,9 +17,6 @@ use crate::manifest::{self, ManifestError, PointHeader};
 use crate::map::{PointMap, Run};
 use crate::store::{ExpandError, Store, held};
 use crate::unit::{GuestId, Place, UNIT, Volume, VolumeIndex};
-
-/// Units sorted at a time by [`Replica::fill_parallel`]: 16 MiB of memory.
-const WINDOW: usize = 1 << 20;
 
 /// Why a point cannot be read.
 #[derive(Debug, thiserror::Error)]
@@ -108,7 +105,11 @@ pub struct Replica {
 
 impl std::fmt::Debug for Replica {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Replica({} point {})", self.header.guest, self.header.point)
+        write!(
+            f,
+            "Replica({} point {})",
+            self.header.guest, self.header.point
+        )
     }
 }
 
@@ -128,11 +129,22 @@ impl Store {
             let mut state = held(&self.0.state);
             let state = state.guests.get_mut(&guest);
             let newest = state.as_ref().map_or(0, |state| state.newest_point());
-            let missing = ReplicaError::NoPoint { guest, point, newest };
-            let Some(state) = state else { return Err(missing) };
-            let Some(entry) = state.points.get(&point) else { return Err(missing) };
+            let missing = ReplicaError::NoPoint {
+                guest,
+                point,
+                newest,
+            };
+            let Some(state) = state else {
+                return Err(missing);
+            };
+            let Some(entry) = state.points.get(&point) else {
+                return Err(missing);
+            };
             *state.pins.entry(point).or_default() += 1;
-            (entry.header.clone(), (newest == point).then(|| state.newest.clone()))
+            (
+                entry.header.clone(),
+                (newest == point).then(|| state.newest.clone()),
+            )
         };
         // From here on, dropping the replica unpins.
         let cached_most = (self.0.options.cache_bytes / BATCH_BODY_RAW).max(1);
@@ -163,7 +175,9 @@ impl Store {
 
     fn unpin(&self, guest: GuestId, point: u64) {
         let mut state = held(&self.0.state);
-        let Some(state) = state.guests.get_mut(&guest) else { return };
+        let Some(state) = state.guests.get_mut(&guest) else {
+            return;
+        };
         if let Some(pins) = state.pins.get_mut(&point) {
             *pins -= 1;
             if *pins == 0 {
@@ -201,8 +215,15 @@ impl Replica {
         count: u64,
         out: &mut [u8],
     ) -> Result<(), ReplicaError> {
-        let range = ReplicaError::Range { volume, unit, count };
-        let units = self.volumes().get(usize::from(volume)).map_or(0, Volume::units);
+        let range = ReplicaError::Range {
+            volume,
+            unit,
+            count,
+        };
+        let units = self
+            .volumes()
+            .get(usize::from(volume))
+            .map_or(0, Volume::units);
         let (out, rest) = out.as_chunks_mut::<UNIT>();
         let fits = unit.checked_add(count).is_some_and(|end| end <= units);
         if !fits || out.len() as u64 != count || !rest.is_empty() {
@@ -227,7 +248,10 @@ impl Replica {
     fn literal<'a>(&self, literals: &'a [u8], place: Place) -> Result<&'a [u8], ReplicaError> {
         let start = usize::from(place.index()) * UNIT;
         let literal = literals.get(start..start + UNIT);
-        literal.ok_or(ReplicaError::Lost { point: self.header.point, place })
+        literal.ok_or(ReplicaError::Lost {
+            point: self.header.point,
+            place,
+        })
     }
 
     /// A batch's literals, from the cache or from disk.
@@ -247,7 +271,9 @@ impl Replica {
         let mut cache = held(&self.cache);
         while cache.batches.len() >= self.cached_most {
             let oldest = cache.batches.iter().min_by_key(|(_, (used, _))| *used);
-            let Some(oldest) = oldest.map(|(&seq, _)| seq) else { break };
+            let Some(oldest) = oldest.map(|(&seq, _)| seq) else {
+                break;
+            };
             cache.batches.remove(&oldest);
         }
         let tick = cache.tick;
@@ -270,7 +296,9 @@ impl Replica {
     pub fn nonzero_runs(&self, volume: VolumeIndex) -> impl Iterator<Item = (u64, u64)> {
         let mut runs = self.map.runs(volume).peekable();
         std::iter::from_fn(move || {
-            let Run { unit, mut count, .. } = runs.next()?;
+            let Run {
+                unit, mut count, ..
+            } = runs.next()?;
             while let Some(next) = runs.next_if(|next| next.unit == unit + count) {
                 count += next.count;
             }
@@ -288,109 +316,5 @@ impl Replica {
     /// point of the same guest), zeros included.
     pub fn changes_since(&self, old: &Replica) -> Vec<Run> {
         self.map.since(&old.map)
-    }
-
-    /// Hands every unit of `volume` that is not zeros to `take` once, in the
-    /// order that reads the log best.
-    ///
-    /// # Errors
-    /// See [`ReplicaError`]; some units were handed over then.
-    pub fn fill(
-        &self,
-        volume: VolumeIndex,
-        mut take: impl FnMut(u64, &[u8]),
-    ) -> Result<(), ReplicaError> {
-        let mut literals = Vec::new();
-        self.windows(volume, |units| {
-            for group in units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()) {
-                self.group(group, &mut literals, &mut take)?;
-            }
-            Ok(())
-        })
-    }
-
-    /// [`Replica::fill`] on `threads` threads.
-    ///
-    /// # Errors
-    /// As for [`Replica::fill`]: the first error of any thread.
-    pub fn fill_parallel(
-        &self,
-        volume: VolumeIndex,
-        threads: usize,
-        take: &(dyn Fn(u64, &[u8]) + Sync),
-    ) -> Result<(), ReplicaError> {
-        self.windows(volume, |units| {
-            let groups: Vec<&[(Place, u64)]> =
-                units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()).collect();
-            let next = AtomicUsize::new(0);
-            let work = || {
-                let mut literals = Vec::new();
-                while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = self.group(group, &mut literals, &mut |unit, bytes| {
-                        take(unit, bytes);
-                    }) {
-                        next.store(groups.len(), Ordering::Relaxed);
-                        return Err(error);
-                    }
-                }
-                Ok(())
-            };
-            std::thread::scope(|scope| {
-                let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
-                let mut outcome = work();
-                for other in others {
-                    match other.join() {
-                        Ok(done) => outcome = outcome.and(done),
-                        Err(panic) => std::panic::resume_unwind(panic),
-                    }
-                }
-                outcome
-            })
-        })
-    }
-
-    /// The volume's placed units, a window at a time, each sorted by place.
-    fn windows(
-        &self,
-        volume: VolumeIndex,
-        mut each: impl FnMut(&[(Place, u64)]) -> Result<(), ReplicaError>,
-    ) -> Result<(), ReplicaError> {
-        let mut units: Vec<(Place, u64)> = Vec::new();
-        let mut flush = |units: &mut Vec<(Place, u64)>| {
-            units.sort_unstable();
-            let outcome = each(units);
-            units.clear();
-            outcome
-        };
-        for run in self.map.runs(volume) {
-            for at in 0..run.count {
-                units.push((Place(run.place.0 + at), run.unit + at));
-                if units.len() == WINDOW {
-                    flush(&mut units)?;
-                }
-            }
-        }
-        flush(&mut units)
-    }
-
-    fn group(
-        &self,
-        group: &[(Place, u64)],
-        literals: &mut Vec<u8>,
-        take: &mut dyn FnMut(u64, &[u8]),
-    ) -> Result<(), ReplicaError> {
-        let Some((first, _)) = group.first() else { return Ok(()) };
-        self.expand(first.seq(), literals)?;
-        let outcome = group.iter().try_for_each(|&(place, unit)| {
-            match self.literal(literals, place) {
-                Ok(bytes) => take(unit, bytes),
-                Err(error) => return ControlFlow::Break(error),
-            }
-            ControlFlow::Continue(())
-        });
-        match outcome {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(error) => Err(error),
-        }
     }
 }

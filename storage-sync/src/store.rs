@@ -6,6 +6,7 @@
 //! A `Store` is a handle: clones share one store, from any thread.
 
 mod open;
+mod read;
 mod seal;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -18,12 +19,13 @@ use bytes::Bytes;
 use crate::codec::{BatchError, BatchHeader, BatchView, Expander};
 use crate::digest::DigestKey;
 use crate::files::{FileError, LockError};
-use crate::limits::{MANIFEST_CHAIN, MAP_LEAF, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::limits::{MANIFEST_CHAIN, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
 use crate::log::{Log, LogError, ScanReport};
-use crate::manifest::{self, ManifestError, PointHeader};
+use crate::manifest::PointHeader;
 use crate::map::PointMap;
-use crate::unit::{Digest, GuestId, Place, UNIT};
+use crate::unit::{Digest, GuestId, UNIT};
 
+pub(crate) use read::{ExpandError, leaf_bytes};
 pub use seal::{Seal, SealError};
 
 /// How a store is kept.
@@ -121,7 +123,13 @@ impl PointEntry {
         bytes: u64,
     ) -> PointEntry {
         match base {
-            None => PointEntry { header, base: 0, depth: 1, full_bytes: bytes, delta_bytes: 0 },
+            None => PointEntry {
+                header,
+                base: 0,
+                depth: 1,
+                full_bytes: bytes,
+                delta_bytes: 0,
+            },
             Some(on) => PointEntry {
                 header,
                 base: on.header.point,
@@ -253,7 +261,11 @@ impl Store {
     /// A guest's points, oldest first.
     pub fn points(&self, guest: GuestId) -> Vec<PointHeader> {
         let state = held(&self.0.state);
-        let points = state.guests.get(&guest).into_iter().flat_map(|guest| guest.points.values());
+        let points = state
+            .guests
+            .get(&guest)
+            .into_iter()
+            .flat_map(|guest| guest.points.values());
         points.map(|entry| (*entry.header).clone()).collect()
     }
 
@@ -268,14 +280,18 @@ impl Store {
     pub fn guests(&self) -> Vec<GuestId> {
         let state = held(&self.0.state);
         let known = state.guests.iter();
-        let known = known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
+        let known =
+            known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
         known.map(|(&guest, _)| guest).collect()
     }
 
     /// The batches that were received for a point that is not sealed.
     pub fn unsealed(&self, guest: GuestId, point: u64) -> Vec<u64> {
         let state = held(&self.0.state);
-        let unsealed = state.guests.get(&guest).and_then(|guest| guest.unsealed.get(&point));
+        let unsealed = state
+            .guests
+            .get(&guest)
+            .and_then(|guest| guest.unsealed.get(&point));
         unsealed.into_iter().flatten().copied().collect()
     }
 
@@ -302,7 +318,10 @@ impl Store {
             Some(last) if seqs.len() >= most.max(1) => Some(last + 1),
             _ => None,
         };
-        let mut page = DigestPage { batches: Vec::with_capacity(seqs.len()), next };
+        let mut page = DigestPage {
+            batches: Vec::with_capacity(seqs.len()),
+            next,
+        };
         let (mut bytes, mut literals) = (Vec::new(), Vec::new());
         let mut expander = Expander::new();
         for seq in seqs {
@@ -327,106 +346,11 @@ impl State {
         let guest = self.guests.entry(header.guest).or_default();
         guest.claimed = guest.claimed.max(header.point);
         if header.point > guest.largest {
-            guest.unsealed.entry(header.point).or_default().insert(header.seq);
+            guest
+                .unsealed
+                .entry(header.point)
+                .or_default()
+                .insert(header.seq);
         }
     }
-}
-
-/// Why a stored batch could not be read.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum ExpandError {
-    #[error(transparent)]
-    Log(#[from] LogError),
-    #[error(transparent)]
-    Batch(#[from] BatchError),
-}
-
-impl Inner {
-    /// Reads, verifies and expands one batch.
-    pub(crate) fn expand(
-        &self,
-        seq: u64,
-        expander: &mut Expander,
-        bytes: &mut Vec<u8>,
-        literals: &mut Vec<u8>,
-    ) -> Result<(), ExpandError> {
-        self.log.read(seq, bytes)?;
-        let view = BatchView::parse(bytes)?;
-        if view.header().seq != seq {
-            return Err(BatchError::Damaged { seq, part: "entries" }.into());
-        }
-        Ok(view.literals(expander, literals)?)
-    }
-
-    /// Does this place hold a literal?
-    pub(crate) fn resolves(&self, place: Place) -> bool {
-        self.log.locate(place.seq()).is_some_and(|at| place.index() < at.literals)
-    }
-
-    /// The first place of a map that holds nothing, if any.
-    pub(crate) fn dangling(&self, map: &PointMap) -> Option<Place> {
-        let mut checked = 0; // Runs often follow one another in one batch.
-        for run in map.all_runs() {
-            for seq in run.seqs() {
-                let last = Place(run.place.0 + run.count - 1);
-                let last = if last.seq() == seq { last } else { Place::new(seq, 63) };
-                if last.0 == checked {
-                    continue;
-                }
-                if !self.resolves(last) {
-                    return Some(last);
-                }
-                checked = last.0;
-            }
-        }
-        None
-    }
-
-    /// Builds the map of a point from its manifests, oldest first.
-    pub(crate) fn load_map(&self, guest: GuestId, point: u64) -> Result<PointMap, ManifestError> {
-        let mut chain = Vec::new();
-        let mut at = point;
-        while at != 0 {
-            let path = manifest::path_of(&self.manifests, guest, at);
-            chain.push(path.clone());
-            let state = held(&self.state);
-            let entry = state.guests.get(&guest).and_then(|guest| guest.points.get(&at));
-            let base = entry.map(|entry| entry.base);
-            drop(state);
-            at = match base {
-                Some(base) => base,
-                None => manifest::read_head(&path)?.base,
-            };
-        }
-        let mut map = PointMap::default();
-        for path in chain.iter().rev() {
-            self.apply(path, &mut map)?;
-        }
-        Ok(map)
-    }
-
-    /// Applies one manifest to the map of its base.
-    pub(crate) fn apply(
-        &self,
-        path: &Path,
-        map: &mut PointMap,
-    ) -> Result<manifest::Head, ManifestError> {
-        let most = self.options.map_bytes;
-        let mut fits = true;
-        let head = manifest::read(path, &mut |run| {
-            fits = fits && leaf_bytes(map) <= most;
-            if fits {
-                map.set(&run);
-            }
-        })?;
-        if !fits {
-            let why = format!("it needs more than map_bytes ({most}); raise it");
-            return Err(ManifestError::Damaged { path: path.to_path_buf(), why });
-        }
-        Ok(head)
-    }
-}
-
-pub(crate) fn leaf_bytes(map: &PointMap) -> usize {
-    map.leaves() * MAP_LEAF * size_of::<Place>()
 }

@@ -10,7 +10,9 @@ pub const UNIT: usize = 4096;
 pub const GROUP: usize = 64;
 
 /// A guest, across sites and renames. Written in the form of a UUID.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
+)]
 #[serde(try_from = "String", into = "String")]
 pub struct GuestId(pub [u8; 16]);
 
@@ -148,7 +150,11 @@ impl Place {
 
 impl fmt::Debug for Place {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if *self == Place::ZERO { write!(f, "zero") } else { write!(f, "{}.{}", self.seq(), self.index()) }
+        if *self == Place::ZERO {
+            write!(f, "zero")
+        } else {
+            write!(f, "{}.{}", self.seq(), self.index())
+        }
     }
 }
 

@@ -15,7 +15,13 @@ fn fill(dir: &Path) -> Vec<(String, Value)> {
     let (catalogue, report) = open(dir);
     assert_eq!(report, CatalogueReport::default());
     for at in 0..200 {
-        catalogue.put(Table::Guests, &format!("guest{:03}", at % 50), &json!({ "at": at })).unwrap();
+        catalogue
+            .put(
+                Table::Guests,
+                &format!("guest{:03}", at % 50),
+                &json!({ "at": at }),
+            )
+            .unwrap();
     }
     catalogue.put(Table::Site, "self", &json!("here")).unwrap();
     assert!(catalogue.remove(Table::Guests, "guest007").unwrap());
@@ -28,8 +34,17 @@ fn fill(dir: &Path) -> Vec<(String, Value)> {
 
 fn check(catalogue: &Catalogue, rows: &[(String, Value)]) {
     assert_eq!(catalogue.list::<Value>(Table::Guests).unwrap(), rows);
-    assert_eq!(catalogue.find::<String>(Table::Site, "self").unwrap().unwrap(), "here");
-    assert_eq!(catalogue.find::<String>(Table::Peers, "self").unwrap(), None);
+    assert_eq!(
+        catalogue
+            .find::<String>(Table::Site, "self")
+            .unwrap()
+            .unwrap(),
+        "here"
+    );
+    assert_eq!(
+        catalogue.find::<String>(Table::Peers, "self").unwrap(),
+        None
+    );
 }
 
 #[test]
@@ -74,7 +89,10 @@ fn a_lost_or_rotten_journal_is_made_again_from_the_database() {
     bytes[middle] ^= 1;
     fs::write(&journal, bytes).unwrap();
     let (catalogue, report) = open(dir.path());
-    assert!(report.journal_rebuilt && report.set_aside.len() == 1, "{report:?}");
+    assert!(
+        report.journal_rebuilt && report.set_aside.len() == 1,
+        "{report:?}"
+    );
     check(&catalogue, &rows);
 }
 
@@ -106,11 +124,19 @@ fn the_journal_does_not_grow_without_end() {
         catalogue.put(Table::Remote, "guest", &long).unwrap();
         catalogue.flush().unwrap();
     }
-    let length = fs::metadata(dir.path().join("catalogue.journal")).unwrap().len();
+    let length = fs::metadata(dir.path().join("catalogue.journal"))
+        .unwrap()
+        .len();
     assert!(length < 5 << 20, "{length} bytes");
     drop(catalogue);
     let (catalogue, _) = open(dir.path());
-    assert_eq!(catalogue.find::<String>(Table::Remote, "guest").unwrap().unwrap(), long);
+    assert_eq!(
+        catalogue
+            .find::<String>(Table::Remote, "guest")
+            .unwrap()
+            .unwrap(),
+        long
+    );
 }
 
 #[test]
@@ -122,9 +148,15 @@ fn what_does_not_fit_is_refused() {
         catalogue.put(Table::Remote, "guest", &long),
         Err(CatalogueError::Size { .. })
     ));
-    assert!(matches!(catalogue.put(Table::Remote, &long, &1), Err(CatalogueError::Size { .. })));
+    assert!(matches!(
+        catalogue.put(Table::Remote, &long, &1),
+        Err(CatalogueError::Size { .. })
+    ));
     catalogue.put(Table::Remote, "guest", &"text").unwrap();
     let error = catalogue.find::<u64>(Table::Remote, "guest").unwrap_err();
     assert!(matches!(error, CatalogueError::Row { .. }), "{error}");
-    assert!(matches!(Catalogue::open(dir.path()), Err(CatalogueError::Lock(_))));
+    assert!(matches!(
+        Catalogue::open(dir.path()),
+        Err(CatalogueError::Lock(_))
+    ));
 }

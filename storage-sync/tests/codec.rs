@@ -25,7 +25,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let volume = prop_oneof![Just(0u16), Just(1), Just(900)];
     let at = prop_oneof![0u64..300, Just(VOLUME_UNITS - 400)];
-    (volume, at, 0u64..200, 0u8..20, 1u64..100).prop_map(|(volume, at, of, kind, count)| match kind {
+    (volume, at, 0u64..200, 0u8..20, 1u64..100).prop_map(|(volume, at, of, kind, count)| match kind
+    {
         0 => Step::Flush,
         1..4 => Step::Zeros(volume, at, count),
         _ => Step::Unit(volume, at, of),
@@ -42,7 +43,10 @@ fn decode(batches: &[Batch]) -> BTreeMap<(u16, u64), Vec<u8>> {
         assert!(batch.bytes.len() <= BATCH_BYTES);
         let view = BatchView::parse(&batch.bytes).unwrap();
         let header = view.header();
-        assert_eq!((header.seq, header.hash, header.literals), (batch.seq, batch.hash, batch.literals));
+        assert_eq!(
+            (header.seq, header.hash, header.literals),
+            (batch.seq, batch.hash, batch.literals)
+        );
         let mut body = Vec::new();
         view.literals(&mut expander, &mut body).unwrap();
         for (index, literal) in body.chunks(UNIT).enumerate() {
@@ -71,7 +75,9 @@ fn batch() -> Batch {
     let mut encoder = Encoder::new(GuestId([3; 16]), 5, site.seqs, site.index, 3);
     for at in 0..20 {
         let bytes = unit(1 + at % 9);
-        let full = encoder.unit(0, at * 2, &bytes, site.key.of(&bytes)).unwrap();
+        let full = encoder
+            .unit(0, at * 2, &bytes, site.key.of(&bytes))
+            .unwrap();
         assert!(full.is_none());
     }
     encoder.zeros(1, 7, 1000).unwrap();
@@ -160,13 +166,18 @@ proptest! {
 /// Puts both hashes right after the bytes were changed.
 fn seal_by_hand(bytes: &mut [u8]) {
     let entries = u32::from_le_bytes(bytes[40..44].try_into().unwrap()) as usize;
-    let Some(end) = BATCH_HEADER.checked_add(entries).filter(|&end| end <= bytes.len()) else {
+    let Some(end) = BATCH_HEADER
+        .checked_add(entries)
+        .filter(|&end| end <= bytes.len())
+    else {
         return;
     };
     let body = blake3::hash(&bytes[end..]);
     bytes[56..88].copy_from_slice(body.as_bytes());
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&bytes[..88]).update(&bytes[BATCH_HEADER..end]);
+    hasher
+        .update(&bytes[..88])
+        .update(&bytes[BATCH_HEADER..end]);
     bytes[88..120].copy_from_slice(hasher.finalize().as_bytes());
 }
 
@@ -225,11 +236,20 @@ fn sequential_units_cost_one_entry_and_repeats_no_body() {
     assert_eq!(site.index.lock().unwrap().len(), 64);
     for at in 0..64 {
         let bytes = unit(1 + at);
-        assert!(encoder.unit(0, 100 + at, &bytes, site.key.of(&bytes)).unwrap().is_none());
+        assert!(
+            encoder
+                .unit(0, 100 + at, &bytes, site.key.of(&bytes))
+                .unwrap()
+                .is_none()
+        );
     }
     let second = encoder.flush().unwrap();
     assert_eq!((second.literals, second.units), (0, 64));
-    assert!(second.bytes.len() < BATCH_HEADER + 16, "{} bytes", second.bytes.len());
+    assert!(
+        second.bytes.len() < BATCH_HEADER + 16,
+        "{} bytes",
+        second.bytes.len()
+    );
     assert!(encoder.flush().is_none());
 }
 
@@ -257,7 +277,13 @@ fn a_later_number_of_another_guest_is_not_referred_to() {
     let mine = GuestId([1; 16]);
     let mut early = Encoder::new(mine, 1, site.seqs.clone(), site.index.clone(), 3);
     assert!(early.zeros(0, 0, 1).unwrap().is_none());
-    let mut later = Encoder::new(GuestId([2; 16]), 1, site.seqs.clone(), site.index.clone(), 3);
+    let mut later = Encoder::new(
+        GuestId([2; 16]),
+        1,
+        site.seqs.clone(),
+        site.index.clone(),
+        3,
+    );
     let bytes = unit(9);
     let digest = site.key.of(&bytes);
     later.unit(0, 0, &bytes, digest).unwrap();
@@ -275,13 +301,31 @@ fn what_cannot_be_encoded_is_an_error() {
     let site = Site::new();
     let new = |point, seqs| Encoder::new(GuestId([3; 16]), point, seqs, site.index.clone(), 3);
     let mut encoder = new(1, site.seqs.clone());
-    assert!(matches!(encoder.unit(0, 0, &[1; 5], Digest::UNKNOWN), Err(EncodeError::Length(5))));
-    assert!(matches!(encoder.zeros(0, VOLUME_UNITS, 1), Err(EncodeError::Range { .. })));
-    assert!(matches!(encoder.zeros(0, u64::MAX, 2), Err(EncodeError::Range { .. })));
-    assert!(matches!(encoder.zeros(1024, 0, 1), Err(EncodeError::Range { .. })));
+    assert!(matches!(
+        encoder.unit(0, 0, &[1; 5], Digest::UNKNOWN),
+        Err(EncodeError::Length(5))
+    ));
+    assert!(matches!(
+        encoder.zeros(0, VOLUME_UNITS, 1),
+        Err(EncodeError::Range { .. })
+    ));
+    assert!(matches!(
+        encoder.zeros(0, u64::MAX, 2),
+        Err(EncodeError::Range { .. })
+    ));
+    assert!(matches!(
+        encoder.zeros(1024, 0, 1),
+        Err(EncodeError::Range { .. })
+    ));
     assert!(encoder.zeros(0, 0, 0).unwrap().is_none());
     assert!(encoder.flush().is_none());
-    assert!(matches!(new(0, site.seqs.clone()).zeros(0, 0, 1), Err(EncodeError::Numbers)));
+    assert!(matches!(
+        new(0, site.seqs.clone()).zeros(0, 0, 1),
+        Err(EncodeError::Numbers)
+    ));
     let used_up = Arc::new(Sequence::starting_at(u64::MAX));
-    assert!(matches!(new(1, used_up).zeros(0, 0, 1), Err(EncodeError::Numbers)));
+    assert!(matches!(
+        new(1, used_up).zeros(0, 0, 1),
+        Err(EncodeError::Numbers)
+    ));
 }

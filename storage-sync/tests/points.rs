@@ -14,7 +14,7 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 10, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
     fn points_restore_whatever_else_is_dropped(seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
@@ -67,10 +67,22 @@ proptest! {
     }
 }
 
-fn started() -> (tempfile::TempDir, Site, farhaven_storage_sync::store::Store, Model, StdRng) {
+fn started() -> (
+    tempfile::TempDir,
+    Site,
+    farhaven_storage_sync::store::Store,
+    Model,
+    StdRng,
+) {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = open(dir.path());
-    (dir, Site::new(), store, Model::new(1, &[400, 400]), StdRng::seed_from_u64(7))
+    (
+        dir,
+        Site::new(),
+        store,
+        Model::new(1, &[400, 400]),
+        StdRng::seed_from_u64(7),
+    )
 }
 
 #[test]
@@ -85,16 +97,28 @@ fn a_seal_needs_exactly_its_batches() {
     send(&site, &store, &batches[1..]);
     let have = batches.len() as u64 - 1;
     let error = store.seal(seal.clone()).unwrap_err();
-    assert!(matches!(error, SealError::MissingBatches { have: h, want, .. } if h == have && want == have + 1));
+    assert!(
+        matches!(error, SealError::MissingBatches { have: h, want, .. } if h == have && want == have + 1)
+    );
     let mut wrong = seal.clone();
     wrong.batches -= 1;
-    assert!(matches!(store.seal(wrong).unwrap_err(), SealError::ChainMismatch { point: 2 }));
+    assert!(matches!(
+        store.seal(wrong).unwrap_err(),
+        SealError::ChainMismatch { point: 2 }
+    ));
     send(&site, &store, &batches[..1]);
     let header = store.seal(seal.clone()).unwrap();
-    assert_eq!(store.seal(seal.clone()).unwrap(), header, "sealing again answers the same");
+    assert_eq!(
+        store.seal(seal.clone()).unwrap(),
+        header,
+        "sealing again answers the same"
+    );
     let mut other = seal;
     other.chain[0] ^= 1;
-    assert!(matches!(store.seal(other).unwrap_err(), SealError::ChainMismatch { point: 2 }));
+    assert!(matches!(
+        store.seal(other).unwrap_err(),
+        SealError::ChainMismatch { point: 2 }
+    ));
     guest.sealed.insert(2, guest.now.clone());
     guest.check(&store);
 }
@@ -107,14 +131,30 @@ fn a_seal_builds_on_the_newest_point_or_on_nothing() {
     let batches = guest.change(&site, 6, &mut random);
     send(&site, &store, &batches);
     let error = store.seal(guest.seal_of(6, 3, &batches)).unwrap_err();
-    assert!(matches!(error, SealError::ParentMismatch { newest: 5, parent: 3, .. }));
+    assert!(matches!(
+        error,
+        SealError::ParentMismatch {
+            newest: 5,
+            parent: 3,
+            ..
+        }
+    ));
     let error = store.seal(guest.seal_of(4, 0, &[])).unwrap_err();
-    assert!(matches!(error, SealError::Number { point: 4, largest: 5 }));
+    assert!(matches!(
+        error,
+        SealError::Number {
+            point: 4,
+            largest: 5
+        }
+    ));
     // On nothing: what is not told reads as zeros.
     let header = store.seal(guest.seal_of(6, 0, &batches)).unwrap();
     assert_eq!(header.parent, 0);
     let replica = store.open_point(guest.id, 6).unwrap();
-    let told: u64 = (0..2).flat_map(|v| replica.nonzero_runs(v)).map(|(_, count)| count).sum();
+    let told: u64 = (0..2)
+        .flat_map(|v| replica.nonzero_runs(v))
+        .map(|(_, count)| count)
+        .sum();
     assert_eq!(told, header.changed_units);
 }
 
@@ -140,13 +180,17 @@ fn a_reference_to_what_is_not_there_is_refused() {
     let (_dir, site, store, mut guest, mut random) = started();
     let lost = guest.change(&site, 1, &mut random);
     let mut other = Model::new(2, &[400, 400]);
-    lost.iter().for_each(|batch| site.index.lock().unwrap().acknowledge(batch.seq));
+    lost.iter()
+        .for_each(|batch| site.index.lock().unwrap().acknowledge(batch.seq));
     // The other guest holds the same, and refers to batches that never arrive.
     other.now = guest.now.clone();
     let batches = other.tell_all(&site, 1);
     send(&site, &store, &batches);
     let error = store.seal(other.seal_of(1, 0, &batches)).unwrap_err();
-    assert!(matches!(error, SealError::Dangling { missing, .. } if lost.iter().any(|batch| batch.seq == missing)), "{error}");
+    assert!(
+        matches!(error, SealError::Dangling { missing, .. } if lost.iter().any(|batch| batch.seq == missing)),
+        "{error}"
+    );
     send(&site, &store, &lost);
     store.seal(other.seal_of(1, 0, &batches)).unwrap();
     common::check_point(&store, other.id, 1, &other.now);
@@ -210,11 +254,17 @@ fn a_guest_that_is_given_up_frees_its_space() {
         guest.step(&site, &store, point, &mut random).unwrap();
     }
     let last = store.last_seq();
-    let plan = store.plan_prune(&BTreeMap::from([(guest.id, BTreeSet::new())])).unwrap();
+    let plan = store
+        .plan_prune(&BTreeMap::from([(guest.id, BTreeSet::new())]))
+        .unwrap();
     assert_eq!(plan.dropped.len(), 7);
     let before = store.bytes();
     store.perform_prune(&plan).unwrap();
-    assert!(store.bytes() * 2 < before, "{} of {before} bytes left", store.bytes());
+    assert!(
+        store.bytes() * 2 < before,
+        "{} of {before} bytes left",
+        store.bytes()
+    );
     assert!(store.points(guest.id).is_empty() && store.newest(guest.id).is_none());
     assert!(matches!(
         store.open_point(guest.id, 7).unwrap_err(),
@@ -236,7 +286,11 @@ fn a_source_rebuilds_its_index_from_the_store() {
         let page = store.live_digests(&site.key, from, 3);
         assert!(page.batches.len() <= 3);
         for (seq, digests) in page.batches {
-            known.extend((0..).zip(digests).map(|(index, digest)| ((seq, index), digest)));
+            known.extend(
+                (0..)
+                    .zip(digests)
+                    .map(|(index, digest)| ((seq, index), digest)),
+            );
         }
         match page.next {
             Some(next) => from = next,
@@ -273,9 +327,18 @@ fn a_resized_volume_reads_zeros_where_it_grew() {
     guest.check(&store);
     let short = store.open_point(guest.id, 3).unwrap();
     let mut out = vec![0; 4096];
-    assert!(matches!(short.read(1, 100, 1, &mut out), Err(ReplicaError::Range { .. })));
-    assert!(matches!(short.read(9, 0, 1, &mut out), Err(ReplicaError::Range { .. })));
-    assert!(matches!(short.read(1, 0, 2, &mut out), Err(ReplicaError::Range { .. })));
+    assert!(matches!(
+        short.read(1, 100, 1, &mut out),
+        Err(ReplicaError::Range { .. })
+    ));
+    assert!(matches!(
+        short.read(9, 0, 1, &mut out),
+        Err(ReplicaError::Range { .. })
+    ));
+    assert!(matches!(
+        short.read(1, 0, 2, &mut out),
+        Err(ReplicaError::Range { .. })
+    ));
     let changes = short.changes_since(&store.open_point(guest.id, 2).unwrap());
     assert_eq!(changes.iter().map(|run| run.count).sum::<u64>(), 300);
 }

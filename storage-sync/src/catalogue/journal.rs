@@ -52,7 +52,11 @@ impl OpenError {
 fn record(row: &[u8], value: Option<&[u8]>) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FIXED + row.len() + value.map_or(0, <[u8]>::len) + SUM);
     bytes.extend_from_slice(&(row.len() as u16).to_le_bytes());
-    bytes.extend_from_slice(&value.map_or(REMOVED, |value| value.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(
+        &value
+            .map_or(REMOVED, |value| value.len() as u32)
+            .to_le_bytes(),
+    );
     bytes.extend_from_slice(row);
     bytes.extend_from_slice(value.unwrap_or_default());
     let sum = blake3::hash(&bytes);
@@ -60,8 +64,11 @@ fn record(row: &[u8], value: Option<&[u8]>) -> Vec<u8> {
     bytes
 }
 
-/// The record in front: key, value or removal, and its length.
-fn take(bytes: &[u8]) -> Option<(&[u8], Option<&[u8]>, usize)> {
+/// Row, value (`None`: removed), and the record's length.
+type Record<'a> = (&'a [u8], Option<&'a [u8]>, usize);
+
+/// The record in front, if it is whole.
+fn take(bytes: &[u8]) -> Option<Record<'_>> {
     let key = u16::from_le_bytes(*bytes.first_chunk()?) as usize;
     let value = u32::from_le_bytes(*bytes.get(2..)?.first_chunk()?);
     let removed = value == REMOVED;
@@ -76,7 +83,11 @@ fn take(bytes: &[u8]) -> Option<(&[u8], Option<&[u8]>, usize)> {
     }
     let row = &bytes[FIXED..FIXED + key];
     Table::from_number(*row.first()?)?;
-    Some((row, (!removed).then_some(&bytes[FIXED + key..end]), end + SUM))
+    Some((
+        row,
+        (!removed).then_some(&bytes[FIXED + key..end]),
+        end + SUM,
+    ))
 }
 
 impl Journal {
@@ -89,7 +100,9 @@ impl Journal {
         let mut rows = Rows::new();
         let mut at = MAGIC.len();
         if bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes) {
-            file.set_len(0).and_then(|()| file.write_all(MAGIC)).map_err(io("write"))?;
+            file.set_len(0)
+                .and_then(|()| file.write_all(MAGIC))
+                .map_err(io("write"))?;
             file.sync_all().map_err(io("sync"))?;
             if let Some(dir) = path.parent() {
                 sync_dir(dir).map_err(OpenError::File)?;
@@ -117,7 +130,17 @@ impl Journal {
         }
         let rows_length = length_of(&rows);
         let path = path.to_path_buf();
-        Ok((Journal { path, file, length: at as u64, rows_length, failed: false }, rows, torn))
+        Ok((
+            Journal {
+                path,
+                file,
+                length: at as u64,
+                rows_length,
+                failed: false,
+            },
+            rows,
+            torn,
+        ))
     }
 
     pub(super) fn put(&mut self, row: &[u8], value: Option<&[u8]>) -> Result<(), FileError> {
@@ -126,7 +149,11 @@ impl Journal {
         if let Err(source) = self.file.write_all_at(&bytes, self.length) {
             // Back to the last whole record.
             self.failed = self.file.set_len(self.length).is_err();
-            return Err(FileError { action: "append to", path: self.path.clone(), source });
+            return Err(FileError {
+                action: "append to",
+                path: self.path.clone(),
+                source,
+            });
         }
         self.length += bytes.len() as u64;
         Ok(())
@@ -137,7 +164,11 @@ impl Journal {
         self.file.sync_data().map_err(|source| {
             // Final: what the disk holds is not known any more.
             self.failed = true;
-            FileError { action: "sync", path: self.path.clone(), source }
+            FileError {
+                action: "sync",
+                path: self.path.clone(),
+                source,
+            }
         })
     }
 
@@ -146,7 +177,11 @@ impl Journal {
             return Ok(());
         }
         let source = std::io::Error::other("it failed to sync before; restart the daemon");
-        Err(FileError { action: "append to", path: self.path.clone(), source })
+        Err(FileError {
+            action: "append to",
+            path: self.path.clone(),
+            source,
+        })
     }
 
     pub(super) fn is_long(&self) -> bool {
@@ -155,8 +190,10 @@ impl Journal {
 
     /// Replaces the whole journal by these rows, durably.
     pub(super) fn rewrite(&mut self, rows: &Rows) -> Result<(), FileError> {
-        let records: Vec<Vec<u8>> =
-            rows.iter().map(|(row, value)| record(row, Some(value))).collect();
+        let records: Vec<Vec<u8>> = rows
+            .iter()
+            .map(|(row, value)| record(row, Some(value)))
+            .collect();
         let mut parts: Vec<&[u8]> = vec![MAGIC];
         parts.extend(records.iter().map(|record| &record[..]));
         put_whole(&self.path, &parts)?;
@@ -168,5 +205,7 @@ impl Journal {
 }
 
 fn length_of(rows: &Rows) -> u64 {
-    rows.iter().map(|(row, value)| (FIXED + row.len() + value.len() + SUM) as u64).sum()
+    rows.iter()
+        .map(|(row, value)| (FIXED + row.len() + value.len() + SUM) as u64)
+        .sum()
 }

@@ -47,9 +47,7 @@ pub enum BatchError {
         need: usize,
     },
     /// Written by a newer version.
-    #[error(
-        "the batch was written by a newer version ({what}): upgrade this site before its peer"
-    )]
+    #[error("the batch was written by a newer version ({what}): upgrade this site before its peer")]
     Newer {
         /// What is not known here.
         what: String,
@@ -116,8 +114,13 @@ impl BatchHeader {
     /// See [`BatchError`].
     pub fn parse(bytes: &[u8]) -> Result<BatchHeader, BatchError> {
         use BatchError::Invalid;
-        let short = BatchError::Short { have: bytes.len(), need: BATCH_HEADER };
-        let Some(fixed) = bytes.first_chunk::<BATCH_HEADER>() else { return Err(short) };
+        let short = BatchError::Short {
+            have: bytes.len(),
+            need: BATCH_HEADER,
+        };
+        let Some(fixed) = bytes.first_chunk::<BATCH_HEADER>() else {
+            return Err(short);
+        };
         let u16_at = |at: usize| u16::from_le_bytes([fixed[at], fixed[at + 1]]);
         let u32_at = |at: usize| u32::from_le_bytes(array(&fixed[at..])) as usize;
         let u64_at = |at: usize| u64::from_le_bytes(array(&fixed[at..]));
@@ -128,15 +131,23 @@ impl BatchHeader {
             return Err(Invalid("version 0"));
         }
         if u16_at(4) > VERSION {
-            return Err(BatchError::Newer { what: format!("layout {}", u16_at(4)) });
+            return Err(BatchError::Newer {
+                what: format!("layout {}", u16_at(4)),
+            });
         }
         if fixed[6] != 0 || fixed[47] != 0 {
-            return Err(BatchError::Newer { what: format!("flags {:#04x}", fixed[6]) });
+            return Err(BatchError::Newer {
+                what: format!("flags {:#04x}", fixed[6]),
+            });
         }
         let codec = match fixed[7] {
             0 => Codec::Raw,
             1 => Codec::Zstd,
-            other => return Err(BatchError::Newer { what: format!("compression {other}") }),
+            other => {
+                return Err(BatchError::Newer {
+                    what: format!("compression {other}"),
+                });
+            }
         };
         let header = BatchHeader {
             seq: u64_at(8),
@@ -238,10 +249,18 @@ impl<'a> EntriesView<'a> {
     pub fn parse(bytes: &'a [u8]) -> Result<EntriesView<'a>, BatchError> {
         let header = BatchHeader::parse(bytes)?;
         let need = BATCH_HEADER + header.entries_bytes;
-        let short = BatchError::Short { have: bytes.len(), need };
-        let Some(entries) = bytes.get(BATCH_HEADER..need) else { return Err(short) };
+        let short = BatchError::Short {
+            have: bytes.len(),
+            need,
+        };
+        let Some(entries) = bytes.get(BATCH_HEADER..need) else {
+            return Err(short);
+        };
         if hash_of(bytes, entries) != header.hash {
-            return Err(BatchError::Damaged { seq: header.seq, part: "entries" });
+            return Err(BatchError::Damaged {
+                seq: header.seq,
+                part: "entries",
+            });
         }
         let view = EntriesView { header, entries };
         view.check()?;
@@ -260,14 +279,18 @@ impl<'a> EntriesView<'a> {
                 && place.seq() == self.header.seq
                 && u64::from(place.index()) + entry.count > u64::from(self.header.literals)
             {
-                return Err(BatchError::Invalid("a reference to a literal it does not have"));
+                return Err(BatchError::Invalid(
+                    "a reference to a literal it does not have",
+                ));
             }
         }
         if count != self.header.entries {
             return Err(BatchError::Invalid("fewer entries than its header says"));
         }
         if reader.literals_used() != u64::from(self.header.literals) {
-            return Err(BatchError::Invalid("its entries use another number of literals"));
+            return Err(BatchError::Invalid(
+                "its entries use another number of literals",
+            ));
         }
         Ok(())
     }
@@ -282,7 +305,9 @@ impl<'a> EntriesView<'a> {
 
 fn from_entry(error: EntryError) -> BatchError {
     match error {
-        EntryError::Newer(kind) => BatchError::Newer { what: format!("entry kind {kind:#04x}") },
+        EntryError::Newer(kind) => BatchError::Newer {
+            what: format!("entry kind {kind:#04x}"),
+        },
         EntryError::Invalid(why) => BatchError::Invalid(why),
     }
 }
@@ -306,11 +331,19 @@ impl<'a> BatchView<'a> {
         if bytes.len() > need {
             return Err(BatchError::Invalid("bytes follow its end"));
         }
-        let short = BatchError::Short { have: bytes.len(), need };
+        let short = BatchError::Short {
+            have: bytes.len(),
+            need,
+        };
         let start = BATCH_HEADER + view.header.entries_bytes;
-        let Some(body) = bytes.get(start..need) else { return Err(short) };
+        let Some(body) = bytes.get(start..need) else {
+            return Err(short);
+        };
         if *blake3::hash(body).as_bytes() != view.header.body_hash {
-            return Err(BatchError::Damaged { seq: view.header.seq, part: "body" });
+            return Err(BatchError::Damaged {
+                seq: view.header.seq,
+                part: "body",
+            });
         }
         Ok(BatchView { view, body })
     }
@@ -330,10 +363,18 @@ impl<'a> BatchView<'a> {
     /// # Errors
     /// When the body does not expand to exactly that.
     pub fn literals(&self, expander: &mut Expander, out: &mut Vec<u8>) -> Result<(), BatchError> {
-        let BatchHeader { seq, literals, codec, .. } = self.view.header;
+        let BatchHeader {
+            seq,
+            literals,
+            codec,
+            ..
+        } = self.view.header;
         let raw = usize::from(literals) * UNIT;
         debug_assert!(raw <= BATCH_BODY_RAW);
-        compress::expand(expander, codec, self.body, raw, out)
-            .map_err(|source| BatchError::Body { seq, literals, source })
+        compress::expand(expander, codec, self.body, raw, out).map_err(|source| BatchError::Body {
+            seq,
+            literals,
+            source,
+        })
     }
 }

@@ -54,16 +54,14 @@ pub(crate) fn expand(
     };
     out.resize(raw, 0);
     // zstd writes into this slice only, so the declared size is a hard bound.
-    let size = context.decompress_to_buffer(body, &mut out[..]).map_err(Some)?;
+    let size = context
+        .decompress_to_buffer(body, &mut out[..])
+        .map_err(Some)?;
     if size == raw { Ok(()) } else { Err(None) }
 }
 
 /// Compresses `body` into `out`, replacing it; [`Codec::Raw`] when that does not pay.
-pub(crate) fn shrink(
-    context: &mut Compressor<'static>,
-    body: &[u8],
-    out: &mut Vec<u8>,
-) -> Codec {
+pub(crate) fn shrink(context: &mut Compressor<'static>, body: &[u8], out: &mut Vec<u8>) -> Codec {
     out.clear();
     // One byte less than raw is the largest result worth having: zstd gives up
     // ("destination too small") when it cannot keep to that, and raw is right then.

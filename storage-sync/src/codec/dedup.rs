@@ -30,7 +30,10 @@ impl Bucket {
     }
 
     fn free(&self) -> usize {
-        self.places.iter().filter(|&&place| place == Place::ZERO).count()
+        self.places
+            .iter()
+            .filter(|&&place| place == Place::ZERO)
+            .count()
     }
 
     fn empty_slot(&self) -> Option<usize> {
@@ -38,7 +41,10 @@ impl Bucket {
     }
 }
 
-const EMPTY: Bucket = Bucket { digests: [Digest::UNKNOWN; SLOTS], places: [Place::ZERO; SLOTS] };
+const EMPTY: Bucket = Bucket {
+    digests: [Digest::UNKNOWN; SLOTS],
+    places: [Place::ZERO; SLOTS],
+};
 
 #[derive(Default)]
 struct Shard {
@@ -74,7 +80,8 @@ impl DedupIndex {
 
     /// Where this content lies, if known and usable by any guest.
     pub fn get(&self, digest: Digest) -> Option<Place> {
-        self.find(digest).filter(|place| !self.pending.contains_key(&place.seq()))
+        self.find(digest)
+            .filter(|place| !self.pending.contains_key(&place.seq()))
     }
 
     /// Where this content lies, if known and usable by `guest`.
@@ -149,7 +156,11 @@ impl DedupIndex {
             self.pending.remove(seq);
         }
         for shard in &mut self.shards {
-            for place in shard.buckets.iter_mut().flat_map(|bucket| &mut bucket.places) {
+            for place in shard
+                .buckets
+                .iter_mut()
+                .flat_map(|bucket| &mut bucket.places)
+            {
                 if *place != Place::ZERO && seqs.contains(&place.seq()) {
                     *place = Place::ZERO;
                     self.len -= 1;
@@ -170,15 +181,23 @@ impl DedupIndex {
 
     /// Bytes allocated for the table.
     pub fn bytes(&self) -> usize {
-        self.shards.iter().map(|shard| shard.buckets.capacity() * size_of::<Bucket>()).sum()
+        self.shards
+            .iter()
+            .map(|shard| shard.buckets.capacity() * size_of::<Bucket>())
+            .sum()
     }
 }
 
 /// The two buckets where a digest may lie. Byte 0 chose the shard already.
 fn candidates(digest: Digest, buckets: usize) -> [usize; 2] {
     let part = |at: usize| {
-        let bytes = [digest.0[at], digest.0[at + 1], digest.0[at + 2], digest.0[at + 3]];
-        (u64::from(u32::from_le_bytes(bytes)) * buckets as u64 >> 32) as usize
+        let bytes = [
+            digest.0[at],
+            digest.0[at + 1],
+            digest.0[at + 2],
+            digest.0[at + 3],
+        ];
+        ((u64::from(u32::from_le_bytes(bytes)) * buckets as u64) >> 32) as usize
     };
     [part(1), part(5)]
 }
@@ -198,12 +217,18 @@ impl Shard {
         }
         let [first, second] = candidates;
         let free = |bucket: usize| self.buckets[bucket].free();
-        let bucket = if free(first) >= free(second) { first } else { second };
+        let bucket = if free(first) >= free(second) {
+            first
+        } else {
+            second
+        };
         let spot = match self.buckets[bucket].empty_slot() {
             Some(slot) => Some((bucket, slot)),
             None => self.make_room(candidates),
         };
-        let Some((bucket, slot)) = spot else { return false };
+        let Some((bucket, slot)) = spot else {
+            return false;
+        };
         self.buckets[bucket].places[slot] = place;
         self.buckets[bucket].digests[slot] = digest;
         *len += 1;

@@ -165,7 +165,12 @@ impl Encoder {
                 Content::Literals(index)
             }
         };
-        open.entries.push(Entry { volume, unit, count: 1, content });
+        open.entries.push(Entry {
+            volume,
+            unit,
+            count: 1,
+            content,
+        });
         open.units += 1;
         Ok(self.flush_when_full())
     }
@@ -186,7 +191,12 @@ impl Encoder {
         check(volume, unit, count)?;
         self.prepare()?;
         let open = self.open.as_mut().ok_or(EncodeError::Numbers)?;
-        open.entries.push(Entry { volume, unit, count, content: Content::Zeros });
+        open.entries.push(Entry {
+            volume,
+            unit,
+            count,
+            content: Content::Zeros,
+        });
         open.units += count;
         Ok(self.flush_when_full())
     }
@@ -222,7 +232,14 @@ impl Encoder {
         self.index().insert_pending(self.guest, open.seq, &digests);
         self.spare = open.body;
         self.spare.clear();
-        Some(Batch { seq: open.seq, bytes, hash, point: self.point, literals, units: open.units })
+        Some(Batch {
+            seq: open.seq,
+            bytes,
+            hash,
+            point: self.point,
+            literals,
+            units: open.units,
+        })
     }
 
     fn index(&self) -> MutexGuard<'_, DedupIndex> {
@@ -237,7 +254,9 @@ impl Encoder {
         }
         // A place from a number after this batch's own (another guest's, sent
         // earlier but numbered later) cannot be referred to.
-        self.index().get_for(self.guest, digest).filter(|place| place.seq() < open.seq)
+        self.index()
+            .get_for(self.guest, digest)
+            .filter(|place| place.seq() < open.seq)
     }
 
     /// Makes sure that there is an open batch, and a compressor.
@@ -254,7 +273,13 @@ impl Encoder {
             let mut body = std::mem::take(&mut self.spare);
             body.reserve(BATCH_BODY_RAW);
             let entries = EntryWriter::new(seq);
-            self.open = Some(Open { seq, entries, body, digests: HashMap::new(), units: 0 });
+            self.open = Some(Open {
+                seq,
+                entries,
+                body,
+                digests: HashMap::new(),
+                units: 0,
+            });
         }
         Ok(())
     }
@@ -270,9 +295,15 @@ impl Encoder {
 }
 
 fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> {
-    let fits = unit.checked_add(count).is_some_and(|end| end <= VOLUME_UNITS);
+    let fits = unit
+        .checked_add(count)
+        .is_some_and(|end| end <= VOLUME_UNITS);
     if fits && usize::from(volume) < VOLUMES {
         return Ok(());
     }
-    Err(EncodeError::Range { volume, unit, count })
+    Err(EncodeError::Range {
+        volume,
+        unit,
+        count,
+    })
 }

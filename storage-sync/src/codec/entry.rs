@@ -60,7 +60,9 @@ impl Entry {
         }
         match (self.content, next.content) {
             (Content::Zeros, Content::Zeros) => true,
-            (Content::Literals(a), Content::Literals(b)) => u64::from(a) + self.count == u64::from(b),
+            (Content::Literals(a), Content::Literals(b)) => {
+                u64::from(a) + self.count == u64::from(b)
+            }
             (Content::Refs(a), Content::Refs(b)) => {
                 a.seq() == b.seq() && u64::from(a.index()) + self.count == u64::from(b.index())
             }
@@ -80,7 +82,12 @@ struct Cursor {
 
 impl Cursor {
     fn new(seq: u64) -> Cursor {
-        Cursor { volume: 0, unit: 0, place: seq << 6, literals: 0 }
+        Cursor {
+            volume: 0,
+            unit: 0,
+            place: seq << 6,
+            literals: 0,
+        }
     }
 }
 
@@ -95,7 +102,12 @@ pub(crate) struct EntryWriter {
 
 impl EntryWriter {
     pub(crate) fn new(seq: u64) -> EntryWriter {
-        EntryWriter { bytes: Vec::new(), written: 0, cursor: Cursor::new(seq), open: None }
+        EntryWriter {
+            bytes: Vec::new(),
+            written: 0,
+            cursor: Cursor::new(seq),
+            open: None,
+        }
     }
 
     pub(crate) fn push(&mut self, entry: Entry) {
@@ -124,14 +136,24 @@ impl EntryWriter {
     }
 
     fn close(&mut self) {
-        let Some(entry) = self.open.take() else { return };
+        let Some(entry) = self.open.take() else {
+            return;
+        };
         let mut kind = match entry.content {
             Content::Zeros => ZEROS,
             Content::Literals(_) => LITERALS,
             Content::Refs(_) => REFS,
         };
-        let start = if entry.volume == self.cursor.volume { self.cursor.unit } else { 0 };
-        kind |= if entry.volume == self.cursor.volume { 0 } else { VOLUME };
+        let start = if entry.volume == self.cursor.volume {
+            self.cursor.unit
+        } else {
+            0
+        };
+        kind |= if entry.volume == self.cursor.volume {
+            0
+        } else {
+            VOLUME
+        };
         kind |= if entry.unit == start { 0 } else { GAP };
         kind |= if entry.count == 1 { 0 } else { COUNT };
         self.bytes.push(kind);
@@ -176,7 +198,11 @@ pub struct EntryReader<'a> {
 impl<'a> EntryReader<'a> {
     /// Reads the entries in `bytes` of batch `seq`.
     pub fn new(bytes: &'a [u8], seq: u64) -> EntryReader<'a> {
-        EntryReader { rest: bytes, seq, cursor: Cursor::new(seq) }
+        EntryReader {
+            rest: bytes,
+            seq,
+            cursor: Cursor::new(seq),
+        }
     }
 
     /// The entry in front, `None` at the end.
@@ -185,7 +211,9 @@ impl<'a> EntryReader<'a> {
     /// When the bytes are no entry; nothing after it can be read then.
     pub fn take(&mut self) -> Result<Option<Entry>, EntryError> {
         use EntryError::Invalid;
-        let Some((&kind, rest)) = self.rest.split_first() else { return Ok(None) };
+        let Some((&kind, rest)) = self.rest.split_first() else {
+            return Ok(None);
+        };
         self.rest = rest;
         let known = matches!(kind & KIND, ZEROS | LITERALS | REFS);
         if kind & KIND == DELTA || kind & !(KIND | VOLUME | GAP | COUNT) != 0 || !known {
@@ -220,7 +248,12 @@ impl<'a> EntryReader<'a> {
         };
         self.cursor.volume = volume;
         self.cursor.unit = end;
-        Ok(Some(Entry { volume, unit, count, content }))
+        Ok(Some(Entry {
+            volume,
+            unit,
+            count,
+            content,
+        }))
     }
 
     /// Literals that the entries so far have used.

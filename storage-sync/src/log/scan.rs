@@ -60,7 +60,11 @@ pub(super) fn scan(
     }
     numbers.sort_unstable();
     let mut segments = Segments::new();
-    let mut scan = Scan { index, seen, report: ScanReport::default() };
+    let mut scan = Scan {
+        index,
+        seen,
+        report: ScanReport::default(),
+    };
     for (at, &number) in numbers.iter().enumerate() {
         let bytes = scan.segment(dir, number, at + 1 == numbers.len())?;
         segments.insert(number, bytes);
@@ -113,7 +117,12 @@ impl Scan<'_> {
 
     fn bad(&mut self, path: &Path, offset: u64, bytes: u64, why: String) {
         let path = path.to_path_buf();
-        self.report.bad.push(BadRange { path, offset, bytes, why });
+        self.report.bad.push(BadRange {
+            path,
+            offset,
+            bytes,
+            why,
+        });
     }
 
     fn keep(&mut self, header: &BatchHeader, segment: u32, offset: u64) {
@@ -184,7 +193,9 @@ fn resume(
             }
         }
         // Windows overlap by three bytes, so that no start is missed.
-        start += (window.len() as u64).saturating_sub(MAGIC.len() as u64 - 1).max(1);
+        start += (window.len() as u64)
+            .saturating_sub(MAGIC.len() as u64 - 1)
+            .max(1);
     }
     Ok(None)
 }

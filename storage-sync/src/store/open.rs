@@ -12,10 +12,7 @@ use crate::log::Log;
 use crate::manifest::{self, ManifestError};
 use crate::unit::GuestId;
 
-pub(super) fn open(
-    dir: &Path,
-    options: StoreOptions,
-) -> Result<(Store, OpenReport), StoreError> {
+pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenReport), StoreError> {
     if !(SEGMENT_BYTES_LEAST..=SEGMENT_BYTES_MOST).contains(&options.segment_bytes) {
         return Err(StoreError::Options(options.segment_bytes));
     }
@@ -41,7 +38,10 @@ pub(super) fn open(
         pruning: Mutex::new(()),
         _lock: lock,
     };
-    let mut report = OpenReport { log: log_report, ..OpenReport::default() };
+    let mut report = OpenReport {
+        log: log_report,
+        ..OpenReport::default()
+    };
     let manifests = &inner.manifests;
     for entry in std::fs::read_dir(manifests).map_err(FileError::at("list", manifests))? {
         let name = entry.map_err(FileError::at("list", manifests))?.file_name();
@@ -62,8 +62,14 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
     let mut found = BTreeMap::new();
     for entry in std::fs::read_dir(&dir).map_err(FileError::at("list", &dir))? {
         let path = entry.map_err(FileError::at("list", &dir))?.path();
-        let number = path.file_stem().and_then(|stem| stem.to_str()).and_then(|s| s.parse().ok());
-        match (path.extension().and_then(|extension| extension.to_str()), number) {
+        let number = path
+            .file_stem()
+            .and_then(|stem| stem.to_str())
+            .and_then(|s| s.parse().ok());
+        match (
+            path.extension().and_then(|extension| extension.to_str()),
+            number,
+        ) {
             (Some("man"), Some(point)) => {
                 found.insert(point, path);
             }
@@ -77,7 +83,11 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
     for (point, path) in found {
         state.largest = state.largest.max(point);
         let mut damage = |why: String| {
-            report.damaged.push(DamagedPoint { guest: Some(guest), path: path.clone(), why });
+            report.damaged.push(DamagedPoint {
+                guest: Some(guest),
+                path: path.clone(),
+                why,
+            });
         };
         let head = match manifest::read_head(&path) {
             Ok(head) => head,
@@ -95,11 +105,15 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
             (0, _) => None,
             (_, Some(base)) => Some(base),
             (base, None) => {
-                damage(format!("point {base}, on which it builds, is missing or damaged"));
+                damage(format!(
+                    "point {base}, on which it builds, is missing or damaged"
+                ));
                 continue;
             }
         };
-        let length = std::fs::metadata(&path).map_err(FileError::at("read", &path))?.len();
+        let length = std::fs::metadata(&path)
+            .map_err(FileError::at("read", &path))?
+            .len();
         let entry = PointEntry::new(Arc::new(head.header), base, length);
         state.points.insert(point, entry);
     }
@@ -110,7 +124,10 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
 /// The newest point must be whole, for the next one builds on it.
 fn choose_newest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<(), StoreError> {
     loop {
-        let newest = held(&inner.state).guests.get(&guest).map_or(0, GuestState::newest_point);
+        let newest = held(&inner.state)
+            .guests
+            .get(&guest)
+            .map_or(0, GuestState::newest_point);
         let why = match inner.load_map(guest, newest) {
             Ok(map) => match inner.dangling(&map) {
                 None => {
@@ -125,7 +142,11 @@ fn choose_newest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Resu
             Err(error) => error.to_string(),
         };
         let path = manifest::path_of(&inner.manifests, guest, newest);
-        report.damaged.push(DamagedPoint { guest: Some(guest), path, why });
+        report.damaged.push(DamagedPoint {
+            guest: Some(guest),
+            path,
+            why,
+        });
         if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
             state.points.remove(&newest);
         }

@@ -109,9 +109,7 @@ pub enum SealError {
         why: &'static str,
     },
     /// The map would be too large.
-    #[error(
-        "the map of guest {guest} needs more than {limit} bytes; raise the store's map_bytes"
-    )]
+    #[error("the map of guest {guest} needs more than {limit} bytes; raise the store's map_bytes")]
     Map {
         /// The guest.
         guest: GuestId,
@@ -144,20 +142,35 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
         let newest = guest.newest_point();
         if seal.parent != 0 && seal.parent != newest {
             let (point, parent) = (seal.point, seal.parent);
-            return Err(SealError::ParentMismatch { point, parent, newest });
+            return Err(SealError::ParentMismatch {
+                point,
+                parent,
+                newest,
+            });
         }
         if seal.point <= guest.largest {
-            return Err(SealError::Number { point: seal.point, largest: guest.largest });
+            return Err(SealError::Number {
+                point: seal.point,
+                largest: guest.largest,
+            });
         }
         let seqs = guest.unsealed.get(&seal.point).cloned().unwrap_or_default();
         match seal.parent {
             0 => (seqs, Arc::new(PointMap::default()), None),
-            parent => (seqs, guest.newest.clone(), guest.points.get(&parent).cloned()),
+            parent => (
+                seqs,
+                guest.newest.clone(),
+                guest.points.get(&parent).cloned(),
+            ),
         }
     };
     let (have, want) = (seqs.len() as u64, seal.batches);
     if have < want {
-        return Err(SealError::MissingBatches { point: seal.point, have, want });
+        return Err(SealError::MissingBatches {
+            point: seal.point,
+            have,
+            want,
+        });
     }
     let mut map = (*parent_map).clone();
     if let Some(parent) = &parent_entry {
@@ -170,7 +183,11 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
         inner.log.read_entries(seq, &mut bytes)?;
         let view = EntriesView::parse(&bytes)?;
         if view.header.seq != seq {
-            return Err(BatchError::Damaged { seq, part: "entries" }.into());
+            return Err(BatchError::Damaged {
+                seq,
+                part: "entries",
+            }
+            .into());
         }
         chain.push(seq, &view.header.hash);
         stored_bytes += view.header.bytes() as u64;
@@ -193,7 +210,14 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
         changed_units: changes.iter().map(|run| run.count).sum(),
         stats: seal.stats,
     };
-    let entry = write(inner, header, parent_entry.as_ref(), &seal.context, &map, &changes)?;
+    let entry = write(
+        inner,
+        header,
+        parent_entry.as_ref(),
+        &seal.context,
+        &map,
+        &changes,
+    )?;
     let header = (*entry.header).clone();
     let mut state = held(&inner.state);
     let guest = state.guests.entry(header.guest).or_default();
@@ -206,7 +230,12 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
 }
 
 fn check(seal: &Seal) -> Result<(), SealError> {
-    let limit = |why| Err(SealError::Limit { point: seal.point, why });
+    let limit = |why| {
+        Err(SealError::Limit {
+            point: seal.point,
+            why,
+        })
+    };
     if seal.point == 0 || seal.point > POINT || seal.parent >= seal.point {
         return limit("its number is out of range");
     }
@@ -218,9 +247,9 @@ fn check(seal: &Seal) -> Result<(), SealError> {
 
 /// What the volumes lost since the parent reads as zeros if they grow again.
 fn fit(map: &mut PointMap, before: &[Volume], after: &[Volume]) {
-    for index in 0..before.len() {
+    for (index, before) in before.iter().enumerate() {
         let units = after.get(index).map_or(0, Volume::units);
-        if units < before[index].units() {
+        if units < before.units() {
             map.truncate(index as u16, units);
         }
     }
@@ -235,19 +264,37 @@ fn apply(
     let seq = view.header.seq;
     for entry in view.entries() {
         let end = entry.unit + entry.count;
-        let units = seal.volumes.get(usize::from(entry.volume)).map_or(0, Volume::units);
+        let units = seal
+            .volumes
+            .get(usize::from(entry.volume))
+            .map_or(0, Volume::units);
         if end > units {
-            return Err(SealError::Range { seq, volume: entry.volume, unit: end - 1 });
+            return Err(SealError::Range {
+                seq,
+                volume: entry.volume,
+                unit: end - 1,
+            });
         }
         if let Content::Refs(place) = entry.content
             && !inner.resolves(Place(place.0 + entry.count - 1))
         {
-            return Err(SealError::Dangling { seq, missing: place.seq() });
+            return Err(SealError::Dangling {
+                seq,
+                missing: place.seq(),
+            });
         }
         let (volume, unit, count) = (entry.volume, entry.unit, entry.count);
-        map.set(&Run { volume, unit, count, place: entry.place(seq) });
+        map.set(&Run {
+            volume,
+            unit,
+            count,
+            place: entry.place(seq),
+        });
         if leaf_bytes(map) > inner.options.map_bytes {
-            return Err(SealError::Map { guest: seal.guest, limit: inner.options.map_bytes });
+            return Err(SealError::Map {
+                guest: seal.guest,
+                limit: inner.options.map_bytes,
+            });
         }
     }
     Ok(())
@@ -280,6 +327,8 @@ fn write(
 }
 
 fn now() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }

@@ -12,12 +12,15 @@ use farhaven_storage_sync::store::{OpenReport, Seal, SealError, Store, StoreOpti
 use farhaven_storage_sync::unit::{GuestId, UNIT, Volume, VolumeKind};
 use farhaven_storage_sync::{PointHeader, PointStats};
 use rand::rngs::StdRng;
-use rand::{Rng, RngCore};
+use rand::{Rng, RngCore, SeedableRng};
 
 pub const SMALL: u64 = 64 * 1024;
 
 pub fn options() -> StoreOptions {
-    StoreOptions { segment_bytes: SMALL, ..StoreOptions::default() }
+    StoreOptions {
+        segment_bytes: SMALL,
+        ..StoreOptions::default()
+    }
 }
 
 pub fn open(dir: &Path) -> (Store, OpenReport) {
@@ -28,7 +31,7 @@ pub fn open(dir: &Path) -> (Store, OpenReport) {
 pub fn unit(of: u64) -> Vec<u8> {
     let mut bytes = vec![0; UNIT];
     if of > 0 {
-        let mut random: StdRng = rand::SeedableRng::seed_from_u64(of);
+        let mut random: StdRng = SeedableRng::seed_from_u64(of);
         random.fill_bytes(&mut bytes[..UNIT / 2]);
     }
     bytes
@@ -63,13 +66,21 @@ pub struct Model {
 impl Model {
     pub fn new(id: u8, units: &[usize]) -> Model {
         let now = units.iter().map(|&units| vec![0; units]).collect();
-        Model { id: GuestId([id; 16]), now, sealed: BTreeMap::new() }
+        Model {
+            id: GuestId([id; 16]),
+            now,
+            sealed: BTreeMap::new(),
+        }
     }
 
     pub fn volumes(&self) -> Vec<Volume> {
         let volume = |(at, units): (usize, &Vec<u64>)| Volume {
             name: format!("volume{at}"),
-            kind: if at == 0 { VolumeKind::Ram } else { VolumeKind::Disk },
+            kind: if at == 0 {
+                VolumeKind::Ram
+            } else {
+                VolumeKind::Disk
+            },
             bytes: (units.len() * UNIT) as u64,
         };
         self.now.iter().enumerate().map(volume).collect()
@@ -77,8 +88,7 @@ impl Model {
 
     /// Changes some units, and encodes them as `point`, some of them twice.
     pub fn change(&mut self, site: &Site, point: u64, random: &mut StdRng) -> Vec<Batch> {
-        let mut encoder =
-            Encoder::new(self.id, point, site.seqs.clone(), site.index.clone(), 1);
+        let mut encoder = Encoder::new(self.id, point, site.seqs.clone(), site.index.clone(), 1);
         let mut batches = Vec::new();
         for _ in 0..random.random_range(1..8) {
             let volume = random.random_range(0..self.now.len());
@@ -88,7 +98,11 @@ impl Model {
             let kind = random.random_range(0..4);
             if kind == 0 {
                 self.now[volume][start..start + count].fill(0);
-                batches.extend(encoder.zeros(volume as u16, start as u64, count as u64).unwrap());
+                batches.extend(
+                    encoder
+                        .zeros(volume as u16, start as u64, count as u64)
+                        .unwrap(),
+                );
                 continue;
             }
             for at in start..start + count {
@@ -96,7 +110,11 @@ impl Model {
                 self.now[volume][at] = of;
                 let bytes = unit(of);
                 let digest = site.key.of(&bytes);
-                batches.extend(encoder.unit(volume as u16, at as u64, &bytes, digest).unwrap());
+                batches.extend(
+                    encoder
+                        .unit(volume as u16, at as u64, &bytes, digest)
+                        .unwrap(),
+                );
             }
         }
         batches.extend(encoder.flush());
@@ -105,14 +123,17 @@ impl Model {
 
     /// Encodes everything the guest holds as `point`.
     pub fn tell_all(&self, site: &Site, point: u64) -> Vec<Batch> {
-        let mut encoder =
-            Encoder::new(self.id, point, site.seqs.clone(), site.index.clone(), 1);
+        let mut encoder = Encoder::new(self.id, point, site.seqs.clone(), site.index.clone(), 1);
         let mut batches = Vec::new();
         for (volume, units) in self.now.iter().enumerate() {
             for (at, &of) in units.iter().enumerate() {
                 let bytes = unit(of);
                 let digest = site.key.of(&bytes);
-                batches.extend(encoder.unit(volume as u16, at as u64, &bytes, digest).unwrap());
+                batches.extend(
+                    encoder
+                        .unit(volume as u16, at as u64, &bytes, digest)
+                        .unwrap(),
+                );
             }
         }
         batches.extend(encoder.flush());
@@ -133,7 +154,10 @@ impl Model {
             batches: chain.count(),
             chain: chain.finish(),
             context: format!("definition {point}").into_bytes(),
-            stats: PointStats { pause_ns: point, ..PointStats::default() },
+            stats: PointStats {
+                pause_ns: point,
+                ..PointStats::default()
+            },
         }
     }
 
@@ -155,7 +179,11 @@ impl Model {
 
     /// Every sealed point reads back bit for bit, in every way there is.
     pub fn check(&self, store: &Store) {
-        let numbers: Vec<u64> = store.points(self.id).iter().map(|header| header.point).collect();
+        let numbers: Vec<u64> = store
+            .points(self.id)
+            .iter()
+            .map(|header| header.point)
+            .collect();
         assert_eq!(numbers, self.sealed.keys().copied().collect::<Vec<_>>());
         for (&point, content) in &self.sealed {
             check_point(store, self.id, point, content);
@@ -177,15 +205,23 @@ pub fn check_point(store: &Store, guest: GuestId, point: u64, content: &Content)
         let expected: Vec<u8> = units.iter().flat_map(|&of| unit(of)).collect();
         let index = volume as u16;
         let mut read = vec![1; expected.len()];
-        replica.read(index, 0, units.len() as u64, &mut read).unwrap();
-        assert!(read == expected, "point {point} volume {volume} reads differently");
+        replica
+            .read(index, 0, units.len() as u64, &mut read)
+            .unwrap();
+        assert!(
+            read == expected,
+            "point {point} volume {volume} reads differently"
+        );
         let mut filled = vec![0; expected.len()];
         replica
             .fill(index, |unit, bytes| {
                 filled[unit as usize * UNIT..][..UNIT].copy_from_slice(bytes);
             })
             .unwrap();
-        assert!(filled == expected, "point {point} volume {volume} fills differently");
+        assert!(
+            filled == expected,
+            "point {point} volume {volume} fills differently"
+        );
         let shared = Mutex::new(vec![0; expected.len()]);
         replica
             .fill_parallel(index, 2, &|unit, bytes| {
@@ -197,7 +233,18 @@ pub fn check_point(store: &Store, guest: GuestId, point: u64, content: &Content)
         let runs: u64 = replica.nonzero_runs(index).map(|(_, count)| count).sum();
         assert_eq!(runs, nonzero as u64);
         for (unit, count) in replica.nonzero_runs(index) {
-            assert!(units[unit as usize..(unit + count) as usize].iter().all(|&of| of != 0));
+            assert!(
+                units[unit as usize..(unit + count) as usize]
+                    .iter()
+                    .all(|&of| of != 0)
+            );
         }
     }
+}
+
+/// Gives the first units of a guest new content, and encodes all it holds.
+pub fn literal_batches(site: &Site, guest: &mut Model, point: u64, units: usize) -> Vec<Batch> {
+    let mut random = StdRng::seed_from_u64(point << 8 | u64::from(guest.id.0[0]));
+    guest.now[0][..units].fill_with(|| random.random_range(1..1 << 50));
+    guest.tell_all(site, point)
 }

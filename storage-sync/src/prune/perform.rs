@@ -1,0 +1,135 @@
+//! Performing a plan: each step leaves a whole store.
+
+use std::collections::{BTreeSet, HashSet};
+use std::sync::Arc;
+
+use super::{Drops, PruneError, PrunePlan, PruneReport, live_batches, unsealed, walk};
+use crate::codec::BatchView;
+use crate::files::{FileError, sync_dir};
+use crate::manifest;
+use crate::map::PointMap;
+use crate::store::{Inner, PointEntry, held};
+use crate::unit::GuestId;
+
+pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
+    let mut report = PruneReport::default();
+    let writing = held(&inner.writing);
+    let drops = still_to_drop(inner, plan);
+    for (&guest, drops) in &drops {
+        rebase(inner, guest, drops)?;
+        report.points += drop_points(inner, guest, drops)?;
+    }
+    // Everything that stays, read once at leisure, and once more what arrived
+    // meanwhile, under the lock that new batches need to count.
+    let mut live = live_batches(inner, &Drops::new())?;
+    let mut read = HashSet::new();
+    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
+    live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
+    live.insert(inner.log.last_seq());
+    let (revived, dead): (Vec<u64>, Vec<u64>) =
+        plan.retire.iter().partition(|&seq| live.contains(seq));
+    report.revived = revived.len();
+    report.batches = dead.len();
+    inner.log.forget(&dead);
+    // Copying takes long, and neither seals nor a failover wait for it.
+    drop(writing);
+    let before = inner.log.bytes();
+    for plan in &plan.segments {
+        move_live(inner, plan.segment)?;
+        inner.log.remove_segment(plan.segment)?;
+        report.segments += 1;
+    }
+    report.bytes_freed = before.saturating_sub(inner.log.bytes());
+    Ok(report)
+}
+
+/// The plan's points, without those that were opened since.
+fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
+    let state = held(&inner.state);
+    let mut drops = Drops::new();
+    for &(guest, point) in &plan.dropped {
+        let Some(known) = state.guests.get(&guest) else {
+            continue;
+        };
+        if known.points.contains_key(&point) && !known.pins.contains_key(&point) {
+            drops.entry(guest).or_default().insert(point);
+        }
+    }
+    drops
+}
+
+/// Writes kept points that build on dropped ones anew, on the kept one before.
+fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), PruneError> {
+    let mut kept: Option<(PointEntry, PointMap)> = None;
+    walk(inner, guest, &mut |entry, map, head| {
+        let point = entry.header.point;
+        if drops.contains(&point) {
+            return Ok(());
+        }
+        let mut entry = entry.clone();
+        let on = kept.as_ref().filter(|(on, _)| on.may_be_base());
+        if drops.contains(&entry.base) {
+            let nothing = PointMap::default();
+            let (base, below) = on.map_or((None, &nothing), |(base, map)| (Some(base), map));
+            let number = base.map_or(0, |base| base.header.point);
+            let runs = map.since(below).into_iter();
+            let bytes = manifest::encode(&entry.header, number, &head.context, runs);
+            let path = manifest::path_of(&inner.manifests, guest, point);
+            manifest::write(&path, &bytes)?;
+            entry = PointEntry::new(entry.header, base, bytes.len() as u64);
+        }
+        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+            state.points.insert(point, entry.clone());
+        }
+        kept = Some((entry, map.clone()));
+        Ok(())
+    })
+}
+
+/// Removes manifests, newest first, so that none is left without its base.
+fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<usize, PruneError> {
+    for &point in drops.iter().rev() {
+        let path = manifest::path_of(&inner.manifests, guest, point);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(FileError::at("remove", &path)(error).into());
+            }
+            _ => {}
+        }
+        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+            state.points.remove(&point);
+            if state.points.is_empty() {
+                state.newest = Arc::default();
+                state.unsealed.clear();
+            }
+        }
+    }
+    sync_dir(&inner.manifests.join(guest.to_string()))?;
+    Ok(drops.len())
+}
+
+/// Copies what is needed of a segment to the end of the log.
+fn move_live(inner: &Inner, segment: u32) -> Result<(), PruneError> {
+    let mut seqs = Vec::new();
+    inner.log.each(&mut |seq, location| {
+        if location.segment == segment {
+            seqs.push(seq);
+        }
+    });
+    for seqs in seqs.chunks(16) {
+        let mut copies = Vec::new();
+        for &seq in seqs {
+            let mut bytes = Vec::new();
+            inner.log.read(seq, &mut bytes)?;
+            copies.push(bytes);
+        }
+        let mut batches = Vec::new();
+        for bytes in &copies {
+            // A damaged batch is not copied as if it were whole: the prune stops.
+            let view = BatchView::parse(bytes)?;
+            batches.push((*view.header(), &bytes[..]));
+        }
+        inner.log.move_to_end(&batches)?;
+    }
+    Ok(())
+}
