@@ -28,7 +28,9 @@ pub enum LaunchError {
         source: std::io::Error,
     },
     /// The program does not run.
-    #[error("cannot start {program}: {source}. Install it: apt-get install -y qemu-system-x86 qemu-utils")]
+    #[error(
+        "cannot start {program}: {source}. Install it: apt-get install -y qemu-system-x86 qemu-utils"
+    )]
     Program {
         /// Its name.
         program: String,
@@ -37,10 +39,14 @@ pub enum LaunchError {
         source: std::io::Error,
     },
     /// The definition names something that is not QEMU.
-    #[error("the guest's definition names the program {0:?}, which is none of QEMU's; it is not run. Add the guest again at its site")]
+    #[error(
+        "the guest's definition names the program {0:?}, which is none of QEMU's; it is not run. Add the guest again at its site"
+    )]
     NotQemu(String),
     /// A socket's path is too long.
-    #[error("{0} is longer than the 107 bytes a socket's path may have; choose a shorter run directory")]
+    #[error(
+        "{0} is longer than the 107 bytes a socket's path may have; choose a shorter run directory"
+    )]
     LongPath(PathBuf),
     /// An overlay could not be made.
     #[error("qemu-img cannot make the overlay {path}: {words}")]
@@ -75,7 +81,12 @@ pub(super) fn log_path(run: &Path) -> PathBuf {
 /// An error with what QEMU wrote last.
 pub(super) fn died(run: &Path, doing: &'static str, why: &str) -> LaunchError {
     let log = log_path(run);
-    LaunchError::Qemu { doing, why: why.to_owned(), words: last_words(&log), log }
+    LaunchError::Qemu {
+        doing,
+        why: why.to_owned(),
+        words: last_words(&log),
+        log,
+    }
 }
 
 fn last_words(log: &Path) -> String {
@@ -86,5 +97,9 @@ fn last_words(log: &Path) -> String {
         let _ = file.take(SHOWN).read_to_end(&mut bytes);
     }
     let text = String::from_utf8_lossy(&bytes).trim().replace('\n', "; ");
-    if text.is_empty() { "none".to_owned() } else { text }
+    if text.is_empty() {
+        "none".to_owned()
+    } else {
+        text
+    }
 }

@@ -70,7 +70,10 @@ impl Launched {
     pub fn set_hydration_speed(&mut self, bytes_per_second: u64) -> Result<(), LaunchError> {
         for (id, job) in self.jobs()? {
             if job["status"] != "concluded" {
-                self.qmp.execute("block-job-set-speed", json!({"device": id, "speed": bytes_per_second}))?;
+                self.qmp.execute(
+                    "block-job-set-speed",
+                    json!({"device": id, "speed": bytes_per_second}),
+                )?;
             }
         }
         Ok(())
@@ -92,9 +95,19 @@ impl Launched {
             };
             let number = |key: &str| job[key].as_u64().unwrap_or(0);
             let (done, total) = (number("current-progress"), number("total-progress"));
-            Some(Hydration { disk: disk.to_owned(), done, total, state })
+            Some(Hydration {
+                disk: disk.to_owned(),
+                done,
+                total,
+                state,
+            })
         };
-        Ok(self.disks.iter().enumerate().filter_map(|(index, (disk, _))| progress(index, disk)).collect())
+        Ok(self
+            .disks
+            .iter()
+            .enumerate()
+            .filter_map(|(index, (disk, _))| progress(index, disk))
+            .collect())
     }
 
     /// Our copying jobs.
@@ -104,7 +117,12 @@ impl Launched {
             let id = job["id"].as_str().filter(|id| id.starts_with(JOB))?;
             Some((id.to_owned(), job.clone()))
         };
-        Ok(jobs.as_array().into_iter().flatten().filter_map(ours).collect())
+        Ok(jobs
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(ours)
+            .collect())
     }
 }
 
@@ -116,33 +134,63 @@ fn job(index: usize) -> String {
 
 /// The disks that have something below, and their names for `block-stream`.
 pub(super) fn streams(definition: &Definition, placement: &Placement) -> Vec<(String, String)> {
-    let below = |name: &str| placement.disks.get(name).is_some_and(|place| place.backing != Backing::Nothing);
+    let below = |name: &str| {
+        placement
+            .disks
+            .get(name)
+            .is_some_and(|place| place.backing != Backing::Nothing)
+    };
     let disks = definition.disks.iter().filter(|disk| below(&disk.name));
-    let device = |node: &str, name: &str| if node.starts_with('#') { name.to_owned() } else { node.to_owned() };
-    disks.map(|disk| (disk.name.clone(), device(&disk.node, &disk.name))).collect()
+    let device = |node: &str, name: &str| {
+        if node.starts_with('#') {
+            name.to_owned()
+        } else {
+            node.to_owned()
+        }
+    };
+    disks
+        .map(|disk| (disk.name.clone(), device(&disk.node, &disk.name)))
+        .collect()
 }
 
-pub(super) fn make_overlays(definition: &Definition, placement: &Placement) -> Result<(), LaunchError> {
+pub(super) fn make_overlays(
+    definition: &Definition,
+    placement: &Placement,
+) -> Result<(), LaunchError> {
     for disk in &definition.disks {
-        let Some(place) = placement.disks.get(&disk.name).filter(|place| !place.overlay.exists()) else { continue };
+        let Some(place) = placement
+            .disks
+            .get(&disk.name)
+            .filter(|place| !place.overlay.exists())
+        else {
+            continue;
+        };
         let mut command = Command::new("qemu-img");
         command.args(["create", "-q", "-f", "qcow2"]);
         if let Some(below) = place.backing.options()? {
             // In the header too, so that nobody takes a half copied overlay for
             // a whole disk; unchecked (-u), so that nothing is waited for.
             let format = below["driver"].as_str().unwrap_or("raw").to_owned();
-            command.args(["-u", "-F", &format, "-b"]).arg(format!("json:{below}"));
+            command
+                .args(["-u", "-F", &format, "-b"])
+                .arg(format!("json:{below}"));
         }
         let output = command
             .arg(&place.overlay)
             .arg(disk.bytes.to_string())
             .stdin(Stdio::null())
             .output()
-            .map_err(|source| LaunchError::Program { program: "qemu-img".to_owned(), source })?;
+            .map_err(|source| LaunchError::Program {
+                program: "qemu-img".to_owned(),
+                source,
+            })?;
         if !output.status.success() {
             let _ = fs::remove_file(&place.overlay);
             let words = String::from_utf8_lossy(&output.stderr).trim().to_owned();
-            return Err(LaunchError::Overlay { path: place.overlay.clone(), words });
+            return Err(LaunchError::Overlay {
+                path: place.overlay.clone(),
+                words,
+            });
         }
     }
     Ok(())

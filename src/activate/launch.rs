@@ -61,7 +61,11 @@ impl Launched {
     /// # Errors
     /// See [`LaunchError`]; QEMU's own words are in it.
     pub fn start(plan: &LaunchPlan) -> Result<Self, LaunchError> {
-        let LaunchPlan { definition, placement, program } = *plan;
+        let LaunchPlan {
+            definition,
+            placement,
+            program,
+        } = *plan;
         let run = &placement.run;
         let file = |what: &'static str, path: &Path| {
             let path = path.to_owned();
@@ -94,15 +98,30 @@ impl Launched {
             .stdout(log)
             .stderr(errors)
             .spawn()
-            .map_err(|source| LaunchError::Program { program: program.display().to_string(), source })?;
+            .map_err(|source| LaunchError::Program {
+                program: program.display().to_string(),
+                source,
+            })?;
         let mut starting = Starting(Some(child));
         let qmp = starting.await_qmp(&placement.qmp, run)?;
-        let Some(child) = starting.0.take() else { return Err(died(run, "did not start", "it is gone")) };
+        let Some(child) = starting.0.take() else {
+            return Err(died(run, "did not start", "it is gone"));
+        };
         let pid_path = pid_path(run);
-        let launched = Launched { qmp, pid: child.id(), child: Some(child), run: run.clone(), disks: streams(definition, placement) };
+        let launched = Launched {
+            qmp,
+            pid: child.id(),
+            child: Some(child),
+            run: run.clone(),
+            disks: streams(definition, placement),
+        };
         if let Err(source) = fs::write(&pid_path, format!("{}\n", launched.pid)) {
             launched.kill();
-            return Err(LaunchError::File { what: "write", path: pid_path, source });
+            return Err(LaunchError::File {
+                what: "write",
+                path: pid_path,
+                source,
+            });
         }
         Ok(launched)
     }
@@ -112,19 +131,36 @@ impl Launched {
     ///
     /// # Errors
     /// When its process lives but its QMP socket does not answer.
-    pub fn adopt(definition: &Definition, placement: &Placement) -> Result<Option<Self>, LaunchError> {
-        let noted = fs::read_to_string(pid_path(&placement.run)).ok().and_then(|text| text.trim().parse().ok());
+    pub fn adopt(
+        definition: &Definition,
+        placement: &Placement,
+    ) -> Result<Option<Self>, LaunchError> {
+        let noted = fs::read_to_string(pid_path(&placement.run))
+            .ok()
+            .and_then(|text| text.trim().parse().ok());
         match Qmp::connect(&placement.qmp, START) {
             Ok(qmp) => {
                 let path = placement.qmp.clone();
-                let pid = qmp.pid().map_err(|source| LaunchError::File { what: "ask the kernel about", path, source })?;
+                let pid = qmp.pid().map_err(|source| LaunchError::File {
+                    what: "ask the kernel about",
+                    path,
+                    source,
+                })?;
                 let disks = streams(definition, placement);
-                Ok(Some(Launched { qmp, pid, child: None, run: placement.run.clone(), disks }))
+                Ok(Some(Launched {
+                    qmp,
+                    pid,
+                    child: None,
+                    run: placement.run.clone(),
+                    disks,
+                }))
             }
-            Err(error) => match noted.filter(|pid| is_alive(*pid) && runs_with(*pid, &placement.qmp)) {
-                Some(_) => Err(error.into()),
-                None => Ok(None),
-            },
+            Err(error) => {
+                match noted.filter(|pid| is_alive(*pid) && runs_with(*pid, &placement.qmp)) {
+                    Some(_) => Err(error.into()),
+                    None => Ok(None),
+                }
+            }
         }
     }
 
@@ -137,7 +173,10 @@ impl Launched {
         self.set_capabilities()?;
         let socket = incoming_socket(&self.run);
         let _ = fs::remove_file(&socket);
-        self.qmp.execute("migrate-incoming", json!({"uri": format!("unix:{}", socket.display())}))?;
+        self.qmp.execute(
+            "migrate-incoming",
+            json!({"uri": format!("unix:{}", socket.display())}),
+        )?;
         let outcome = self.feed(&socket, device_state);
         let _ = fs::remove_file(&socket);
         outcome
@@ -145,7 +184,10 @@ impl Launched {
 
     fn set_capabilities(&mut self) -> Result<(), LaunchError> {
         let capabilities = json!([{"capability": "x-ignore-shared", "state": true}]);
-        self.qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities}))?;
+        self.qmp.execute(
+            "migrate-set-capabilities",
+            json!({"capabilities": capabilities}),
+        )?;
         Ok(())
     }
 
@@ -154,7 +196,8 @@ impl Launched {
             stream.set_write_timeout(Some(RESTORE))?;
             Ok(stream)
         });
-        let mut stream = connected.map_err(|e| self.failed(&format!("its incoming socket refuses: {e}")))?;
+        let mut stream =
+            connected.map_err(|e| self.failed(&format!("its incoming socket refuses: {e}")))?;
         let written = stream.write_all(device_state).and_then(|()| {
             // A state that was cut short must fail, not be waited for.
             stream.shutdown(std::net::Shutdown::Write)
@@ -179,7 +222,9 @@ impl Launched {
                 return Err(self.failed(&format!("it stopped reading the device state: {error}")));
             }
             if Instant::now() > deadline {
-                return Err(self.failed(&format!("the device state was not taken within {RESTORE:?}; it may be cut short")));
+                return Err(self.failed(&format!(
+                    "the device state was not taken within {RESTORE:?}; it may be cut short"
+                )));
             }
             std::thread::sleep(Duration::from_micros(500));
         }
@@ -195,7 +240,10 @@ impl Launched {
             Ok(migration) => migration,
             Err(error) => return Err(self.failed(&error.to_string())),
         };
-        let why = migration["error-desc"].as_str().unwrap_or("it does not say why").to_owned();
+        let why = migration["error-desc"]
+            .as_str()
+            .unwrap_or("it does not say why")
+            .to_owned();
         Ok((migration["status"] == "failed").then_some(why))
     }
 
@@ -219,7 +267,11 @@ impl Launched {
         let status = self.qmp.execute("query-status", json!({}))?;
         match status["running"] == true {
             true => Ok(()),
-            false => Err(died(&self.run, "does not run", &format!("its status is {}", status["status"]))),
+            false => Err(died(
+                &self.run,
+                "does not run",
+                &format!("its status is {}", status["status"]),
+            )),
         }
     }
 
@@ -228,7 +280,10 @@ impl Launched {
     /// # Errors
     /// When QEMU does not answer.
     pub fn announce(&mut self) -> Result<(), LaunchError> {
-        self.qmp.execute("announce-self", json!({"initial": 50, "max": 550, "rounds": 10, "step": 50}))?;
+        self.qmp.execute(
+            "announce-self",
+            json!({"initial": 50, "max": 550, "rounds": 10, "step": 50}),
+        )?;
         Ok(())
     }
 
@@ -289,15 +344,22 @@ impl Starting {
             let left = deadline.saturating_duration_since(Instant::now());
             let status = self.0.as_mut().map(Child::try_wait);
             if let Some(Ok(Some(status))) = status {
-                return Err(died(run, "did not start", &format!("it ended with {status}")));
+                return Err(died(
+                    run,
+                    "did not start",
+                    &format!("it ended with {status}"),
+                ));
             }
             if left.is_zero() {
-                let why = format!("it does not answer within {START:?}; is its NBD server or storage stuck?");
+                let why = format!(
+                    "it does not answer within {START:?}; is its NBD server or storage stuck?"
+                );
                 return Err(died(run, "did not start", &why));
             }
             match Qmp::connect(socket, left.max(START / 2)) {
                 Ok(qmp) => return Ok(qmp),
-                Err(QmpError::Connect { .. } | QmpError::Closed { .. } | QmpError::Busy { .. }) => {}
+                Err(QmpError::Connect { .. } | QmpError::Closed { .. } | QmpError::Busy { .. }) => {
+                }
                 Err(error) => return Err(error.into()),
             }
             std::thread::sleep(Duration::from_millis(2));
@@ -325,7 +387,8 @@ fn incoming_socket(run: &Path) -> PathBuf {
 /// Lives and is no zombie.
 fn is_alive(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
 }
 
 /// Does this process's command line name that QMP socket? A pid may have been given to another.

@@ -109,7 +109,9 @@ pub enum DefinitionError {
     #[error(transparent)]
     Facts(#[from] FactsError),
     /// A file that the command line names cannot be read.
-    #[error("cannot read {path}, which QEMU's {option} names: {source}. Start farhaven as a user that may read it")]
+    #[error(
+        "cannot read {path}, which QEMU's {option} names: {source}. Start farhaven as a user that may read it"
+    )]
     File {
         /// The file.
         path: PathBuf,
@@ -130,9 +132,15 @@ impl Definition {
         let facts = Facts::gather(qmp)?;
         let (mut definition, files) = Self::new(&facts);
         for (option, path) in files {
-            definition.files.push(
-                HostFile::read(&path).map_err(|source| DefinitionError::File { path, option, source })?,
-            );
+            definition
+                .files
+                .push(
+                    HostFile::read(&path).map_err(|source| DefinitionError::File {
+                        path,
+                        option,
+                        source,
+                    })?,
+                );
         }
         Ok(definition)
     }
@@ -155,11 +163,22 @@ impl Definition {
         if !reading.qmp {
             arguments.push(Argument::new("qmp", "unix:{qmp},server=on,wait=off"));
         }
-        let last = |option: &str| facts.arguments.iter().rev().find(|argument| argument.option == option);
-        let asked = facts.arguments.iter().rev().find_map(|argument| match argument.option.as_str() {
-            "machine" | "M" => argument.keys("type").value("type").map(str::to_owned),
-            _ => None,
-        });
+        let last = |option: &str| {
+            facts
+                .arguments
+                .iter()
+                .rev()
+                .find(|argument| argument.option == option)
+        };
+        let asked =
+            facts
+                .arguments
+                .iter()
+                .rev()
+                .find_map(|argument| match argument.option.as_str() {
+                    "machine" | "M" => argument.keys("type").value("type").map(str::to_owned),
+                    _ => None,
+                });
         if asked.is_none() {
             arguments.push(Argument::new("machine", facts.machine.clone()));
         }
@@ -194,10 +213,17 @@ impl HostFile {
         let file = std::fs::File::open(path)?;
         // A pipe or a terminal would never end.
         if !file.metadata()?.is_file() {
-            return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, "it is no plain file"));
+            return Err(std::io::Error::new(
+                std::io::ErrorKind::InvalidInput,
+                "it is no plain file",
+            ));
         }
         let mut hasher = blake3::Hasher::new();
         hasher.update_reader(&file)?;
-        Ok(HostFile { path: path.to_owned(), bytes: hasher.count(), blake3: hasher.finalize().to_hex().to_string() })
+        Ok(HostFile {
+            path: path.to_owned(),
+            bytes: hasher.count(),
+            blake3: hasher.finalize().to_hex().to_string(),
+        })
     }
 }

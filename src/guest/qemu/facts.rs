@@ -59,7 +59,9 @@ pub enum FactsError {
     #[error(transparent)]
     Qmp(#[from] QmpError),
     /// The process behind the socket cannot be looked at.
-    #[error("cannot read {path} of the guest's QEMU: {source}. Run farhaven on the guest's own host, as root or as QEMU's user")]
+    #[error(
+        "cannot read {path} of the guest's QEMU: {source}. Run farhaven on the guest's own host, as root or as QEMU's user"
+    )]
     Process {
         /// A file in /proc.
         path: PathBuf,
@@ -92,12 +94,20 @@ impl Facts {
         let path = process.join("cmdline");
         let line = std::fs::read(&path).map_err(failed(&path))?;
         let mut words = options::split_command_line(&line[..line.len().min(MAX_COMMAND_LINE)]);
-        let program = if words.is_empty() { String::new() } else { words.remove(0) };
+        let program = if words.is_empty() {
+            String::new()
+        } else {
+            words.remove(0)
+        };
         let path = process.join("cwd");
         let directory = std::fs::read_link(&path).map_err(failed(&path))?;
 
         let mut facts = Facts {
-            program: Path::new(&program).file_name().unwrap_or_default().to_string_lossy().into_owned(),
+            program: Path::new(&program)
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned(),
             arguments: options::parse(&words),
             directory,
             qmp: std::path::absolute(qmp.path()).unwrap_or_else(|_| qmp.path().to_owned()),
@@ -105,9 +115,16 @@ impl Facts {
             ..Facts::default()
         };
         let machine = qmp.execute("qom-get", json!({"path": "/machine", "property": "type"}))?;
-        let machine = machine.as_str().ok_or(lacks("qom-get /machine type", "a name"))?;
-        machine.strip_suffix("-machine").unwrap_or(machine).clone_into(&mut facts.machine);
-        facts.kvm = qmp.execute("query-kvm", json!({}))?["enabled"].as_bool().unwrap_or(false);
+        let machine = machine
+            .as_str()
+            .ok_or(lacks("qom-get /machine type", "a name"))?;
+        machine
+            .strip_suffix("-machine")
+            .unwrap_or(machine)
+            .clone_into(&mut facts.machine);
+        facts.kvm = qmp.execute("query-kvm", json!({}))?["enabled"]
+            .as_bool()
+            .unwrap_or(false);
         let cpus = qmp.execute("query-cpus-fast", json!({}))?;
         facts.vcpus = u32::try_from(list(&cpus).len()).unwrap_or(u32::MAX);
         let memory = qmp.execute("query-memory-size-summary", json!({}))?;
@@ -118,7 +135,10 @@ impl Facts {
             facts.ram.push(ram_block(qmp, backend)?);
         }
         let blocks = qmp.execute("query-block", json!({}))?;
-        facts.blocks = list(&blocks).iter().filter_map(|block| block_fact(block, &facts.directory)).collect();
+        facts.blocks = list(&blocks)
+            .iter()
+            .filter_map(|block| block_fact(block, &facts.directory))
+            .collect();
         Ok(facts)
     }
 
@@ -156,10 +176,18 @@ fn ram_block(qmp: &mut Qmp, backend: &Value) -> Result<RamBlock, FactsError> {
     let backend_type = ask("type")?;
     let shared = ask("share")?;
     Ok(RamBlock {
-        bytes: backend["size"].as_u64().ok_or(lacks("query-memdev", "a size"))?,
+        bytes: backend["size"]
+            .as_u64()
+            .ok_or(lacks("query-memdev", "a size"))?,
         backend: backend_type.as_str().unwrap_or_default().to_owned(),
-        path: path.as_str().filter(|path| !path.is_empty()).map(PathBuf::from),
-        shared: shared.as_bool().or(backend["share"].as_bool()).unwrap_or(false),
+        path: path
+            .as_str()
+            .filter(|path| !path.is_empty())
+            .map(PathBuf::from),
+        shared: shared
+            .as_bool()
+            .or(backend["share"].as_bool())
+            .unwrap_or(false),
         id,
     })
 }

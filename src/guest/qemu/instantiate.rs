@@ -64,7 +64,9 @@ pub enum Backing {
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum InstantiateError {
     /// A RAM block or disk of the definition is not in the placement.
-    #[error("the placement names no {what} for {name}; this is an error of the caller, please report it")]
+    #[error(
+        "the placement names no {what} for {name}; this is an error of the caller, please report it"
+    )]
     Unplaced {
         /// `RAM file` or `disk`.
         what: &'static str,
@@ -72,7 +74,9 @@ pub enum InstantiateError {
         name: String,
     },
     /// The disk did not come from the command line.
-    #[error("disk {0} was plugged in after QEMU was started, so that no command line makes it; restart the guest with it on the command line, then `farhaven guest add` again")]
+    #[error(
+        "disk {0} was plugged in after QEMU was started, so that no command line makes it; restart the guest with it on the command line, then `farhaven guest add` again"
+    )]
     Plugged(String),
     /// A path cannot be told to QEMU.
     #[error("{0} is no UTF-8; choose another directory")]
@@ -98,7 +102,8 @@ impl Backing {
 }
 
 fn utf8(path: &Path) -> Result<&str, InstantiateError> {
-    path.to_str().ok_or_else(|| InstantiateError::Path(path.to_owned()))
+    path.to_str()
+        .ok_or_else(|| InstantiateError::Path(path.to_owned()))
 }
 
 impl Definition {
@@ -112,24 +117,40 @@ impl Definition {
         for argument in &self.arguments {
             options.push(self.fill(argument, placement)?);
         }
-        options.push(Argument { option: "S".to_owned(), value: None });
+        options.push(Argument {
+            option: "S".to_owned(),
+            value: None,
+        });
         options.push(Argument::new("incoming", "defer"));
         Ok(options::unparse(&options))
     }
 
-    fn fill(&self, argument: &Argument, placement: &Placement) -> Result<Argument, InstantiateError> {
+    fn fill(
+        &self,
+        argument: &Argument,
+        placement: &Placement,
+    ) -> Result<Argument, InstantiateError> {
         let option = argument.option.as_str();
         let text = argument.text();
         if matches!(option, "blockdev" | "drive")
-            && let Some(disk) = self.disks.iter().find(|disk| text == format!("{{disk:{}}}", disk.name))
+            && let Some(disk) = self
+                .disks
+                .iter()
+                .find(|disk| text == format!("{{disk:{}}}", disk.name))
         {
             return place_disk(disk, placement);
         }
         if option == "netdev"
-            && let Some(net) = self.nets.iter().find(|net| text == format!("{{net:{}}}", net.id))
+            && let Some(net) = self
+                .nets
+                .iter()
+                .find(|net| text == format!("{{net:{}}}", net.id))
         {
             let value = placement.nets.get(&net.id);
-            return Ok(Argument::new(option, value.map_or(net.value.clone(), |value| format!("{value},id={}", net.id))));
+            return Ok(Argument::new(
+                option,
+                value.map_or(net.value.clone(), |value| format!("{value},id={}", net.id)),
+            ));
         }
         if let Some(place) = placement.files.get(Path::new(text)) {
             return Ok(Argument::new(option, utf8(place)?));
@@ -139,11 +160,16 @@ impl Definition {
         }
         // Only options that the definition rewrote are taken apart; the rest is kept verbatim.
         let first = match option {
-            "object" | "chardev" | "fw_cfg" | "option-rom" | "drive" | "blockdev" | "acpitable" | "smbios" => implied(option),
+            "object" | "chardev" | "fw_cfg" | "option-rom" | "drive" | "blockdev" | "acpitable"
+            | "smbios" => implied(option),
             "qmp" | "qmp-pretty" | "monitor" | "serial" | "parallel" | "debugcon" | "vnc" => "to",
             "pidfile" | "D" => {
-                let place = text.strip_prefix("{run}/").map(|name| placement.run.join(name));
-                return place.map_or(Ok(argument.clone()), |place| Ok(Argument::new(option, utf8(&place)?)));
+                let place = text
+                    .strip_prefix("{run}/")
+                    .map(|name| placement.run.join(name));
+                return place.map_or(Ok(argument.clone()), |place| {
+                    Ok(Argument::new(option, utf8(&place)?))
+                });
             }
             _ => return Ok(argument.clone()),
         };
@@ -155,25 +181,45 @@ impl Definition {
                 changed = true;
             }
         }
-        Ok(if changed { Argument::new(option, keys.text(first)) } else { argument.clone() })
+        Ok(if changed {
+            Argument::new(option, keys.text(first))
+        } else {
+            argument.clone()
+        })
     }
 
     /// What stands for one value with a placeholder in it.
-    fn place(&self, value: &str, placement: &Placement) -> Result<Option<String>, InstantiateError> {
+    fn place(
+        &self,
+        value: &str,
+        placement: &Placement,
+    ) -> Result<Option<String>, InstantiateError> {
         if let Some(place) = placement.files.get(Path::new(value)) {
             return Ok(Some(utf8(place)?.to_owned()));
         }
-        let Some(start) = value.find('{') else { return Ok(None) };
+        let Some(start) = value.find('{') else {
+            return Ok(None);
+        };
         let (before, rest) = value.split_at(start);
-        if !matches!(before, "" | "unix:" | "file:" | "pipe:" | "mon:unix:" | "mon:file:" | "mon:pipe:") {
+        if !matches!(
+            before,
+            "" | "unix:" | "file:" | "pipe:" | "mon:unix:" | "mon:file:" | "mon:pipe:"
+        ) {
             return Ok(None);
         }
         let place = if rest == "{qmp}" {
             placement.qmp.clone()
         } else if let Some(name) = rest.strip_prefix("{run}/") {
             placement.run.join(name)
-        } else if let Some(block) = self.ram.iter().find(|block| rest == format!("{{ram:{}}}", block.id)) {
-            let unplaced = || InstantiateError::Unplaced { what: "RAM file", name: block.id.clone() };
+        } else if let Some(block) = self
+            .ram
+            .iter()
+            .find(|block| rest == format!("{{ram:{}}}", block.id))
+        {
+            let unplaced = || InstantiateError::Unplaced {
+                what: "RAM file",
+                name: block.id.clone(),
+            };
             placement.ram.get(&block.id).ok_or_else(unplaced)?.clone()
         } else {
             return Ok(None);
@@ -186,9 +232,13 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
     if disk.option.is_empty() {
         return Err(InstantiateError::Plugged(disk.name.clone()));
     }
-    let unplaced = || InstantiateError::Unplaced { what: "disk", name: disk.name.clone() };
+    let unplaced = || InstantiateError::Unplaced {
+        what: "disk",
+        name: disk.name.clone(),
+    };
     let place = placement.disks.get(&disk.name).ok_or_else(unplaced)?;
-    let mut node = json!({"driver": "qcow2", "file": {"driver": "file", "filename": utf8(&place.overlay)?}});
+    let mut node =
+        json!({"driver": "qcow2", "file": {"driver": "file", "filename": utf8(&place.overlay)?}});
     if let Some(below) = place.backing.options()? {
         node["backing"] = below;
     }
@@ -207,9 +257,13 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
         return Ok(Argument::new("blockdev", node.to_string()));
     }
     let mut keys = Keys::default();
-    disk.keep.iter().for_each(|(key, value)| keys.set(key, value));
+    disk.keep
+        .iter()
+        .for_each(|(key, value)| keys.set(key, value));
     // `-drive` wants dotted names.
     let flat = Keys::parse(&node.to_string(), "");
-    flat.pairs().iter().for_each(|(key, value)| keys.set(key, value));
+    flat.pairs()
+        .iter()
+        .for_each(|(key, value)| keys.set(key, value));
     Ok(Argument::new("drive", keys.text("")))
 }

@@ -8,3 +8,4 @@ pub mod options;
 pub mod peer;
 pub mod qmp;
 mod template;
+mod unfit;

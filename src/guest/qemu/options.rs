@@ -11,11 +11,46 @@ pub const MAX_COMMAND_LINE: usize = 4 << 20;
 
 /// Options without a value. Every other option takes one.
 const FLAGS: &[&str] = &[
-    "S", "alt-grab", "ctrl-grab", "curses", "daemonize", "enable-fips", "enable-kvm", "enable-sync-profile",
-    "full-screen", "gtk", "h", "help", "mem-prealloc", "no-acpi", "no-fd-bootchk", "no-hpet", "no-kvm", "no-quit",
-    "no-reboot", "no-shutdown", "no-user-config", "nodefaults", "nographic", "old-param", "only-migratable",
-    "preconfig", "s", "sdl", "semihosting", "singlestep", "snapshot", "usb", "version", "win2k-hack", "xen-attach",
-    "portrait", "no-frame", "nodefconfig", "one-insn-per-tb", "xen-domid-restrict",
+    "S",
+    "alt-grab",
+    "ctrl-grab",
+    "curses",
+    "daemonize",
+    "enable-fips",
+    "enable-kvm",
+    "enable-sync-profile",
+    "full-screen",
+    "gtk",
+    "h",
+    "help",
+    "mem-prealloc",
+    "no-acpi",
+    "no-fd-bootchk",
+    "no-hpet",
+    "no-kvm",
+    "no-quit",
+    "no-reboot",
+    "no-shutdown",
+    "no-user-config",
+    "nodefaults",
+    "nographic",
+    "old-param",
+    "only-migratable",
+    "preconfig",
+    "s",
+    "sdl",
+    "semihosting",
+    "singlestep",
+    "snapshot",
+    "usb",
+    "version",
+    "win2k-hack",
+    "xen-attach",
+    "portrait",
+    "no-frame",
+    "nodefconfig",
+    "one-insn-per-tb",
+    "xen-domid-restrict",
 ];
 
 /// One option of a QEMU command line.
@@ -31,7 +66,10 @@ pub struct Argument {
 impl Argument {
     /// An option with a value.
     pub fn new(option: &str, value: impl Into<String>) -> Self {
-        Argument { option: option.to_owned(), value: Some(value.into()) }
+        Argument {
+            option: option.to_owned(),
+            value: Some(value.into()),
+        }
     }
 
     /// The value, empty if there is none.
@@ -48,7 +86,10 @@ impl Argument {
 /// Splits the bytes of `/proc/PID/cmdline` (arguments ended by NUL).
 pub fn split_command_line(bytes: &[u8]) -> Vec<String> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
-    bytes.split(|&byte| byte == 0).map(|argument| String::from_utf8_lossy(argument).into_owned()).collect()
+    bytes
+        .split(|&byte| byte == 0)
+        .map(|argument| String::from_utf8_lossy(argument).into_owned())
+        .collect()
 }
 
 /// Groups arguments (without the program's name) into options.
@@ -56,11 +97,19 @@ pub fn parse(arguments: &[String]) -> Vec<Argument> {
     let mut options = Vec::new();
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
-        let name = argument.strip_prefix("--").or_else(|| argument.strip_prefix('-'));
+        let name = argument
+            .strip_prefix("--")
+            .or_else(|| argument.strip_prefix('-'));
         options.push(match name {
             Some("") | None => Argument::new("", argument.clone()),
-            Some(name) if FLAGS.contains(&name) => Argument { option: name.to_owned(), value: None },
-            Some(name) => Argument { option: name.to_owned(), value: rest.next().cloned() },
+            Some(name) if FLAGS.contains(&name) => Argument {
+                option: name.to_owned(),
+                value: None,
+            },
+            Some(name) => Argument {
+                option: name.to_owned(),
+                value: rest.next().cloned(),
+            },
         });
     }
     options
@@ -94,7 +143,10 @@ impl Keys {
         {
             let mut pairs = Vec::new();
             flatten("", &json, &mut pairs);
-            return Keys { pairs, json: Some(json) };
+            return Keys {
+                pairs,
+                json: Some(json),
+            };
         }
         let words = split_commas(text);
         let pair = |(at, word): (usize, String)| match word.split_once('=') {
@@ -105,12 +157,19 @@ impl Keys {
                 _ => (word, "on".to_owned()),
             },
         };
-        Keys { pairs: words.into_iter().enumerate().map(pair).collect(), json: None }
+        Keys {
+            pairs: words.into_iter().enumerate().map(pair).collect(),
+            json: None,
+        }
     }
 
     /// The last value of a key: QEMU lets later ones win.
     pub fn value(&self, key: &str) -> Option<&str> {
-        self.pairs.iter().rev().find(|(name, _)| name == key).map(|(_, value)| value.as_str())
+        self.pairs
+            .iter()
+            .rev()
+            .find(|(name, _)| name == key)
+            .map(|(_, value)| value.as_str())
     }
 
     /// Is this switch on?
@@ -191,13 +250,25 @@ fn split_commas(text: &str) -> Vec<String> {
 
 fn flatten(prefix: &str, json: &serde_json::Value, pairs: &mut Vec<(String, String)>) {
     use serde_json::Value;
-    let name = |key: &str| if prefix.is_empty() { key.to_owned() } else { format!("{prefix}.{key}") };
-    match json {
-        Value::Object(map) => map.iter().for_each(|(key, value)| flatten(&name(key), value, pairs)),
-        Value::Array(list) => {
-            list.iter().enumerate().for_each(|(at, value)| flatten(&name(&at.to_string()), value, pairs));
+    let name = |key: &str| {
+        if prefix.is_empty() {
+            key.to_owned()
+        } else {
+            format!("{prefix}.{key}")
         }
-        Value::Bool(on) => pairs.push((prefix.to_owned(), if *on { "on" } else { "off" }.to_owned())),
+    };
+    match json {
+        Value::Object(map) => map
+            .iter()
+            .for_each(|(key, value)| flatten(&name(key), value, pairs)),
+        Value::Array(list) => {
+            list.iter()
+                .enumerate()
+                .for_each(|(at, value)| flatten(&name(&at.to_string()), value, pairs));
+        }
+        Value::Bool(on) => {
+            pairs.push((prefix.to_owned(), if *on { "on" } else { "off" }.to_owned()))
+        }
         Value::String(text) => pairs.push((prefix.to_owned(), text.clone())),
         other => pairs.push((prefix.to_owned(), other.to_string())),
     }
@@ -223,10 +294,35 @@ mod tests {
 
     #[test]
     fn options_are_grouped() {
-        let line = words(&["-S", "--machine", "q35", "-nodefaults", "disk.img", "-m", "512"]);
+        let line = words(&[
+            "-S",
+            "--machine",
+            "q35",
+            "-nodefaults",
+            "disk.img",
+            "-m",
+            "512",
+        ]);
         let options = parse(&line);
-        assert_eq!(options.iter().map(|o| o.option.as_str()).collect::<Vec<_>>(), ["S", "machine", "nodefaults", "", "m"]);
-        assert_eq!(unparse(&options), words(&["-S", "-machine", "q35", "-nodefaults", "disk.img", "-m", "512"]));
+        assert_eq!(
+            options
+                .iter()
+                .map(|o| o.option.as_str())
+                .collect::<Vec<_>>(),
+            ["S", "machine", "nodefaults", "", "m"]
+        );
+        assert_eq!(
+            unparse(&options),
+            words(&[
+                "-S",
+                "-machine",
+                "q35",
+                "-nodefaults",
+                "disk.img",
+                "-m",
+                "512"
+            ])
+        );
     }
 
     #[test]
@@ -236,17 +332,26 @@ mod tests {
         assert!(keys.on("server"));
         assert_eq!(keys.value("wait"), Some("off"));
         assert_eq!(keys.value("x"), Some("2"));
-        let json = Keys::parse(r#"{"driver":"qcow2","file":{"filename":"/a,b"},"read-only":true}"#, "driver");
+        let json = Keys::parse(
+            r#"{"driver":"qcow2","file":{"filename":"/a,b"},"read-only":true}"#,
+            "driver",
+        );
         assert_eq!(json.value("file.filename"), Some("/a,b"));
         assert!(json.on("read-only"));
     }
 
     #[test]
     fn json_stays_json_when_a_value_is_set() {
-        let mut keys = Keys::parse(r#"{"qom-type":"memory-backend-file","mem-path":"/x"}"#, "qom-type");
+        let mut keys = Keys::parse(
+            r#"{"qom-type":"memory-backend-file","mem-path":"/x"}"#,
+            "qom-type",
+        );
         keys.set("mem-path", "/y\"z");
         let text = keys.text("qom-type");
-        assert_eq!(Keys::parse(&text, "qom-type").value("mem-path"), Some("/y\"z"));
+        assert_eq!(
+            Keys::parse(&text, "qom-type").value("mem-path"),
+            Some("/y\"z")
+        );
         assert!(text.starts_with('{'));
     }
 

@@ -39,26 +39,40 @@ pub fn peer_facts(definition: &Definition, ram: &Path, store: &Path) -> PeerFact
     let program = &definition.program;
     let version = output(program, &["--version"]);
     let setting = |name: &str| {
-        let text = std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
+        let text =
+            std::fs::read_to_string(format!("/proc/sys/net/core/{name}")).unwrap_or_default();
         text.trim().parse().unwrap_or(0)
     };
     PeerFacts {
         qemu: parse_version(&version),
         machines: parse_machines(&output(program, &["-machine", "help"])),
         cpus: parse_cpus(&output(program, &["-cpu", "help"])),
-        kvm: std::fs::OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok(),
+        kvm: std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/kvm")
+            .is_ok(),
         qemu_img: !output("qemu-img", &["--version"]).is_empty(),
         ram_directory: (ram.display().to_string(), bytes_free(ram)),
         store_directory: (store.display().to_string(), bytes_free(store)),
-        memory_available: memory_available(&std::fs::read_to_string("/proc/meminfo").unwrap_or_default()),
-        files: definition.files.iter().filter_map(|file| HostFile::read(&file.path).ok()).collect(),
+        memory_available: memory_available(
+            &std::fs::read_to_string("/proc/meminfo").unwrap_or_default(),
+        ),
+        files: definition
+            .files
+            .iter()
+            .filter_map(|file| HostFile::read(&file.path).ok())
+            .collect(),
         socket_buffers: (setting("rmem_max"), setting("wmem_max")),
     }
 }
 
 /// Bytes that this user may still write below a directory.
 pub fn bytes_free(directory: &Path) -> u64 {
-    let existing = directory.ancestors().find(|path| path.exists()).unwrap_or(directory);
+    let existing = directory
+        .ancestors()
+        .find(|path| path.exists())
+        .unwrap_or(directory);
     rustix::fs::statvfs(existing).map_or(0, |facts| facts.f_bavail.saturating_mul(facts.f_frsize))
 }
 
@@ -68,7 +82,11 @@ fn output(program: &str, arguments: &[&str]) -> String {
     if !is_qemu(program) {
         return String::new();
     }
-    let result = Command::new(program).args(arguments).stdin(Stdio::null()).stderr(Stdio::null()).output();
+    let result = Command::new(program)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .output();
     result.map_or(String::new(), |output| match output.status.success() {
         true => String::from_utf8_lossy(&output.stdout).into_owned(),
         false => String::new(),
@@ -77,25 +95,42 @@ fn output(program: &str, arguments: &[&str]) -> String {
 
 /// Is this the bare name of one of QEMU's programs?
 pub fn is_qemu(program: &str) -> bool {
-    program.starts_with("qemu-") && program.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
+    program.starts_with("qemu-")
+        && program
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"-_.".contains(&b))
         || matches!(program, "kvm" | "qemu-kvm")
 }
 
 fn parse_version(text: &str) -> Option<(u64, u64, u64)> {
-    let word = text.split_whitespace().skip_while(|word| *word != "version").nth(1)?;
+    let word = text
+        .split_whitespace()
+        .skip_while(|word| *word != "version")
+        .nth(1)?;
     let mut parts = word.split('.').map(|part| {
         let digits: String = part.chars().take_while(char::is_ascii_digit).collect();
         digits.parse().ok()
     });
-    Some((parts.next()??, parts.next()??, parts.next().flatten().unwrap_or(0)))
+    Some((
+        parts.next()??,
+        parts.next()??,
+        parts.next().flatten().unwrap_or(0),
+    ))
 }
 
 fn parse_machines(text: &str) -> Vec<String> {
-    text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+    text.lines()
+        .skip(1)
+        .filter_map(|line| line.split_whitespace().next())
+        .map(str::to_owned)
+        .collect()
 }
 
 fn parse_cpus(text: &str) -> Vec<String> {
-    let lines = text.lines().take_while(|line| !line.starts_with("Recognized")).filter(|line| !line.ends_with(':'));
+    let lines = text
+        .lines()
+        .take_while(|line| !line.starts_with("Recognized"))
+        .filter(|line| !line.ends_with(':'));
     let model = |line: &str| {
         let mut words = line.split_whitespace();
         match words.next()? {
@@ -107,7 +142,9 @@ fn parse_cpus(text: &str) -> Vec<String> {
 }
 
 fn memory_available(text: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let line = text
+        .lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:"));
     let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0).saturating_mul(1024)
 }
@@ -127,39 +164,84 @@ pub fn check_peer(definition: &Definition, peer: &PeerFacts, stored: u64) -> Vec
     };
     let shown = |(major, minor, micro): (u64, u64, u64)| format!("{major}.{minor}.{micro}");
     if version < OLDEST_QEMU {
-        found.push(Finding::blocks("peer-qemu-too-old", format!("the peer has QEMU {}", shown(version)), "install QEMU 7.2 or later there"));
+        found.push(Finding::blocks(
+            "peer-qemu-too-old",
+            format!("the peer has QEMU {}", shown(version)),
+            "install QEMU 7.2 or later there",
+        ));
     } else if (version.0, version.1) < (definition.qemu.0, definition.qemu.1) {
         let (there, here) = (shown(version), shown(definition.qemu));
         found.push(Finding::warns("peer-qemu-older", format!("the peer has QEMU {there}, the guest runs on {here}; QEMU promises migration to newer versions only"), format!("install QEMU {here} or later there, and run a test failover")));
     }
     if !peer.qemu_img {
-        found.push(Finding::blocks("peer-qemu-img-missing", "the peer has no qemu-img, which makes the disks' overlays", "at the peer: apt-get install -y qemu-utils"));
+        found.push(Finding::blocks(
+            "peer-qemu-img-missing",
+            "the peer has no qemu-img, which makes the disks' overlays",
+            "at the peer: apt-get install -y qemu-utils",
+        ));
     }
     if !peer.machines.contains(&definition.machine) {
-        let known: Vec<&str> = peer.machines.iter().map(String::as_str).filter(|name| name.contains('.')).collect();
+        let known: Vec<&str> = peer
+            .machines
+            .iter()
+            .map(String::as_str)
+            .filter(|name| name.contains('.'))
+            .collect();
         let same = |name: &&&str| name.split('-').nth(1) == definition.machine.split('-').nth(1);
-        let nearest = known.iter().find(same).map_or("a machine type that both know", |name| name);
-        found.push(Finding::blocks("peer-machine", format!("the peer's QEMU does not know machine type {}", definition.machine), format!("restart the guest with -machine {nearest}, or install the same QEMU at the peer")));
+        let nearest = known
+            .iter()
+            .find(same)
+            .map_or("a machine type that both know", |name| name);
+        found.push(Finding::blocks(
+            "peer-machine",
+            format!(
+                "the peer's QEMU does not know machine type {}",
+                definition.machine
+            ),
+            format!(
+                "restart the guest with -machine {nearest}, or install the same QEMU at the peer"
+            ),
+        ));
     }
-    if let Some(model) = definition.cpu.as_deref().and_then(|cpu| cpu.split(',').next())
+    if let Some(model) = definition
+        .cpu
+        .as_deref()
+        .and_then(|cpu| cpu.split(',').next())
         && !["host", "max", "base"].contains(&model)
         && !peer.cpus.iter().any(|known| known == model)
     {
-        found.push(Finding::blocks("peer-cpu", format!("the peer's QEMU does not know CPU model {model}"), "use a model that both list (qemu-system-x86_64 -cpu help)"));
+        found.push(Finding::blocks(
+            "peer-cpu",
+            format!("the peer's QEMU does not know CPU model {model}"),
+            "use a model that both list (qemu-system-x86_64 -cpu help)",
+        ));
     }
     if definition.kvm && !peer.kvm {
         found.push(Finding::blocks("peer-kvm", "the guest runs by KVM, and /dev/kvm cannot be opened at the peer", "at the peer: switch on virtualisation in the firmware, modprobe kvm_intel or kvm_amd, and run farhaven as root or in group kvm"));
     }
-    let ram: u64 = definition.ram.iter().fold(0, |sum, block| sum.saturating_add(block.bytes));
+    let ram: u64 = definition
+        .ram
+        .iter()
+        .fold(0, |sum, block| sum.saturating_add(block.bytes));
     let ram = ram.max(definition.ram_bytes);
     let (directory, free) = &peer.ram_directory;
     if *free < ram {
         found.push(Finding::blocks("peer-ram-room", format!("the guest's RAM file takes {ram} bytes, and {directory} at the peer has {free} free"), format!("free memory there, enlarge it (mount -o remount,size={} /dev/shm), or set another RAM directory", ram.saturating_mul(2))));
     }
     if peer.memory_available < ram {
-        found.push(Finding::blocks("peer-memory", format!("the guest needs {ram} bytes of memory, and the peer has {} available", peer.memory_available), "free memory there, or choose another peer"));
+        found.push(Finding::blocks(
+            "peer-memory",
+            format!(
+                "the guest needs {ram} bytes of memory, and the peer has {} available",
+                peer.memory_available
+            ),
+            "free memory there, or choose another peer",
+        ));
     }
-    let disks: u64 = definition.disks.iter().fold(0, |sum, disk| sum.saturating_add(disk.bytes));
+    let disks: u64 = definition
+        .disks
+        .iter()
+        .fold(0, |sum, disk| sum.saturating_add(disk.bytes));
     let (directory, free) = &peer.store_directory;
     let needed = disks.saturating_add(ram).saturating_sub(stored);
     if *free < needed / 10 {
@@ -170,12 +252,31 @@ pub fn check_peer(definition: &Definition, peer: &PeerFacts, stored: u64) -> Vec
     for file in &definition.files {
         let path = file.path.display();
         match peer.files.iter().find(|there| there.path == file.path) {
-            None => found.push(Finding::blocks("peer-file-missing", format!("{path}, which QEMU's command line names, cannot be read at the peer"), format!("copy it there, to the same place ({} bytes, BLAKE3 {})", file.bytes, file.blake3))),
-            Some(there) if there.blake3 != file.blake3 => found.push(Finding::blocks("peer-file-differs", format!("{path} at the peer is another file than here"), format!("copy this side's there ({} bytes, BLAKE3 {})", file.bytes, file.blake3))),
+            None => found.push(Finding::blocks(
+                "peer-file-missing",
+                format!("{path}, which QEMU's command line names, cannot be read at the peer"),
+                format!(
+                    "copy it there, to the same place ({} bytes, BLAKE3 {})",
+                    file.bytes, file.blake3
+                ),
+            )),
+            Some(there) if there.blake3 != file.blake3 => found.push(Finding::blocks(
+                "peer-file-differs",
+                format!("{path} at the peer is another file than here"),
+                format!(
+                    "copy this side's there ({} bytes, BLAKE3 {})",
+                    file.bytes, file.blake3
+                ),
+            )),
             Some(_) => {}
         }
     }
-    for net in definition.nets.iter().filter(|net| !matches!(net.kind.as_str(), "user" | "socket" | "stream" | "dgram" | "hubport")) {
+    for net in definition.nets.iter().filter(|net| {
+        !matches!(
+            net.kind.as_str(),
+            "user" | "socket" | "stream" | "dgram" | "hubport"
+        )
+    }) {
         found.push(Finding::warns("peer-net", format!("network {} is {}: the peer must have the like", net.id, net.value), format!("name the peer's network for it: net.{} = \"tap,ifname=…,script=no\" in the peer's configuration", net.id)));
     }
     found.sort_by_key(|finding| finding.severity);
@@ -201,19 +302,40 @@ mod tests {
 
     #[test]
     fn help_texts_are_understood() {
-        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright"), Some((7, 2, 22)));
-        assert_eq!(parse_version("QEMU emulator version 10.0-rc1"), Some((10, 0, 0)));
+        assert_eq!(
+            parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2)\nCopyright"),
+            Some((7, 2, 22))
+        );
+        assert_eq!(
+            parse_version("QEMU emulator version 10.0-rc1"),
+            Some((10, 0, 0))
+        );
         assert_eq!(parse_version("nonsense"), None);
-        assert_eq!(parse_machines("Supported machines are:\npc-q35-7.2   Standard PC\nq35  x (alias of pc-q35-7.2)\n"), ["pc-q35-7.2", "q35"]);
+        assert_eq!(
+            parse_machines(
+                "Supported machines are:\npc-q35-7.2   Standard PC\nq35  x (alias of pc-q35-7.2)\n"
+            ),
+            ["pc-q35-7.2", "q35"]
+        );
         let cpus = "Available CPUs:\nx86 486                   (alias configured by machine type)\nx86 EPYC-v4  AMD\n\nRecognized CPUID flags:\n  3dnow";
         assert_eq!(parse_cpus(cpus), ["486", "EPYC-v4"]);
-        assert_eq!(memory_available("MemTotal: 9 kB\nMemAvailable:   12 kB\n"), 12 * 1024);
+        assert_eq!(
+            memory_available("MemTotal: 9 kB\nMemAvailable:   12 kB\n"),
+            12 * 1024
+        );
     }
 
     #[test]
     fn only_programs_of_qemu_are_run() {
         assert!(is_qemu("qemu-system-x86_64") && is_qemu("kvm"));
-        for bad in ["/tmp/qemu-system-x86_64", "sh", "qemu-x;reboot", "", "../qemu-img", "qemu-\0"] {
+        for bad in [
+            "/tmp/qemu-system-x86_64",
+            "sh",
+            "qemu-x;reboot",
+            "",
+            "../qemu-img",
+            "qemu-\0",
+        ] {
             assert!(!is_qemu(bad), "{bad}");
         }
     }
