@@ -183,6 +183,26 @@ fn a_guest_goes_on_where_it_was_cut() {
     println!("hydrated in {:?}", begin.elapsed());
     drop(servers);
 
+    // A session of its own, and no second QEMU on the same memory and disks.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", launched.pid())).unwrap();
+    let session = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .nth(3)
+        .map(str::to_owned);
+    assert_eq!(session, Some(launched.pid().to_string()), "{stat}");
+    let plan = LaunchPlan {
+        definition: &definition,
+        placement: &placement,
+        program: None,
+    };
+    assert!(matches!(
+        Launched::start(&plan).err(),
+        Some(LaunchError::AlreadyRunning { .. })
+    ));
+
     // A restart of the daemon leaves the guest running, and finds it again.
     drop(launched);
     let mut adopted = Launched::adopt(&definition, &placement).unwrap().unwrap();

@@ -43,6 +43,16 @@ pub enum LaunchError {
         "the guest's definition names the program {0:?}, which is none of QEMU's; it is not run. Add the guest again at its site"
     )]
     NotQemu(String),
+    /// A QEMU of this guest is there already: two would write the same memory and disks.
+    #[error(
+        "the guest's QEMU runs here already as process {pid} ({qmp}); it is not started twice. Adopt it, or end it: kill {pid}"
+    )]
+    AlreadyRunning {
+        /// Its process.
+        pid: u32,
+        /// Its QMP socket.
+        qmp: PathBuf,
+    },
     /// A socket's path is too long.
     #[error(
         "{0} is longer than the 107 bytes a socket's path may have; choose a shorter run directory"

@@ -5,3 +5,4 @@
 pub mod failure;
 pub mod hydrate;
 pub mod launch;
+mod process;
