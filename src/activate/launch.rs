@@ -107,28 +107,19 @@ impl Launched {
                 program: program.display().to_string(),
                 source,
             })?;
+        let pid = child.id();
         let mut starting = Starting(Some(child));
-        let qmp = starting.await_qmp(&placement.qmp, run)?;
-        let Some(child) = starting.0.take() else {
-            return Err(died(run, "did not start", "it is gone"));
-        };
+        // Noted before it answers, so that it is found whenever we end.
         let pid_path = pid_path(run);
-        let launched = Launched {
+        fs::write(&pid_path, format!("{pid}\n")).map_err(file("write", &pid_path))?;
+        let qmp = starting.await_qmp(&placement.qmp, run)?;
+        Ok(Launched {
             qmp,
-            pid: child.id(),
-            child: Some(child),
+            pid,
+            child: starting.0.take(),
             run: run.clone(),
             disks: streams(definition, placement),
-        };
-        if let Err(source) = fs::write(&pid_path, format!("{}\n", launched.pid)) {
-            launched.kill();
-            return Err(LaunchError::File {
-                what: "write",
-                path: pid_path,
-                source,
-            });
-        }
-        Ok(launched)
+        })
     }
 
     /// Takes over a QEMU that was launched before a restart of ours; `None` if
