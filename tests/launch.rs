@@ -1,13 +1,12 @@
 //! A running Debian guest is cut, defined, and launched again elsewhere; and the
 //! test guest's own check finds what is wrong with it.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 mod support;
 
-use std::io::{Read, Write};
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use farhaven::activate::failure::LaunchError;
@@ -19,68 +18,10 @@ use farhaven::guest::qemu::instantiate::{Backing, DiskPlacement, Placement};
 use farhaven::guest::qemu::peer::{check_peer, peer_facts};
 use farhaven::guest::qemu::qmp::Qmp;
 use serde_json::json;
+use support::cut::{Nbd, device_state};
 use support::{Console, GuestOptions, GuestVm};
 
 const LONG: Duration = Duration::from_secs(90);
-
-/// The device state of a stopped guest, which stays stopped with its disks active.
-fn device_state(qmp: &mut Qmp, directory: &Path) -> Vec<u8> {
-    let capabilities = ["x-ignore-shared", "return-path"].map(|name| json!({"capability": name, "state": true}));
-    qmp.execute("migrate-set-capabilities", json!({"capabilities": capabilities})).unwrap();
-    let path = directory.join("migrate.sock");
-    let listener = UnixListener::bind(&path).unwrap();
-    qmp.execute("migrate", json!({"uri": format!("unix:{}", path.display())})).unwrap();
-    let (mut stream, _) = listener.accept().unwrap();
-    let mut state = Vec::new();
-    let complete = |state: &[u8]| {
-        (0..state.len().saturating_sub(5)).rev().any(|at| {
-            let length = u32::from_be_bytes(state[at + 2..at + 6].try_into().unwrap()) as usize;
-            state[at..at + 2] == [0, 6] && state.len() - at - 6 == length
-        })
-    };
-    while !complete(&state) {
-        let mut piece = [0; 65536];
-        let read = stream.read(&mut piece).unwrap();
-        assert!(read > 0, "the stream ended early");
-        state.extend_from_slice(&piece[..read]);
-    }
-    stream.write_all(&[0, 1, 0, 4, 0, 0, 0, 1]).unwrap();
-    let start = Instant::now();
-    while qmp.execute("query-migrate", json!({})).unwrap()["status"] != "failed" {
-        assert!(start.elapsed() < LONG);
-        std::thread::sleep(Duration::from_millis(1));
-    }
-    std::fs::remove_file(path).unwrap();
-    state
-}
-
-/// An NBD server of one file; ends with the value.
-struct Nbd(Child);
-
-impl Nbd {
-    fn serve(image: &Path, format: &str, socket: &Path, export: &str) -> Self {
-        let child = Command::new("qemu-nbd")
-            .args(["-r", "--persistent", "--shared=4", "-f", format, "-x", export, "-k"])
-            .args([socket, image])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let server = Nbd(child);
-        let start = Instant::now();
-        while !socket.exists() {
-            assert!(start.elapsed() < LONG, "qemu-nbd does not listen");
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        server
-    }
-}
-
-impl Drop for Nbd {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
 
 /// A launched QEMU that a failing test must not leave behind, and its RAM file.
 struct Cleanup {
@@ -101,30 +42,60 @@ impl Drop for Cleanup {
 fn a_guest_goes_on_where_it_was_cut() {
     let here = tempfile::tempdir().unwrap();
     let there = tempfile::tempdir().unwrap();
-    let Some(mut vm) = GuestVm::start(here.path(), &GuestOptions::default()) else { return };
+    let Some(mut vm) = GuestVm::start(here.path(), &GuestOptions::default()) else {
+        return;
+    };
     vm.console.await_beat(20, LONG);
     let mut qmp = vm.connect();
 
     let definition = Definition::read(&mut qmp).unwrap();
-    let again: Definition = serde_json::from_str(&serde_json::to_string(&definition).unwrap()).unwrap();
+    let again: Definition =
+        serde_json::from_str(&serde_json::to_string(&definition).unwrap()).unwrap();
     assert_eq!(again, definition);
-    assert_eq!((definition.machine.as_str(), definition.vcpus, definition.ram_bytes), ("pc-q35-7.2", 1, 512 << 20));
+    assert_eq!(
+        (
+            definition.machine.as_str(),
+            definition.vcpus,
+            definition.ram_bytes
+        ),
+        ("pc-q35-7.2", 1, 512 << 20)
+    );
     assert_eq!(definition.ram[0].path.as_deref(), Some(vm.ram.as_path()));
-    let disks: Vec<_> = definition.disks.iter().map(|disk| (disk.name.as_str(), disk.bytes, disk.format.as_str())).collect();
-    assert_eq!(disks, [("data", 64 << 20, "raw"), ("root", 2 << 30, "qcow2")], "{:?}", definition.disks);
-    assert_eq!(definition.files.len(), 2, "kernel and initrd: {:?}", definition.files);
+    let disks: Vec<_> = definition
+        .disks
+        .iter()
+        .map(|disk| (disk.name.as_str(), disk.bytes, disk.format.as_str()))
+        .collect();
+    assert_eq!(
+        disks,
+        [("data", 64 << 20, "raw"), ("root", 2 << 30, "qcow2")],
+        "{:?}",
+        definition.disks
+    );
+    assert_eq!(
+        definition.files.len(),
+        2,
+        "kernel and initrd: {:?}",
+        definition.files
+    );
     let mut findings = check(&definition);
     findings.extend(check_live(&mut qmp).unwrap());
     let peer = peer_facts(&definition, Path::new("/dev/shm"), there.path());
     findings.extend(check_peer(&definition, &peer, 0));
-    let blocking: Vec<_> = findings.iter().filter(|finding| finding.severity == Severity::Blocks).collect();
+    let blocking: Vec<_> = findings
+        .iter()
+        .filter(|finding| finding.severity == Severity::Blocks)
+        .collect();
     assert!(blocking.is_empty(), "{blocking:?}");
 
     // The cut: everything is copied while the guest is stopped.
     qmp.execute("stop", json!({})).unwrap();
     let state = device_state(&mut qmp, here.path());
     let ram = PathBuf::from(format!("{}.peer", vm.ram.display()));
-    let (root, data) = (there.path().join("root.point"), there.path().join("data.point"));
+    let (root, data) = (
+        there.path().join("root.point"),
+        there.path().join("data.point"),
+    );
     std::fs::copy(&vm.ram, &ram).unwrap();
     std::fs::copy(&vm.root_disk, &root).unwrap();
     std::fs::copy(&vm.data_disk, &data).unwrap();
@@ -136,32 +107,61 @@ fn a_guest_goes_on_where_it_was_cut() {
 
     let run = there.path().join("run");
     let (root_socket, data_socket) = (there.path().join("root.nbd"), there.path().join("data.nbd"));
-    let servers = [Nbd::serve(&root, "qcow2", &root_socket, "root"), Nbd::serve(&data, "raw", &data_socket, "data")];
+    let servers = [
+        Nbd::serve(&root, "qcow2", &root_socket, "root"),
+        Nbd::serve(&data, "raw", &data_socket, "data"),
+    ];
     let disk = |name: &str, socket: &Path| DiskPlacement {
         overlay: there.path().join(format!("{name}.qcow2")),
-        backing: Backing::Nbd { socket: socket.to_owned(), export: name.to_owned() },
+        backing: Backing::Nbd {
+            socket: socket.to_owned(),
+            export: name.to_owned(),
+        },
     };
     let placement = Placement {
         run: run.clone(),
         qmp: run.join("qmp.sock"),
         ram: [("ram0".to_owned(), ram.clone())].into(),
-        disks: [("root".to_owned(), disk("root", &root_socket)), ("data".to_owned(), disk("data", &data_socket))].into(),
+        disks: [
+            ("root".to_owned(), disk("root", &root_socket)),
+            ("data".to_owned(), disk("data", &data_socket)),
+        ]
+        .into(),
         ..Placement::default()
     };
-    let _cleanup = Cleanup { qmp: placement.qmp.clone(), ram };
+    let _cleanup = Cleanup {
+        qmp: placement.qmp.clone(),
+        ram,
+    };
     let begin = Instant::now();
-    let mut launched = Launched::start(&LaunchPlan { definition: &definition, placement: &placement, program: None }).unwrap();
+    let mut launched = Launched::start(&LaunchPlan {
+        definition: &definition,
+        placement: &placement,
+        program: None,
+    })
+    .unwrap();
     let started = begin.elapsed();
     launched.restore(&state).unwrap();
     let restored = begin.elapsed();
     launched.run().unwrap();
     let running = begin.elapsed();
     launched.announce().unwrap();
-    println!("device state {} bytes; start {started:?}, restore {:?}, cont {:?}", state.len(), restored - started, running - restored);
+    println!(
+        "device state {} bytes; start {started:?}, restore {:?}, cont {:?}",
+        state.len(),
+        restored - started,
+        running - restored
+    );
 
-    let console = Console { log: run.join("console.log"), socket: run.join("console.sock") };
+    let console = Console {
+        log: run.join("console.log"),
+        socket: run.join("console.sock"),
+    };
     let first = console.await_beat(0, LONG);
-    assert!((last.number..=last.number + 2).contains(&first.number), "went on from {last:?} with {first:?}");
+    assert!(
+        (last.number..=last.number + 2).contains(&first.number),
+        "went on from {last:?} with {first:?}"
+    );
     let checked = console.check(LONG);
     assert!(checked.is_ok(), "{checked:?}");
 
@@ -171,7 +171,10 @@ fn a_guest_goes_on_where_it_was_cut() {
     loop {
         let progress = launched.hydration().unwrap();
         assert_eq!(progress.len(), 2);
-        if progress.iter().all(|disk| disk.state == HydrationState::Done) {
+        if progress
+            .iter()
+            .all(|disk| disk.state == HydrationState::Done)
+        {
             break;
         }
         assert!(begin.elapsed() < LONG, "{progress:?}");
@@ -179,6 +182,26 @@ fn a_guest_goes_on_where_it_was_cut() {
     }
     println!("hydrated in {:?}", begin.elapsed());
     drop(servers);
+
+    // A session of its own, and no second QEMU on the same memory and disks.
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", launched.pid())).unwrap();
+    let session = stat
+        .rsplit_once(')')
+        .unwrap()
+        .1
+        .split_whitespace()
+        .nth(3)
+        .map(str::to_owned);
+    assert_eq!(session, Some(launched.pid().to_string()), "{stat}");
+    let plan = LaunchPlan {
+        definition: &definition,
+        placement: &placement,
+        program: None,
+    };
+    assert!(matches!(
+        Launched::start(&plan).err(),
+        Some(LaunchError::AlreadyRunning { .. })
+    ));
 
     // A restart of the daemon leaves the guest running, and finds it again.
     drop(launched);
@@ -196,7 +219,13 @@ fn a_guest_goes_on_where_it_was_cut() {
 #[test]
 fn a_launch_that_fails_says_why_and_leaves_nothing_running() {
     let here = tempfile::tempdir().unwrap();
-    let Some(vm) = GuestVm::start(here.path(), &GuestOptions { cmdline: "farhaven.load=idle".to_owned(), ..GuestOptions::default() }) else {
+    let Some(vm) = GuestVm::start(
+        here.path(),
+        &GuestOptions {
+            cmdline: "farhaven.load=idle".to_owned(),
+            ..GuestOptions::default()
+        },
+    ) else {
         return;
     };
     vm.console.await_beat(1, LONG);
@@ -207,22 +236,43 @@ fn a_launch_that_fails_says_why_and_leaves_nothing_running() {
     let run = here.path().join("run");
     let ram = PathBuf::from(format!("{}.peer", vm.ram.display()));
     std::fs::copy(&vm.ram, &ram).unwrap();
-    let disk = |name: &str| DiskPlacement { overlay: here.path().join(format!("{name}.over")), backing: Backing::Nothing };
+    let disk = |name: &str| DiskPlacement {
+        overlay: here.path().join(format!("{name}.over")),
+        backing: Backing::Nothing,
+    };
     let placement = Placement {
         run: run.clone(),
         qmp: run.join("qmp.sock"),
         ram: [("ram0".to_owned(), ram.clone())].into(),
-        disks: [("root".to_owned(), disk("root")), ("data".to_owned(), disk("data"))].into(),
+        disks: [
+            ("root".to_owned(), disk("root")),
+            ("data".to_owned(), disk("data")),
+        ]
+        .into(),
         ..Placement::default()
     };
-    let _cleanup = Cleanup { qmp: placement.qmp.clone(), ram };
-    let start = |placement: &Placement| Launched::start(&LaunchPlan { definition: &definition, placement, program: None });
+    let _cleanup = Cleanup {
+        qmp: placement.qmp.clone(),
+        ram,
+    };
+    let start = |placement: &Placement| {
+        Launched::start(&LaunchPlan {
+            definition: &definition,
+            placement,
+            program: None,
+        })
+    };
     let nobody_runs = || assert!(Launched::adopt(&definition, &placement).unwrap().is_none());
 
     // QEMU checks its stream's form; that the bytes are right is the store's promise.
     let mut wrong_machine = state.clone();
     wrong_machine[20] ^= 0x55;
-    for (what, bad) in [("machine", &wrong_machine[..]), ("zeros", &[0; 64]), ("short", &state[..state.len() / 2]), ("empty", &[])] {
+    for (what, bad) in [
+        ("machine", &wrong_machine[..]),
+        ("zeros", &[0; 64]),
+        ("short", &state[..state.len() / 2]),
+        ("empty", &[]),
+    ] {
         let mut launched = start(&placement).unwrap();
         let error = launched.restore(bad).expect_err(what);
         let words = error.to_string();
@@ -235,22 +285,41 @@ fn a_launch_that_fails_says_why_and_leaves_nothing_running() {
 
     // An NBD server that is not there.
     let mut absent = placement.clone();
-    let nowhere = Backing::Nbd { socket: here.path().join("nowhere"), export: "root".to_owned() };
-    absent.disks.insert("root".to_owned(), DiskPlacement { overlay: here.path().join("absent.over"), backing: nowhere });
+    let nowhere = Backing::Nbd {
+        socket: here.path().join("nowhere"),
+        export: "root".to_owned(),
+    };
+    absent.disks.insert(
+        "root".to_owned(),
+        DiskPlacement {
+            overlay: here.path().join("absent.over"),
+            backing: nowhere,
+        },
+    );
     let error = start(&absent).err().expect("no NBD server").to_string();
-    assert!(error.contains("nowhere") || error.contains("No such file"), "{error}");
+    assert!(
+        error.contains("nowhere") || error.contains("No such file"),
+        "{error}"
+    );
     nobody_runs();
 
     // A RAM block without a place, a path too long, a program that is not QEMU.
     let mut unplaced = placement.clone();
     unplaced.ram.clear();
-    assert!(matches!(start(&unplaced).err(), Some(LaunchError::Instantiate(_))));
+    assert!(matches!(
+        start(&unplaced).err(),
+        Some(LaunchError::Instantiate(_))
+    ));
     let mut long = placement.clone();
     long.qmp = here.path().join("x".repeat(120));
     assert!(matches!(start(&long).err(), Some(LaunchError::LongPath(_))));
     let mut shell = definition.clone();
     "/bin/sh".clone_into(&mut shell.program);
-    let refused = Launched::start(&LaunchPlan { definition: &shell, placement: &placement, program: None });
+    let refused = Launched::start(&LaunchPlan {
+        definition: &shell,
+        placement: &placement,
+        program: None,
+    });
     assert!(matches!(refused.err(), Some(LaunchError::NotQemu(_))));
     nobody_runs();
 }
@@ -258,7 +327,9 @@ fn a_launch_that_fails_says_why_and_leaves_nothing_running() {
 #[test]
 fn the_guest_finds_what_is_wrong_with_it() {
     let here = tempfile::tempdir().unwrap();
-    let Some(vm) = GuestVm::start(here.path(), &GuestOptions::default()) else { return };
+    let Some(vm) = GuestVm::start(here.path(), &GuestOptions::default()) else {
+        return;
+    };
     vm.console.await_beat(10, LONG);
     let mut qmp = vm.connect();
     let old = std::fs::read(&vm.data_disk).unwrap();
@@ -268,10 +339,17 @@ fn the_guest_finds_what_is_wrong_with_it() {
 
     qmp.execute("stop", json!({})).unwrap();
     // A disk of an earlier instant than memory.
-    let disk = std::fs::OpenOptions::new().write(true).open(&vm.data_disk).unwrap();
+    let disk = std::fs::OpenOptions::new()
+        .write(true)
+        .open(&vm.data_disk)
+        .unwrap();
     disk.write_all_at(&old, 0).unwrap();
     // One flipped bit in memory.
-    let ram = std::fs::OpenOptions::new().read(true).write(true).open(&vm.ram).unwrap();
+    let ram = std::fs::OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(&vm.ram)
+        .unwrap();
     let mut page = [0; 4096];
     let mut flipped = 0;
     for at in (0..512 << 20).step_by(4096) {
@@ -287,5 +365,8 @@ fn the_guest_finds_what_is_wrong_with_it() {
     assert!(checked.memory.starts_with("BAD:"), "{checked:?}");
     assert!(checked.disk.starts_with("BAD:"), "{checked:?}");
     let beat = vm.console.await_beat(checked.beat + 1, LONG);
-    assert!(beat.memory.starts_with("BAD:") && beat.disk.starts_with("BAD:"), "{beat:?}");
+    assert!(
+        beat.memory.starts_with("BAD:") && beat.disk.starts_with("BAD:"),
+        "{beat:?}"
+    );
 }

@@ -1,11 +1,23 @@
 //! The test guest's checker must find every lost, torn, stale or too new page
 //! and block: a checker that misses one would make every end-to-end test vain.
 
+#![allow(clippy::unwrap_used, reason = "a test may fail")]
+
 #[path = "guest/content.rs"]
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::new_without_default,
+    reason = "made for the guest's program"
+)]
 mod content;
 #[path = "guest/ledger.rs"]
-#[allow(dead_code)]
+#[allow(
+    dead_code,
+    unreachable_pub,
+    clippy::new_without_default,
+    reason = "made for the guest's program"
+)]
 mod ledger;
 
 use std::fs::{File, OpenOptions};
@@ -22,7 +34,11 @@ fn an_order_knows_the_last_write_of_every_item() {
     for seq in 1..500 {
         last[order.place(seq) as usize] = seq;
         for item in 0..64 {
-            assert_eq!(order.last(item, seq), last[item as usize], "item {item} after {seq}");
+            assert_eq!(
+                order.last(item, seq),
+                last[item as usize],
+                "item {item} after {seq}"
+            );
         }
     }
 }
@@ -36,7 +52,9 @@ fn memory(writes: u64) -> Memory {
 }
 
 fn bad_pages(memory: &Memory) -> Vec<u64> {
-    (0..memory.count()).filter(|&item| memory.check(item).is_err()).collect()
+    (0..memory.count())
+        .filter(|&item| memory.check(item).is_err())
+        .collect()
 }
 
 proptest! {
@@ -82,7 +100,13 @@ proptest! {
 }
 
 fn file(path: &std::path::Path) -> File {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap()
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path)
+        .unwrap()
 }
 
 #[test]
@@ -102,10 +126,21 @@ fn a_disk_of_another_instant_than_memory_is_found() {
         let (mut blocks, _) = image(memory);
         file(&path).write_all_at(&bytes, 0).unwrap();
         let bad = (0..16).filter(|&item| blocks.check(item).is_err()).count();
-        assert_eq!(bad as u64, memory.abs_diff(disk).min(16), "memory of {memory}, disk of {disk}");
+        assert_eq!(
+            bad as u64,
+            memory.abs_diff(disk).min(16),
+            "memory of {memory}, disk of {disk}"
+        );
         // A guest that writes on before it checks must not cover it up.
-        let found = (0..16).map(|stamp| blocks.write(stamp)).filter(Result::is_err).count();
-        assert_eq!(found == 0, memory == disk, "memory of {memory}, disk of {disk}, written on");
+        let found = (0..16)
+            .map(|stamp| blocks.write(stamp))
+            .filter(Result::is_err)
+            .count();
+        assert_eq!(
+            found == 0,
+            memory == disk,
+            "memory of {memory}, disk of {disk}, written on"
+        );
     }
 }
 
@@ -113,7 +148,11 @@ fn a_disk_of_another_instant_than_memory_is_found() {
 fn a_journal_that_lost_its_end_or_kept_too_much_is_found() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    let writer = OpenOptions::new().append(true).create(true).open(&path).unwrap();
+    let writer = OpenOptions::new()
+        .append(true)
+        .create(true)
+        .open(&path)
+        .unwrap();
     let mut journal = Journal::new(7, file(&path), writer);
     for number in 0..Journal::RECORDS + 10 {
         journal.append().unwrap();

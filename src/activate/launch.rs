@@ -18,6 +18,7 @@ use serde_json::json;
 
 use super::failure::{LaunchError, died, log_path};
 use super::hydrate::{make_overlays, streams};
+use super::process::{is_alive, left_running, pid_path, runs_with};
 use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::instantiate::Placement;
 use crate::guest::qemu::peer::is_qemu;
@@ -82,6 +83,10 @@ impl Launched {
             None if is_qemu(&definition.program) => PathBuf::from(&definition.program),
             None => return Err(LaunchError::NotQemu(definition.program.clone())),
         };
+        if let Some(pid) = left_running(placement) {
+            let qmp = placement.qmp.clone();
+            return Err(LaunchError::AlreadyRunning { pid, qmp });
+        }
         fs::create_dir_all(run).map_err(file("make the directory", run))?;
         make_overlays(definition, placement)?;
         let _ = fs::remove_file(&placement.qmp);
@@ -102,28 +107,19 @@ impl Launched {
                 program: program.display().to_string(),
                 source,
             })?;
+        let pid = child.id();
         let mut starting = Starting(Some(child));
-        let qmp = starting.await_qmp(&placement.qmp, run)?;
-        let Some(child) = starting.0.take() else {
-            return Err(died(run, "did not start", "it is gone"));
-        };
+        // Noted before it answers, so that it is found whenever we end.
         let pid_path = pid_path(run);
-        let launched = Launched {
+        fs::write(&pid_path, format!("{pid}\n")).map_err(file("write", &pid_path))?;
+        let qmp = starting.await_qmp(&placement.qmp, run)?;
+        Ok(Launched {
             qmp,
-            pid: child.id(),
-            child: Some(child),
+            pid,
+            child: starting.0.take(),
             run: run.clone(),
             disks: streams(definition, placement),
-        };
-        if let Err(source) = fs::write(&pid_path, format!("{}\n", launched.pid)) {
-            launched.kill();
-            return Err(LaunchError::File {
-                what: "write",
-                path: pid_path,
-                source,
-            });
-        }
-        Ok(launched)
+        })
     }
 
     /// Takes over a QEMU that was launched before a restart of ours; `None` if
@@ -135,9 +131,6 @@ impl Launched {
         definition: &Definition,
         placement: &Placement,
     ) -> Result<Option<Self>, LaunchError> {
-        let noted = fs::read_to_string(pid_path(&placement.run))
-            .ok()
-            .and_then(|text| text.trim().parse().ok());
         match Qmp::connect(&placement.qmp, START) {
             Ok(qmp) => {
                 let path = placement.qmp.clone();
@@ -155,12 +148,10 @@ impl Launched {
                     disks,
                 }))
             }
-            Err(error) => {
-                match noted.filter(|pid| is_alive(*pid) && runs_with(*pid, &placement.qmp)) {
-                    Some(_) => Err(error.into()),
-                    None => Ok(None),
-                }
-            }
+            Err(error) => match left_running(placement) {
+                Some(_) => Err(error.into()),
+                None => Ok(None),
+            },
         }
     }
 
@@ -376,24 +367,6 @@ impl Drop for Starting {
     }
 }
 
-fn pid_path(run: &Path) -> PathBuf {
-    run.join("qemu.pid")
-}
-
 fn incoming_socket(run: &Path) -> PathBuf {
     run.join("incoming.sock")
-}
-
-/// Lives and is no zombie.
-fn is_alive(pid: u32) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(')')
-        .is_some_and(|(_, rest)| !rest.trim_start().starts_with(['Z', 'X']))
-}
-
-/// Does this process's command line name that QMP socket? A pid may have been given to another.
-fn runs_with(pid: u32, qmp: &Path) -> bool {
-    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let path = qmp.as_os_str().as_encoded_bytes();
-    !path.is_empty() && line.windows(path.len()).any(|window| window == path)
 }

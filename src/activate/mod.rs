@@ -8,4 +8,5 @@ pub mod hydrate;
 pub mod launch;
 pub mod nbd;
 pub mod place;
+mod process;
 pub mod warm;

@@ -21,8 +21,13 @@ pub fn sum(bytes: &[u8]) -> u64 {
     let mut lanes = [1u64, 2, 3, 4];
     let mut step = |chunk: &[u8]| {
         for (lane, word) in lanes.iter_mut().zip(chunk.chunks_exact(8)) {
-            let word = word.iter().rev().fold(0, |sum, &byte| sum << 8 | u64::from(byte));
-            *lane = (*lane ^ word).wrapping_mul(0x9fb2_1c65_1e98_df25).rotate_left(29);
+            let word = word
+                .iter()
+                .rev()
+                .fold(0, |sum, &byte| sum << 8 | u64::from(byte));
+            *lane = (*lane ^ word)
+                .wrapping_mul(0x9fb2_1c65_1e98_df25)
+                .rotate_left(29);
         }
     };
     let whole = bytes.chunks_exact(32);
@@ -57,9 +62,11 @@ impl Words {
     fn text(&self, mut state: u64, out: &mut [u8]) {
         let mut at = 0;
         while at + 8 <= out.len() {
-            state = state.wrapping_mul(0x5851_f42d_4c95_7f2d).wrapping_add(0x1405_7b7e_f767_814f);
+            state = state
+                .wrapping_mul(0x5851_f42d_4c95_7f2d)
+                .wrapping_add(0x1405_7b7e_f767_814f);
             let (a, b) = ((state >> 54) as usize, (state >> 44) as usize & 1023);
-            let (word, length) = &self.0[a * b >> 10];
+            let (word, length) = &self.0[(a * b) >> 10];
             out[at..at + 8].copy_from_slice(word);
             at += usize::from(*length);
         }
@@ -102,7 +109,8 @@ fn hex(mut value: u64, out: &mut [u8]) {
 pub fn table_page(seed: u64, index: u64, seq: u64, stamp: u64, count: u64, out: &mut [u8]) {
     let mut rows = out.chunks_exact_mut(ROW);
     if let Some(header) = rows.next() {
-        header.copy_from_slice(b"table 00000000 seq 0000000000000000 stamp 0000000000000000     \n");
+        header
+            .copy_from_slice(b"table 00000000 seq 0000000000000000 stamp 0000000000000000     \n");
         hex(index, &mut header[6..14]);
         hex(seq, &mut header[19..35]);
         hex(stamp, &mut header[42..58]);

@@ -19,7 +19,9 @@ impl Order {
 
     /// Takes turns over `count` items, a power of two.
     pub fn new(count: u64) -> Self {
-        Order { count: count.next_power_of_two() }
+        Order {
+            count: count.next_power_of_two(),
+        }
     }
 
     /// Number of items.
@@ -56,7 +58,11 @@ impl Aligned {
     pub fn new(length: usize) -> Self {
         let bytes = vec![0; length + PAGE];
         let start = bytes.as_ptr().align_offset(PAGE).min(PAGE);
-        Aligned { bytes, start, length }
+        Aligned {
+            bytes,
+            start,
+            length,
+        }
     }
 
     /// The bytes.
@@ -73,14 +79,26 @@ impl Aligned {
 /// Says how `found` differs from `wanted`, or nothing when it does not.
 fn difference(what: &str, item: u64, wanted: &[u8], found: &[u8]) -> Result<(), String> {
     let Some(at) = wanted.iter().zip(found).position(|(a, b)| a != b) else {
-        return if wanted.len() == found.len() { Ok(()) } else { Err(format!("{what}-{item}-short")) };
+        return if wanted.len() == found.len() {
+            Ok(())
+        } else {
+            Err(format!("{what}-{item}-short"))
+        };
     };
     let header = |bytes: &[u8]| {
         let text = String::from_utf8_lossy(bytes.get(19..35).unwrap_or_default()).into_owned();
         u64::from_str_radix(&text, 16).map_or("none".to_owned(), |seq| seq.to_string())
     };
-    let kind = if found.iter().all(|&byte| byte == 0) { "lost" } else { "differs" };
-    Err(format!("{what}-{item}-{kind}-at-{at}-wanted-{}-found-{}", header(wanted), header(found)))
+    let kind = if found.iter().all(|&byte| byte == 0) {
+        "lost"
+    } else {
+        "differs"
+    };
+    Err(format!(
+        "{what}-{item}-{kind}-at-{at}-wanted-{}-found-{}",
+        header(wanted),
+        header(found)
+    ))
 }
 
 /// Pages of memory, rewritten in turn.
@@ -99,7 +117,14 @@ impl Memory {
         let order = Order::new(count);
         let bytes = order.count() as usize * PAGE;
         let stamps = vec![0; order.count() as usize];
-        let mut memory = Memory { seed, order, seq: 0, stamps, pages: Aligned::new(bytes), noise };
+        let mut memory = Memory {
+            seed,
+            order,
+            seq: 0,
+            stamps,
+            pages: Aligned::new(bytes),
+            noise,
+        };
         for item in 0..memory.order.count() {
             memory.compose_into_place(item);
         }
@@ -121,7 +146,14 @@ impl Memory {
         if self.noise {
             noise_page(mix(self.seed ^ mix(item) ^ last), out);
         } else {
-            table_page(self.seed, item, last, self.stamps[item as usize], self.order.count(), out);
+            table_page(
+                self.seed,
+                item,
+                last,
+                self.stamps[item as usize],
+                self.order.count(),
+                out,
+            );
         }
     }
 
@@ -150,7 +182,12 @@ impl Memory {
     pub fn check(&self, item: u64) -> Result<(), String> {
         let mut wanted = [0; PAGE];
         self.compose(item, &mut wanted);
-        difference("page", item, &wanted, &self.pages.get()[item as usize * PAGE..][..PAGE])
+        difference(
+            "page",
+            item,
+            &wanted,
+            &self.pages.get()[item as usize * PAGE..][..PAGE],
+        )
     }
 }
 
@@ -173,7 +210,16 @@ impl Blocks {
         let order = Order::new(count);
         let stamps = vec![0; order.count() as usize];
         let buffer = || Aligned::new(PAGE);
-        Blocks { seed, order, seq: 0, stamps, reader, writer, found: buffer(), wanted: buffer() }
+        Blocks {
+            seed,
+            order,
+            seq: 0,
+            stamps,
+            reader,
+            writer,
+            found: buffer(),
+            wanted: buffer(),
+        }
     }
 
     /// Number of blocks.
@@ -191,7 +237,14 @@ impl Blocks {
         let stamp = self.stamps[item as usize];
         match last {
             0 => self.wanted.change().fill(0),
-            _ => table_page(self.seed, item, last, stamp, self.order.count(), self.wanted.change()),
+            _ => table_page(
+                self.seed,
+                item,
+                last,
+                stamp,
+                self.order.count(),
+                self.wanted.change(),
+            ),
         }
     }
 
@@ -203,15 +256,21 @@ impl Blocks {
         self.seq += 1;
         self.stamps[item as usize] = stamp;
         self.compose(item);
-        let written = self.writer.write_all_at(self.wanted.get(), item * PAGE as u64);
-        written.and_then(|()| self.writer.sync_data()).map_err(|e| failure("write", &e))?;
+        let written = self
+            .writer
+            .write_all_at(self.wanted.get(), item * PAGE as u64);
+        written
+            .and_then(|()| self.writer.sync_data())
+            .map_err(|e| failure("write", &e))?;
         before
     }
 
     /// Does the disk hold what the last write to this block left?
     pub fn check(&mut self, item: u64) -> Result<(), String> {
         self.compose(item);
-        let read = self.reader.read_exact_at(self.found.change(), item * PAGE as u64);
+        let read = self
+            .reader
+            .read_exact_at(self.found.change(), item * PAGE as u64);
         read.map_err(|e| failure("read", &e))?;
         difference("block", item, self.wanted.get(), self.found.get())
     }
@@ -237,12 +296,26 @@ impl Journal {
     /// `writer` appends; `reader` must not be served from the guest's page cache.
     pub fn new(seed: u64, reader: File, writer: File) -> Self {
         let found = Aligned::new(Self::RECORDS as usize * RECORD + PAGE);
-        Journal { seed, epoch: 0, records: 0, reader, writer, found }
+        Journal {
+            seed,
+            epoch: 0,
+            records: 0,
+            reader,
+            writer,
+            found,
+        }
     }
 
     fn record(&self, number: u64) -> [u8; RECORD] {
         let mut page = [0; PAGE];
-        table_page(self.seed ^ self.epoch, number, number, self.epoch, 1, &mut page);
+        table_page(
+            self.seed ^ self.epoch,
+            number,
+            number,
+            self.epoch,
+            1,
+            &mut page,
+        );
         let mut record = [0; RECORD];
         record.copy_from_slice(&page[..RECORD]);
         record
@@ -251,20 +324,29 @@ impl Journal {
     /// Appends a record and syncs.
     pub fn append(&mut self) -> Result<(), String> {
         if self.records == Self::RECORDS {
-            self.writer.set_len(0).map_err(|e| failure("truncate", &e))?;
+            self.writer
+                .set_len(0)
+                .map_err(|e| failure("truncate", &e))?;
             (self.epoch, self.records) = (self.epoch + 1, 0);
         }
         let record = self.record(self.records);
         self.records += 1;
-        let written = self.writer.write_all(&record).and_then(|()| self.writer.sync_all());
+        let written = self
+            .writer
+            .write_all(&record)
+            .and_then(|()| self.writer.sync_all());
         written.map_err(|e| failure("append", &e))
     }
 
     /// Does the disk hold exactly the records that were appended?
     pub fn check(&mut self) -> Result<(), String> {
-        let bytes = read_all(&self.reader, self.found.change()).map_err(|e| failure("journal", &e))?;
+        let bytes =
+            read_all(&self.reader, self.found.change()).map_err(|e| failure("journal", &e))?;
         if bytes as u64 != self.records * RECORD as u64 {
-            return Err(format!("journal-wanted-{}-records-found-{bytes}-bytes", self.records));
+            return Err(format!(
+                "journal-wanted-{}-records-found-{bytes}-bytes",
+                self.records
+            ));
         }
         for number in 0..self.records {
             let found = &self.found.get()[number as usize * RECORD..][..RECORD];

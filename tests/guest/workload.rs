@@ -17,22 +17,19 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 mod content;
 mod ledger;
+mod library;
 
 use content::{PAGE, Words, sum};
-use ledger::{Aligned, Blocks, Journal, Memory, failure, read_all};
+use ledger::{Blocks, Journal, Memory};
+use library::{Library, direct, generate};
 
-const O_DIRECT: i32 = 0o40000;
-const O_DSYNC: i32 = 0o10000;
 const O_NONBLOCK: i32 = 0o4000;
 const BEAT: Duration = Duration::from_millis(100);
-const LISTING: &str = "LISTING";
-/// Largest file of the guest's filesystem.
-const LARGEST: usize = 4 << 20;
 
 /// What the kernel's command line asks for.
 struct Options {
@@ -50,10 +47,20 @@ struct Options {
 
 impl Options {
     fn parse(line: &str) -> Self {
-        let text = |name: &str| line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-        let number = |name, otherwise| text(name).and_then(|value| value.parse().ok()).unwrap_or(otherwise);
+        let text = |name: &str| {
+            line.split_whitespace()
+                .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+        };
+        let number = |name, otherwise| {
+            text(name)
+                .and_then(|value| value.parse().ok())
+                .unwrap_or(otherwise)
+        };
         let load = text("farhaven.load").unwrap_or("database");
-        let noise = load.strip_prefix("noise:").and_then(|rate| rate.parse().ok()).unwrap_or(0);
+        let noise = load
+            .strip_prefix("noise:")
+            .and_then(|rate| rate.parse().ok())
+            .unwrap_or(0);
         Options {
             database: load == "database",
             noise,
@@ -74,7 +81,10 @@ struct Fill {
 impl Fill {
     fn new(seed: u64, bytes: usize) -> Self {
         let words = Words::new();
-        let mut fill = Fill { pages: vec![0; bytes], sums: Vec::new() };
+        let mut fill = Fill {
+            pages: vec![0; bytes],
+            sums: Vec::new(),
+        };
         for (page, index) in fill.pages.chunks_exact_mut(PAGE).zip(0..) {
             words.fill_page(seed, index, page);
             fill.sums.push(sum(page));
@@ -84,43 +94,12 @@ impl Fill {
 
     fn check(&self, index: u64) -> Result<(), String> {
         let page = &self.pages[index as usize * PAGE..][..PAGE];
-        if sum(page) == self.sums[index as usize] { Ok(()) } else { Err(format!("fill-{index}-differs")) }
-    }
-}
-
-/// Files that nobody changes, as listed when the image was made.
-struct Library {
-    files: Vec<(PathBuf, u64, u64)>,
-    buffer: Aligned,
-}
-
-impl Library {
-    fn open(root: &Path) -> Self {
-        let listing = fs::read_to_string(root.join(LISTING)).unwrap_or_default();
-        let entry = |line: &str| {
-            let mut words = line.splitn(3, ' ');
-            let bytes = words.next()?.parse().ok()?;
-            let sum = u64::from_str_radix(words.next()?, 16).ok()?;
-            Some((root.join(words.next()?), bytes, sum))
-        };
-        Library { files: listing.lines().filter_map(entry).collect(), buffer: Aligned::new(LARGEST + PAGE) }
-    }
-
-    fn check(&mut self, index: u64) -> Result<(), String> {
-        let (path, bytes, wanted) = &self.files[index as usize];
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let file = direct(path, false).map_err(|e| failure(&name, &e))?;
-        let found = read_all(&file, self.buffer.change()).map_err(|e| failure(&name, &e))?;
-        if found as u64 == *bytes && sum(&self.buffer.get()[..found]) == *wanted {
-            return Ok(());
+        if sum(page) == self.sums[index as usize] {
+            Ok(())
+        } else {
+            Err(format!("fill-{index}-differs"))
         }
-        Err(format!("file-{name}-differs"))
     }
-}
-
-fn direct(path: &Path, write: bool) -> io::Result<File> {
-    let flags = if write { O_DIRECT | O_DSYNC } else { O_DIRECT };
-    OpenOptions::new().read(true).write(write).custom_flags(flags).open(path)
 }
 
 /// The first fault, kept for ever.
@@ -135,7 +114,9 @@ impl Verdict {
     }
 
     fn text(&self) -> String {
-        self.0.as_ref().map_or("ok".to_owned(), |why| format!("BAD:{why}"))
+        self.0
+            .as_ref()
+            .map_or("ok".to_owned(), |why| format!("BAD:{why}"))
     }
 }
 
@@ -166,7 +147,12 @@ impl Workload {
         let (mut table, mut journal) = (None, None);
         if !library.files.is_empty() {
             let path = root.join("table");
-            let file = OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+            let file = OpenOptions::new()
+                .read(true)
+                .write(true)
+                .create(true)
+                .truncate(true)
+                .open(&path)?;
             file.set_len(1024 * PAGE as u64)?;
             table = Some(Blocks::new(seed + 1, 1024, direct(&path, false)?, file));
             let path = root.join("journal");
@@ -175,7 +161,12 @@ impl Workload {
             journal = Some(Journal::new(seed + 2, direct(&path, false)?, file));
         }
         let disk = match disk.exists() {
-            true => Some(Blocks::new(seed + 3, 4096, direct(disk, false)?, direct(disk, true)?)),
+            true => Some(Blocks::new(
+                seed + 3,
+                4096,
+                direct(disk, false)?,
+                direct(disk, true)?,
+            )),
             false => None,
         };
         Ok(Workload {
@@ -197,7 +188,11 @@ impl Workload {
 
     /// Memory and disk in lockstep: each write of one carries the number of the other's.
     fn load(&mut self) {
-        let writes = if self.options.database { self.options.rate } else { u64::from(self.beats % 10 == 0) };
+        let writes = if self.options.database {
+            self.options.rate
+        } else {
+            u64::from(self.beats % 10 == 0)
+        };
         for _ in 0..writes {
             let stamp = self.disk.as_ref().map_or(0, Blocks::seq);
             self.memory_verdict.note(self.memory.write(stamp));
@@ -214,7 +209,9 @@ impl Workload {
         if let Some(disk) = &mut self.disk {
             self.disk_verdict.note(disk.write(stamp));
         }
-        if let (Some(table), Some(journal), 0) = (&mut self.table, &mut self.journal, self.beats % 3) {
+        if let (Some(table), Some(journal), 0) =
+            (&mut self.table, &mut self.journal, self.beats % 3)
+        {
             self.disk_verdict.note(table.write(stamp));
             self.disk_verdict.note(journal.append());
         }
@@ -224,11 +221,13 @@ impl Workload {
     fn check_some(&mut self) {
         let turn = self.beats;
         for step in 0..8 {
-            self.memory_verdict.note(self.memory.check((turn * 8 + step) % self.memory.count()));
+            self.memory_verdict
+                .note(self.memory.check((turn * 8 + step) % self.memory.count()));
         }
         let pages = self.fill.sums.len() as u64;
         for step in 0..32.min(pages) {
-            self.memory_verdict.note(self.fill.check((turn * 32 + step) % pages));
+            self.memory_verdict
+                .note(self.fill.check((turn * 32 + step) % pages));
         }
         for blocks in [&mut self.disk, &mut self.table].into_iter().flatten() {
             self.disk_verdict.note(blocks.check(turn % blocks.count()));
@@ -239,7 +238,11 @@ impl Workload {
         self.beats += 1;
         let block = self.disk.as_ref().map_or(0, Blocks::seq);
         let (memory, disk) = (self.memory_verdict.text(), self.disk_verdict.text());
-        self.say(&format!("HB {} seq={} block={block} mem={memory} disk={disk}\n", self.beats, self.memory.seq()));
+        self.say(&format!(
+            "HB {} seq={} block={block} mem={memory} disk={disk}\n",
+            self.beats,
+            self.memory.seq()
+        ));
         let now = Instant::now();
         self.next = (self.next + BEAT).max(now);
     }
@@ -264,7 +267,10 @@ impl Workload {
             pages += 1;
         }
         for item in 0..self.noise.as_ref().map_or(0, Memory::count) {
-            let outcome = self.noise.as_ref().map_or(Ok(()), |noise| noise.check(item));
+            let outcome = self
+                .noise
+                .as_ref()
+                .map_or(Ok(()), |noise| noise.check(item));
             self.memory_verdict.note(outcome);
             self.beat_if_due();
             pages += 1;
@@ -281,7 +287,10 @@ impl Workload {
             blocks += 1;
         }
         for item in 0..self.table.as_ref().map_or(0, Blocks::count) {
-            let outcome = self.table.as_mut().map_or(Ok(()), |table| table.check(item));
+            let outcome = self
+                .table
+                .as_mut()
+                .map_or(Ok(()), |table| table.check(item));
             self.disk_verdict.note(outcome);
             self.beat_if_due();
             files = 1;
@@ -298,7 +307,10 @@ impl Workload {
         }
         let (memory, disk) = (self.memory_verdict.text(), self.disk_verdict.text());
         let counts = format!("pages={pages} blocks={blocks} files={files}");
-        self.say(&format!("CHECK {} mem={memory} disk={disk} {counts}\n", self.beats));
+        self.say(&format!(
+            "CHECK {} mem={memory} disk={disk} {counts}\n",
+            self.beats
+        ));
     }
 
     fn run(mut self, mut requests: File) -> ! {
@@ -315,62 +327,22 @@ impl Workload {
     }
 }
 
-/// Adds generated files until `root` holds `bytes`, and lists everything there.
-fn generate(root: &Path, seed: u64, bytes: u64) -> io::Result<()> {
-    let mut listing = String::new();
-    let mut total = 0;
-    let mut folders = vec![root.to_owned()];
-    let mut paths = Vec::new();
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(folder)? {
-            let entry = entry?;
-            let kind = entry.file_type()?;
-            if kind.is_dir() {
-                folders.push(entry.path());
-            } else if kind.is_file() {
-                paths.push(entry.path());
-                total += entry.metadata()?.len();
-            }
-        }
-    }
-    let words = Words::new();
-    let mut page = [0; PAGE];
-    for number in 0.. {
-        if total >= bytes {
-            break;
-        }
-        let mut data = Vec::new();
-        for index in 0..512 {
-            words.fill_page(seed ^ 0xd15c, number * 512 + index, &mut page);
-            data.extend_from_slice(&page);
-        }
-        total += data.len() as u64;
-        let path = root.join(format!("generated-{number:03}"));
-        fs::write(&path, data)?;
-        paths.push(path);
-    }
-    paths.sort();
-    for path in paths {
-        let data = fs::read(&path)?;
-        if data.len() > LARGEST {
-            fs::remove_file(&path)?;
-            continue;
-        }
-        let name = path.strip_prefix(root).unwrap_or(&path).display().to_string();
-        listing += &format!("{} {:016x} {name}\n", data.len(), sum(&data));
-    }
-    fs::write(root.join(LISTING), listing)
-}
-
 fn main() -> io::Result<()> {
     let arguments: Vec<String> = std::env::args().collect();
     if let [_, verb, root, seed, bytes] = arguments.as_slice() {
         if verb == "generate" {
-            return generate(Path::new(root), seed.parse().unwrap_or(1), bytes.parse().unwrap_or(0));
+            return generate(
+                Path::new(root),
+                seed.parse().unwrap_or(1),
+                bytes.parse().unwrap_or(0),
+            );
         }
     }
     let console = OpenOptions::new().write(true).open("/dev/ttyS0")?;
-    let requests = OpenOptions::new().read(true).custom_flags(O_NONBLOCK).open("/dev/ttyS0")?;
+    let requests = OpenOptions::new()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open("/dev/ttyS0")?;
     let options = Options::parse(&fs::read_to_string("/proc/cmdline")?);
     Workload::start(options, Path::new("/disk"), Path::new("/dev/vdb"), console)?.run(requests)
 }

@@ -1,6 +1,14 @@
 //! A Debian guest in QEMU for tests: started, watched by its console, asked to
 //! check itself, and cleaned up by pid whatever happens.
-#![allow(dead_code, unreachable_pub, missing_docs, clippy::unwrap_used, reason = "each test program uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    missing_docs,
+    clippy::unwrap_used,
+    reason = "each test program uses a part of it"
+)]
+
+pub mod cut;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
@@ -24,7 +32,11 @@ pub struct GuestOptions {
 
 impl Default for GuestOptions {
     fn default() -> Self {
-        GuestOptions { memory: 512, cmdline: "farhaven.load=database".to_owned(), extra: Vec::new() }
+        GuestOptions {
+            memory: 512,
+            cmdline: "farhaven.load=database".to_owned(),
+            extra: Vec::new(),
+        }
     }
 }
 
@@ -52,12 +64,17 @@ pub struct Check {
 impl Check {
     /// Memory and disk are right, and were looked at.
     pub fn is_ok(&self) -> bool {
-        self.memory == "ok" && self.disk == "ok" && self.pages > 1000 && self.blocks > 1000 && self.files > 100
+        self.memory == "ok"
+            && self.disk == "ok"
+            && self.pages > 1000
+            && self.blocks > 1000
+            && self.files > 100
     }
 }
 
 fn field<'a>(line: &'a str, name: &str) -> Option<&'a str> {
-    line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    line.split_whitespace()
+        .find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
 }
 
 fn number(line: &str, name: &str) -> Option<u64> {
@@ -99,7 +116,11 @@ impl Console {
         loop {
             match self.last_beat() {
                 Some(beat) if beat.number >= number => return beat,
-                last => assert!(start.elapsed() < timeout, "no heartbeat {number} in {timeout:?}, last {last:?}: {:?}", self.lines().last()),
+                last => assert!(
+                    start.elapsed() < timeout,
+                    "no heartbeat {number} in {timeout:?}, last {last:?}: {:?}",
+                    self.lines().last()
+                ),
             }
             std::thread::sleep(Duration::from_millis(5));
         }
@@ -107,22 +128,45 @@ impl Console {
 
     /// Has the guest check everything.
     pub fn check(&self, timeout: Duration) -> Check {
-        let checks = || self.lines().into_iter().filter(|line| line.starts_with("CHECK ")).collect::<Vec<_>>();
+        let checks = || {
+            self.lines()
+                .into_iter()
+                .filter(|line| line.starts_with("CHECK "))
+                .collect::<Vec<_>>()
+        };
         let before = checks().len();
         let mut socket = UnixStream::connect(&self.socket).expect("the console's socket");
-        socket.write_all(b"c").expect("the guest's console takes a request");
+        socket
+            .write_all(b"c")
+            .expect("the guest's console takes a request");
         let start = Instant::now();
         loop {
             if let Some(line) = checks().get(before) {
                 let text = |name| field(line, name).expect("a whole line").to_owned();
                 let count = |name| number(line, name).expect("a count");
-                let beat = line.split(' ').nth(1).and_then(|word| word.parse().ok()).expect("a number");
-                return Check { beat, memory: text("mem"), disk: text("disk"), pages: count("pages"), blocks: count("blocks"), files: count("files") };
+                let beat = line
+                    .split(' ')
+                    .nth(1)
+                    .and_then(|word| word.parse().ok())
+                    .expect("a number");
+                return Check {
+                    beat,
+                    memory: text("mem"),
+                    disk: text("disk"),
+                    pages: count("pages"),
+                    blocks: count("blocks"),
+                    files: count("files"),
+                };
             }
-            assert!(start.elapsed() < timeout, "the guest did not check itself within {timeout:?}");
+            assert!(
+                start.elapsed() < timeout,
+                "the guest did not check itself within {timeout:?}"
+            );
             // The socket must be read, or QEMU would wait for us.
             let mut rest = [0; 4096];
-            socket.set_read_timeout(Some(Duration::from_millis(5))).expect("a timeout");
+            socket
+                .set_read_timeout(Some(Duration::from_millis(5)))
+                .expect("a timeout");
             let _ = std::io::Read::read(&mut socket, &mut rest);
         }
     }
@@ -133,15 +177,24 @@ fn images() -> Result<PathBuf, String> {
     static MADE: OnceLock<Result<PathBuf, String>> = OnceLock::new();
     MADE.get_or_init(|| {
         for program in ["qemu-system-x86_64", "qemu-img"] {
-            let found = Command::new(program).arg("--version").stdout(Stdio::null()).status();
+            let found = Command::new(program)
+                .arg("--version")
+                .stdout(Stdio::null())
+                .status();
             if !found.is_ok_and(|status| status.success()) {
-                return Err(format!("{program} is not installed (apt-get install -y qemu-system-x86 qemu-utils)"));
+                return Err(format!(
+                    "{program} is not installed (apt-get install -y qemu-system-x86 qemu-utils)"
+                ));
             }
         }
         let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let output = Command::new(root.join("tests/guest/make")).output().map_err(|e| e.to_string())?;
+        let output = Command::new(root.join("tests/guest/make"))
+            .output()
+            .map_err(|e| e.to_string())?;
         match output.status.success() {
-            true => Ok(PathBuf::from(String::from_utf8_lossy(&output.stdout).trim())),
+            true => Ok(PathBuf::from(
+                String::from_utf8_lossy(&output.stdout).trim(),
+            )),
             false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
         }
     })
@@ -150,7 +203,10 @@ fn images() -> Result<PathBuf, String> {
 
 /// Tells why a test is left out; with CI=true the QEMU tests never are.
 pub fn skip(why: &str) {
-    assert!(std::env::var("CI").as_deref() != Ok("true"), "CI=true, but {why}");
+    assert!(
+        std::env::var("CI").as_deref() != Ok("true"),
+        "CI=true, but {why}"
+    );
     println!("skipped: {why}");
 }
 
@@ -178,10 +234,20 @@ impl GuestVm {
                 return None;
             }
         };
-        let unique = format!("farhaven-test-{}-{}.ram", std::process::id(), NUMBER.fetch_add(1, Ordering::Relaxed));
-        let (ram, qmp) = (Path::new("/dev/shm").join(unique), directory.join("qmp.sock"));
+        let unique = format!(
+            "farhaven-test-{}-{}.ram",
+            std::process::id(),
+            NUMBER.fetch_add(1, Ordering::Relaxed)
+        );
+        let (ram, qmp) = (
+            Path::new("/dev/shm").join(unique),
+            directory.join("qmp.sock"),
+        );
         let (root_disk, data_disk) = (directory.join("root.qcow2"), directory.join("data.raw"));
-        let console = Console { log: directory.join("console.log"), socket: directory.join("console.sock") };
+        let console = Console {
+            log: directory.join("console.log"),
+            socket: directory.join("console.sock"),
+        };
         let status = Command::new("qemu-img")
             .args(["create", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
             .arg(images.join("root.qcow2"))
@@ -189,7 +255,9 @@ impl GuestVm {
             .status()
             .expect("qemu-img runs");
         assert!(status.success(), "qemu-img makes the root disk");
-        std::fs::File::create(&data_disk).and_then(|file| file.set_len(64 << 20)).expect("a data disk");
+        std::fs::File::create(&data_disk)
+            .and_then(|file| file.set_len(64 << 20))
+            .expect("a data disk");
         let (memory, cmdline) = (options.memory, &options.cmdline);
         let path = |path: &Path| path.display().to_string();
         let mut arguments: Vec<String> = Vec::new();
@@ -198,18 +266,40 @@ impl GuestVm {
         add("machine", "pc-q35-7.2,memory-backend=ram0".into());
         add("accel", "tcg".into());
         add("m", memory.to_string());
-        add("object", format!("memory-backend-file,id=ram0,size={memory}M,mem-path={},share=on", path(&ram)));
+        add(
+            "object",
+            format!(
+                "memory-backend-file,id=ram0,size={memory}M,mem-path={},share=on",
+                path(&ram)
+            ),
+        );
         add("display", "none".into());
         add("kernel", path(&images.join("vmlinuz")));
         add("initrd", path(&images.join("initrd")));
         add("append", format!("console=ttyS0 quiet panic=-1 {cmdline}"));
-        add("blockdev", format!("driver=qcow2,node-name=root,file.driver=file,file.filename={}", path(&root_disk)));
+        add(
+            "blockdev",
+            format!(
+                "driver=qcow2,node-name=root,file.driver=file,file.filename={}",
+                path(&root_disk)
+            ),
+        );
         add("device", "virtio-blk-pci,drive=root,id=vda".into());
-        add("drive", format!("id=data,if=none,format=raw,file={}", path(&data_disk)));
+        add(
+            "drive",
+            format!("id=data,if=none,format=raw,file={}", path(&data_disk)),
+        );
         add("device", "virtio-blk-pci,drive=data,id=vdb".into());
         add("netdev", "user,id=net0,restrict=on".into());
         add("device", "virtio-net-pci,netdev=net0,romfile=".into());
-        add("chardev", format!("socket,id=console,path={},server=on,wait=off,logfile={}", path(&console.socket), path(&console.log)));
+        add(
+            "chardev",
+            format!(
+                "socket,id=console,path={},server=on,wait=off,logfile={}",
+                path(&console.socket),
+                path(&console.log)
+            ),
+        );
         add("serial", "chardev:console".into());
         add("qmp", format!("unix:{},server=on,wait=off", path(&qmp)));
         let errors = std::fs::File::create(directory.join("qemu.err")).expect("a log");
@@ -221,7 +311,14 @@ impl GuestVm {
             .stderr(errors)
             .spawn()
             .expect("QEMU starts");
-        Some(GuestVm { console, qmp, ram, root_disk, data_disk, child })
+        Some(GuestVm {
+            console,
+            qmp,
+            ram,
+            root_disk,
+            data_disk,
+            child,
+        })
     }
 
     /// A QMP connection; QEMU takes one at a time.
