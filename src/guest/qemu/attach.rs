@@ -110,11 +110,16 @@ pub(super) fn sweep(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> {
     for name in nodes {
         qmp.execute("blockdev-del", json!({"node-name": name}))?;
     }
+    remove_fleeces(work_dir);
+    Ok(())
+}
+
+/// Removes the images that took overwritten disk content.
+pub(super) fn remove_fleeces(work_dir: &Path) {
     let entries = std::fs::read_dir(work_dir).into_iter().flatten().flatten();
     for entry in entries.filter(|e| e.file_name().to_string_lossy().starts_with("fleece-")) {
         let _ = std::fs::remove_file(entry.path());
     }
-    Ok(())
 }
 
 /// Waits until a query's answer shows that a removal is done.
@@ -305,4 +310,30 @@ pub(super) fn restore(qmp: &mut Qmp, before: &Before, work_dir: &Path) {
     for name in ["nbd.sock", CUT_MARK, HELD_MARK] {
         let _ = std::fs::remove_file(work_dir.join(name));
     }
+}
+
+/// When a process started, as the kernel counts; `None` if there is none.
+pub(super) fn started(pid: u32) -> Option<String> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // The name in parentheses may hold anything; fields are counted from behind it.
+    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
+    let state = fields.next()?;
+    // A zombie has ended; only its parent has not looked yet.
+    if matches!(state, "Z" | "X") {
+        return None;
+    }
+    fields.nth(18).map(str::to_owned)
+}
+
+/// Makes the work directory, for this user alone.
+pub(super) fn make_private(dir: &Path) -> Result<(), GuestError> {
+    use std::os::unix::fs::DirBuilderExt;
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o700)
+        .create(dir)
+        .map_err(|source| GuestError::Io {
+            what: format!("making the run directory {}", dir.display()),
+            source,
+        })
 }

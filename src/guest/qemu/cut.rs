@@ -17,7 +17,6 @@
 //! fails after the stop, the guest is resumed first; then bitmaps and RAM table
 //! are put back, so that the next cut is exact.
 
-use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_storage_sync::unit::VolumeKind;
@@ -25,14 +24,12 @@ use serde_json::json;
 
 use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Sink};
 use super::QemuGuest;
-use super::attach::{CUT_MARK, HELD_MARK, idle, status, sweep};
+use super::attach::{CUT_MARK, HELD_MARK, idle, same_ram, status, sweep};
 use super::disk::{self, Disk};
+use super::fleece::prepare_fleece;
 use super::qmp::{Qmp, QmpError};
 use super::stream::Inlet;
-use super::tracking::{nodes, transaction};
-
-/// How long a block job may take to write an empty image.
-const CREATE: Duration = Duration::from_secs(20);
+use super::tracking::transaction;
 
 /// A cut whose disks are being read.
 pub(super) struct Outstanding {
@@ -64,6 +61,8 @@ impl QemuGuest {
             }
         };
         idle(&mut self.qmp)?;
+        // Memory may have been plugged in since the last point.
+        same_ram(&mut self.qmp, &self.ram)?;
         self.begin_tracking()?;
         if after == After::Continue && !self.disks.is_empty() {
             self.view.room()?;
@@ -74,6 +73,8 @@ impl QemuGuest {
         }
         let inlet = Inlet::open(&self.work_dir.join("state.sock"))?;
         if was_running {
+            // A mark of an earlier hold would keep the next attach from resuming the guest.
+            let _ = std::fs::remove_file(self.work_dir.join(HELD_MARK));
             self.mark(CUT_MARK, point, false)?;
         }
         self.must_sweep = true;
@@ -114,11 +115,12 @@ impl QemuGuest {
                     && !matches!(status(&mut self.qmp).as_deref(), Ok("running"))
                 {
                     let _ = std::fs::remove_file(self.work_dir.join(HELD_MARK));
-                    if let Err(worse) = self.go_on() {
-                        return Err(worse);
-                    }
+                    let went_on = self.go_on();
+                    self.undo(point);
+                    went_on?;
+                } else {
+                    self.undo(point);
                 }
-                self.undo(point);
                 return Err(self.explain(error));
             }
         };
@@ -154,6 +156,7 @@ impl QemuGuest {
         self.qmp.execute("stop", json!({}))?;
         let (qmp, disks, options) = (&mut self.qmp, &mut self.disks, &self.options);
         let (ram, handed) = (&mut self.ram, &mut self.cut_handed);
+        let hasher = &self.view.hasher;
         for bits in handed.iter_mut() {
             bits.clear();
         }
@@ -174,7 +177,7 @@ impl QemuGuest {
             let begun = Instant::now();
             let mut scanned = Ok(());
             for ((_, block), handed) in ram.iter_mut().zip(handed) {
-                let looked = block.scan(&options.key, options.scan_threads, sink);
+                let looked = block.scan(hasher, options.scan_threads, sink);
                 handed.add(&block.handed);
                 match looked {
                     Ok(bytes) => times.ram_scanned_bytes += bytes,
@@ -260,20 +263,17 @@ impl QemuGuest {
         // a connection that broke is made anew.
         let deadline = Instant::now() + Duration::from_secs(10);
         while Instant::now() < deadline {
-            if !matches!(last, QmpError::Refused { .. }) {
-                if !self.process_lives() {
-                    return Err(GuestError::Gone(format!(
-                        "{last}. If the guest should run, restart it, or fail it over at the peer"
-                    )));
-                }
-                match Qmp::connect(self.qmp.path(), Duration::from_secs(2)) {
-                    Ok(qmp) => self.qmp = qmp,
-                    Err(error) => {
-                        last = error;
-                        std::thread::sleep(Duration::from_millis(20));
-                        continue;
-                    }
-                }
+            if !self.process_lives() {
+                return Err(GuestError::Gone(format!(
+                    "{last}. If the guest should run, restart it, or fail it over at the peer"
+                )));
+            }
+            if matches!(last, QmpError::Closed { .. } | QmpError::Protocol { .. })
+                && let Err(error) = self.qmp.reconnect(Duration::from_secs(2))
+            {
+                tracing::warn!(%error, "no new connection to QEMU yet, with the guest stopped");
+                std::thread::sleep(Duration::from_millis(20));
+                continue;
             }
             match self.qmp.execute("cont", json!({})) {
                 Ok(_) => {
@@ -372,96 +372,6 @@ fn fix_disks(
     transaction(qmp, actions)?;
     for disk in disks {
         disk.chain.cut(point);
-    }
-    Ok(())
-}
-
-/// An empty image whose backing is the disk, made before the guest is stopped.
-fn prepare_fleece(qmp: &mut Qmp, disk: &Disk, work_dir: &Path) -> Result<(), GuestError> {
-    let path = work_dir.join(format!("fleece-{}.qcow2", disk.volume));
-    std::fs::File::create(&path).map_err(|source| GuestError::Io {
-        what: format!(
-            "making {}, where disk writes go during a cut",
-            path.display()
-        ),
-        source,
-    })?;
-    qmp.execute(
-        "blockdev-add",
-        json!({"driver": "file", "node-name": disk.fleece_file(), "filename": path,
-            "cache": {"direct": false, "no-flush": true}}),
-    )?;
-    let job = format!("{}-create", disk.job());
-    // QEMU counts image sizes in sectors.
-    let size = disk.bytes.next_multiple_of(512);
-    qmp.execute(
-        "blockdev-create",
-        json!({"job-id": job, "options": {"driver": "qcow2", "file": disk.fleece_file(), "size": size}}),
-    )?;
-    let deadline = Instant::now() + CREATE;
-    loop {
-        let jobs = qmp.execute("query-jobs", json!({}))?;
-        let ours = jobs
-            .as_array()
-            .and_then(|jobs| jobs.iter().find(|j| j["id"] == job.as_str()));
-        match ours {
-            None => break,
-            Some(ended) if ended["status"] == "concluded" => {
-                let error = ended["error"].as_str().map(str::to_owned);
-                qmp.execute("job-dismiss", json!({"id": job}))?;
-                if let Some(error) = error {
-                    return Err(GuestError::State(format!(
-                        "QEMU cannot make {}: {error}",
-                        path.display()
-                    )));
-                }
-                break;
-            }
-            Some(_) if Instant::now() > deadline => {
-                return Err(GuestError::State(format!(
-                    "QEMU did not make {} within {CREATE:?}; its storage is too slow for cuts",
-                    path.display()
-                )));
-            }
-            Some(_) => std::thread::sleep(Duration::from_micros(200)),
-        }
-    }
-    qmp.execute(
-        "blockdev-add",
-        json!({"driver": "qcow2", "node-name": disk.fleece(), "file": disk.fleece_file(), "backing": disk.node}),
-    )?;
-    Ok(())
-}
-
-/// Sizes and bitmaps of the disks as they are now.
-pub(super) fn begin_tracking(qmp: &mut Qmp, disks: &mut [Disk]) -> Result<(), GuestError> {
-    if disks.is_empty() {
-        return Ok(());
-    }
-    let nodes = nodes(qmp)?;
-    for disk in disks {
-        let node = nodes.iter().find(|n| n.name == disk.node).ok_or_else(|| {
-            GuestError::State(format!(
-                "the guest has no disk node '{}' any more; run farhaven guest add again",
-                disk.node
-            ))
-        })?;
-        if node.bytes != disk.bytes {
-            return Err(GuestError::State(format!(
-                "disk '{}' has {} bytes, but had {} when protection began; run farhaven unprotect, then protect it anew",
-                disk.node, node.bytes, disk.bytes
-            )));
-        }
-        match disk.chain.recording() {
-            None => disk.chain.begin(qmp, &node.bitmaps)?,
-            Some(name) if !node.bitmaps.iter().any(|b| b.name == name && b.usable) => {
-                return Err(GuestError::State(format!(
-                    "the dirty bitmap {name} of disk '{}' is gone: changes may have been missed. Farhaven attaches again and compares the disk",
-                    disk.node
-                )));
-            }
-            Some(_) => {}
-        }
     }
     Ok(())
 }

@@ -17,7 +17,7 @@ use serde_json::json;
 use super::super::{DiskInstant, GuestError, Sink};
 use super::nbd_client::{ALLOCATION, NbdClient, READS_ZERO};
 use super::qmp::Qmp;
-use super::scan::{hand_over, hash_units};
+use super::scan::{Hasher, hand_over};
 use super::tracking::{Chain, PREFIX};
 
 /// Bytes of disk between two steps of noted progress.
@@ -113,7 +113,7 @@ impl Disk {
 pub(super) struct View {
     pub(super) socket: PathBuf,
     pub(super) work_dir: PathBuf,
-    pub(super) key: [u8; 32],
+    pub(super) hasher: Hasher,
     /// Bytes that must stay free beside the fleeces.
     pub(super) reserve: u64,
 }
@@ -251,7 +251,7 @@ impl DiskReader {
                 &padded
             };
             digests.clear();
-            hash_units(&view.key, bytes, &mut digests);
+            view.hasher.digests(bytes, &mut digests);
             hand_over(sink, volume, offset / UNIT as u64, bytes, &digests, wanted)?;
             Ok::<(), GuestError>(())
         })

@@ -15,6 +15,7 @@ use serde_json::json;
 use super::{After, Cut, Guest, GuestError, Sink};
 use attach::{Before, CUT_MARK, HELD_MARK};
 use disk::{Disk, View};
+pub use options::AttachOptions;
 use qmp::Qmp;
 use scan::RamBlock;
 use tracking::Bits;
@@ -22,7 +23,10 @@ use tracking::Bits;
 mod attach;
 mod cut;
 mod disk;
+mod fleece;
 pub mod nbd_client;
+mod nbd_wire;
+mod options;
 pub mod qmp;
 mod scan;
 mod stream;
@@ -30,58 +34,6 @@ mod tracking;
 
 /// Most cuts whose RAM is remembered apart while they wait to be sealed.
 const UNSEALED: usize = 32;
-
-/// What an attach needs to know.
-#[derive(Debug, Clone)]
-pub struct AttachOptions {
-    /// The guest's name, for messages.
-    pub name: String,
-    /// Its QMP socket.
-    pub qmp: PathBuf,
-    /// RAM blocks: id of the memory backend, path of its shared file. Order is volume order.
-    pub ram: Vec<(String, PathBuf)>,
-    /// Disks: volume name, block node name (the node that the device uses).
-    pub disks: Vec<(String, String)>,
-    /// A private directory (0700) on a local filesystem that QEMU can reach too: sockets, and
-    /// the images that take overwritten disk content during a cut.
-    pub work_dir: PathBuf,
-    /// Which copy of this guest the dirty bitmaps belong to (letters, digits and `-`, at most
-    /// 64): same guest, same peer, same replica there. Another replica never takes them up.
-    pub replica: String,
-    /// The session's digest key.
-    pub key: [u8; 32],
-    /// Threads that scan RAM.
-    pub scan_threads: usize,
-    /// Longest wait for an answer of QEMU's.
-    pub qmp_timeout: Duration,
-    /// Longest wait for the device state, with the guest stopped.
-    pub state_timeout: Duration,
-    /// Most bytes of device state.
-    pub state_limit: usize,
-    /// Bytes that must stay free in `work_dir` during a cut.
-    pub reserve: u64,
-}
-
-impl AttachOptions {
-    /// Options with the usual limits: 2 scan threads, 30 s for an answer of QEMU's, 10 s and
-    /// 256 MiB for device state, 128 MiB of reserve.
-    pub fn new(name: &str, qmp: PathBuf, work_dir: PathBuf, replica: &str, key: [u8; 32]) -> Self {
-        Self {
-            name: name.to_owned(),
-            qmp,
-            ram: Vec::new(),
-            disks: Vec::new(),
-            work_dir,
-            replica: replica.to_owned(),
-            key,
-            scan_threads: 2,
-            qmp_timeout: Duration::from_secs(30),
-            state_timeout: Duration::from_secs(10),
-            state_limit: 256 << 20,
-            reserve: 128 << 20,
-        }
-    }
-}
 
 /// A running QEMU under protection. Dropping it leaves the dirty bitmaps, so
 /// that the next attach knows what changed; [`Guest::detach`] removes them.
@@ -132,7 +84,7 @@ impl QemuGuest {
             ));
         }
         let work_dir = options.work_dir.clone();
-        make_private(&work_dir)?;
+        attach::make_private(&work_dir)?;
         let mut qmp = Qmp::connect(&options.qmp, options.qmp_timeout)?;
         attach::recover(&mut qmp, &work_dir)?;
         let mut volumes = Vec::new();
@@ -183,7 +135,10 @@ impl QemuGuest {
         } else {
             attach::serve_nbd(&mut qmp, &work_dir)?
         };
-        let process = qmp.pid().ok().and_then(|pid| Some((pid, started(pid)?)));
+        let process = qmp
+            .pid()
+            .ok()
+            .and_then(|pid| Some((pid, attach::started(pid)?)));
         let bits: Vec<Bits> = volumes
             .iter()
             .filter(|v| v.kind == VolumeKind::Ram)
@@ -192,7 +147,7 @@ impl QemuGuest {
         let view = View {
             socket,
             work_dir: work_dir.clone(),
-            key: options.key,
+            hasher: scan::Hasher::new(options.key),
             reserve: options.reserve,
         };
         Ok(Self {
@@ -252,7 +207,7 @@ impl QemuGuest {
     }
 
     fn begin_tracking(&mut self) -> Result<(), GuestError> {
-        cut::begin_tracking(&mut self.qmp, &mut self.disks)
+        fleece::begin_tracking(&mut self.qmp, &mut self.disks)
     }
 
     /// The RAM handed over since the last cut, and in it, is of this point.
@@ -275,7 +230,7 @@ impl QemuGuest {
 
     fn process_lives(&self) -> bool {
         match &self.process {
-            Some((pid, start)) => started(*pid).as_ref() == Some(start),
+            Some((pid, start)) => attach::started(*pid).as_ref() == Some(start),
             None => true,
         }
     }
@@ -343,7 +298,7 @@ impl Guest for QemuGuest {
             self.must_sweep = false;
         }
         for ((_, block), recent) in self.ram.iter_mut().zip(&mut self.recent) {
-            let scanned = block.scan(&self.options.key, self.options.scan_threads, sink);
+            let scanned = block.scan(&self.view.hasher, self.options.scan_threads, sink);
             recent.add(&block.handed);
             scanned?;
         }
@@ -426,7 +381,7 @@ impl Guest for QemuGuest {
             Err(_) if !self.process_lives() => None,
             // The socket broke, the process lives: ask over a new one.
             Err(_) => {
-                self.qmp = Qmp::connect(&self.options.qmp, self.options.qmp_timeout).ok()?;
+                self.qmp.reconnect(self.options.qmp_timeout).ok()?;
                 attach::status(&mut self.qmp)
                     .ok()
                     .map(|status| status == "running")
@@ -457,39 +412,19 @@ impl Guest for QemuGuest {
 
 impl Drop for QemuGuest {
     fn drop(&mut self) {
-        if !self.detached
-            && (self.outstanding.is_some() || self.must_sweep)
-            && let Err(error) = self
-                .end_cut(false)
-                .and_then(|()| attach::sweep(&mut self.qmp, &self.work_dir))
-        {
+        if self.detached {
+            return;
+        }
+        if !self.process_lives() {
+            attach::remove_fleeces(&self.work_dir);
+            for name in ["nbd.sock", "state.sock", CUT_MARK] {
+                let _ = std::fs::remove_file(self.work_dir.join(name));
+            }
+        } else if let Err(error) = self.end_cut(false).and_then(|()| match self.must_sweep {
+            true => attach::sweep(&mut self.qmp, &self.work_dir),
+            false => Ok(()),
+        }) {
             tracing::warn!(%error, guest = %self.options.name, "a cut could not be cleared away; the next attach does it");
         }
     }
-}
-
-/// When a process started, as the kernel counts; `None` if there is none.
-fn started(pid: u32) -> Option<String> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name in parentheses may hold anything; fields are counted from behind it.
-    let mut fields = stat.rsplit_once(')')?.1.split_ascii_whitespace();
-    let state = fields.next()?;
-    // A zombie has ended; only its parent has not looked yet.
-    if matches!(state, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18).map(str::to_owned)
-}
-
-/// Makes the work directory, for this user alone.
-fn make_private(dir: &std::path::Path) -> Result<(), GuestError> {
-    use std::os::unix::fs::DirBuilderExt;
-    std::fs::DirBuilder::new()
-        .recursive(true)
-        .mode(0o700)
-        .create(dir)
-        .map_err(|source| GuestError::Io {
-            what: format!("making the run directory {}", dir.display()),
-            source,
-        })
 }

@@ -130,6 +130,19 @@ impl Qmp {
         Ok(qmp)
     }
 
+    /// Gives the connection up and makes a new one. The old one ends first:
+    /// QEMU serves one client at a time.
+    ///
+    /// # Errors
+    /// As for [`Qmp::connect`].
+    pub fn reconnect(&mut self, timeout: Duration) -> Result<(), QmpError> {
+        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let mut fresh = Self::connect(&self.path, timeout)?;
+        fresh.timeout = self.timeout;
+        *self = fresh;
+        Ok(())
+    }
+
     /// QEMU's version: major, minor, micro.
     pub fn version(&self) -> (u64, u64, u64) {
         self.version
@@ -291,3 +304,7 @@ impl Qmp {
         }
     }
 }
+
+#[cfg(test)]
+#[path = "qmp_tests.rs"]
+mod tests;

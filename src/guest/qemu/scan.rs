@@ -28,19 +28,29 @@ const PASS: usize = 4096;
 /// Chunks with changes that may wait for the sink.
 const WAITING: usize = 8;
 
-/// One digest of each unit, appended to `out`.
-pub(super) fn hash_units(key: &[u8; 32], units: &[u8], out: &mut Vec<Digest>) {
-    const ZEROS: [u8; UNIT] = [0; UNIT];
-    for unit in units.chunks_exact(UNIT) {
-        let digest = if unit == ZEROS {
-            Digest::ZERO_UNIT
-        } else {
-            let mut digest = Digest::default();
-            let hash = blake3::keyed_hash(key, unit);
-            digest.0.copy_from_slice(&hash.as_bytes()[..16]);
-            digest
-        };
-        out.push(digest);
+/// Computes digests under the session's key.
+#[derive(Clone)]
+pub(super) struct Hasher([u8; 32]);
+
+impl Hasher {
+    pub(super) fn new(key: [u8; 32]) -> Self {
+        Self(key)
+    }
+
+    /// One digest of each unit, appended to `out`.
+    pub(super) fn digests(&self, units: &[u8], out: &mut Vec<Digest>) {
+        const ZEROS: [u8; UNIT] = [0; UNIT];
+        for unit in units.chunks_exact(UNIT) {
+            let digest = if unit == ZEROS {
+                Digest::ZERO_UNIT
+            } else {
+                let mut digest = Digest::default();
+                let hash = blake3::keyed_hash(&self.0, unit);
+                digest.0.copy_from_slice(&hash.as_bytes()[..16]);
+                digest
+            };
+            out.push(digest);
+        }
     }
 }
 
@@ -167,7 +177,7 @@ impl RamBlock {
     /// also on error.
     pub(super) fn scan(
         &mut self,
-        key: &[u8; 32],
+        hasher: &Hasher,
         threads: usize,
         sink: &mut dyn Sink,
     ) -> Result<u64, GuestError> {
@@ -180,7 +190,7 @@ impl RamBlock {
             .flat_map(|r| r.clone().step_by(CHUNK_UNITS as usize))
             .collect();
         for pass in chunks.chunks(PASS) {
-            self.pass(pass, key, threads, sink)?;
+            self.pass(pass, hasher, threads, sink)?;
             let done = pass
                 .last()
                 .map_or(0, |last| (last + CHUNK_UNITS) * UNIT as u64);
@@ -205,7 +215,7 @@ impl RamBlock {
                 Ok(start) => start / CHUNK * CHUNK,
                 Err(rustix::io::Errno::NXIO) => break,
                 // A filesystem without SEEK_DATA: everything is data.
-                Err(rustix::io::Errno::INVAL) => return Ok(vec![0..end / UNIT as u64]),
+                Err(rustix::io::Errno::INVAL) => return Ok(Vec::from([0..end / UNIT as u64])),
                 Err(e) => return Err(failed(e)),
             };
             let hole = seek(&self.file, SeekFrom::Hole(start.max(at))).map_err(failed)?;
@@ -254,7 +264,7 @@ impl RamBlock {
     fn pass(
         &mut self,
         chunks: &[u64],
-        key: &[u8; 32],
+        hasher: &Hasher,
         threads: usize,
         sink: &mut dyn Sink,
     ) -> Result<(), GuestError> {
@@ -266,7 +276,7 @@ impl RamBlock {
             file: &self.file,
             path: &self.path,
             table,
-            key,
+            hasher,
             chunks,
             next,
             stop,
@@ -349,7 +359,7 @@ struct Work<'a> {
     file: &'a File,
     path: &'a Path,
     table: &'a [Digest],
-    key: &'a [u8; 32],
+    hasher: &'a Hasher,
     chunks: &'a [u64],
     next: AtomicUsize,
     stop: AtomicBool,
@@ -374,7 +384,7 @@ impl Work<'_> {
                     GuestError::Io { what, source }
                 })?;
             digests.clear();
-            hash_units(self.key, bytes, &mut digests);
+            self.hasher.digests(bytes, &mut digests);
             if digests == known {
                 continue;
             }

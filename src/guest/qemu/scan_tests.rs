@@ -36,7 +36,7 @@ impl Sink for Model {
             return Err(SinkError::Full);
         }
         let mut own = Vec::new();
-        hash_units(&KEY, bytes, &mut own);
+        Hasher::new(KEY).digests(bytes, &mut own);
         assert_eq!(own, digests);
         self.units += digests.len();
         let at = unit as usize * UNIT;
@@ -77,7 +77,7 @@ fn each_scan_hands_over_exactly_what_changed() {
     let units = 3000;
     let (file, mut block) = ram(units);
     let mut model = Model::new(units);
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(
         (model.units, model.zeros),
         (0, 0),
@@ -88,14 +88,14 @@ fn each_scan_hands_over_exactly_what_changed() {
             .write_all_at(&page(unit), (unit * UNIT) as u64)
             .expect("writes");
     }
-    let looked = block.scan(&KEY, 2, &mut model).expect("scans");
+    let looked = block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.units, 6);
     assert!(looked < (units * UNIT) as u64, "holes are not looked at");
     assert_eq!(
         block.handed.iter().collect::<Vec<_>>(),
         [0, 1, 63, 64, 700, 2999]
     );
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.units, 6, "nothing changed");
     file.as_file()
         .write_all_at(&page(9), 700 * UNIT as u64)
@@ -103,7 +103,7 @@ fn each_scan_hands_over_exactly_what_changed() {
     file.as_file()
         .write_all_at(&[0; UNIT], 64 * UNIT as u64)
         .expect("writes");
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!((model.units, model.zeros), (7, 1));
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
 }
@@ -117,14 +117,14 @@ fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
             .write_all_at(&page(unit), (unit * UNIT) as u64)
             .expect("writes");
     }
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     let hole = (100 * UNIT as u64, 700 * UNIT as u64);
     rustix::fs::fallocate(file.as_file(), flags, hole.0, hole.1).expect("punches");
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.zeros, 700);
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.zeros, 700, "told once");
 }
 
@@ -138,17 +138,17 @@ fn what_a_full_sink_did_not_take_comes_again() {
     }
     let mut model = Model::new(2000);
     model.limit = 1000;
-    let refused = block.scan(&KEY, 2, &mut model);
+    let refused = block.scan(&Hasher::new(KEY), 2, &mut model);
     assert!(matches!(refused, Err(GuestError::Sink(SinkError::Full))));
     let taken = model.units;
     assert_eq!(block.handed.iter().count(), taken);
     model.limit = usize::MAX;
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.units, 2000, "what was taken does not come twice");
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
     let handed = block.handed.clone();
     block.forget(&handed);
-    block.scan(&KEY, 2, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.units, 4000 - taken);
 }
 
@@ -163,7 +163,7 @@ fn a_file_that_shrinks_is_an_error() {
     file.as_file().set_len(10 * UNIT as u64).expect("shrinks");
     // Seen as a hole, or as an early end; never as a crash.
     let mut model = Model::new(1000);
-    let _ = block.scan(&KEY, 2, &mut model);
+    let _ = block.scan(&Hasher::new(KEY), 2, &mut model);
     let mut odd = tempfile::NamedTempFile::new().expect("a file");
     odd.write_all(b"not RAM").expect("writes");
     assert!(RamBlock::open(odd.path(), 0).is_err());
@@ -175,6 +175,38 @@ fn a_table_of_another_size_is_refused() {
     assert!(block.know(vec![Digest::UNKNOWN; 9]).is_err());
     block.know(vec![Digest::UNKNOWN; 10]).expect("fits");
     let mut model = Model::new(10);
-    block.scan(&KEY, 1, &mut model).expect("scans");
+    block.scan(&Hasher::new(KEY), 1, &mut model).expect("scans");
     assert_eq!(model.zeros, 10, "unknown units are told, holes too");
+}
+
+/// `cargo test --profile ci --lib scan_speed -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement: 1 GiB of RAM"]
+fn scan_speed() {
+    let units = 1 << 18;
+    let (file, mut block) = ram(units);
+    let mut filler: Vec<u8> = (0..1 << 20)
+        .map(|i: u32| (i.wrapping_mul(2_654_435_761) >> 13) as u8)
+        .collect();
+    for at in 0..1024_u64 {
+        filler[..8].copy_from_slice(&at.to_le_bytes());
+        file.as_file()
+            .write_all_at(&filler, at << 20)
+            .expect("writes");
+    }
+    let mut model = Model::new(units);
+    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    let hasher = Hasher::new(KEY);
+    for threads in [1, 2] {
+        let cpu = || {
+            let now = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
+            now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
+        };
+        let (begun, busy) = (std::time::Instant::now(), cpu());
+        let looked = block.scan(&hasher, threads, &mut model).expect("scans");
+        let rate = looked as f64 / begun.elapsed().as_secs_f64() / 1e9;
+        let core = looked as f64 / (cpu() - busy) / 1e9;
+        eprintln!("{threads} threads: {rate:.2} GB/s, {core:.2} GB in a core's second");
+    }
+    assert_eq!(model.units, units);
 }

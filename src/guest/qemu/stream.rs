@@ -16,6 +16,9 @@ use super::super::GuestError;
 /// Return path message: type SHUT, 4 bytes, an error.
 const SHUT_WITH_ERROR: [u8; 8] = [0, 1, 0, 4, 0, 0, 0, 1];
 
+/// Longest wait for QEMU to connect.
+const CONNECT: Duration = Duration::from_secs(2);
+
 /// Where QEMU delivers one stream.
 pub(super) struct Inlet {
     listener: UnixListener,
@@ -57,13 +60,15 @@ impl Inlet {
             source,
         };
         let deadline = Instant::now() + timeout;
+        // QEMU connects at once or not at all, and the guest stands still meanwhile.
+        let connected_by = Instant::now() + timeout.min(CONNECT);
         let mut stream = loop {
             match self.listener.accept() {
                 Ok((stream, _)) => break stream,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                    if Instant::now() >= deadline {
+                    if Instant::now() >= connected_by {
                         return Err(GuestError::State(format!(
-                            "QEMU did not deliver its device state within {timeout:?}; can it reach {}?",
+                            "QEMU did not connect to {} to deliver its device state; may its user reach that directory?",
                             self.path.display()
                         )));
                     }
@@ -158,9 +163,9 @@ fn is_complete(data: &[u8]) -> bool {
         return false;
     }
     let text = |b: &u8| *b >= 0x20 || matches!(b, b'\n' | b'\r' | b'\t');
-    let mut from = data.len() - data.iter().rev().take_while(|b| text(b)).count();
+    let first = data.len() - data.iter().rev().take_while(|b| text(b)).count();
     // Low bytes of the length may look like text: the JSON starts a little later.
-    for _ in 0..=4 {
+    for from in first..=first + 4 {
         let Some(length) = data.len().checked_sub(from) else {
             return false;
         };
@@ -174,7 +179,6 @@ fn is_complete(data: &[u8]) -> bool {
         {
             return true;
         }
-        from += 1;
     }
     false
 }
