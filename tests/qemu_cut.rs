@@ -163,7 +163,18 @@ fn a_full_sink_or_lost_disks_leave_the_guest_running_and_the_next_point_exact() 
     );
     guest.give_back();
     works_on(&vm);
-    check_held(&vm, &mut guest, 4, &mut model);
+    // Two that arrived as a whole, and were then lost unsealed with their RAM.
+    for point in 4..=5 {
+        let mut thrown = model.clone();
+        guest.round(&mut thrown).expect("a round");
+        let cut = guest
+            .cut(point, After::Continue, &mut thrown)
+            .expect("cuts");
+        works_on(&vm);
+        ship(&mut guest, cut, &mut thrown);
+    }
+    guest.give_back();
+    check_held(&vm, &mut guest, 6, &mut model);
     guest.detach();
 }
 
