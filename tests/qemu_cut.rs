@@ -129,6 +129,10 @@ fn a_full_sink_or_lost_disks_leave_the_guest_running_and_the_next_point_exact() 
     let vm = Vm::start();
     let mut guest = vm.attach();
     let mut model = Model::new(guest.volumes());
+    // Pages that never change again must come with a later point all the same.
+    let mut thrown = model.clone();
+    thrown.refuse_after = 40;
+    assert!(guest.cut(1, After::Continue, &mut thrown).is_err());
     guest.round(&mut model).expect("first copy");
     let cut = guest.cut(1, After::Continue, &mut model).expect("cuts");
     ship(&mut guest, cut, &mut model);
@@ -215,8 +219,13 @@ fn a_restart_takes_up_the_bitmaps_or_compares() {
     guest.sealed(1);
     // 2 was sealed too, but its word did not come; then a cut that nobody ends.
     works_on(&vm);
+    // 3 was shipped to a peer that never sealed it.
+    let mut thrown = model.clone();
+    let cut = guest.cut(3, After::Continue, &mut thrown).expect("cuts");
+    ship(&mut guest, cut, &mut thrown);
+    works_on(&vm);
     let lost = guest
-        .cut(3, After::Continue, &mut model.clone())
+        .cut(4, After::Continue, &mut model.clone())
         .expect("cuts");
     drop(guest);
     drop(lost);
