@@ -234,6 +234,16 @@ impl Console {
         let mut stream = UnixStream::connect(&self.socket)
             .map_err(|e| format!("the guest's console {}: {e}", self.socket.display()))?;
         stream.write_all(b"c").map_err(|e| format!("the guest's console: {e}"))?;
+        // A console that nobody reads stops the guest that writes to it.
+        let mut unread = stream.try_clone().map_err(|e| format!("the guest's console: {e}"))?;
+        let reading = std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
+        let answer = self.wait_for_check().await;
+        let _ = stream.shutdown(std::net::Shutdown::Both);
+        let _ = reading.join();
+        answer
+    }
+
+    async fn wait_for_check(&mut self) -> Result<String, String> {
         self.wait("answer to a full check", Duration::from_secs(120), |c| c.check.clone()).await
     }
 }

@@ -17,8 +17,9 @@ use serde_json::json;
 use super::super::{DiskInstant, GuestError, Sink};
 use super::nbd_client::{ALLOCATION, NbdClient, READS_ZERO};
 use super::qmp::Qmp;
-use super::scan::{Hasher, hand_over};
+
 use super::tracking::{Chain, PREFIX};
+use super::units::{Hasher, hand_over};
 
 /// Bytes of disk between two steps of noted progress.
 const WINDOW: u64 = 64 << 20;

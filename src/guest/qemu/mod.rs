@@ -9,7 +9,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex, VolumeKind};
+use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 use serde_json::json;
 
 use super::{After, Cut, Guest, GuestError, Sink};
@@ -22,23 +22,24 @@ use tracking::Bits;
 
 mod attach;
 mod attach_options;
-pub mod peer;
-pub mod options;
-pub mod instantiate;
-pub mod facts;
-pub mod definition;
 pub mod check;
 mod cut;
+pub mod definition;
 mod disk;
+pub mod facts;
 mod fleece;
+pub mod instantiate;
 pub mod nbd_client;
 mod nbd_wire;
+pub mod options;
+pub mod peer;
 pub mod qmp;
 mod scan;
 mod stream;
 mod template;
 mod tracking;
 mod unfit;
+mod units;
 
 /// Most cuts whose RAM is remembered apart while they wait to be sealed.
 const UNSEALED: usize = 32;
@@ -70,115 +71,6 @@ pub struct QemuGuest {
 }
 
 impl QemuGuest {
-    /// Attaches to a running QEMU. A guest that a dead daemon of ours left
-    /// stopped in a cut is resumed; one that is held for a move is not.
-    ///
-    /// # Errors
-    /// When QEMU cannot be reached, or is not the guest that the options describe.
-    pub fn attach(options: AttachOptions) -> Result<Self, GuestError> {
-        let fits = |c: char| c.is_ascii_alphanumeric() || c == '-';
-        if options.replica.is_empty()
-            || options.replica.len() > 64
-            || !options.replica.chars().all(fits)
-        {
-            return Err(GuestError::State(format!(
-                "'{}' cannot name a replica: letters, digits and -, at most 64",
-                options.replica
-            )));
-        }
-        if options.ram.is_empty() || options.ram.len() + options.disks.len() > 1024 {
-            return Err(GuestError::State(
-                "a guest has at least one RAM block and at most 1024 volumes".to_owned(),
-            ));
-        }
-        let work_dir = options.work_dir.clone();
-        attach::make_private(&work_dir)?;
-        let mut qmp = Qmp::connect(&options.qmp, options.qmp_timeout)?;
-        attach::recover(&mut qmp, &work_dir)?;
-        let mut volumes = Vec::new();
-        let mut ram = Vec::new();
-        for (id, path) in &options.ram {
-            let block = RamBlock::open(path, volumes.len() as VolumeIndex)?;
-            volumes.push(Volume {
-                name: id.clone(),
-                kind: VolumeKind::Ram,
-                bytes: block.bytes(),
-            });
-            ram.push((id.clone(), block));
-        }
-        attach::same_ram(&mut qmp, &ram)?;
-        let nodes = tracking::nodes(&mut qmp)?;
-        let mut disks = Vec::new();
-        for (name, node) in &options.disks {
-            let found = nodes.iter().find(|n| n.name == *node).ok_or_else(|| {
-                GuestError::State(format!(
-                    "QEMU has no block node '{node}' for disk '{name}'; give the disk a node-name (query-named-block-nodes lists them) and run farhaven guest add again"
-                ))
-            })?;
-            if found.bytes == 0 {
-                return Err(GuestError::State(format!(
-                    "disk '{name}' is empty; leave it out"
-                )));
-            }
-            disks.push(Disk::new(
-                volumes.len() as VolumeIndex,
-                node,
-                &options.replica,
-                found.bytes,
-            ));
-            volumes.push(Volume {
-                name: name.clone(),
-                kind: VolumeKind::Disk,
-                bytes: found.bytes,
-            });
-        }
-        volumes.push(Volume {
-            name: "device-state".to_owned(),
-            kind: VolumeKind::DeviceState,
-            bytes: 0,
-        });
-        let before = attach::prepare_migration(&mut qmp)?;
-        let socket = if disks.is_empty() {
-            work_dir.join("nbd.sock")
-        } else {
-            attach::serve_nbd(&mut qmp, &work_dir)?
-        };
-        let process = qmp
-            .pid()
-            .ok()
-            .and_then(|pid| Some((pid, attach::started(pid)?)));
-        let bits: Vec<Bits> = volumes
-            .iter()
-            .filter(|v| v.kind == VolumeKind::Ram)
-            .map(|v| Bits::new(v.units() as usize))
-            .collect();
-        let view = View {
-            socket,
-            work_dir: work_dir.clone(),
-            hasher: scan::Hasher::new(options.key),
-            reserve: options.reserve,
-        };
-        Ok(Self {
-            options,
-            qmp,
-            process,
-            work_dir,
-            before,
-            volumes,
-            ram,
-            disks,
-            view,
-            recent: bits.clone(),
-            cut_handed: bits,
-            unsealed: Vec::new(),
-            outstanding: None,
-            newest_sealed: None,
-            given_back: false,
-            must_sweep: false,
-            detached: false,
-        })
-    }
-
     /// The control socket, for queries beside protection.
     pub fn qmp(&mut self) -> &mut Qmp {
         &mut self.qmp

@@ -29,14 +29,6 @@ pub struct NbdClient<S = UnixStream> {
     cookie: u64,
 }
 
-struct Pending {
-    cookie: u64,
-    offset: u64,
-    data: Vec<u8>,
-    filled: usize,
-    done: bool,
-}
-
 impl NbdClient<UnixStream> {
     /// Connects to `export` at `socket` and negotiates the meta `contexts`.
     /// `timeout` bounds every wait for the server.
@@ -345,12 +337,7 @@ impl<S: Read + Write> NbdClient<S> {
         self.cookie += 1;
         let length =
             u32::try_from(length).map_err(|_| NbdError::Protocol("a request of 4 GiB or more"))?;
-        let mut message = [0; 28];
-        message[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
-        message[6..8].copy_from_slice(&command.to_be_bytes());
-        message[8..16].copy_from_slice(&self.cookie.to_be_bytes());
-        message[16..24].copy_from_slice(&offset.to_be_bytes());
-        message[24..].copy_from_slice(&length.to_be_bytes());
+        let message = request(command, self.cookie, offset, length);
         self.put("asking", &message)?;
         Ok(self.cookie)
     }

@@ -95,3 +95,23 @@ pub(super) fn text(s: &str) -> Vec<u8> {
     out.extend(s.as_bytes());
     out
 }
+
+/// A read under way.
+pub(super) struct Pending {
+    pub(super) cookie: u64,
+    pub(super) offset: u64,
+    pub(super) data: Vec<u8>,
+    pub(super) filled: usize,
+    pub(super) done: bool,
+}
+
+/// A request's bytes.
+pub(super) fn request(command: u16, cookie: u64, offset: u64, length: u32) -> [u8; 28] {
+    let mut message = [0; 28];
+    message[..4].copy_from_slice(&REQUEST_MAGIC.to_be_bytes());
+    message[6..8].copy_from_slice(&command.to_be_bytes());
+    message[8..16].copy_from_slice(&cookie.to_be_bytes());
+    message[16..24].copy_from_slice(&offset.to_be_bytes());
+    message[24..].copy_from_slice(&length.to_be_bytes());
+    message
+}

@@ -19,6 +19,7 @@ use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
 
 use super::super::{GuestError, Sink, SinkError};
 use super::tracking::Bits;
+use super::units::{Hasher, hand_over};
 
 /// Bytes read and hashed at a time: fits a core's second-level cache.
 const CHUNK: u64 = 256 << 10;
@@ -27,69 +28,6 @@ const CHUNK_UNITS: u64 = CHUNK / UNIT as u64;
 const PASS: usize = 4096;
 /// Chunks with changes that may wait for the sink.
 const WAITING: usize = 8;
-
-/// Computes digests under the session's key.
-#[derive(Clone)]
-pub(super) struct Hasher([u8; 32]);
-
-impl Hasher {
-    pub(super) fn new(key: [u8; 32]) -> Self {
-        Self(key)
-    }
-
-    /// One digest of each unit, appended to `out`.
-    pub(super) fn digests(&self, units: &[u8], out: &mut Vec<Digest>) {
-        const ZEROS: [u8; UNIT] = [0; UNIT];
-        for unit in units.chunks_exact(UNIT) {
-            let digest = if unit == ZEROS {
-                Digest::ZERO_UNIT
-            } else {
-                let mut digest = Digest::default();
-                let hash = blake3::keyed_hash(&self.0, unit);
-                digest.0.copy_from_slice(&hash.as_bytes()[..16]);
-                digest
-            };
-            out.push(digest);
-        }
-    }
-}
-
-/// Hands over the units of `bytes` for which `wanted` holds, zeros as zeros.
-pub(super) fn hand_over(
-    sink: &mut dyn Sink,
-    volume: VolumeIndex,
-    first: u64,
-    bytes: &[u8],
-    digests: &[Digest],
-    wanted: impl Fn(u64, Digest) -> bool,
-) -> Result<(), SinkError> {
-    let mut at = 0;
-    while at < digests.len() {
-        let zero = digests[at] == Digest::ZERO_UNIT;
-        let is_run = |i: usize| {
-            (digests[i] == Digest::ZERO_UNIT) == zero && wanted(first + i as u64, digests[i])
-        };
-        let count = (at..digests.len()).take_while(|i| is_run(*i)).count();
-        if count == 0 {
-            at += 1;
-            continue;
-        }
-        let unit = first + at as u64;
-        if zero {
-            sink.zeros(volume, unit, count as u64)?;
-        } else {
-            let end = at + count;
-            sink.units(
-                volume,
-                unit,
-                &bytes[at * UNIT..end * UNIT],
-                &digests[at..end],
-            )?;
-        }
-        at += count;
-    }
-    Ok(())
-}
 
 /// A block of guest memory and what the peer is known to hold of it.
 pub(super) struct RamBlock {
@@ -215,7 +153,10 @@ impl RamBlock {
                 Ok(start) => start / CHUNK * CHUNK,
                 Err(rustix::io::Errno::NXIO) => break,
                 // A filesystem without SEEK_DATA: everything is data.
-                Err(rustix::io::Errno::INVAL) => return Ok(Vec::from([0..end / UNIT as u64])),
+                Err(rustix::io::Errno::INVAL) => {
+                    let everything = 0..end / UNIT as u64;
+                    return Ok(std::iter::once(everything).collect());
+                }
                 Err(e) => return Err(failed(e)),
             };
             let hole = seek(&self.file, SeekFrom::Hole(start.max(at))).map_err(failed)?;
