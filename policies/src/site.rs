@@ -175,8 +175,8 @@ impl Default for Link {
             window: ByteSize::from_mib(32),
             socket_buffer: ByteSize::from_mib(4),
             gso: true,
-            idle_timeout: Period::from_secs(30),
-            keep_alive: Period::from_secs(5),
+            idle_timeout: Period::from_secs(10),
+            keep_alive: Period::from_secs(1),
         }
     }
 }

@@ -166,23 +166,23 @@ struct After {
 
 async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, String> {
     machine.console.poll();
-    let guest = source_view(&stage.east).await?;
     say("DISASTER: east loses power. Its daemon and its guest are killed.");
     stage.east.kill();
     machine.kill();
     machine.console.poll();
     let last = machine.console.last.clone().ok_or("the guest never had a heartbeat")?;
     say(&format!("  last heartbeat there: {}", last.line));
-    say("Failover is declared at west …");
-    // --force: an operator who knows that the site is gone need not wait for the link to notice.
-    let body = Failover { point: None, force: true };
+    while peer_is_alive(&stage.west).await? {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    say("West hears nothing of east any more. Failover is declared there …");
+    let body = Failover { point: None, force: false };
     let report: FailoverReport = stage
         .west
         .client
         .post(&format!("/v1/guests/{NAME}/failover"), &body)
         .await
         .map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
-    let _ = guest;
     let process = Foreign(report.pid);
     let mut console = console_beside(Path::new(&report.qmp));
     let first = console
@@ -360,6 +360,11 @@ fn verdict(demo: &Demo, check: &str, last: &Heartbeat, first: &Heartbeat, ended_
 async fn sent(east: &Daemon) -> Result<u64, String> {
     let view: SiteView = east.client.get("/v1/status").await.map_err(|e| e.to_string())?;
     Ok(view.peers.iter().map(|p| p.sent_bytes).sum())
+}
+
+async fn peer_is_alive(west: &Daemon) -> Result<bool, String> {
+    let view: SiteView = west.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    Ok(view.peers.iter().any(|p| p.connected))
 }
 
 async fn source_view(east: &Daemon) -> Result<SourceView, String> {

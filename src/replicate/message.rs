@@ -208,6 +208,12 @@ pub enum Message {
         /// The point.
         point: u64,
     },
+    /// Target, to a seal: a batch refers to this one, which is not here. The
+    /// source must forget it and begin the point anew.
+    Dangling {
+        /// Its number.
+        missing: u64,
+    },
     /// Target, to a seal with `activate`: the guest runs here now.
     Running {
         /// What it took.

@@ -32,6 +32,8 @@ pub struct Outgoing {
     pub index: Arc<Mutex<DedupIndex>>,
     /// Key of every digest in the index and in the guests' tables.
     pub key: DigestKey,
+    /// Batches on their way: other guests refer to them only once they are acknowledged.
+    submitted: Mutex<BTreeSet<u64>>,
     open: Mutex<BTreeSet<u64>>,
     next_shipment: AtomicU64,
     ended: Notify,
@@ -45,10 +47,31 @@ impl Outgoing {
             sequence: Arc::new(Sequence::starting_at(first)),
             index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
             key,
+            submitted: Mutex::default(),
             open: Mutex::default(),
             next_shipment: AtomicU64::new(0),
             ended: Notify::new(),
         }
+    }
+
+    /// No batch may refer to this one any more.
+    pub fn forget(&self, seq: u64) {
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        index.remove_seqs(&BTreeSet::from([seq]));
+    }
+
+    /// Takes notice of what the peer acknowledged.
+    fn settle(&self) {
+        let acknowledged = *self.peer.acknowledged().borrow();
+        let mut submitted = self.submitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        submitted.retain(|seq| {
+            let reached = acknowledged.reached(*seq);
+            if reached {
+                index.acknowledge(*seq);
+            }
+            !reached
+        });
     }
 
     /// The peer is about to drop these batches: refer to none of them any
@@ -231,16 +254,16 @@ impl Shipment {
         let seq = batch.seq;
         let sent = self.hand_over(batch);
         if sent.is_err() {
-            self.forget(seq);
+            // A batch that never left must not be referred to.
+            self.outgoing.forget(seq);
+        } else {
+            let submitted = &self.outgoing.submitted;
+            submitted.lock().unwrap_or_else(PoisonError::into_inner).insert(seq);
+            self.outgoing.settle();
         }
         sent
     }
 
-    /// A batch that never left must not be referred to.
-    fn forget(&self, seq: u64) {
-        let mut index = self.outgoing.index.lock().unwrap_or_else(PoisonError::into_inner);
-        index.remove_seqs(&BTreeSet::from([seq]));
-    }
 
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
@@ -307,7 +330,7 @@ impl Sink for Shipment {
 impl Drop for Shipment {
     fn drop(&mut self) {
         if let Some(batch) = self.encoder.flush() {
-            self.forget(batch.seq);
+            self.outgoing.forget(batch.seq);
         }
         let mut open = self.outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
         open.remove(&self.id);

@@ -161,6 +161,9 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
                 | SealError::MissingBatches { .. },
             ),
         ) => return refused(Refusal::OutOfStep, error),
+        Err(SealStep::Seal(SealError::Dangling { missing, .. })) => {
+            return Message::Dangling { missing };
+        }
         Err(error) => return refused(Refusal::Unable, error),
     };
     if let Err(error) = site.record_point(&header, &request.context).await {

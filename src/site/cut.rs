@@ -139,6 +139,13 @@ pub(super) async fn seal(
         let patience = Duration::from_secs(300);
         match driver.interruptible(remote.ask_within(question, patience)).await? {
             Ok(Message::Sealed { point }) if point == made.point => break,
+            Ok(Message::Dangling { missing }) => {
+                attached.outgoing.forget(missing);
+                return Err(DriveError::Other(format!(
+                    "batch {missing} is gone at the peer; point {} begins anew",
+                    made.point
+                )));
+            }
             Ok(_) => return Err(AskError::Unfitting(driver.protection.to.clone()).into()),
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 driver.view.send_modify(|v| v.trouble = format!(
@@ -179,7 +186,7 @@ pub(super) async fn seal(
         sent_bytes = made.shipped.sent_bytes,
         "sealed"
     );
-    Ok(Sealed { point: made.point, cut_at: made.cut_at, pause: made.times.pause, took })
+    Ok(Sealed { cut_at: made.cut_at, pause: made.times.pause, took })
 }
 
 /// Hands a held guest over: seals its last point and has the peer run it. The

@@ -21,7 +21,7 @@ use super::view::{MoveReport, Phase, SourceView};
 use super::{Site, handover};
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest, GuestError, SinkError};
-use crate::replicate::message::{Message, Opened, Opening, Refusal};
+use crate::replicate::message::{Message, Opened, Opening};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// What a driver is asked to do.
@@ -672,19 +672,11 @@ impl Driver {
 /// A point that is durable at the peer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sealed {
-    pub(super) point: u64,
     pub(super) cut_at: SystemTime,
     /// How long the guest was stopped for it.
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
-}
-
-impl DriveError {
-    /// The data does not fit what the peer holds: begin anew.
-    pub(super) fn is_out_of_step(&self) -> bool {
-        matches!(self, DriveError::Ask(AskError::Refused { code: Refusal::OutOfStep, .. }))
-    }
 }
 
 /// Runs something that blocks; its panic is an error here, not the daemon's end.

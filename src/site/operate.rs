@@ -636,7 +636,7 @@ impl Site {
                 active.term.number, active.point
             )));
         }
-        if standby.remote().connected() && !force {
+        if standby.remote().alive() && !force {
             return Err(OperateError::Conflict(format!(
                 "site '{0}' is alive, and so may be '{name}' there. To move it with nothing lost, run there: farhaven move {name}. To take it over all the same (it is stopped there first): --force",
                 standby.from()
@@ -662,7 +662,7 @@ impl Site {
     /// Tells a connected source of its guest's new term, and waits a moment
     /// for it to stop the guest. The fence holds whether it answers or not.
     pub(super) async fn announce_term(&self, remote: &Remote, term: Term) {
-        if remote.connected() {
+        if remote.alive() {
             let told = remote.ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT).await;
             if let Err(error) = told {
                 tracing::warn!(%error, "the source did not confirm that it stopped its guest");
@@ -677,7 +677,7 @@ fn peer_view(remote: &Remote) -> PeerView {
         site: remote.record.site.clone(),
         key: remote.record.key.to_string(),
         addresses: remote.record.addresses.clone(),
-        connected: remote.connected(),
+        connected: remote.alive(),
         rtt_ms: link.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
         sent_bytes: link.udp_tx_bytes,
         received_bytes: link.udp_rx_bytes,

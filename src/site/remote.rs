@@ -19,6 +19,9 @@ use crate::replicate::send::Outgoing;
 /// Longest a peer may think about a question that needs no data to arrive.
 const ANSWER: Duration = Duration::from_secs(30);
 
+/// A peer that was silent for so long, keep-alives included, may be gone.
+const SILENT: Duration = Duration::from_secs(4);
+
 /// Questions of one peer that are worked on at a time.
 const QUESTIONS: usize = 256;
 
@@ -82,6 +85,11 @@ impl Remote {
     /// Is there a connection now?
     pub fn connected(&self) -> bool {
         *self.connections.borrow() % 2 == 1
+    }
+
+    /// Is there a connection, and was the peer heard of just now?
+    pub fn alive(&self) -> bool {
+        self.connected() && self.peer.silence().is_some_and(|silence| silence < SILENT)
     }
 
     /// Waits until there is a connection.
