@@ -9,6 +9,7 @@
 )]
 
 pub mod cut;
+pub mod site;
 
 use std::io::Write;
 use std::os::unix::net::UnixStream;
