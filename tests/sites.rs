@@ -15,7 +15,7 @@ const COPY: Duration = Duration::from_secs(120);
 #[test]
 fn a_lost_site_s_guest_runs_on_at_the_peer() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else { return };
+    let Some(mut guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else { return };
     let mut pair = Pair::start(LINK, "", "");
     guest.console.await_beat(20, COPY);
     let qmp = guest.qmp.to_str().unwrap().to_owned();
