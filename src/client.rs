@@ -19,7 +19,9 @@ const LONGEST_ANSWER: usize = 64 << 20;
 #[derive(Debug, thiserror::Error)]
 pub enum ClientError {
     /// Nobody listens.
-    #[error("no Farhaven daemon answers at {path}: {source}. Start it with: farhaven site run --config FILE; or name its socket with --api")]
+    #[error(
+        "no Farhaven daemon answers at {path}: {source}. Start it with: farhaven site run --config FILE; or name its socket with --api"
+    )]
     Connect {
         /// The socket.
         path: PathBuf,
@@ -49,7 +51,9 @@ pub struct Client {
 impl Client {
     /// Names the socket; connects with each request.
     pub fn new(socket: &Path) -> Self {
-        Self { socket: socket.to_owned() }
+        Self {
+            socket: socket.to_owned(),
+        }
     }
 
     /// `GET path`.
@@ -87,9 +91,13 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
-        let stream = UnixStream::connect(&self.socket)
-            .await
-            .map_err(|source| ClientError::Connect { path: self.socket.clone(), source })?;
+        let stream =
+            UnixStream::connect(&self.socket)
+                .await
+                .map_err(|source| ClientError::Connect {
+                    path: self.socket.clone(),
+                    source,
+                })?;
         let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
             .await
             .map_err(|e| self.broken(e))?;
@@ -101,7 +109,10 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::new(body))
             .map_err(|e| self.broken(e))?;
-        let response = sender.send_request(request).await.map_err(|e| self.broken(e))?;
+        let response = sender
+            .send_request(request)
+            .await
+            .map_err(|e| self.broken(e))?;
         let status = response.status();
         let answer = Limited::new(response.into_body(), LONGEST_ANSWER)
             .collect()
@@ -121,6 +132,9 @@ impl Client {
     }
 
     fn broken(&self, why: impl ToString) -> ClientError {
-        ClientError::Broken { path: self.socket.clone(), why: why.to_string() }
+        ClientError::Broken {
+            path: self.socket.clone(),
+            why: why.to_string(),
+        }
     }
 }

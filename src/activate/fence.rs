@@ -32,7 +32,9 @@ pub struct Term {
 #[derive(Debug, thiserror::Error)]
 pub enum FenceError {
     /// The file cannot be read or written.
-    #[error("the term file {path} cannot be {doing}: {source}. No guest is run here without it; mend the directory and start again")]
+    #[error(
+        "the term file {path} cannot be {doing}: {source}. No guest is run here without it; mend the directory and start again"
+    )]
     Io {
         /// The file.
         path: PathBuf,
@@ -43,7 +45,9 @@ pub enum FenceError {
         source: io::Error,
     },
     /// The file is damaged.
-    #[error("the term file {path} is damaged ({why}). Find out at the other site which site runs the group, then remove the file and start again: the peer's term is taken over")]
+    #[error(
+        "the term file {path} is damaged ({why}). Find out at the other site which site runs the group, then remove the file and start again: the peer's term is taken over"
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -51,7 +55,9 @@ pub enum FenceError {
         why: String,
     },
     /// Somebody else owns a term at least as new.
-    #[error("fenced: term {known} of this group belongs to site {owner}, so term {asked} cannot be taken here")]
+    #[error(
+        "fenced: term {known} of this group belongs to site {owner}, so term {asked} cannot be taken here"
+    )]
     Fenced {
         /// The term known here.
         known: u64,
@@ -75,7 +81,11 @@ impl Fence {
     /// When one cannot be read: the site must not start then.
     pub fn open(directory: &Path) -> Result<Self, FenceError> {
         let failed = |doing| {
-            move |source| FenceError::Io { path: directory.to_owned(), doing, source }
+            move |source| FenceError::Io {
+                path: directory.to_owned(),
+                doing,
+                source,
+            }
         };
         crate::site::files::private_directory(directory).map_err(failed("made"))?;
         let mut terms = BTreeMap::new();
@@ -86,17 +96,29 @@ impl Fence {
                 terms.insert(term.group, term);
             }
         }
-        Ok(Self { directory: directory.to_owned(), terms: Mutex::new(terms) })
+        Ok(Self {
+            directory: directory.to_owned(),
+            terms: Mutex::new(terms),
+        })
     }
 
     /// The newest term known of a group.
     pub fn current(&self, group: GuestId) -> Option<Term> {
-        self.terms.lock().unwrap_or_else(PoisonError::into_inner).get(&group).copied()
+        self.terms
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(&group)
+            .copied()
     }
 
     /// Every term known.
     pub fn all(&self) -> Vec<Term> {
-        self.terms.lock().unwrap_or_else(PoisonError::into_inner).values().copied().collect()
+        self.terms
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .copied()
+            .collect()
     }
 
     /// Takes over a term heard from elsewhere or just decided, when it is
@@ -126,7 +148,11 @@ impl Fence {
     pub fn raise(&self, group: GuestId, owner: SiteKey) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
         let number = terms.get(&group).map_or(0, |t| t.number) + 1;
-        let term = Term { group, number, owner };
+        let term = Term {
+            group,
+            number,
+            owner,
+        };
         self.write(term)?;
         terms.insert(group, term);
         Ok(term)
@@ -138,9 +164,11 @@ impl Fence {
     /// [`FenceError::Fenced`] when another site owns it.
     pub fn may_run(&self, group: GuestId, site: SiteKey) -> Result<(), FenceError> {
         match self.current(group) {
-            Some(term) if term.owner != site => {
-                Err(FenceError::Fenced { known: term.number, owner: term.owner, asked: term.number })
-            }
+            Some(term) if term.owner != site => Err(FenceError::Fenced {
+                known: term.number,
+                owner: term.owner,
+                asked: term.number,
+            }),
             _ => Ok(()),
         }
     }
@@ -168,7 +196,10 @@ fn read(path: &Path) -> Result<Term, FenceError> {
         doing: "read",
         source,
     })?;
-    let damaged = |why: &str| FenceError::Damaged { path: path.to_owned(), why: why.to_owned() };
+    let damaged = |why: &str| FenceError::Damaged {
+        path: path.to_owned(),
+        why: why.to_owned(),
+    };
     if text.len() as u64 > LONGEST {
         return Err(damaged("too long"));
     }

@@ -51,7 +51,12 @@ struct PointDisk {
 impl PointDisk {
     fn new(replica: &Arc<Replica>, volume: VolumeIndex, bytes: u64) -> Self {
         let stored = replica.nonzero_runs(volume).collect();
-        Self { replica: replica.clone(), volume, bytes, stored }
+        Self {
+            replica: replica.clone(),
+            volume,
+            bytes,
+            stored,
+        }
     }
 }
 
@@ -64,12 +69,18 @@ impl BlockSource for PointDisk {
         let unit = UNIT as u64;
         let first = offset / unit;
         let count = (offset + buf.len() as u64).div_ceil(unit) - first;
-        let failed = |e: farhaven_storage_sync::replica::ReplicaError| io::Error::other(e.to_string());
+        let failed =
+            |e: farhaven_storage_sync::replica::ReplicaError| io::Error::other(e.to_string());
         if offset.is_multiple_of(unit) && buf.len().is_multiple_of(UNIT) {
-            return self.replica.read(self.volume, first, count, buf).map_err(failed);
+            return self
+                .replica
+                .read(self.volume, first, count, buf)
+                .map_err(failed);
         }
         let mut whole = vec![0; count as usize * UNIT];
-        self.replica.read(self.volume, first, count, &mut whole).map_err(failed)?;
+        self.replica
+            .read(self.volume, first, count, &mut whole)
+            .map_err(failed)?;
         let skip = (offset - first * unit) as usize;
         buf.copy_from_slice(&whole[skip..skip + buf.len()]);
         Ok(())
@@ -80,7 +91,9 @@ impl BlockSource for PointDisk {
         let end = offset + length;
         let mut found = Vec::new();
         let mut at = offset;
-        let from = self.stored.partition_point(|(first, count)| (first + count) * unit <= offset);
+        let from = self
+            .stored
+            .partition_point(|(first, count)| (first + count) * unit <= offset);
         for (first, count) in &self.stored[from..] {
             let (start, stop) = ((first * unit).min(end), ((first + count) * unit).min(end));
             if start >= end {
@@ -131,7 +144,11 @@ impl Ready {
         }
         private_directory(&ground.run).map_err(file(&ground.run))?;
         let (placement, disks) = place(ground, replica, definition, true)?;
-        let plan = LaunchPlan { definition, placement: &placement, program: Some(ground.qemu) };
+        let plan = LaunchPlan {
+            definition,
+            placement: &placement,
+            program: Some(ground.qemu),
+        };
         match Launched::start(&plan) {
             Ok(launched) => Ok(Self {
                 pid: launched.pid(),
@@ -230,8 +247,9 @@ impl Ready {
         self.with(|launched| launched.hydrate(rate))?;
         loop {
             let disks: Vec<Hydration> = self.with(Launched::hydration)?;
-            let (done, total) =
-                disks.iter().fold((0, 0), |(done, total), d| (done + d.done, total + d.total));
+            let (done, total) = disks
+                .iter()
+                .fold((0, 0), |(done, total), d| (done + d.done, total + d.total));
             tell(done, total);
             let failed = disks.iter().find_map(|d| match &d.state {
                 HydrationState::Failed(why) => Some(format!("disk {}: {why}", d.disk)),
@@ -262,7 +280,12 @@ impl Ready {
 
     /// Ends a QEMU that never ran, and removes what was made for it.
     pub fn discard(self) {
-        if let Some(launched) = self.launched.lock().unwrap_or_else(PoisonError::into_inner).take() {
+        if let Some(launched) = self
+            .launched
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take()
+        {
             launched.kill();
         }
         withdraw(&self.exports, &self.disks);
@@ -284,7 +307,10 @@ impl Ready {
 }
 
 fn file(path: &Path) -> impl Fn(io::Error) -> ActivateError {
-    move |source| ActivateError::Io { what: format!("making {}", path.display()), source }
+    move |source| ActivateError::Io {
+        what: format!("making {}", path.display()),
+        source,
+    }
 }
 
 fn withdraw(exports: &NbdServer, disks: &[(String, VolumeIndex, u64)]) {
@@ -310,7 +336,9 @@ fn place(
         ..Placement::default()
     };
     for block in &definition.ram {
-        placement.ram.insert(block.id.clone(), ram_file(&ground.ram, &block.id));
+        placement
+            .ram
+            .insert(block.id.clone(), ram_file(&ground.ram, &block.id));
     }
     let mut disks: Disks = Vec::new();
     for (index, disk) in definition.disks.iter().enumerate() {
@@ -322,7 +350,10 @@ fn place(
         let Some(volume) = volume else {
             withdraw(ground.exports, &disks);
             let point = replica.header().point;
-            return Err(ActivateError::Context(point, format!("it has no disk {}", disk.name)));
+            return Err(ActivateError::Context(
+                point,
+                format!("it has no disk {}", disk.name),
+            ));
         };
         let export = format!("{}-{index}", ground.guest);
         if serve {
@@ -334,9 +365,15 @@ fn place(
         }
         disks.push((export.clone(), volume, disk.bytes));
         let socket = ground.exports.path().to_owned();
-        let backing = if serve { Backing::Nbd { socket, export } } else { Backing::Nothing };
+        let backing = if serve {
+            Backing::Nbd { socket, export }
+        } else {
+            Backing::Nothing
+        };
         let overlay = ground.run.join(format!("disk{index}.qcow2"));
-        placement.disks.insert(disk.name.clone(), DiskPlacement { overlay, backing });
+        placement
+            .disks
+            .insert(disk.name.clone(), DiskPlacement { overlay, backing });
     }
     Ok((placement, disks))
 }
@@ -347,7 +384,10 @@ fn device_state(replica: &Replica) -> Result<Vec<u8>, ActivateError> {
         .find(|(_, volume)| volume.kind == VolumeKind::DeviceState);
     let Some((index, volume)) = found else {
         let point = replica.header().point;
-        return Err(ActivateError::Context(point, "it holds no device state".to_owned()));
+        return Err(ActivateError::Context(
+            point,
+            "it holds no device state".to_owned(),
+        ));
     };
     let mut state = vec![0; volume.units() as usize * UNIT];
     replica.read(index, 0, volume.units(), &mut state)?;

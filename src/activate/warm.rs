@@ -25,8 +25,10 @@ pub struct Warm {
 
 /// The RAM file of a block, in a guest's directory.
 pub fn ram_file(directory: &Path, block: &str) -> PathBuf {
-    let plain: String =
-        block.chars().map(|c| if c.is_ascii_alphanumeric() { c } else { '_' }).collect();
+    let plain: String = block
+        .chars()
+        .map(|c| if c.is_ascii_alphanumeric() { c } else { '_' })
+        .collect();
     // Two blocks whose names differ in odd characters only stay two files.
     let sum = blake3::hash(block.as_bytes()).to_hex();
     directory.join(format!("{plain}-{}.ram", &sum[..8]))
@@ -79,7 +81,9 @@ impl Warm {
                 Some(from) => differences(&file, index, from, replica).map_err(|e| e.or(io))?,
                 None => {
                     // A hole is the quickest zero.
-                    file.set_len(0).and_then(|()| file.set_len(volume.bytes)).map_err(io)?;
+                    file.set_len(0)
+                        .and_then(|()| file.set_len(volume.bytes))
+                        .map_err(io)?;
                     whole(&file, index, replica).map_err(|e| e.or(io))?
                 }
             };
@@ -105,7 +109,10 @@ enum FillError {
 }
 
 impl FillError {
-    fn or(self, io: impl FnOnce(io::Error) -> crate::site::ActivateError) -> crate::site::ActivateError {
+    fn or(
+        self,
+        io: impl FnOnce(io::Error) -> crate::site::ActivateError,
+    ) -> crate::site::ActivateError {
         match self {
             FillError::Io(error) => io(error),
             FillError::Replica(error) => error.into(),
@@ -118,7 +125,13 @@ fn same_ram(a: &Volume, b: &Volume) -> bool {
 }
 
 fn open(path: &Path) -> io::Result<File> {
-    OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(path)
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .open(path)
 }
 
 fn whole(file: &File, volume: VolumeIndex, replica: &Replica) -> Result<u64, FillError> {
@@ -131,7 +144,9 @@ fn whole(file: &File, volume: VolumeIndex, replica: &Replica) -> Result<u64, Fil
             *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
         }
     };
-    replica.fill_parallel(volume, threads, &write).map_err(FillError::Replica)?;
+    replica
+        .fill_parallel(volume, threads, &write)
+        .map_err(FillError::Replica)?;
     match failed.into_inner().unwrap_or_else(PoisonError::into_inner) {
         Some(error) => Err(FillError::Io(error)),
         None => Ok(written.into_inner()),
@@ -146,14 +161,20 @@ fn differences(
 ) -> Result<u64, FillError> {
     let mut written = 0;
     let mut bytes = Vec::new();
-    for run in to.changes_since(from).into_iter().filter(|run| run.volume == volume) {
+    for run in to
+        .changes_since(from)
+        .into_iter()
+        .filter(|run| run.volume == volume)
+    {
         let end = run.unit + run.count;
         let mut at = run.unit;
         while at < end {
             let piece = (end - at).min(PIECE);
             bytes.resize(piece as usize * UNIT, 0);
-            to.read(volume, at, piece, &mut bytes).map_err(FillError::Replica)?;
-            file.write_all_at(&bytes, at * UNIT as u64).map_err(FillError::Io)?;
+            to.read(volume, at, piece, &mut bytes)
+                .map_err(FillError::Replica)?;
+            file.write_all_at(&bytes, at * UNIT as u64)
+                .map_err(FillError::Io)?;
             written += bytes.len() as u64;
             at += piece;
         }

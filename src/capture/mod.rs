@@ -14,14 +14,28 @@ pub struct CaptureBuffer {
 }
 
 enum Run {
-    Units { volume: VolumeIndex, unit: u64, at: usize, count: usize },
-    Zeros { volume: VolumeIndex, unit: u64, count: u64 },
+    Units {
+        volume: VolumeIndex,
+        unit: u64,
+        at: usize,
+        count: usize,
+    },
+    Zeros {
+        volume: VolumeIndex,
+        unit: u64,
+        count: u64,
+    },
 }
 
 impl CaptureBuffer {
     /// A buffer of at most `limit` bytes of units; memory is taken as it fills.
     pub fn new(limit: usize) -> Self {
-        Self { limit, bytes: Vec::new(), digests: Vec::new(), runs: Vec::new() }
+        Self {
+            limit,
+            bytes: Vec::new(),
+            digests: Vec::new(),
+            runs: Vec::new(),
+        }
     }
 
     /// Bytes of units held.
@@ -41,13 +55,22 @@ impl CaptureBuffer {
     pub fn drain_into(self, sink: &mut dyn Sink) -> Result<(), SinkError> {
         for run in &self.runs {
             match *run {
-                Run::Units { volume, unit, at, count } => sink.units(
+                Run::Units {
+                    volume,
+                    unit,
+                    at,
+                    count,
+                } => sink.units(
                     volume,
                     unit,
                     &self.bytes[at * UNIT..(at + count) * UNIT],
                     &self.digests[at..at + count],
                 )?,
-                Run::Zeros { volume, unit, count } => sink.zeros(volume, unit, count)?,
+                Run::Zeros {
+                    volume,
+                    unit,
+                    count,
+                } => sink.zeros(volume, unit, count)?,
             }
         }
         Ok(())
@@ -68,12 +91,21 @@ impl Sink for CaptureBuffer {
         let at = self.digests.len();
         self.bytes.extend_from_slice(bytes);
         self.digests.extend_from_slice(digests);
-        self.runs.push(Run::Units { volume, unit, at, count: digests.len() });
+        self.runs.push(Run::Units {
+            volume,
+            unit,
+            at,
+            count: digests.len(),
+        });
         Ok(())
     }
 
     fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
-        self.runs.push(Run::Zeros { volume, unit, count });
+        self.runs.push(Run::Zeros {
+            volume,
+            unit,
+            count,
+        });
         Ok(())
     }
 }
@@ -86,8 +118,13 @@ mod tests {
     fn a_full_buffer_refuses_and_keeps_what_it_has() {
         let mut buffer = CaptureBuffer::new(2 * UNIT);
         let two = vec![7; 2 * UNIT];
-        buffer.units(0, 5, &two, &[Digest([1; 16]), Digest([2; 16])]).expect("fits");
-        assert_eq!(buffer.units(0, 9, &two[..UNIT], &[Digest([3; 16])]), Err(SinkError::Full));
+        buffer
+            .units(0, 5, &two, &[Digest([1; 16]), Digest([2; 16])])
+            .expect("fits");
+        assert_eq!(
+            buffer.units(0, 9, &two[..UNIT], &[Digest([3; 16])]),
+            Err(SinkError::Full)
+        );
         buffer.zeros(1, 3, 4).expect("zeros take no room");
         let mut next = CaptureBuffer::new(usize::MAX);
         buffer.drain_into(&mut next).expect("unbounded");

@@ -56,7 +56,10 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
     match verb {
         GuestVerb::Add { name, qmp, json } => {
             let qmp = std::path::absolute(&qmp).map_err(told)?;
-            let body = AddGuest { name: name.clone(), qmp };
+            let body = AddGuest {
+                name: name.clone(),
+                qmp,
+            };
             let record: GuestRecord = client.post("/v1/guests", &body).await.map_err(told)?;
             if json.json {
                 return print_json(&record);
@@ -66,14 +69,19 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
         }
         GuestVerb::Check { name, to, json } => {
             let query = to.map(|to| format!("?to={to}")).unwrap_or_default();
-            let findings: Vec<Finding> =
-                client.get(&guest_path(&name, &format!("/check{query}"))).await.map_err(told)?;
+            let findings: Vec<Finding> = client
+                .get(&guest_path(&name, &format!("/check{query}")))
+                .await
+                .map_err(told)?;
             if json.json {
                 print_json(&findings)?;
             } else {
                 show::findings(&name, &findings);
             }
-            let blocks = findings.iter().filter(|f| f.severity == Severity::Blocks).count();
+            let blocks = findings
+                .iter()
+                .filter(|f| f.severity == Severity::Blocks)
+                .count();
             if blocks > 0 {
                 return Err(format!("{blocks} of these stop the protection of '{name}'"));
             }
@@ -100,29 +108,53 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
     Ok(())
 }
 
-pub(super) async fn protect(client: &Client, name: &str, to: String, rpo: Option<Period>) -> Outcome {
-    let body = Protect { to: to.clone(), rpo };
-    let _: Done = client.post(&guest_path(name, "/protect"), &body).await.map_err(told)?;
+pub(super) async fn protect(
+    client: &Client,
+    name: &str,
+    to: String,
+    rpo: Option<Period>,
+) -> Outcome {
+    let body = Protect {
+        to: to.clone(),
+        rpo,
+    };
+    let _: Done = client
+        .post(&guest_path(name, "/protect"), &body)
+        .await
+        .map_err(told)?;
     println!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
     Ok(())
 }
 
 pub(super) async fn pause(client: &Client, name: &str) -> Outcome {
-    let _: Done = client.post(&guest_path(name, "/pause"), &Done {}).await.map_err(told)?;
+    let _: Done = client
+        .post(&guest_path(name, "/pause"), &Done {})
+        .await
+        .map_err(told)?;
     println!("Protection of '{name}' is paused; its RPO grows. Go on: farhaven resume {name}");
     Ok(())
 }
 
 pub(super) async fn resume(client: &Client, name: &str) -> Outcome {
-    let _: Done = client.post(&guest_path(name, "/resume"), &Done {}).await.map_err(told)?;
+    let _: Done = client
+        .post(&guest_path(name, "/resume"), &Done {})
+        .await
+        .map_err(told)?;
     println!("Protection of '{name}' goes on.");
     Ok(())
 }
 
 pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Outcome {
     let body = Unprotect { discard };
-    let _: Done = client.post(&guest_path(name, "/unprotect"), &body).await.map_err(told)?;
-    let points = if discard { "are dropped" } else { "stay until their time is over" };
+    let _: Done = client
+        .post(&guest_path(name, "/unprotect"), &body)
+        .await
+        .map_err(told)?;
+    let points = if discard {
+        "are dropped"
+    } else {
+        "stay until their time is over"
+    };
     println!("'{name}' is protected no more; it runs on. Its points at the peer {points}.");
     Ok(())
 }
@@ -150,7 +182,9 @@ pub(super) async fn failover(
     let path = guest_path(name, "/failover");
     let body = Failover { point, force };
     let report: FailoverReport =
-        waiting(format!("taking '{name}' over"), client.post(&path, &body)).await.map_err(told)?;
+        waiting(format!("taking '{name}' over"), client.post(&path, &body))
+            .await
+            .map_err(told)?;
     if json {
         return print_json(&report);
     }
@@ -160,8 +194,9 @@ pub(super) async fn failover(
 
 pub(super) async fn move_guest(client: &Client, name: &str, json: bool) -> Outcome {
     let path = guest_path(name, "/move");
-    let report: MoveReport =
-        waiting(format!("moving '{name}'"), client.post(&path, &Done {})).await.map_err(told)?;
+    let report: MoveReport = waiting(format!("moving '{name}'"), client.post(&path, &Done {}))
+        .await
+        .map_err(told)?;
     if json {
         return print_json(&report);
     }
@@ -171,7 +206,12 @@ pub(super) async fn move_guest(client: &Client, name: &str, json: bool) -> Outco
 
 pub(super) async fn take_back(client: &Client, name: &str, force: bool) -> Outcome {
     let body = TakeBack { force };
-    let _: Done = client.post(&guest_path(name, "/take-back"), &body).await.map_err(told)?;
-    println!("'{name}' runs here again, under a new term: should it run at the peer, it is stopped there.");
+    let _: Done = client
+        .post(&guest_path(name, "/take-back"), &body)
+        .await
+        .map_err(told)?;
+    println!(
+        "'{name}' runs here again, under a new term: should it run at the peer, it is stopped there."
+    );
     Ok(())
 }

@@ -133,7 +133,10 @@ type Outcome = Result<(), String>;
 /// Runs what was typed.
 pub fn main() -> ExitCode {
     let cli = Cli::parse();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+    {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("farhaven: cannot start threads: {error}");
@@ -165,9 +168,12 @@ async fn run(cli: Cli) -> Outcome {
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
         Verb::Status(status) => show::status(&client, status).await,
         Verb::Points { name, json } => show::points(&client, &name, json).await,
-        Verb::Failover { name, point, force, json } => {
-            guests::failover(&client, &name, point, force, json).await
-        }
+        Verb::Failover {
+            name,
+            point,
+            force,
+            json,
+        } => guests::failover(&client, &name, point, force, json).await,
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Demo(demo) => crate::demo::run(demo).await,

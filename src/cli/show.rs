@@ -91,12 +91,18 @@ pub(super) fn peers(peers: &[PeerView]) {
         let lost = if peer.sent_packets == 0 {
             "-".to_owned()
         } else {
-            format!("{:.2} %", peer.lost_packets as f64 * 100.0 / peer.sent_packets as f64)
+            format!(
+                "{:.2} %",
+                peer.lost_packets as f64 * 100.0 / peer.sent_packets as f64
+            )
         };
         rows.add_row(vec![
             Cell::new(&peer.site),
             link,
-            Cell::new(peer.rtt_ms.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"))),
+            Cell::new(
+                peer.rtt_ms
+                    .map_or("-".to_owned(), |ms| format!("{ms:.1} ms")),
+            ),
             Cell::new(bytes(peer.sent_bytes)),
             Cell::new(bytes(peer.received_bytes)),
             Cell::new(lost),
@@ -116,7 +122,17 @@ pub(super) fn peers(peers: &[PeerView]) {
 
 pub(super) fn guests(guests: &[SourceView]) {
     let mut rows = table(&[
-        "Guest", "Phase", "To", "RPO", "Target", "Pause", "Point", "Guest data", "WAN", "Ratio", "Now",
+        "Guest",
+        "Phase",
+        "To",
+        "RPO",
+        "Target",
+        "Pause",
+        "Point",
+        "Guest data",
+        "WAN",
+        "Ratio",
+        "Now",
     ]);
     for guest in guests {
         let mut phase = guest.phase.words().to_owned();
@@ -140,8 +156,16 @@ pub(super) fn guests(guests: &[SourceView]) {
             Cell::new(guest.peer.as_deref().unwrap_or("-")),
             rpo,
             Cell::new(guest.rpo_target_ms.map_or("-".to_owned(), millis)),
-            Cell::new(guest.last_pause_ms.map_or("-".to_owned(), |ms| format!("{ms:.1} ms"))),
-            Cell::new(if guest.newest_point == 0 { "-".to_owned() } else { guest.newest_point.to_string() }),
+            Cell::new(
+                guest
+                    .last_pause_ms
+                    .map_or("-".to_owned(), |ms| format!("{ms:.1} ms")),
+            ),
+            Cell::new(if guest.newest_point == 0 {
+                "-".to_owned()
+            } else {
+                guest.newest_point.to_string()
+            }),
             Cell::new(bytes(guest.guest_bytes)),
             Cell::new(bytes(guest.wan_bytes)),
             Cell::new(guest.ratio.map_or("-".to_owned(), |r| format!("{r:.1}"))),
@@ -155,7 +179,9 @@ pub(super) fn guests(guests: &[SourceView]) {
 }
 
 fn standbys(standbys: &[TargetView]) {
-    let mut rows = table(&["Guest", "From", "State", "Points", "Newest", "RPO", "Warm", "Term"]);
+    let mut rows = table(&[
+        "Guest", "From", "State", "Points", "Newest", "RPO", "Warm", "Term",
+    ]);
     for standby in standbys {
         let (state, color) = match &standby.active {
             None => ("standby".to_owned(), Color::Green),
@@ -163,14 +189,23 @@ fn standbys(standbys: &[TargetView]) {
             Some(active) => (
                 match active.hydration {
                     Some((done, total)) if total > 0 => {
-                        format!("RUNS HERE, hydrating {:.0} %", done as f64 * 100.0 / total as f64)
+                        format!(
+                            "RUNS HERE, hydrating {:.0} %",
+                            done as f64 * 100.0 / total as f64
+                        )
                     }
                     _ => "RUNS HERE, hydrating".to_owned(),
                 },
                 Color::Cyan,
             ),
         };
-        let number = |n: u64| if n == 0 { "-".to_owned() } else { n.to_string() };
+        let number = |n: u64| {
+            if n == 0 {
+                "-".to_owned()
+            } else {
+                n.to_string()
+            }
+        };
         rows.add_row(vec![
             Cell::new(&standby.name),
             Cell::new(&standby.from),
@@ -178,7 +213,10 @@ fn standbys(standbys: &[TargetView]) {
             Cell::new(standby.points),
             Cell::new(number(standby.newest_point)),
             Cell::new(
-                standby.rpo_ms.filter(|_| standby.active.is_none()).map_or("-".to_owned(), millis),
+                standby
+                    .rpo_ms
+                    .filter(|_| standby.active.is_none())
+                    .map_or("-".to_owned(), millis),
             ),
             Cell::new(standby.warm_point.map_or("-".to_owned(), |p| p.to_string())),
             Cell::new(standby.term.map_or("-".to_owned(), |t| t.to_string())),
@@ -191,7 +229,10 @@ fn standbys(standbys: &[TargetView]) {
 }
 
 pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
-    let points: Vec<PointView> = client.get(&guest_path(name, "/points")).await.map_err(told)?;
+    let points: Vec<PointView> = client
+        .get(&guest_path(name, "/points"))
+        .await
+        .map_err(told)?;
     if json {
         return print_json(&points);
     }
@@ -199,7 +240,9 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         println!("No recovery point of '{name}' is sealed yet.");
         return Ok(());
     }
-    let mut rows = table(&["Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent"]);
+    let mut rows = table(&[
+        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent",
+    ]);
     for point in &points {
         rows.add_row(vec![
             point.point.to_string(),
@@ -227,13 +270,22 @@ pub(super) fn findings(name: &str, findings: &[Finding]) {
         } else {
             Cell::new("warns").fg(Color::Yellow)
         };
-        rows.add_row(vec![severity, Cell::new(&finding.what), Cell::new(&finding.mend)]);
+        rows.add_row(vec![
+            severity,
+            Cell::new(&finding.what),
+            Cell::new(&finding.mend),
+        ]);
     }
     println!("{rows}");
 }
 
 pub(super) fn definition(record: &GuestRecord) {
-    println!("Guest '{}' ({}), QMP at {}", record.name, record.id, record.qmp.display());
+    println!(
+        "Guest '{}' ({}), QMP at {}",
+        record.name,
+        record.id,
+        record.qmp.display()
+    );
     for line in record.definition.summary() {
         println!("  {line}");
     }
@@ -241,20 +293,33 @@ pub(super) fn definition(record: &GuestRecord) {
 
 pub(super) fn failover(report: &FailoverReport) {
     let ms = |d: Duration| format!("{:.0} ms", d.as_secs_f64() * 1e3);
-    println!("'{}' runs here, from point {}, under term {}.", report.guest, report.point, report.term);
+    println!(
+        "'{}' runs here, from point {}, under term {}.",
+        report.guest, report.point, report.term
+    );
     println!("  lost (RPO)            {}", millis(report.rpo_ms));
     println!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
     println!("    term made durable   {}", ms(report.times.term));
     println!("    QEMU launched       {}", ms(report.times.launch));
-    println!("    RAM filled          {} ({})", ms(report.times.ram), bytes(report.times.ram_bytes));
+    println!(
+        "    RAM filled          {} ({})",
+        ms(report.times.ram),
+        bytes(report.times.ram_bytes)
+    );
     println!("    state restored      {}", ms(report.times.restore));
     println!("  QMP                   {}", report.qmp);
     println!("Its disks come from the store and are copied out of it now: farhaven status");
 }
 
 pub(super) fn moved(report: &MoveReport) {
-    println!("'{}' runs at '{}' now, under term {}; nothing was lost.", report.guest, report.to, report.term);
-    println!("  it stood still        {:.0} ms (with the way of the news)", report.blackout_ms);
+    println!(
+        "'{}' runs at '{}' now, under term {}; nothing was lost.",
+        report.guest, report.to, report.term
+    );
+    println!(
+        "  it stood still        {:.0} ms (with the way of the news)",
+        report.blackout_ms
+    );
     println!("  from the command      {:.0} ms", report.total_ms);
     println!("  sent while it stood   {}", bytes(report.final_bytes));
     if !report.note.is_empty() {
@@ -271,7 +336,11 @@ pub(crate) fn bytes(n: u64) -> String {
         value /= 1000.0;
         unit += 1;
     }
-    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// Milliseconds for people: `850 ms`, `4.2 s`, `3m10s`.

@@ -44,7 +44,12 @@ pub(super) struct Pair {
     /// The other site's invitation, as its `farhaven pair` printed it.
     invitation: Option<String>,
     /// How long a new invitation may be accepted.
-    #[arg(long, value_name = "TIME", default_value = "15m", conflicts_with = "invitation")]
+    #[arg(
+        long,
+        value_name = "TIME",
+        default_value = "15m",
+        conflicts_with = "invitation"
+    )]
     valid: Period,
     #[command(flatten)]
     json: Json,
@@ -74,7 +79,10 @@ async fn show_site(client: &Client, json: &Json) -> Outcome {
     if json.json {
         return print_json(&view);
     }
-    println!("site {}  farhaven {}\nkey  {}", view.site, view.version, view.key);
+    println!(
+        "site {}  farhaven {}\nkey  {}",
+        view.site, view.version, view.key
+    );
     show::peers(&view.peers);
     Ok(())
 }
@@ -107,15 +115,17 @@ fn init(name: &str, dir: &std::path::Path) -> Outcome {
 async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
     let mut overrides = Vec::new();
     for pair in set {
-        let (key, value) = pair
-            .split_once('=')
-            .ok_or_else(|| format!("--set {pair}: expected KEY=VALUE, like link.rate_limit=100mbit"))?;
+        let (key, value) = pair.split_once('=').ok_or_else(|| {
+            format!("--set {pair}: expected KEY=VALUE, like link.rate_limit=100mbit")
+        })?;
         overrides.push((key.to_owned(), value.to_owned()));
     }
     let config: SiteConfig = load::load(config.as_deref(), ENV_PREFIX, &overrides).map_err(told)?;
     let filter = EnvFilter::try_new(&config.log.level)
         .map_err(|e| format!("log.level '{}' is not understood: {e}", config.log.level))?;
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
     let set = match config.log.format {
         LogFormat::Json => log.json().try_init(),
         LogFormat::Text => log.with_ansi(false).try_init(),
@@ -140,8 +150,10 @@ async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
 pub(super) async fn pair(client: &Client, pair: Pair) -> Outcome {
     let Some(invitation) = pair.invitation else {
         let valid_s = pair.valid.duration().as_secs();
-        let invited: Invited =
-            client.post("/v1/invitations", &Invite { valid_s }).await.map_err(told)?;
+        let invited: Invited = client
+            .post("/v1/invitations", &Invite { valid_s })
+            .await
+            .map_err(told)?;
         if pair.json.json {
             return print_json(&invited);
         }
@@ -151,12 +163,17 @@ pub(super) async fn pair(client: &Client, pair: Pair) -> Outcome {
         );
         return Ok(());
     };
-    let peer: PeerView = client.post("/v1/peers", &PairBody { invitation }).await.map_err(told)?;
+    let peer: PeerView = client
+        .post("/v1/peers", &PairBody { invitation })
+        .await
+        .map_err(told)?;
     if pair.json.json {
         return print_json(&peer);
     }
     println!("Paired with site '{}', key {}.", peer.site, peer.key);
-    println!("Next, where a guest runs: farhaven guest add NAME --qmp PATH, then farhaven protect NAME --to SITE");
+    println!(
+        "Next, where a guest runs: farhaven guest add NAME --qmp PATH, then farhaven protect NAME --to SITE"
+    );
     Ok(())
 }
 
@@ -170,7 +187,10 @@ pub(super) async fn peer(client: &Client, verb: PeerVerb) -> Outcome {
             show::peers(&peers);
         }
         PeerVerb::Remove { name } => {
-            let _: Done = client.delete(&format!("/v1/peers/{name}")).await.map_err(told)?;
+            let _: Done = client
+                .delete(&format!("/v1/peers/{name}"))
+                .await
+                .map_err(told)?;
             println!("Site '{name}' is paired no more. Run the same at '{name}' for this site.");
         }
     }

@@ -30,10 +30,15 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
         .find(|path| path.is_dir())
         .ok_or("the target has no store")?;
     let (store, _) = Store::open(&store, StoreOptions::default()).map_err(|e| e.to_string())?;
-    let guest = *store.guests().first().ok_or("the target's store has no guest")?;
+    let guest = *store
+        .guests()
+        .first()
+        .ok_or("the target's store has no guest")?;
     let points = store.points(guest);
     let first = points.first().ok_or("the target's store has no point")?;
-    let mut before = store.open_point(guest, first.point).map_err(|e| e.to_string())?;
+    let mut before = store
+        .open_point(guest, first.point)
+        .map_err(|e| e.to_string())?;
     let mut floor = Floor::new().map_err(|e| e.to_string())?;
     for (volume, kind) in (0..).zip(before.volumes().iter().map(|v| v.kind)) {
         if kind != VolumeKind::DeviceState {
@@ -42,11 +47,16 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
             }
         }
     }
-    let mut floors = Floors { first: bytes(&mut floor)?, ..Floors::default() };
+    let mut floors = Floors {
+        first: bytes(&mut floor)?,
+        ..Floors::default()
+    };
     // One accumulator goes on: what was there before does not count again, and
     // groups are closed at each point, as they must be on the wire.
     for header in points.iter().skip(1) {
-        let replica = store.open_point(guest, header.point).map_err(|e| e.to_string())?;
+        let replica = store
+            .open_point(guest, header.point)
+            .map_err(|e| e.to_string())?;
         let so_far = bytes(&mut floor)?;
         for run in replica.changes_since(&before) {
             add(&mut floor, &replica, run.volume, run.unit, run.count)?;
@@ -64,12 +74,20 @@ fn bytes(floor: &mut Floor) -> Result<u64, String> {
     floor.bytes().map_err(|e| e.to_string())
 }
 
-fn add(floor: &mut Floor, replica: &Replica, volume: u16, unit: u64, count: u64) -> Result<(), String> {
+fn add(
+    floor: &mut Floor,
+    replica: &Replica,
+    volume: u16,
+    unit: u64,
+    count: u64,
+) -> Result<(), String> {
     let (mut at, end) = (unit, unit + count);
     while at < end {
         let piece = (end - at).min(64);
         let mut bytes = vec![0; piece as usize * UNIT];
-        replica.read(volume, at, piece, &mut bytes).map_err(|e| e.to_string())?;
+        replica
+            .read(volume, at, piece, &mut bytes)
+            .map_err(|e| e.to_string())?;
         for unit in bytes.chunks_exact(UNIT) {
             floor.unit(unit).map_err(|e| e.to_string())?;
         }

@@ -16,7 +16,9 @@ pub(super) fn image(wanted: Option<&Path>) -> Result<PathBuf, String> {
     let source = Path::new(env!("CARGO_MANIFEST_DIR"));
     let script = source.join("tests/guest/make");
     let directory = wanted.map_or_else(|| source.join("target/guest"), Path::to_owned);
-    let whole = ["vmlinuz", "initrd", "root.qcow2"].iter().all(|f| directory.join(f).is_file());
+    let whole = ["vmlinuz", "initrd", "root.qcow2"]
+        .iter()
+        .all(|f| directory.join(f).is_file());
     if !script.is_file() {
         return if whole {
             Ok(directory)
@@ -51,7 +53,12 @@ pub(super) struct Machine {
 impl Machine {
     /// Starts the guest: RAM in `ram`, a root disk (qcow2 on a backing file)
     /// and a raw disk in `directory`.
-    pub(super) fn start(image: &Path, directory: &Path, ram: &Path, load: &str) -> Result<Self, String> {
+    pub(super) fn start(
+        image: &Path,
+        directory: &Path,
+        ram: &Path,
+        load: &str,
+    ) -> Result<Self, String> {
         let at = |name: &str| directory.join(name).display().to_string();
         let failed = |what: &str| {
             let what = what.to_owned();
@@ -62,7 +69,11 @@ impl Machine {
             .arg(image.join("root.qcow2"))
             .arg(at("root.qcow2"))
             .status()
-            .map_err(|e| format!("qemu-img: {e}. Install QEMU: apt-get install -y qemu-system-x86 qemu-utils"))?;
+            .map_err(|e| {
+                format!(
+                    "qemu-img: {e}. Install QEMU: apt-get install -y qemu-system-x86 qemu-utils"
+                )
+            })?;
         if !overlay.success() {
             return Err("qemu-img could not make the guest's root disk".to_owned());
         }
@@ -124,8 +135,15 @@ impl Machine {
             }
             std::thread::sleep(Duration::from_millis(20));
         }
-        let console = Console::open(&directory.join("console.sock"), &directory.join("console.log"));
-        Ok(Self { child, qmp, console })
+        let console = Console::open(
+            &directory.join("console.sock"),
+            &directory.join("console.log"),
+        );
+        Ok(Self {
+            child,
+            qmp,
+            console,
+        })
     }
 
     /// Is it there?
@@ -183,7 +201,9 @@ impl Console {
 
     /// Reads what is new.
     pub(super) fn poll(&mut self) {
-        let Ok(mut file) = File::open(&self.log) else { return };
+        let Ok(mut file) = File::open(&self.log) else {
+            return;
+        };
         let mut bytes = Vec::new();
         if file.seek(SeekFrom::Start(self.read)).is_err() || file.read_to_end(&mut bytes).is_err() {
             return;
@@ -194,7 +214,9 @@ impl Console {
         while let Some(end) = self.partial.find('\n') {
             let line = self.partial[..end].trim_end().to_owned();
             self.partial.drain(..=end);
-            let number = line.strip_prefix("HB ").and_then(|l| l.split(' ').next()?.parse().ok());
+            let number = line
+                .strip_prefix("HB ")
+                .and_then(|l| l.split(' ').next()?.parse().ok());
             if let Some(number) = number {
                 let beat = Heartbeat { number, at, line };
                 self.first.get_or_insert_with(|| beat.clone());
@@ -233,9 +255,13 @@ impl Console {
         self.check = None;
         let mut stream = UnixStream::connect(&self.socket)
             .map_err(|e| format!("the guest's console {}: {e}", self.socket.display()))?;
-        stream.write_all(b"c").map_err(|e| format!("the guest's console: {e}"))?;
+        stream
+            .write_all(b"c")
+            .map_err(|e| format!("the guest's console: {e}"))?;
         // A console that nobody reads stops the guest that writes to it.
-        let mut unread = stream.try_clone().map_err(|e| format!("the guest's console: {e}"))?;
+        let mut unread = stream
+            .try_clone()
+            .map_err(|e| format!("the guest's console: {e}"))?;
         let reading = std::thread::spawn(move || std::io::copy(&mut unread, &mut std::io::sink()));
         let answer = self.wait_for_check().await;
         let _ = stream.shutdown(std::net::Shutdown::Both);
@@ -244,6 +270,9 @@ impl Console {
     }
 
     async fn wait_for_check(&mut self) -> Result<String, String> {
-        self.wait("answer to a full check", Duration::from_secs(120), |c| c.check.clone()).await
+        self.wait("answer to a full check", Duration::from_secs(120), |c| {
+            c.check.clone()
+        })
+        .await
     }
 }

@@ -89,17 +89,29 @@ impl Report {
         );
         row(
             "  pause",
-            format!("{:.1} ms median, {:.1} ms at most", self.pause_ms_median, self.pause_ms_max),
+            format!(
+                "{:.1} ms median, {:.1} ms at most",
+                self.pause_ms_median, self.pause_ms_max
+            ),
         );
-        row("  RAM scanned at", format!("{:.1} GB/s", self.ram_scan_gb_per_s));
+        row(
+            "  RAM scanned at",
+            format!("{:.1} GB/s", self.ram_scan_gb_per_s),
+        );
         if self.scenario == "planned" {
             row("lost", "nothing".to_owned());
             row("command until it ran", format!("{:.0} ms", self.rto_ms));
         } else {
             row("lost (RPO)", millis(self.rpo_ms as u64));
-            row("declaration until it ran (RTO)", format!("{:.0} ms", self.rto_ms));
+            row(
+                "declaration until it ran (RTO)",
+                format!("{:.0} ms", self.rto_ms),
+            );
         }
-        row("heartbeat was silent for", format!("{:.0} ms", self.blackout_ms));
+        row(
+            "heartbeat was silent for",
+            format!("{:.0} ms", self.blackout_ms),
+        );
         row(
             "memory of the daemons",
             format!(
@@ -109,7 +121,11 @@ impl Report {
             ),
         );
         println!();
-        let mark = if self.verified { "VERIFIED" } else { "NOT VERIFIED" };
+        let mark = if self.verified {
+            "VERIFIED"
+        } else {
+            "NOT VERIFIED"
+        };
         println!("{mark}: {}", self.verdict);
     }
 }

@@ -26,7 +26,12 @@ pub(super) struct Daemon {
 }
 
 impl Daemon {
-    fn start(name: &str, directory: &Path, listen: SocketAddr, advertise: SocketAddr) -> Result<Self, String> {
+    fn start(
+        name: &str,
+        directory: &Path,
+        listen: SocketAddr,
+        advertise: SocketAddr,
+    ) -> Result<Self, String> {
         let failed = |e: std::io::Error| format!("{}: {e}", directory.display());
         files::private_directory(directory).map_err(failed)?;
         let ram = directory.join("ram");
@@ -40,12 +45,17 @@ impl Daemon {
         let config = directory.join("site.toml");
         let text = format!(
             "{}\n[listen]\naddress = \"{listen}\"\nadvertise = [\"{advertise}\"]\n[activate]\nram_dir = \"{}\"\n[store]\nmin_free = \"64MiB\"\n",
-            SiteConfig::template(name, directory).lines().filter(|l| !l.starts_with('[') || *l == "[site]").collect::<Vec<_>>().join("\n"),
+            SiteConfig::template(name, directory)
+                .lines()
+                .filter(|l| !l.starts_with('[') || *l == "[site]")
+                .collect::<Vec<_>>()
+                .join("\n"),
             ram.display()
         );
         std::fs::write(&config, text).map_err(failed)?;
         let log = File::create(directory.join("daemon.log")).map_err(failed)?;
-        let program = std::env::current_exe().map_err(|e| format!("cannot find my own program: {e}"))?;
+        let program =
+            std::env::current_exe().map_err(|e| format!("cannot find my own program: {e}"))?;
         let child = Command::new(program)
             .args(["site", "run", "--config"])
             .arg(&config)
@@ -55,7 +65,13 @@ impl Daemon {
             .spawn()
             .map_err(|e| format!("cannot start a daemon: {e}"))?;
         let client = Client::new(&directory.join("api.sock"));
-        Ok(Self { child, client, directory: directory.to_owned(), ram, memory: 0 })
+        Ok(Self {
+            child,
+            client,
+            directory: directory.to_owned(),
+            ram,
+            memory: 0,
+        })
     }
 
     async fn ready(&mut self) -> Result<(), String> {
@@ -84,10 +100,13 @@ impl Daemon {
         let field = |name: &str| -> u64 {
             let status = status.as_deref().unwrap_or_default();
             let line = status.lines().find_map(|l| l.strip_prefix(name));
-            line.and_then(|l| l.split_whitespace().next()?.parse().ok()).unwrap_or(0)
+            line.and_then(|l| l.split_whitespace().next()?.parse().ok())
+                .unwrap_or(0)
         };
         // RssShmem is the mapped RAM file.
-        self.memory = self.memory.max((field("RssAnon:") + field("RssFile:")) * 1024);
+        self.memory = self
+            .memory
+            .max((field("RssAnon:") + field("RssFile:")) * 1024);
     }
 
     /// Ends it as a power cut would.
@@ -98,7 +117,9 @@ impl Daemon {
 
     /// Ends it by SIGTERM, and waits.
     pub(super) async fn terminate(&mut self) -> bool {
-        let pid = i32::try_from(self.child.id()).ok().and_then(rustix::process::Pid::from_raw);
+        let pid = i32::try_from(self.child.id())
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         if let Some(pid) = pid {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         }
@@ -126,7 +147,10 @@ pub(super) struct Foreign(pub(super) u32);
 
 impl Drop for Foreign {
     fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.0).ok().and_then(rustix::process::Pid::from_raw) {
+        if let Some(pid) = i32::try_from(self.0)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw)
+        {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }
@@ -143,21 +167,32 @@ impl Stage {
     /// Starts both daemons and pairs them over the emulated link.
     pub(super) async fn set(directory: &Path, shape: LinkShape) -> Result<Self, String> {
         let west_at = free_port()?;
-        let link = Emulator::start(EmulatorOptions::new(west_at, shape)).map_err(|e| e.to_string())?;
+        let link =
+            Emulator::start(EmulatorOptions::new(west_at, shape)).map_err(|e| e.to_string())?;
         let east_at = free_port()?;
         let mut east = Daemon::start("east", &directory.join("east"), east_at, east_at)?;
         let mut west = Daemon::start("west", &directory.join("west"), west_at, link.addr())?;
         east.ready().await?;
         west.ready().await?;
-        let invited: Invited =
-            west.client.post("/v1/invitations", &Invite { valid_s: 60 }).await.map_err(|e| e.to_string())?;
-        let pair = Pair { invitation: invited.invitation };
-        let _: PeerView = east.client.post("/v1/peers", &pair).await.map_err(|e| e.to_string())?;
+        let invited: Invited = west
+            .client
+            .post("/v1/invitations", &Invite { valid_s: 60 })
+            .await
+            .map_err(|e| e.to_string())?;
+        let pair = Pair {
+            invitation: invited.invitation,
+        };
+        let _: PeerView = east
+            .client
+            .post("/v1/peers", &pair)
+            .await
+            .map_err(|e| e.to_string())?;
         Ok(Self { east, west, link })
     }
 }
 
 fn free_port() -> Result<SocketAddr, String> {
-    let socket = UdpSocket::bind("127.0.0.1:0").map_err(|e| format!("no UDP port on loopback: {e}"))?;
+    let socket =
+        UdpSocket::bind("127.0.0.1:0").map_err(|e| format!("no UDP port on loopback: {e}"))?;
     socket.local_addr().map_err(|e| e.to_string())
 }

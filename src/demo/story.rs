@@ -37,7 +37,8 @@ async fn told(demo: &Demo) -> Result<Report, String> {
     let temporary;
     let directory = match &demo.keep {
         Some(directory) => {
-            std::fs::create_dir_all(directory).map_err(|e| format!("{}: {e}", directory.display()))?;
+            std::fs::create_dir_all(directory)
+                .map_err(|e| format!("{}: {e}", directory.display()))?;
             std::path::absolute(directory).map_err(|e| e.to_string())?
         }
         None => {
@@ -56,7 +57,12 @@ async fn told(demo: &Demo) -> Result<Report, String> {
     let source = directory.join("guest");
     std::fs::create_dir_all(&source).map_err(|e| e.to_string())?;
     let mut machine = Machine::start(&image, &source, &ram.0, &demo.load)?;
-    machine.console.wait("heartbeat", BOOT, |c| c.last.clone().filter(|b| b.number >= 20)).await?;
+    machine
+        .console
+        .wait("heartbeat", BOOT, |c| {
+            c.last.clone().filter(|b| b.number >= 20)
+        })
+        .await?;
 
     let first = first_copy(demo, &mut stage, &mut machine).await?;
     let steady = protected(demo, &mut stage, &mut machine).await?;
@@ -74,15 +80,30 @@ struct First {
     wan_bytes: u64,
 }
 
-async fn first_copy(demo: &Demo, stage: &mut Stage, machine: &mut Machine) -> Result<First, String> {
+async fn first_copy(
+    demo: &Demo,
+    stage: &mut Stage,
+    machine: &mut Machine,
+) -> Result<First, String> {
     let east = stage.east.client.clone();
-    let body = AddGuest { name: NAME.to_owned(), qmp: machine.qmp.clone() };
-    let _: GuestRecord = east.post("/v1/guests", &body).await.map_err(|e| e.to_string())?;
+    let body = AddGuest {
+        name: NAME.to_owned(),
+        qmp: machine.qmp.clone(),
+    };
+    let _: GuestRecord = east
+        .post("/v1/guests", &body)
+        .await
+        .map_err(|e| e.to_string())?;
     let before = sent(&stage.east).await?;
     let began = Instant::now();
-    let body = Protect { to: "west".to_owned(), rpo: Some(demo.rpo) };
-    let _: Done =
-        east.post(&format!("/v1/guests/{NAME}/protect"), &body).await.map_err(|e| e.to_string())?;
+    let body = Protect {
+        to: "west".to_owned(),
+        rpo: Some(demo.rpo),
+    };
+    let _: Done = east
+        .post(&format!("/v1/guests/{NAME}/protect"), &body)
+        .await
+        .map_err(|e| e.to_string())?;
     let bar = ProgressBar::new(1);
     bar.set_draw_target(ProgressDrawTarget::stderr());
     let style = "First copy  {bar:40} {percent:>3} %  {msg}";
@@ -129,7 +150,11 @@ struct Steady {
     wan_bytes_per_s: f64,
 }
 
-async fn protected(demo: &Demo, stage: &mut Stage, machine: &mut Machine) -> Result<Steady, String> {
+async fn protected(
+    demo: &Demo,
+    stage: &mut Stage,
+    machine: &mut Machine,
+) -> Result<Steady, String> {
     let before = sent(&stage.east).await?;
     let began = Instant::now();
     let mut shown = 1;
@@ -150,7 +175,8 @@ async fn protected(demo: &Demo, stage: &mut Stage, machine: &mut Machine) -> Res
         }
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
-    let wan_bytes_per_s = (sent(&stage.east).await? - before) as f64 / began.elapsed().as_secs_f64();
+    let wan_bytes_per_s =
+        (sent(&stage.east).await? - before) as f64 / began.elapsed().as_secs_f64();
     Ok(Steady { wan_bytes_per_s })
 }
 
@@ -170,13 +196,20 @@ async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, Str
     stage.east.kill();
     machine.kill();
     machine.console.poll();
-    let last = machine.console.last.clone().ok_or("the guest never had a heartbeat")?;
+    let last = machine
+        .console
+        .last
+        .clone()
+        .ok_or("the guest never had a heartbeat")?;
     say(&format!("  last heartbeat there: {}", last.line));
     while peer_is_alive(&stage.west).await? {
         tokio::time::sleep(Duration::from_millis(50)).await;
     }
     say("West hears nothing of east any more. Failover is declared there …");
-    let body = Failover { point: None, force: false };
+    let body = Failover {
+        point: None,
+        force: false,
+    };
     let report: FailoverReport = stage
         .west
         .client
@@ -186,7 +219,9 @@ async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, Str
     let process = Foreign(report.pid);
     let mut console = console_beside(Path::new(&report.qmp));
     let first = console
-        .wait("heartbeat at west", Duration::from_secs(20), |c| c.first.clone())
+        .wait("heartbeat at west", Duration::from_secs(20), |c| {
+            c.first.clone()
+        })
         .await?;
     say(&format!("  {NAME} runs at west: {}", first.line));
     Ok(After {
@@ -203,7 +238,8 @@ async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, Stri
     say("MAINTENANCE: the guest is moved to west, with nothing lost …");
     let east = stage.east.client.clone();
     let moving = tokio::spawn(async move {
-        east.post::<MoveReport>(&format!("/v1/guests/{NAME}/move"), &Done {}).await
+        east.post::<MoveReport>(&format!("/v1/guests/{NAME}/move"), &Done {})
+            .await
     });
     // The heartbeat goes on here until the last cut, and there after it.
     let mut there: Option<Console> = None;
@@ -222,16 +258,31 @@ async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, Stri
     };
     let report = report.map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
     machine.console.poll();
-    let last = machine.console.last.clone().ok_or("the guest never had a heartbeat")?;
-    let view: SiteView = stage.west.client.get("/v1/status").await.map_err(|e| e.to_string())?;
-    let active = view.standbys.into_iter().find_map(|s| s.active).ok_or("west does not run it")?;
+    let last = machine
+        .console
+        .last
+        .clone()
+        .ok_or("the guest never had a heartbeat")?;
+    let view: SiteView = stage
+        .west
+        .client
+        .get("/v1/status")
+        .await
+        .map_err(|e| e.to_string())?;
+    let active = view
+        .standbys
+        .into_iter()
+        .find_map(|s| s.active)
+        .ok_or("west does not run it")?;
     let process = Foreign(active.pid);
     let mut console = match there {
         Some(console) => console,
         None => console_beside(Path::new(&active.qmp)),
     };
     let first = console
-        .wait("heartbeat at west", Duration::from_secs(20), |c| c.first.clone())
+        .wait("heartbeat at west", Duration::from_secs(20), |c| {
+            c.first.clone()
+        })
         .await?;
     say(&format!("  last heartbeat at east:  {}", last.line));
     say(&format!("  first heartbeat at west: {}", first.line));
@@ -247,13 +298,19 @@ async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, Stri
 
 /// The console of the guest's QEMU at the peer, beside its control socket.
 fn console_beside(qmp: &Path) -> Console {
-    Console::open(&qmp.with_file_name("console.sock"), &qmp.with_file_name("console.log"))
+    Console::open(
+        &qmp.with_file_name("console.sock"),
+        &qmp.with_file_name("console.log"),
+    )
 }
 
 /// The same, while it is being made.
 fn moved_console(west: &Daemon) -> Option<Console> {
     let run = west.directory.join("run");
-    let entry = std::fs::read_dir(run).ok()?.flatten().find(|e| e.path().join("console.log").exists())?;
+    let entry = std::fs::read_dir(run)
+        .ok()?
+        .flatten()
+        .find(|e| e.path().join("console.log").exists())?;
     Some(console_beside(&entry.path().join("qmp.sock")))
 }
 
@@ -287,7 +344,9 @@ async fn verify(
     let ended_well = stage.west.terminate().await;
     let floors = {
         let west = stage.west.directory.clone();
-        tokio::task::spawn_blocking(move || floor::compute(&west)).await.map_err(|e| e.to_string())??
+        tokio::task::spawn_blocking(move || floor::compute(&west))
+            .await
+            .map_err(|e| e.to_string())??
     };
 
     let (verified, verdict) = verdict(demo, &check, &after.last, &first_beat, ended_well);
@@ -334,42 +393,86 @@ async fn verify(
     })
 }
 
-fn verdict(demo: &Demo, check: &str, last: &Heartbeat, first: &Heartbeat, ended_well: bool) -> (bool, String) {
+fn verdict(
+    demo: &Demo,
+    check: &str,
+    last: &Heartbeat,
+    first: &Heartbeat,
+    ended_well: bool,
+) -> (bool, String) {
     let sound = check.contains(" mem=ok ") && check.contains(" disk=ok ");
     if !sound {
         return (false, format!("the guest found itself damaged: {check}"));
     }
     if first.number > last.number + 1 {
-        return (false, format!("heartbeats {} to {} are missing", last.number + 1, first.number - 1));
+        return (
+            false,
+            format!(
+                "heartbeats {} to {} are missing",
+                last.number + 1,
+                first.number - 1
+            ),
+        );
     }
     if demo.planned && first.number != last.number + 1 {
         return (
             false,
-            format!("after heartbeat {} came {}: a planned move must lose nothing", last.number, first.number),
+            format!(
+                "after heartbeat {} came {}: a planned move must lose nothing",
+                last.number, first.number
+            ),
         );
     }
     if first.number < 20 {
-        return (false, "the heartbeat began anew: the guest was booted, not restored".to_owned());
+        return (
+            false,
+            "the heartbeat began anew: the guest was booted, not restored".to_owned(),
+        );
     }
     if !ended_well {
-        return (false, "the target's daemon did not stop cleanly on SIGTERM".to_owned());
+        return (
+            false,
+            "the target's daemon did not stop cleanly on SIGTERM".to_owned(),
+        );
     }
-    (true, format!("heartbeat {} was followed by {}; {check}", last.number, first.number))
+    (
+        true,
+        format!(
+            "heartbeat {} was followed by {}; {check}",
+            last.number, first.number
+        ),
+    )
 }
 
 async fn sent(east: &Daemon) -> Result<u64, String> {
-    let view: SiteView = east.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    let view: SiteView = east
+        .client
+        .get("/v1/status")
+        .await
+        .map_err(|e| e.to_string())?;
     Ok(view.peers.iter().map(|p| p.sent_bytes).sum())
 }
 
 async fn peer_is_alive(west: &Daemon) -> Result<bool, String> {
-    let view: SiteView = west.client.get("/v1/status").await.map_err(|e| e.to_string())?;
+    let view: SiteView = west
+        .client
+        .get("/v1/status")
+        .await
+        .map_err(|e| e.to_string())?;
     Ok(view.peers.iter().any(|p| p.connected))
 }
 
 async fn source_view(east: &Daemon) -> Result<SourceView, String> {
-    let view: SiteView = east.client.get("/v1/status").await.map_err(|e| e.to_string())?;
-    let guest = view.guests.into_iter().find(|g| g.name == NAME).ok_or("east does not know the guest")?;
+    let view: SiteView = east
+        .client
+        .get("/v1/status")
+        .await
+        .map_err(|e| e.to_string())?;
+    let guest = view
+        .guests
+        .into_iter()
+        .find(|g| g.name == NAME)
+        .ok_or("east does not know the guest")?;
     if matches!(guest.phase, Phase::Lost | Phase::Fenced) {
         return Err(format!("{}\n{}", guest.trouble, east.last_words()));
     }
@@ -383,7 +486,11 @@ impl RamFile {
     fn new() -> Self {
         let directory = Path::new("/dev/shm");
         let name = format!("farhaven-demo-{}.ram", std::process::id());
-        if directory.is_dir() { Self(directory.join(name)) } else { Self(std::env::temp_dir().join(name)) }
+        if directory.is_dir() {
+            Self(directory.join(name))
+        } else {
+            Self(std::env::temp_dir().join(name))
+        }
     }
 }
 

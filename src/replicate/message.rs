@@ -296,7 +296,8 @@ impl Envelope {
     /// When it is over [`MAX_MESSAGE`].
     pub fn encode(&self) -> Result<Bytes, MessageError> {
         let mut bytes = Vec::new();
-        ciborium::into_writer(self, &mut bytes).map_err(|e| MessageError::Unreadable(e.to_string()))?;
+        ciborium::into_writer(self, &mut bytes)
+            .map_err(|e| MessageError::Unreadable(e.to_string()))?;
         if bytes.len() > MAX_MESSAGE {
             return Err(MessageError::TooLong(bytes.len()));
         }

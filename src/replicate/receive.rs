@@ -55,7 +55,14 @@ impl Incoming {
             trouble: trouble_tx,
         };
         tokio::task::spawn_blocking(move || appending.run(batches));
-        Self { store, queue, waiting, peer, appended, trouble }
+        Self {
+            store,
+            queue,
+            waiting,
+            peer,
+            appended,
+            trouble,
+        }
     }
 
     /// Takes one batch. Messages must never wait behind data, so this does not
@@ -63,7 +70,8 @@ impl Incoming {
     pub fn batch(&self, seq: u64, bytes: Bytes) {
         let size = bytes.len();
         if self.waiting.load(Ordering::Relaxed) + size > WAITING_BYTES {
-            self.peer.refuse_data("more data was sent than may wait for the disk here");
+            self.peer
+                .refuse_data("more data was sent than may wait for the disk here");
             return;
         }
         self.waiting.fetch_add(size, Ordering::Relaxed);
@@ -116,7 +124,9 @@ impl Incoming {
 
     /// One page of the digests of everything in the log.
     pub fn digests(&self, from_seq: u64, key: [u8; 32]) -> Message {
-        let page = self.store.live_digests(&DigestKey::new(key), from_seq, DIGEST_PAGE_BATCHES);
+        let page = self
+            .store
+            .live_digests(&DigestKey::new(key), from_seq, DIGEST_PAGE_BATCHES);
         Message::DigestPage {
             next: page.next,
             batches: page
@@ -146,7 +156,10 @@ impl Incoming {
                 let mut at = first.max(unit);
                 while at < end {
                     if left == 0 || runs.len() >= 8192 {
-                        return Ok(Message::BaselinePage { runs, next: Some(at) });
+                        return Ok(Message::BaselinePage {
+                            runs,
+                            next: Some(at),
+                        });
                     }
                     let piece = (end - at).min(left).min(256);
                     let mut bytes = vec![0; piece as usize * UNIT];
@@ -215,7 +228,8 @@ impl Appending {
         loop {
             match self.store.append(batches) {
                 Ok(seqs) => {
-                    self.trouble.send_if_modified(|what| !std::mem::take(what).is_empty());
+                    self.trouble
+                        .send_if_modified(|what| !std::mem::take(what).is_empty());
                     self.peer.durable(&seqs);
                     self.appended.send_modify(|n| *n += 1);
                     return true;

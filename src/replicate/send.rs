@@ -63,7 +63,10 @@ impl Outgoing {
     /// Takes notice of what the peer acknowledged.
     fn settle(&self) {
         let acknowledged = *self.peer.acknowledged().borrow();
-        let mut submitted = self.submitted.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut submitted = self
+            .submitted
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         submitted.retain(|seq| {
             let reached = acknowledged.reached(*seq);
@@ -78,7 +81,10 @@ impl Outgoing {
     /// more. Returns once no shipment is open that may have referred to them
     /// before, so that the peer sees every reference there is when it checks.
     pub async fn retire(&self, seqs: &BTreeSet<u64>) {
-        self.index.lock().unwrap_or_else(PoisonError::into_inner).remove_seqs(seqs);
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove_seqs(seqs);
         let before = self.next_shipment.load(Ordering::Acquire);
         loop {
             let ended = self.ended.notified();
@@ -250,7 +256,9 @@ impl Shipment {
         self.chain.push(batch.seq, &batch.hash);
         self.shipped.batches += 1;
         self.shipped.sent_bytes += batch.bytes.len() as u64;
-        self.totals.sent_bytes.fetch_add(batch.bytes.len() as u64, Ordering::Relaxed);
+        self.totals
+            .sent_bytes
+            .fetch_add(batch.bytes.len() as u64, Ordering::Relaxed);
         let seq = batch.seq;
         let sent = self.hand_over(batch);
         if sent.is_err() {
@@ -258,12 +266,14 @@ impl Shipment {
             self.outgoing.forget(seq);
         } else {
             let submitted = &self.outgoing.submitted;
-            submitted.lock().unwrap_or_else(PoisonError::into_inner).insert(seq);
+            submitted
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .insert(seq);
             self.outgoing.settle();
         }
         sent
     }
-
 
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
@@ -283,7 +293,9 @@ impl Shipment {
     fn count(&mut self, units: u64) {
         let bytes = units * UNIT as u64;
         self.shipped.changed_bytes += bytes;
-        self.totals.changed_bytes.fetch_add(bytes, Ordering::Relaxed);
+        self.totals
+            .changed_bytes
+            .fetch_add(bytes, Ordering::Relaxed);
     }
 
     fn encoded(&mut self, batch: Result<Option<Batch>, EncodeError>) -> Result<(), SinkError> {
@@ -332,7 +344,11 @@ impl Drop for Shipment {
         if let Some(batch) = self.encoder.flush() {
             self.outgoing.forget(batch.seq);
         }
-        let mut open = self.outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut open = self
+            .outgoing
+            .open
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         open.remove(&self.id);
         self.outgoing.ended.notify_waiters();
     }

@@ -32,7 +32,13 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             let incoming = remote.incoming.clone();
             blocking(move || incoming.digests(from_seq, key)).await
         }
-        Message::Baseline { guest, point, volume, unit, key } => {
+        Message::Baseline {
+            guest,
+            point,
+            volume,
+            unit,
+            key,
+        } => {
             let incoming = remote.incoming.clone();
             blocking(move || incoming.baseline(guest, point, volume, unit, key)).await
         }
@@ -61,7 +67,9 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         }
         Message::Retire { seqs } => {
             if let Some(outgoing) = remote.begun() {
-                outgoing.retire(&seqs.into_iter().collect::<BTreeSet<_>>()).await;
+                outgoing
+                    .retire(&seqs.into_iter().collect::<BTreeSet<_>>())
+                    .await;
             }
             Message::Done
         }
@@ -69,7 +77,8 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             tracing::warn!(peer = %remote.record.site, ?other, "not a question");
             Message::Refused {
                 code: Refusal::Unknown,
-                why: "this site does not know that question; do both run the same version?".to_owned(),
+                why: "this site does not know that question; do both run the same version?"
+                    .to_owned(),
             }
         }
     }
@@ -171,7 +180,9 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
     }
     let Some(term) = request.activate else {
         standby.sealed(&header);
-        return Message::Sealed { point: header.point };
+        return Message::Sealed {
+            point: header.point,
+        };
     };
     match standby.take_over(&header, term).await {
         Ok(times) => Message::Running { times, term },
@@ -180,7 +191,10 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
 }
 
 fn refused(code: Refusal, why: impl ToString) -> Message {
-    Message::Refused { code, why: why.to_string() }
+    Message::Refused {
+        code,
+        why: why.to_string(),
+    }
 }
 
 fn unknown_guest() -> Message {

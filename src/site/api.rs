@@ -116,7 +116,13 @@ impl IntoResponse for OperateError {
             OperateError::Conflict(_) => StatusCode::CONFLICT,
             OperateError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
-        (status, Json(ErrorBody { error: self.to_string() })).into_response()
+        (
+            status,
+            Json(ErrorBody {
+                error: self.to_string(),
+            }),
+        )
+            .into_response()
     }
 }
 
@@ -130,11 +136,20 @@ type Here = State<Arc<Site>>;
 /// Every route.
 pub fn router(site: Arc<Site>) -> Router {
     Router::new()
-        .route("/v1/status", get(async |State(site): Here| Json(site.view())))
+        .route(
+            "/v1/status",
+            get(async |State(site): Here| Json(site.view())),
+        )
         .route("/v1/invitations", post(invite))
-        .route("/v1/peers", get(async |State(site): Here| Json(site.view().peers)).post(pair))
+        .route(
+            "/v1/peers",
+            get(async |State(site): Here| Json(site.view().peers)).post(pair),
+        )
         .route("/v1/peers/{name}", delete(remove_peer))
-        .route("/v1/guests", get(async |State(site): Here| Json(site.view().guests)).post(add_guest))
+        .route(
+            "/v1/guests",
+            get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
+        )
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
         .route("/v1/guests/{name}/check", get(check_guest))
         .route("/v1/guests/{name}/protect", post(protect))
@@ -177,19 +192,27 @@ pub async fn serve(
     }
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
-    let served = axum::serve(listener, router(site)).with_graceful_shutdown(stop).await;
+    let served = axum::serve(listener, router(site))
+        .with_graceful_shutdown(stop)
+        .await;
     let _ = std::fs::remove_file(socket);
     served
 }
 
 async fn invite(State(site): Here, Json(body): Json<Invite>) -> Answer<Invited> {
     let invitation = site.invite(Duration::from_secs(body.valid_s))?.to_string();
-    Ok(Json(Invited { invitation, valid_s: body.valid_s }))
+    Ok(Json(Invited {
+        invitation,
+        valid_s: body.valid_s,
+    }))
 }
 
 async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::PeerView> {
-    let invitation: Invitation =
-        body.invitation.trim().parse().map_err(|e| OperateError::Conflict(format!("{e}")))?;
+    let invitation: Invitation = body
+        .invitation
+        .trim()
+        .parse()
+        .map_err(|e| OperateError::Conflict(format!("{e}")))?;
     site.pair(&invitation).await.map(Json)
 }
 
@@ -265,7 +288,9 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    site.fail_over(&name, body.point, body.force).await.map(Json)
+    site.fail_over(&name, body.point, body.force)
+        .await
+        .map(Json)
 }
 
 async fn move_guest(

@@ -42,7 +42,8 @@ pub(super) async fn make(
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
     let mut known = std::mem::take(&mut attached.state_known);
-    let limit = usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
+    let limit =
+        usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
     let point = attached.next;
     let work = blocking(move || {
         let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
@@ -97,12 +98,24 @@ fn ship(
     shipped?;
     finished?;
     let mut volumes = guest.volumes().to_vec();
-    if let Some(state) = volumes.iter_mut().find(|v| v.kind == VolumeKind::DeviceState) {
+    if let Some(state) = volumes
+        .iter_mut()
+        .find(|v| v.kind == VolumeKind::DeviceState)
+    {
         state.bytes = state_bytes;
     }
     let (shipped, chain) = shipment.sum();
     let final_bytes = shipped.sent_bytes - before;
-    Ok(Made { point, cut_at, stopped, times, volumes, shipped, chain, final_bytes })
+    Ok(Made {
+        point,
+        cut_at,
+        stopped,
+        times,
+        volumes,
+        shipped,
+        chain,
+        final_bytes,
+    })
 }
 
 fn everything(
@@ -137,7 +150,10 @@ pub(super) async fn seal(
         let remote = driver.remote.clone();
         let question = Message::Seal(Box::new(request.clone()));
         let patience = Duration::from_secs(300);
-        match driver.interruptible(remote.ask_within(question, patience)).await? {
+        match driver
+            .interruptible(remote.ask_within(question, patience))
+            .await?
+        {
             Ok(Message::Sealed { point }) if point == made.point => break,
             Ok(Message::Dangling { missing }) => {
                 attached.outgoing.forget(missing);
@@ -148,10 +164,12 @@ pub(super) async fn seal(
             }
             Ok(_) => return Err(AskError::Unfitting(driver.protection.to.clone()).into()),
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
-                driver.view.send_modify(|v| v.trouble = format!(
-                    "site '{}' cannot be reached; point {} waits for it",
-                    driver.protection.to, made.point
-                ));
+                driver.view.send_modify(|v| {
+                    v.trouble = format!(
+                        "site '{}' cannot be reached; point {} waits for it",
+                        driver.protection.to, made.point
+                    )
+                });
                 driver.interruptible(remote.reachable()).await?;
             }
             Err(error) => return Err(error.into()),
@@ -162,11 +180,13 @@ pub(super) async fn seal(
     if let Some(mut guest) = attached.guest.take() {
         // Its clearing up talks to QEMU.
         let point = made.point;
-        attached.guest = Some(blocking(move || {
-            guest.sealed(point);
-            guest
-        })
-        .await?);
+        attached.guest = Some(
+            blocking(move || {
+                guest.sealed(point);
+                guest
+            })
+            .await?,
+        );
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
@@ -186,7 +206,11 @@ pub(super) async fn seal(
         sent_bytes = made.shipped.sent_bytes,
         "sealed"
     );
-    Ok(Sealed { cut_at: made.cut_at, pause: made.times.pause, took })
+    Ok(Sealed {
+        cut_at: made.cut_at,
+        pause: made.times.pause,
+        took,
+    })
 }
 
 /// Hands a held guest over: seals its last point and has the peer run it. The
@@ -200,14 +224,27 @@ pub(super) async fn seal_and_run(
 ) -> Result<ActivationTimes, DriveError> {
     let request = request(driver, attached, made, Some(term));
     let question = Message::Seal(Box::new(request));
-    match driver.remote.ask_within(question, Duration::from_secs(30)).await? {
+    match driver
+        .remote
+        .ask_within(question, Duration::from_secs(30))
+        .await?
+    {
         Message::Running { times, .. } => Ok(times),
         _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
     }
 }
 
-fn request(driver: &Driver, attached: &Attached, made: &Made, activate: Option<Term>) -> SealRequest {
-    let term = driver.site.fence.current(driver.record.id).map_or(0, |t| t.number);
+fn request(
+    driver: &Driver,
+    attached: &Attached,
+    made: &Made,
+    activate: Option<Term>,
+) -> SealRequest {
+    let term = driver
+        .site
+        .fence
+        .current(driver.record.id)
+        .map_or(0, |t| t.number);
     SealRequest {
         guest: driver.record.id,
         point: made.point,

@@ -136,7 +136,11 @@ impl Driver {
             pausing: Measured::default(),
         };
         tokio::spawn(driver.run());
-        DriverHandle { commands: commands_tx, view: watched, totals }
+        DriverHandle {
+            commands: commands_tx,
+            view: watched,
+            totals,
+        }
     }
 
     async fn run(mut self) {
@@ -147,7 +151,11 @@ impl Driver {
                 Ok(next) => next,
                 Err(DriveError::Interrupted) => Next::Again(Duration::ZERO),
                 Err(error) => {
-                    failures = if began.elapsed() > Duration::from_secs(60) { 1 } else { failures + 1 };
+                    failures = if began.elapsed() > Duration::from_secs(60) {
+                        1
+                    } else {
+                        failures + 1
+                    };
                     tracing::warn!(guest = %self.record.name, %error, "protection is interrupted");
                     let lost = matches!(
                         &error,
@@ -303,8 +311,11 @@ impl Driver {
         self.view.send_modify(|v| v.term = Some(term.number));
         let opened = self.ask_open(guest.volumes().to_vec(), term).await?;
         let remote = self.remote.clone();
-        let bytes = usize::try_from(self.site.config.store.index_bytes.bytes()).unwrap_or(usize::MAX);
-        let outgoing = self.interruptible(remote.outgoing(opened.last_seq, bytes, self.site.tracking_key.clone())).await??;
+        let bytes =
+            usize::try_from(self.site.config.store.index_bytes.bytes()).unwrap_or(usize::MAX);
+        let outgoing = self
+            .interruptible(remote.outgoing(opened.last_seq, bytes, self.site.tracking_key.clone()))
+            .await??;
         let mut state_known = Vec::new();
         if opened.newest > 0 {
             self.phase(Phase::Resuming);
@@ -361,7 +372,9 @@ impl Driver {
                 )));
             }
             let units = held.map_or(0, |h| h.units());
-            let digests = self.baseline(outgoing, opened.newest, index as u16, units).await?;
+            let digests = self
+                .baseline(outgoing, opened.newest, index as u16, units)
+                .await?;
             if state {
                 state_known = digests;
             } else {
@@ -398,7 +411,11 @@ impl Driver {
             };
             let remote = self.remote.clone();
             let answer = self.interruptible(remote.ask(question)).await??;
-            let Message::BaselinePage { runs, next: following } = answer else {
+            let Message::BaselinePage {
+                runs,
+                next: following,
+            } = answer
+            else {
                 return Err(AskError::Unfitting(self.remote.record.site.clone()).into());
             };
             for (first, bytes) in runs {
@@ -411,8 +428,12 @@ impl Driver {
                     }
                 }
             }
-            self.totals.done.store(unit * UNIT as u64, Ordering::Relaxed);
-            self.totals.total.store(units * UNIT as u64, Ordering::Relaxed);
+            self.totals
+                .done
+                .store(unit * UNIT as u64, Ordering::Relaxed);
+            self.totals
+                .total
+                .store(units * UNIT as u64, Ordering::Relaxed);
             next = following.filter(|n| *n > unit);
         }
         Ok(digests)
@@ -434,7 +455,9 @@ impl Driver {
             self.phase(Phase::Protected);
             self.look_at_commands();
             while self.waiting.is_empty() {
-                let Some(wait) = self.until_next_cut(&sealed) else { break };
+                let Some(wait) = self.until_next_cut(&sealed) else {
+                    break;
+                };
                 match tokio::time::timeout(wait, self.commands.recv()).await {
                     Ok(Some(command)) => self.waiting.push_back(command),
                     Ok(None) => return Ok(Next::Ended),
@@ -472,7 +495,9 @@ impl Driver {
 
     /// How long until the next cut begins, by policy and by what the last took; `None` for now.
     fn until_next_cut(&self, last: &Sealed) -> Option<Duration> {
-        let since = SystemTime::now().duration_since(last.cut_at).unwrap_or_default();
+        let since = SystemTime::now()
+            .duration_since(last.cut_at)
+            .unwrap_or_default();
         let every = decide::interval(
             &self.protection.policy,
             self.sealing.expect(last.took),
@@ -486,7 +511,9 @@ impl Driver {
         let mut guest = take(&mut attached.guest)?;
         let mut shipment = self.shipment(attached);
         let work = blocking(move || {
-            let done = guest.round(&mut shipment).and_then(|()| Ok(shipment.flush()?));
+            let done = guest
+                .round(&mut shipment)
+                .and_then(|()| Ok(shipment.flush()?));
             (guest, shipment, done)
         });
         let (guest, shipment, done) = self.finishing(work).await?;
@@ -639,7 +666,10 @@ impl Driver {
             Ok(Err(error)) => format!("its copy here could not be stopped: {error}"),
             Err(error) => format!("its copy here could not be stopped: {error}"),
         };
-        let why = format!("fenced: site '{owner}' runs this guest under term {}; {done}", term.number);
+        let why = format!(
+            "fenced: site '{owner}' runs this guest under term {}; {done}",
+            term.number
+        );
         tracing::warn!(guest = %self.record.name, "{why}");
         self.view.send_modify(|v| {
             v.phase = Phase::Fenced;
@@ -689,5 +719,7 @@ pub(super) async fn blocking<T: Send + 'static>(
 }
 
 pub(super) fn take(guest: &mut Option<Box<dyn Guest>>) -> Result<Box<dyn Guest>, DriveError> {
-    guest.take().ok_or_else(|| DriveError::Other("the guest is not attached".to_owned()))
+    guest
+        .take()
+        .ok_or_else(|| DriveError::Other("the guest is not attached".to_owned()))
 }

@@ -15,10 +15,10 @@ use super::records::GuestRecord;
 use super::remote::Remote;
 use super::standby::Standby;
 use crate::guest::qemu::check::{self, Finding};
-use crate::guest::qemu::peer::{self, PeerFacts};
-use crate::guest::qemu::{AttachOptions, QemuGuest};
 use crate::guest::qemu::definition::Definition;
+use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
+use crate::guest::qemu::{AttachOptions, QemuGuest};
 use crate::guest::{Guest, GuestError};
 use crate::replicate::message::{Message, RETIRE_BATCHES};
 
@@ -53,14 +53,24 @@ pub(super) fn check(record: &GuestRecord, attached: bool) -> Result<Vec<Finding>
 
 /// The peer's part of a guest's check.
 pub(super) async fn check_at_peer(record: &GuestRecord, remote: &Remote) -> Vec<Finding> {
-    let question = Message::Facts { definition: record.definition.clone() };
+    let question = Message::Facts {
+        definition: record.definition.clone(),
+    };
     match remote.ask(question).await {
         Ok(Message::FactsKnown { facts }) => {
             let mut findings = peer::check_peer(&record.definition, &facts, 0);
             let wanted = wanted_buffer(remote);
             let site = &remote.record.site;
-            findings.extend(peer::check_socket_buffers(site, facts.socket_buffers, wanted));
-            findings.extend(peer::check_socket_buffers("here", peer::socket_buffers(), wanted));
+            findings.extend(peer::check_socket_buffers(
+                site,
+                facts.socket_buffers,
+                wanted,
+            ));
+            findings.extend(peer::check_socket_buffers(
+                "here",
+                peer::socket_buffers(),
+                wanted,
+            ));
             findings
         }
         Ok(_) => vec![Finding::warns(
@@ -79,7 +89,10 @@ pub(super) async fn check_at_peer(record: &GuestRecord, remote: &Remote) -> Vec<
 /// Twice what is on the way at the rate seen, as far as that is known.
 fn wanted_buffer(remote: &Remote) -> u64 {
     let link = remote.peer.status();
-    link.congestion_window_bytes.map_or(SMALLEST_BUFFER, |window| (2 * window).clamp(SMALLEST_BUFFER, 32 << 20))
+    link.congestion_window_bytes
+        .map_or(SMALLEST_BUFFER, |window| {
+            (2 * window).clamp(SMALLEST_BUFFER, 32 << 20)
+        })
 }
 
 impl Site {
@@ -96,8 +109,12 @@ impl Site {
             .iter()
             .filter_map(|block| Some((block.id.clone(), block.path.clone()?)))
             .collect();
-        let disks =
-            record.definition.disks.iter().map(|d| (d.name.clone(), d.node.clone())).collect();
+        let disks = record
+            .definition
+            .disks
+            .iter()
+            .map(|d| (d.name.clone(), d.node.clone()))
+            .collect();
         let mut options = AttachOptions::new(
             &record.name,
             record.qmp.clone(),
@@ -141,7 +158,11 @@ impl Site {
         tokio::task::spawn_blocking(move || {
             let mut definition = definition;
             definition.program = site.config.activate.qemu.display().to_string();
-            peer::peer_facts(&definition, &site.config.ram_dir(), &site.config.store_dir())
+            peer::peer_facts(
+                &definition,
+                &site.config.ram_dir(),
+                &site.config.store_dir(),
+            )
         })
         .await
         .unwrap_or_default()
@@ -170,7 +191,11 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
         past += verdicts.iter().filter(|v| !v.keep).count();
         keep.insert(
             opening.guest,
-            verdicts.iter().filter(|v| v.keep).map(|v| v.number).collect(),
+            verdicts
+                .iter()
+                .filter(|v| v.keep)
+                .map(|v| v.number)
+                .collect(),
         );
     }
     if past < WORTH_PRUNING {
@@ -185,19 +210,25 @@ async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
         let store = store.clone();
         tokio::task::spawn_blocking(move || store.plan_prune(&keep)).await
     };
-    let plan = planned.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    let plan = planned
+        .map_err(|e| e.to_string())?
+        .map_err(|e| e.to_string())?;
     if plan.is_empty() {
         return Ok(());
     }
     for seqs in plan.retire.chunks(RETIRE_BATCHES) {
-        let retire = Message::Retire { seqs: seqs.to_vec() };
+        let retire = Message::Retire {
+            seqs: seqs.to_vec(),
+        };
         if let Err(error) = remote.ask_within(retire, FORGET).await {
             store.give_up_prune(&plan);
             return Err(error.to_string());
         }
     }
     let done = tokio::task::spawn_blocking(move || store.perform_prune(&plan)).await;
-    let report = done.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    let report = done
+        .map_err(|e| e.to_string())?
+        .map_err(|e| e.to_string())?;
     tracing::info!(
         peer = %remote.record.site,
         points = report.points,

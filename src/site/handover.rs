@@ -30,12 +30,18 @@ pub(super) async fn perform(
     driver.phase(Phase::Moving);
     let id = driver.record.id;
     let known = driver.site.fence.current(id).map_or(0, |t| t.number);
-    let term = Term { group: id, number: known + 1, owner: driver.remote.record.key };
+    let term = Term {
+        group: id,
+        number: known + 1,
+        owner: driver.remote.record.key,
+    };
 
     // The peer gets ready while one more point keeps the last cut small.
     let remote = driver.remote.clone();
     let preparing = tokio::spawn(async move {
-        remote.ask_within(Message::Prepare { guest: id }, PREPARATION).await
+        remote
+            .ask_within(Message::Prepare { guest: id }, PREPARATION)
+            .await
     });
     let round = driver.point(attached, After::Continue).await;
     let prepared = preparing
@@ -73,14 +79,30 @@ pub(super) async fn perform(
         Ok(times) => {
             let note = end(driver, attached.guest.take(), term).await?;
             tracing::info!(guest = %driver.record.name, blackout_ms = blackout.as_millis() as u64, "moved");
-            Ok(report(driver, &made, blackout, declared.elapsed(), times, term, note))
+            Ok(report(
+                driver,
+                &made,
+                blackout,
+                declared.elapsed(),
+                times,
+                term,
+                note,
+            ))
         }
         Err(error) => {
             tracing::warn!(guest = %driver.record.name, %error, "the hand-over is in doubt");
             match how_it_ended(driver, attached.guest.take()).await? {
                 Some(times) => {
                     let note = "the peer's word came late".to_owned();
-                    Ok(report(driver, &made, made.stopped.elapsed(), declared.elapsed(), times, term, note))
+                    Ok(report(
+                        driver,
+                        &made,
+                        made.stopped.elapsed(),
+                        declared.elapsed(),
+                        times,
+                        term,
+                        note,
+                    ))
                 }
                 None => Err(DriveError::Other(format!(
                     "the move failed and '{}' runs on here: {error}",
@@ -125,11 +147,16 @@ async fn how_it_ended(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
 ) -> Result<Option<ActivationTimes>, DriveError> {
-    let Some(term) = driver.protection.moving else { return Ok(None) };
+    let Some(term) = driver.protection.moving else {
+        return Ok(None);
+    };
     let guest_id = driver.record.id;
     let remote = driver.remote.clone();
     let answer = loop {
-        match remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60)).await {
+        match remote
+            .ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60))
+            .await
+        {
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {
@@ -151,7 +178,11 @@ async fn how_it_ended(
         }
         Message::GivenUp => {
             // The peer may have written the term of the hand-over down: the next one is ours.
-            let own = Term { number: term.number + 1, owner: driver.site.key(), ..term };
+            let own = Term {
+                number: term.number + 1,
+                owner: driver.site.key(),
+                ..term
+            };
             run_here(driver, guest, own).await?;
             Ok(None)
         }
@@ -161,8 +192,14 @@ async fn how_it_ended(
 
 /// An operator's decision: the peer's word is not waited for.
 pub(super) async fn take_back(driver: &mut Driver) -> Result<(), DriveError> {
-    let Some(term) = driver.protection.moving else { return Ok(()) };
-    let own = Term { number: term.number + 1, owner: driver.site.key(), ..term };
+    let Some(term) = driver.protection.moving else {
+        return Ok(());
+    };
+    let own = Term {
+        number: term.number + 1,
+        owner: driver.site.key(),
+        ..term
+    };
     run_here(driver, None, own).await
 }
 
@@ -173,7 +210,9 @@ async fn run_here(
 ) -> Result<(), DriveError> {
     let now = driver.site.fence.adopt(own)?;
     if now != own {
-        return Err(DriveError::Other("a newer term of this guest is known by now".to_owned()));
+        return Err(DriveError::Other(
+            "a newer term of this guest is known by now".to_owned(),
+        ));
     }
     driver.site.tell_terms();
     let (site, record) = (driver.site.clone(), driver.record.clone());
@@ -211,7 +250,11 @@ async fn end(
     driver.view.send_modify(|v| {
         v.phase = Phase::Moved;
         v.term = Some(term.number);
-        v.trouble = if note.is_empty() { format!("it runs at '{to}'") } else { note.clone() };
+        v.trouble = if note.is_empty() {
+            format!("it runs at '{to}'")
+        } else {
+            note.clone()
+        };
     });
     Ok(note)
 }
@@ -220,7 +263,11 @@ async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveErr
     let mut guest = take(&mut attached.guest)?;
     let name = driver.record.name.clone();
     let (guest, resumed) = blocking(move || {
-        let resumed = if guest.running() == Some(true) { Ok(()) } else { guest.resume() };
+        let resumed = if guest.running() == Some(true) {
+            Ok(())
+        } else {
+            guest.resume()
+        };
         (guest, resumed)
     })
     .await?;

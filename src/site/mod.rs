@@ -26,25 +26,25 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use farhaven_policies::site::SiteConfig;
+use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::link::StartError;
-use farhaven_wan::rate::RateOptions;
 use farhaven_wan::peer::IdentityError;
+use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
 use crate::activate::fence::{Fence, FenceError, Term};
 use crate::activate::nbd::{NbdError, NbdServer};
+use crate::replicate::message::PointContext;
 use crate::replicate::receive::Incoming;
 use driver::{Command, Driver, DriverHandle};
-use crate::replicate::message::PointContext;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
-use standby::Standby;
 pub use standby::ActivateError;
+use standby::Standby;
 
 /// Why a site does not start.
 #[derive(Debug, thiserror::Error)]
@@ -104,8 +104,10 @@ impl Site {
     pub async fn start(config: SiteConfig) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
         for directory in [&state, &config.run_dir(), &config.ram_dir()] {
-            files::private_directory(directory)
-                .map_err(|source| SiteError::Directory { path: directory.clone(), source })?;
+            files::private_directory(directory).map_err(|source| SiteError::Directory {
+                path: directory.clone(),
+                source,
+            })?;
         }
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
@@ -153,7 +155,10 @@ impl Site {
     /// Ends the sessions and leaves every guest as it is.
     pub async fn shutdown(&self) {
         // Drivers let go of their guests when their command queues close.
-        self.drivers.write().unwrap_or_else(PoisonError::into_inner).clear();
+        self.drivers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
         self.node.shutdown().await;
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
@@ -182,7 +187,11 @@ impl Site {
     }
 
     fn remote(&self, name: &str) -> Option<Arc<Remote>> {
-        self.remotes.read().unwrap_or_else(PoisonError::into_inner).get(name).cloned()
+        self.remotes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .get(name)
+            .cloned()
     }
 
     fn store_directory(&self, key: &SiteKey) -> PathBuf {
@@ -228,17 +237,26 @@ impl Site {
         }
         drop(standbys);
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        drivers.get(&group).is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
+        drivers
+            .get(&group)
+            .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
     }
 
     /// Tells every connected peer the terms in force.
     fn tell_terms(self: &Arc<Self>) {
-        let remotes: Vec<_> =
-            self.remotes.read().unwrap_or_else(PoisonError::into_inner).values().cloned().collect();
+        let remotes: Vec<_> = self
+            .remotes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
         for remote in remotes.into_iter().filter(|r| r.connected()) {
             let terms = self.terms_with(&remote.record.site);
             tokio::spawn(async move {
-                remote.tell(crate::replicate::message::Message::Terms { terms }).await;
+                remote
+                    .tell(crate::replicate::message::Message::Terms { terms })
+                    .await;
             });
         }
     }
@@ -252,7 +270,12 @@ impl Site {
         };
         if let Some(driver) = driver {
             let (done, stopped) = tokio::sync::oneshot::channel();
-            if driver.commands.send(Command::Fence(term, done)).await.is_ok() {
+            if driver
+                .commands
+                .send(Command::Fence(term, done))
+                .await
+                .is_ok()
+            {
                 let _ = stopped.await;
             }
         }
@@ -266,11 +289,18 @@ impl Site {
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
-        self.sealed.write().unwrap_or_else(PoisonError::into_inner).insert(guest, cut_at);
+        self.sealed
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(guest, cut_at);
     }
 
     fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {
-        self.catalogue.put(Table::Protections, &protection.guest.to_string(), protection)?;
+        self.catalogue.put(
+            Table::Protections,
+            &protection.guest.to_string(),
+            protection,
+        )?;
         self.catalogue.flush()
     }
 
@@ -281,12 +311,20 @@ impl Site {
             .catalogue
             .find(Table::Guests, &guest.to_string())
             .map_err(|e| e.to_string())?
-            .ok_or_else(|| format!("protected guest {guest} is not in the catalogue; add it again"))?;
+            .ok_or_else(|| {
+                format!("protected guest {guest} is not in the catalogue; add it again")
+            })?;
         let remote = self.remote(&protection.to).ok_or_else(|| {
-            format!("guest '{}' is protected to '{}', which is not paired any more", record.name, protection.to)
+            format!(
+                "guest '{}' is protected to '{}', which is not paired any more",
+                record.name, protection.to
+            )
         })?;
         let handle = Driver::start(self.clone(), record, protection, remote);
-        self.drivers.write().unwrap_or_else(PoisonError::into_inner).insert(guest, handle);
+        self.drivers
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(guest, handle);
         Ok(())
     }
 
@@ -295,7 +333,11 @@ impl Site {
     }
 
     fn keep_activation(&self, activation: &Activation) -> Result<(), CatalogueError> {
-        self.catalogue.put(Table::Activations, &activation.guest.to_string(), activation)?;
+        self.catalogue.put(
+            Table::Activations,
+            &activation.guest.to_string(),
+            activation,
+        )?;
         self.catalogue.flush()
     }
 
@@ -340,7 +382,10 @@ fn node_options(config: &SiteConfig) -> NodeOptions {
             segmentation_offload: link.gso,
             socket_buffer_bytes: usize::try_from(link.socket_buffer.bytes()).unwrap_or(usize::MAX),
             rate: RateOptions {
-                cap: link.rate_limit.rate().map(|rate| Arc::new(AtomicU64::new(rate.bits_per_second()))),
+                cap: link
+                    .rate_limit
+                    .rate()
+                    .map(|rate| Arc::new(AtomicU64::new(rate.bits_per_second()))),
                 initial: None,
             },
             ..LinkOptions::default()
@@ -358,7 +403,9 @@ fn hex(bytes: &[u8]) -> String {
 
 /// Nanoseconds since 1970.
 pub(crate) fn unix_ns(at: SystemTime) -> u64 {
-    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    let since = at
+        .duration_since(SystemTime::UNIX_EPOCH)
+        .unwrap_or(Duration::ZERO);
     u64::try_from(since.as_nanos()).unwrap_or(u64::MAX)
 }
 

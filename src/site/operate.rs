@@ -11,10 +11,10 @@ use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::{Introduction, Invitation, PeerRecord};
 
 use super::driver::Command;
+use super::records::PointRecord;
 use super::records::{GuestRecord, Protection, StandbyRecord};
 use super::remote::Remote;
 use super::standby::Standby;
-use super::records::PointRecord;
 use super::view::{
     FailoverReport, MoveReport, PeerView, Phase, PointView, SiteView, SourceView, TargetView,
 };
@@ -58,9 +58,13 @@ impl Site {
     pub fn invite(&self, valid: Duration) -> Result<Invitation, OperateError> {
         let valid = valid.clamp(Duration::from_secs(10), Duration::from_secs(7 * 24 * 3600));
         let expires = super::unix_ns(SystemTime::now() + valid) / 1_000_000_000;
-        let invitation =
-            Invitation::new(&self.config.site.name, self.key(), self.addresses()?, expires)
-                .map_err(failed)?;
+        let invitation = Invitation::new(
+            &self.config.site.name,
+            self.key(),
+            self.addresses()?,
+            expires,
+        )
+        .map_err(failed)?;
         self.node.invite(&invitation).map_err(failed)?;
         Ok(invitation)
     }
@@ -102,17 +106,19 @@ impl Site {
                 invitation.site()
             )));
         }
-        let record =
-            self.node.accept_invitation(invitation, &self.introduction()?).await.map_err(failed)?;
+        let record = self
+            .node
+            .accept_invitation(invitation, &self.introduction()?)
+            .await
+            .map_err(failed)?;
         let remote = self.add_peer(record)?;
         Ok(peer_view(&remote))
     }
 
-    fn add_peer(
-        self: &Arc<Self>,
-        record: PeerRecord,
-    ) -> Result<Arc<Remote>, OperateError> {
-        self.catalogue.put(Table::Peers, &record.site, &record).map_err(failed)?;
+    fn add_peer(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, OperateError> {
+        self.catalogue
+            .put(Table::Peers, &record.site, &record)
+            .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
         tracing::info!(peer = %record.site, key = %record.key, "paired");
         self.trust(record).map_err(failed)
@@ -125,8 +131,9 @@ impl Site {
     pub fn remove_peer(&self, name: &str) -> Result<(), OperateError> {
         let remote = self.remote(name).ok_or_else(|| self.no_peer(name))?;
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(driver) =
-            drivers.values().find(|d| d.view.borrow().peer.as_deref() == Some(name))
+        if let Some(driver) = drivers
+            .values()
+            .find(|d| d.view.borrow().peer.as_deref() == Some(name))
         {
             let guest = driver.view.borrow().name.clone();
             return Err(OperateError::Conflict(format!(
@@ -137,7 +144,10 @@ impl Site {
         self.catalogue.remove(Table::Peers, name).map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
         self.node.revoke(remote.record.key);
-        self.remotes.write().unwrap_or_else(PoisonError::into_inner).remove(name);
+        self.remotes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
         Ok(())
     }
 
@@ -155,8 +165,11 @@ impl Site {
         let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
         let peers = remotes.values().map(|r| peer_view(r)).collect();
         drop(remotes);
-        let mut guests: Vec<_> =
-            self.guest_records().iter().map(|record| self.source_view(record)).collect();
+        let mut guests: Vec<_> = self
+            .guest_records()
+            .iter()
+            .map(|record| self.source_view(record))
+            .collect();
         guests.sort_by(|a, b| a.name.cmp(&b.name));
         SiteView {
             site: self.config.site.name.clone(),
@@ -198,7 +211,10 @@ impl Site {
         let cut_at = sealed.get(&record.id).copied();
         let runs_elsewhere = matches!(view.phase, Phase::Moved | Phase::Fenced);
         view.rpo_ms = cut_at.filter(|_| !runs_elsewhere).map(|at| {
-            SystemTime::now().duration_since(at).unwrap_or_default().as_millis() as u64
+            SystemTime::now()
+                .duration_since(at)
+                .unwrap_or_default()
+                .as_millis() as u64
         });
         if let (Some(rpo), Some(target)) = (view.rpo_ms, view.rpo_target_ms) {
             let health = match rpo {
@@ -238,7 +254,9 @@ impl Site {
             (Some(from), _) => format!(
                 "'{name}' is a guest of site '{from}', protected to here; ask there, or take it over: farhaven failover {name}"
             ),
-            (None, []) => format!("no guest '{name}'; add it: farhaven guest add {name} --qmp PATH"),
+            (None, []) => {
+                format!("no guest '{name}'; add it: farhaven guest add {name} --qmp PATH")
+            }
             (None, known) => format!("no guest '{name}' here; known: {}", known.join(", ")),
         }))
     }
@@ -247,9 +265,17 @@ impl Site {
     ///
     /// # Errors
     /// When the name is taken, or QEMU cannot be asked.
-    pub async fn add_guest(self: &Arc<Self>, name: &str, qmp: &Path) -> Result<GuestRecord, OperateError> {
+    pub async fn add_guest(
+        self: &Arc<Self>,
+        name: &str,
+        qmp: &Path,
+    ) -> Result<GuestRecord, OperateError> {
         let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty() || name.len() > 63 || !name.chars().all(plain) || name.starts_with(['-', '.']) {
+        if name.is_empty()
+            || name.len() > 63
+            || !name.chars().all(plain)
+            || name.starts_with(['-', '.'])
+        {
             return Err(OperateError::Conflict(format!(
                 "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
             )));
@@ -272,9 +298,15 @@ impl Site {
             .await
             .map_err(failed)?
             .map_err(failed)?;
-        let record =
-            GuestRecord { id: GuestId::random(), name: name.to_owned(), qmp: qmp.to_owned(), definition };
-        self.catalogue.put(Table::Guests, &record.id.to_string(), &record).map_err(failed)?;
+        let record = GuestRecord {
+            id: GuestId::random(),
+            name: name.to_owned(),
+            qmp: qmp.to_owned(),
+            definition,
+        };
+        self.catalogue
+            .put(Table::Guests, &record.id.to_string(), &record)
+            .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
         Ok(record)
     }
@@ -292,7 +324,9 @@ impl Site {
             )));
         }
         drop(drivers);
-        self.catalogue.remove(Table::Guests, &record.id.to_string()).map_err(failed)?;
+        self.catalogue
+            .remove(Table::Guests, &record.id.to_string())
+            .map_err(failed)?;
         self.catalogue.flush().map_err(failed)
     }
 
@@ -300,11 +334,17 @@ impl Site {
     ///
     /// # Errors
     /// When QEMU or the peer cannot be asked.
-    pub async fn check_guest(&self, name: &str, to: Option<&str>) -> Result<Vec<Finding>, OperateError> {
+    pub async fn check_guest(
+        &self,
+        name: &str,
+        to: Option<&str>,
+    ) -> Result<Vec<Finding>, OperateError> {
         let record = self.guest(name)?;
         let protected_to = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-            drivers.get(&record.id).and_then(|d| d.view.borrow().peer.clone())
+            drivers
+                .get(&record.id)
+                .and_then(|d| d.view.borrow().peer.clone())
         };
         let only = {
             let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
@@ -346,7 +386,9 @@ impl Site {
         }
         let current = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-            drivers.get(&record.id).and_then(|d| d.view.borrow().peer.clone())
+            drivers
+                .get(&record.id)
+                .and_then(|d| d.view.borrow().peer.clone())
         };
         if let Some(peer) = current {
             return Err(OperateError::Conflict(format!(
@@ -354,10 +396,15 @@ impl Site {
             )));
         }
         let findings = self.check_guest(name, Some(to)).await?;
-        let blocks: Vec<_> =
-            findings.iter().filter(|f| f.severity == Severity::Blocks).collect();
+        let blocks: Vec<_> = findings
+            .iter()
+            .filter(|f| f.severity == Severity::Blocks)
+            .collect();
         if !blocks.is_empty() {
-            let list: Vec<_> = blocks.iter().map(|f| format!("{}: {}", f.what, f.mend)).collect();
+            let list: Vec<_> = blocks
+                .iter()
+                .map(|f| format!("{}: {}", f.what, f.mend))
+                .collect();
             return Err(OperateError::Conflict(format!(
                 "'{name}' cannot be protected to '{to}' as it is:\n  {}",
                 list.join("\n  ")
@@ -432,7 +479,9 @@ impl Site {
             )));
         }
         self.command(name, Command::End).await?;
-        self.catalogue.remove(Table::Protections, &record.id.to_string()).map_err(failed)?;
+        self.catalogue
+            .remove(Table::Protections, &record.id.to_string())
+            .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
         let driver = {
             let mut drivers = self.drivers.write().unwrap_or_else(PoisonError::into_inner);
@@ -443,7 +492,12 @@ impl Site {
             let _ = tokio::time::timeout(Duration::from_secs(30), driver.commands.closed()).await;
         }
         if let Some(remote) = view.peer.as_deref().and_then(|p| self.remote(p)) {
-            let closed = remote.ask(Message::Close { guest: record.id, discard }).await;
+            let closed = remote
+                .ask(Message::Close {
+                    guest: record.id,
+                    discard,
+                })
+                .await;
             if let (Err(error), true) = (closed, discard) {
                 return Err(OperateError::Failed(format!(
                     "protection of '{name}' has ended, but its points at the peer are still there: {error}"
@@ -494,7 +548,10 @@ impl Site {
 
     pub(super) fn standby_of(&self, remote: &Remote, guest: GuestId) -> Option<Arc<Standby>> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        standbys.get(&guest).filter(|s| s.from() == remote.record.site).cloned()
+        standbys
+            .get(&guest)
+            .filter(|s| s.from() == remote.record.site)
+            .cloned()
     }
 
     /// A peer opens a guest: it is remembered.
@@ -504,7 +561,10 @@ impl Site {
         opening: Opening,
     ) -> Result<Arc<Standby>, String> {
         let guest = opening.guest;
-        let mut standbys = self.standbys.write().unwrap_or_else(PoisonError::into_inner);
+        let mut standbys = self
+            .standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         if let Some(other) = standbys.values().find(|s| s.name() == opening.name)
             && other.record().opening.guest != guest
         {
@@ -519,7 +579,10 @@ impl Site {
                 standby.clone()
             }
             Some(standby) => {
-                return Err(format!("this guest is protected to here from '{}'", standby.from()));
+                return Err(format!(
+                    "this guest is protected to here from '{}'",
+                    standby.from()
+                ));
             }
             None => Arc::new(Standby::new(self, remote.clone(), opening)),
         };
@@ -533,7 +596,9 @@ impl Site {
 
     /// At start: a peer's guest from the catalogue, and its QEMU if it runs here.
     pub(super) async fn restore_standby(self: &Arc<Self>, record: StandbyRecord) {
-        let Some(remote) = self.remote(&record.from) else { return };
+        let Some(remote) = self.remote(&record.from) else {
+            return;
+        };
         let guest = record.opening.guest;
         let standby = Arc::new(Standby::new(self, remote, record.opening));
         self.standbys
@@ -559,7 +624,10 @@ impl Site {
         &self,
         guest: GuestId,
     ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
-        self.standbys.write().unwrap_or_else(PoisonError::into_inner).remove(&guest);
+        self.standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&guest);
         self.catalogue.remove(Table::Remote, &guest.to_string())?;
         self.catalogue.flush()
     }
@@ -600,21 +668,22 @@ impl Site {
     }
 
     fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
-        self.standby_named(name).ok_or_else(|| match self.points_are_at(name) {
-            Some(peer) => OperateError::Conflict(format!(
-                "'{name}' runs here; its recovery points are at '{peer}': run this there"
-            )),
-            None => {
-                let known: Vec<_> = self.standby_views().into_iter().map(|v| v.name).collect();
-                OperateError::Unknown(match known.as_slice() {
-                    [] => format!("no guest '{name}'; no peer protects any guest to this site"),
-                    known => format!(
-                        "no guest '{name}' is protected to this site; known: {}",
-                        known.join(", ")
-                    ),
-                })
-            }
-        })
+        self.standby_named(name)
+            .ok_or_else(|| match self.points_are_at(name) {
+                Some(peer) => OperateError::Conflict(format!(
+                    "'{name}' runs here; its recovery points are at '{peer}': run this there"
+                )),
+                None => {
+                    let known: Vec<_> = self.standby_views().into_iter().map(|v| v.name).collect();
+                    OperateError::Unknown(match known.as_slice() {
+                        [] => format!("no guest '{name}'; no peer protects any guest to this site"),
+                        known => format!(
+                            "no guest '{name}' is protected to this site; known: {}",
+                            known.join(", ")
+                        ),
+                    })
+                }
+            })
     }
 
     /// Runs a peer's guest here, from its newest or a named point.
@@ -643,7 +712,11 @@ impl Site {
             )));
         }
         let cut_at = |number: u64| {
-            standby.points().iter().find(|p| p.point == number).map(|p| p.cut_at_unix_ns)
+            standby
+                .points()
+                .iter()
+                .find(|p| p.point == number)
+                .map(|p| p.cut_at_unix_ns)
         };
         let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
         let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
@@ -663,7 +736,9 @@ impl Site {
     /// for it to stop the guest. The fence holds whether it answers or not.
     pub(super) async fn announce_term(&self, remote: &Remote, term: Term) {
         if remote.alive() {
-            let told = remote.ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT).await;
+            let told = remote
+                .ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT)
+                .await;
             if let Err(error) = told {
                 tracing::warn!(%error, "the source did not confirm that it stopped its guest");
             }
@@ -695,7 +770,9 @@ pub(super) async fn pairings(site: Weak<Site>) {
         let Some(strong) = site.upgrade() else { return };
         let node = strong.node.clone();
         drop(strong);
-        let Some(pairing) = node.pairing().await else { return };
+        let Some(pairing) = node.pairing().await else {
+            return;
+        };
         let Some(site) = site.upgrade() else { return };
         if let Err(error) = site.add_peer(pairing.record) {
             tracing::error!(%error, "a pairing cannot be kept");
@@ -709,8 +786,12 @@ pub(super) async fn prune(site: Weak<Site>) {
         tokio::time::sleep(PRUNE_EVERY).await;
         let Some(site) = site.upgrade() else { return };
         let mut by_peer: BTreeMap<String, Vec<Arc<Standby>>> = BTreeMap::new();
-        for standby in
-            site.standbys.read().unwrap_or_else(PoisonError::into_inner).values().cloned()
+        for standby in site
+            .standbys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
         {
             by_peer.entry(standby.from()).or_default().push(standby);
         }
@@ -723,4 +804,3 @@ pub(super) async fn prune(site: Weak<Site>) {
         }
     }
 }
-

@@ -29,7 +29,9 @@ const QUESTIONS: usize = 256;
 #[derive(Debug, thiserror::Error)]
 pub enum AskError {
     /// There is no connection, or it broke before the answer came.
-    #[error("site '{0}' cannot be reached now; the link or its daemon is down. Replication goes on by itself when it is back")]
+    #[error(
+        "site '{0}' cannot be reached now; the link or its daemon is down. Replication goes on by itself when it is back"
+    )]
     Unreachable(String),
     /// The peer thinks too long.
     #[error("site '{0}' did not answer within {ANSWER:?}; see its log")]
@@ -45,7 +47,9 @@ pub enum AskError {
         why: String,
     },
     /// An answer to some other question.
-    #[error("site '{0}' gave an answer that does not fit the question; do both sites run the same version?")]
+    #[error(
+        "site '{0}' gave an answer that does not fit the question; do both sites run the same version?"
+    )]
     Unfitting(String),
 }
 
@@ -100,7 +104,10 @@ impl Remote {
 
     /// What hinders the peer, by its own word; empty for nothing.
     pub fn trouble(&self) -> String {
-        self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.trouble
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     /// Asks and waits for the answer, `ANSWER` at most.
@@ -115,12 +122,20 @@ impl Remote {
     ///
     /// # Errors
     /// See [`AskError`].
-    pub async fn ask_within(&self, question: Message, patience: Duration) -> Result<Message, AskError> {
+    pub async fn ask_within(
+        &self,
+        question: Message,
+        patience: Duration,
+    ) -> Result<Message, AskError> {
         let site = || self.record.site.clone();
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         self.lock_pending().insert(id, answer);
-        let envelope = Envelope { id: Some(id), answers: None, body: question };
+        let envelope = Envelope {
+            id: Some(id),
+            answers: None,
+            body: question,
+        };
         let sent = match envelope.encode() {
             Ok(bytes) => self.peer.send_message(bytes).await.is_ok(),
             Err(error) => {
@@ -135,7 +150,11 @@ impl Remote {
         let answer = tokio::time::timeout(patience, answered).await;
         self.lock_pending().remove(&id);
         match answer {
-            Ok(Ok(Message::Refused { code, why })) => Err(AskError::Refused { site: site(), code, why }),
+            Ok(Ok(Message::Refused { code, why })) => Err(AskError::Refused {
+                site: site(),
+                code,
+                why,
+            }),
             Ok(Ok(message)) => Ok(message),
             Ok(Err(_)) => Err(AskError::Unreachable(site())),
             Err(_) => Err(AskError::TimedOut(site())),
@@ -144,7 +163,13 @@ impl Remote {
 
     /// Says something that needs no answer.
     pub async fn tell(&self, body: Message) {
-        if let Ok(bytes) = (Envelope { id: None, answers: None, body }).encode() {
+        if let Ok(bytes) = (Envelope {
+            id: None,
+            answers: None,
+            body,
+        })
+        .encode()
+        {
             let _ = self.peer.send_message(bytes).await;
         }
     }
@@ -165,11 +190,21 @@ impl Remote {
             let outgoing = Outgoing::new(self.peer.clone(), last_seq + 1, index_bytes, key);
             let mut next = (last_seq > 0).then_some(1);
             while let Some(from_seq) = next {
-                let question = Message::Digests { from_seq, key: *outgoing.key.bytes() };
-                let Message::DigestPage { batches, next: following } = self.ask(question).await? else {
+                let question = Message::Digests {
+                    from_seq,
+                    key: *outgoing.key.bytes(),
+                };
+                let Message::DigestPage {
+                    batches,
+                    next: following,
+                } = self.ask(question).await?
+                else {
                     return Err(AskError::Unfitting(self.record.site.clone()));
                 };
-                let mut index = outgoing.index.lock().unwrap_or_else(PoisonError::into_inner);
+                let mut index = outgoing
+                    .index
+                    .lock()
+                    .unwrap_or_else(PoisonError::into_inner);
                 for (seq, digests) in &batches {
                     for (i, digest) in digests.chunks_exact(16).enumerate().take(64) {
                         if let Ok(digest) = digest.try_into() {
@@ -206,7 +241,10 @@ impl Remote {
                 Some(PeerEvent::Connected { remote_site, .. }) => {
                     tracing::info!(peer = %self.record.site, remote_site, "connected");
                     self.connections.send_modify(|n| *n += 1 + *n % 2);
-                    self.tell(Message::Terms { terms: site.terms_with(&self.record.site) }).await;
+                    self.tell(Message::Terms {
+                        terms: site.terms_with(&self.record.site),
+                    })
+                    .await;
                     let what = trouble.borrow_and_update().clone();
                     if !what.is_empty() {
                         self.tell(Message::Trouble { what }).await;
@@ -216,7 +254,10 @@ impl Remote {
                     tracing::warn!(peer = %self.record.site, why, "disconnected");
                     self.connections.send_modify(|n| *n += *n % 2);
                     self.lock_pending().clear();
-                    self.trouble.lock().unwrap_or_else(PoisonError::into_inner).clear();
+                    self.trouble
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .clear();
                 }
                 Some(PeerEvent::Message(bytes)) => self.message(&site, &bytes),
                 Some(PeerEvent::Data { seq, bytes }) => self.incoming.batch(seq, bytes),
@@ -253,7 +294,11 @@ impl Remote {
             let _room = room;
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
             if let Some(id) = envelope.id {
-                let reply = Envelope { id: None, answers: Some(id), body: answer };
+                let reply = Envelope {
+                    id: None,
+                    answers: Some(id),
+                    body: answer,
+                };
                 match reply.encode() {
                     Ok(bytes) => {
                         let _ = remote.peer.send_message(bytes).await;

@@ -7,9 +7,9 @@
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant};
 
+use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::replica::Replica;
-use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::records::{Activation, StandbyRecord};
@@ -115,7 +115,10 @@ impl Standby {
     }
 
     pub(super) fn opening(&self) -> Opening {
-        self.opening.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.opening
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(super) fn update(&self, opening: Opening) {
@@ -131,7 +134,10 @@ impl Standby {
     }
 
     fn seen(&self) -> Seen {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.seen
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone()
     }
 
     pub(super) fn active(&self) -> Option<Activation> {
@@ -153,7 +159,9 @@ impl Standby {
             newest_point: newest.map_or(0, |p| p.point),
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
-            term: site.and_then(|s| s.fence.current(self.guest)).map(|t| t.number),
+            term: site
+                .and_then(|s| s.fence.current(self.guest))
+                .map(|t| t.number),
             active: seen.active.map(|a| ActiveView {
                 point: a.point,
                 qmp: a.qmp.display().to_string(),
@@ -185,13 +193,19 @@ impl Standby {
     }
 
     fn newest(&self) -> u64 {
-        self.remote.incoming.store.newest(self.guest).map_or(0, |p| p.point)
+        self.remote
+            .incoming
+            .store
+            .newest(self.guest)
+            .map_or(0, |p| p.point)
     }
 
     fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
         let context = ciborium::de::from_reader_with_recursion_limit(replica.context(), 64)
-            .map_err(|e: ciborium::de::Error<std::io::Error>| ActivateError::Context(point, e.to_string()))?;
+            .map_err(|e: ciborium::de::Error<std::io::Error>| {
+                ActivateError::Context(point, e.to_string())
+            })?;
         Ok((Arc::new(replica), context))
     }
 
@@ -212,7 +226,9 @@ impl Standby {
     }
 
     fn site(&self) -> Result<Arc<Site>, ActivateError> {
-        self.site.upgrade().ok_or_else(|| ActivateError::Step("the site is shutting down".to_owned()))
+        self.site
+            .upgrade()
+            .ok_or_else(|| ActivateError::Step("the site is shutting down".to_owned()))
     }
 
     /// Launches QEMU for `point` without running anything.
@@ -221,11 +237,11 @@ impl Standby {
         let (replica, context) = self.open(point)?;
         let (guest, term) = (self.guest, site.fence.current(self.guest));
         // Each activation has a directory of its own: what an earlier one left is evidence.
-        let term = term.filter(|t| t.owner == site.key()).map_or_else(
-            || term.map_or(1, |t| t.number + 1),
-            |own| own.number,
-        );
-        step(move || Ready::launch(&ground(&site, guest, term), &replica, &context.definition)).await?
+        let term = term
+            .filter(|t| t.owner == site.key())
+            .map_or_else(|| term.map_or(1, |t| t.number + 1), |own| own.number);
+        step(move || Ready::launch(&ground(&site, guest, term), &replica, &context.definition))
+            .await?
     }
 
     /// Gets ready for a planned move.
@@ -236,7 +252,10 @@ impl Standby {
         }
         let newest = self.newest();
         if newest == 0 {
-            return Err(ActivateError::NoPoint(self.name(), "recovery point".to_owned()));
+            return Err(ActivateError::NoPoint(
+                self.name(),
+                "recovery point".to_owned(),
+            ));
         }
         self.discard(&mut state).await;
         // The RAM files must be there before QEMU maps them; their content may come later.
@@ -278,7 +297,9 @@ impl Standby {
         let mut state = self.state.lock().await;
         if let Some((active, _)) = &state.active {
             // The first answer was lost.
-            return if active.term == term { Ok(active.times.clone()) } else {
+            return if active.term == term {
+                Ok(active.times.clone())
+            } else {
                 Err(ActivateError::Active(self.name(), active.term.number))
             };
         }
@@ -293,7 +314,8 @@ impl Standby {
             return Err(ActivateError::Superseded(self.name()));
         }
         times.term = declared.elapsed();
-        self.run(&mut state, header.point, term, declared, times).await
+        self.run(&mut state, header.point, term, declared, times)
+            .await
     }
 
     /// An operator's decision: run the guest from a point, under the next term.
@@ -308,9 +330,19 @@ impl Standby {
         }
         let point = match point {
             Some(point) if self.points().iter().any(|p| p.point == point) => point,
-            Some(point) => return Err(ActivateError::NoPoint(self.name(), format!("point {point}"))),
+            Some(point) => {
+                return Err(ActivateError::NoPoint(
+                    self.name(),
+                    format!("point {point}"),
+                ));
+            }
             None => match self.newest() {
-                0 => return Err(ActivateError::NoPoint(self.name(), "recovery point".to_owned())),
+                0 => {
+                    return Err(ActivateError::NoPoint(
+                        self.name(),
+                        "recovery point".to_owned(),
+                    ));
+                }
                 newest => newest,
             },
         };
@@ -326,7 +358,9 @@ impl Standby {
         site.announce_term(&self.remote, term).await;
         self.run(&mut state, point, term, declared, times).await?;
         let active = state.active.as_ref().map(|(a, _)| a.clone());
-        active.map(|a| (point, a)).ok_or_else(|| ActivateError::Step("not active".to_owned()))
+        active
+            .map(|a| (point, a))
+            .ok_or_else(|| ActivateError::Step("not active".to_owned()))
     }
 
     async fn run(
@@ -337,7 +371,9 @@ impl Standby {
         declared: Instant,
         mut times: ActivationTimes,
     ) -> Result<ActivationTimes, ActivateError> {
-        let ran = self.run_steps(state, point, term, declared, &mut times).await;
+        let ran = self
+            .run_steps(state, point, term, declared, &mut times)
+            .await;
         if let Err(error) = &ran {
             tracing::error!(guest = %self.name(), point, %error, "could not be run here");
             self.see(|s| s.trouble = format!("could not be run from point {point}: {error}"));
@@ -345,7 +381,9 @@ impl Standby {
             state.warm = Warm::default();
             self.see(|s| s.warm_point = None);
             if let Ok(site) = self.site() {
-                let _ = site.catalogue.remove(Table::Activations, &self.guest.to_string());
+                let _ = site
+                    .catalogue
+                    .remove(Table::Activations, &self.guest.to_string());
             }
         }
         ran.map(|()| times)
@@ -371,9 +409,13 @@ impl Standby {
             }
             None => {
                 let directory = site.config.ram_dir().join(self.guest.to_string());
-                state.warm.make_files(&directory, &context.definition).map_err(|source| {
-                    ActivateError::Io { what: format!("making RAM files in {}", directory.display()), source }
-                })?;
+                state
+                    .warm
+                    .make_files(&directory, &context.definition)
+                    .map_err(|source| ActivateError::Io {
+                        what: format!("making RAM files in {}", directory.display()),
+                        source,
+                    })?;
                 let began = Instant::now();
                 let (launched, filled) =
                     tokio::join!(self.timed(self.launch(point)), self.fill(state, point));
@@ -445,11 +487,16 @@ impl Standby {
     /// Announces the guest, then copies its disks out of the store.
     async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
         let standby = self.clone();
-        let rate = self.site.upgrade().and_then(|s| s.config.activate.hydrate_rate.rate());
+        let rate = self
+            .site
+            .upgrade()
+            .and_then(|s| s.config.activate.hydrate_rate.rate());
         let rate = rate.map_or(0, |rate| rate.bytes_per_second());
         let done = tokio::task::spawn_blocking(move || {
             ready.announce();
-            ready.hydrate(rate, |done, total| standby.see(|s| s.hydration = Some((done, total))))
+            ready.hydrate(rate, |done, total| {
+                standby.see(|s| s.hydration = Some((done, total)))
+            })
         })
         .await;
         match done {
@@ -477,7 +524,10 @@ impl Standby {
     }
 
     /// After a daemon's restart: serves and watches a guest that runs here.
-    pub(super) async fn adopt(self: &Arc<Self>, activation: Activation) -> Result<(), ActivateError> {
+    pub(super) async fn adopt(
+        self: &Arc<Self>,
+        activation: Activation,
+    ) -> Result<(), ActivateError> {
         let mut state = self.state.lock().await;
         let site = self.site()?;
         let (replica, context) = self.open(activation.point)?;
@@ -485,7 +535,12 @@ impl Standby {
             let (site, guest) = (site.clone(), self.guest);
             let (term, hydrated) = (activation.term.number, activation.hydrated);
             step(move || {
-                Ready::adopt(&ground(&site, guest, term), &replica, &context.definition, hydrated)
+                Ready::adopt(
+                    &ground(&site, guest, term),
+                    &replica,
+                    &context.definition,
+                    hydrated,
+                )
             })
             .await?
         };
@@ -504,8 +559,11 @@ impl Standby {
                 Ok(())
             }
             Err(error) => {
-                self.see(|s| s.trouble = format!("it was taken over here before, and is gone: {error}"));
-                site.catalogue.remove(Table::Activations, &self.guest.to_string())?;
+                self.see(|s| {
+                    s.trouble = format!("it was taken over here before, and is gone: {error}")
+                });
+                site.catalogue
+                    .remove(Table::Activations, &self.guest.to_string())?;
                 site.catalogue.flush()?;
                 Ok(())
             }
@@ -516,7 +574,9 @@ impl Standby {
     pub(super) async fn fenced(self: &Arc<Self>, term: Term) {
         let mut state = self.state.lock().await;
         self.discard(&mut state).await;
-        let Some((active, ready)) = &state.active else { return };
+        let Some((active, ready)) = &state.active else {
+            return;
+        };
         let ready = ready.clone();
         let stopped = tokio::task::spawn_blocking(move || ready.stop()).await;
         let done = match stopped {
@@ -524,7 +584,10 @@ impl Standby {
             Ok(Err(error)) => format!("it could not be stopped here: {error}"),
             Err(error) => format!("it could not be stopped here: {error}"),
         };
-        let why = format!("fenced: term {} is newer than {}; {done}", term.number, active.term.number);
+        let why = format!(
+            "fenced: term {} is newer than {}; {done}",
+            term.number, active.term.number
+        );
         tracing::warn!(guest = %self.name(), "{why}");
         self.see(|s| s.trouble = why);
     }
@@ -537,13 +600,17 @@ impl Standby {
         }
         self.discard(&mut state).await;
         let site = self.site()?;
-        state.warm.discard(&site.config.ram_dir().join(self.guest.to_string()));
+        state
+            .warm
+            .discard(&site.config.ram_dir().join(self.guest.to_string()));
         self.see(|s| s.warm_point = None);
         let store = self.remote.incoming.store.clone();
         let guest = self.guest;
         store.abandon(guest);
         if discard {
-            super::guests::discard_points(&self.remote, guest).await.map_err(ActivateError::Step)?;
+            super::guests::discard_points(&self.remote, guest)
+                .await
+                .map_err(ActivateError::Step)?;
             site.forget_standby(guest)?;
         }
         Ok(())
@@ -551,7 +618,10 @@ impl Standby {
 
     /// What goes into the catalogue.
     pub(super) fn record(&self) -> StandbyRecord {
-        StandbyRecord { from: self.from(), opening: self.opening() }
+        StandbyRecord {
+            from: self.from(),
+            opening: self.opening(),
+        }
     }
 }
 
@@ -559,7 +629,11 @@ impl Standby {
 fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
     Ground {
         guest,
-        run: site.config.run_dir().join(guest.to_string()).join(format!("t{term}")),
+        run: site
+            .config
+            .run_dir()
+            .join(guest.to_string())
+            .join(format!("t{term}")),
         ram: site.config.ram_dir().join(guest.to_string()),
         exports: &site.exports,
         networks: &site.config.networks,
@@ -570,5 +644,7 @@ fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
 async fn step<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ActivateError> {
-    tokio::task::spawn_blocking(work).await.map_err(|e| ActivateError::Step(e.to_string()))
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|e| ActivateError::Step(e.to_string()))
 }

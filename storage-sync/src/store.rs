@@ -299,7 +299,10 @@ impl Store {
     /// sealed, and above every point that batches here claim to belong to.
     pub fn next_point(&self, guest: GuestId) -> u64 {
         let state = held(&self.0.state);
-        state.guests.get(&guest).map_or(1, |guest| guest.largest.max(guest.claimed) + 1)
+        state
+            .guests
+            .get(&guest)
+            .map_or(1, |guest| guest.largest.max(guest.claimed) + 1)
     }
 
     /// Gives up what was received for points that are not sealed: the next

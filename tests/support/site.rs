@@ -47,20 +47,33 @@ pub struct TestSite {
 }
 
 pub fn free_udp() -> SocketAddr {
-    UdpSocket::bind("127.0.0.1:0").unwrap().local_addr().unwrap()
+    UdpSocket::bind("127.0.0.1:0")
+        .unwrap()
+        .local_addr()
+        .unwrap()
 }
 
 impl TestSite {
     /// A site that is set up and does not run yet. `more` is appended to its
     /// configuration: whole tables other than listen.
-    pub fn new(dir: &Path, name: &str, listen: SocketAddr, advertise: SocketAddr, more: &str) -> Self {
+    pub fn new(
+        dir: &Path,
+        name: &str,
+        listen: SocketAddr,
+        advertise: SocketAddr,
+        more: &str,
+    ) -> Self {
         let dir = dir.join(name);
         let run = Command::new(env!("CARGO_BIN_EXE_farhaven"))
             .args(["site", "init", name, "--dir"])
             .arg(&dir)
             .output()
             .unwrap();
-        assert!(run.status.success(), "{}", String::from_utf8_lossy(&run.stderr));
+        assert!(
+            run.status.success(),
+            "{}",
+            String::from_utf8_lossy(&run.stderr)
+        );
         let ram = format!("/dev/shm/farhaven-test-{}-{name}", std::process::id());
         let ram = format!("{ram}-{}", dir.to_string_lossy().len());
         let text = format!(
@@ -68,22 +81,38 @@ impl TestSite {
             dir.display()
         );
         fs::write(dir.join("site.toml"), text).unwrap();
-        Self { name: name.to_owned(), dir, listen, child: None }
+        Self {
+            name: name.to_owned(),
+            dir,
+            listen,
+            child: None,
+        }
     }
 
     pub fn start(&mut self) {
         self.start_silently();
         let deadline = Instant::now() + Duration::from_secs(20);
         while !self.cli(&["status", "--json"]).ok {
-            let ended = self.child.as_mut().is_none_or(|c| !matches!(c.try_wait(), Ok(None)));
-            assert!(!ended && Instant::now() < deadline, "no daemon: {}", self.log());
+            let ended = self
+                .child
+                .as_mut()
+                .is_none_or(|c| !matches!(c.try_wait(), Ok(None)));
+            assert!(
+                !ended && Instant::now() < deadline,
+                "no daemon: {}",
+                self.log()
+            );
             std::thread::sleep(Duration::from_millis(30));
         }
     }
 
     /// Starts the daemon without waiting for it.
     pub fn start_silently(&mut self) {
-        let log = File::options().create(true).append(true).open(self.dir.join("daemon.log")).unwrap();
+        let log = File::options()
+            .create(true)
+            .append(true)
+            .open(self.dir.join("daemon.log"))
+            .unwrap();
         let child = Command::new(env!("CARGO_BIN_EXE_farhaven"))
             .args(["site", "run", "--config"])
             .arg(self.dir.join("site.toml"))
@@ -109,7 +138,9 @@ impl TestSite {
 
     /// SIGTERM; its exit status was good.
     pub fn terminate(&mut self) -> bool {
-        let Some(mut child) = self.child.take() else { return false };
+        let Some(mut child) = self.child.take() else {
+            return false;
+        };
         let pid = rustix::process::Pid::from_child(&child);
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);
         let deadline = Instant::now() + Duration::from_secs(20);
@@ -166,11 +197,19 @@ impl TestSite {
     }
 
     pub fn source(&self, guest: &str) -> SourceView {
-        self.view().guests.into_iter().find(|g| g.name == guest).expect("the guest")
+        self.view()
+            .guests
+            .into_iter()
+            .find(|g| g.name == guest)
+            .expect("the guest")
     }
 
     pub fn target(&self, guest: &str) -> TargetView {
-        self.view().standbys.into_iter().find(|g| g.name == guest).expect("the guest")
+        self.view()
+            .standbys
+            .into_iter()
+            .find(|g| g.name == guest)
+            .expect("the guest")
     }
 
     pub fn peer(&self) -> PeerView {
@@ -179,7 +218,12 @@ impl TestSite {
 
     /// Waits until what is asked of the status is so.
     #[track_caller]
-    pub fn until<T>(&self, what: &str, patience: Duration, mut wanted: impl FnMut(SiteView) -> Option<T>) -> T {
+    pub fn until<T>(
+        &self,
+        what: &str,
+        patience: Duration,
+        mut wanted: impl FnMut(SiteView) -> Option<T>,
+    ) -> T {
         let deadline = Instant::now() + patience;
         loop {
             if let Some(found) = wanted(self.view()) {
@@ -200,7 +244,9 @@ impl TestSite {
     #[track_caller]
     pub fn until_sealed(&self, guest: &str, points: u64, patience: Duration) -> SourceView {
         self.until("points sealed", patience, |view| {
-            view.guests.into_iter().find(|g| g.name == guest && g.points_sealed >= points)
+            view.guests
+                .into_iter()
+                .find(|g| g.name == guest && g.points_sealed >= points)
         })
     }
 
@@ -222,19 +268,31 @@ impl Drop for TestSite {
         }
         // QEMUs that this site launched note their pid beside their sockets.
         let text = fs::read_to_string(self.dir.join("site.toml")).unwrap_or_default();
-        for guest in fs::read_dir(self.dir.join("run")).into_iter().flatten().flatten() {
+        for guest in fs::read_dir(self.dir.join("run"))
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             for term in fs::read_dir(guest.path()).into_iter().flatten().flatten() {
                 let pid = fs::read_to_string(term.path().join("qemu.pid")).unwrap_or_default();
                 let line = fs::read(format!("/proc/{}/cmdline", pid.trim())).unwrap_or_default();
                 let ours = self.dir.to_string_lossy().into_owned().into_bytes();
                 let ours = line.windows(ours.len()).any(|w| w == ours);
-                let pid = pid.trim().parse().ok().and_then(rustix::process::Pid::from_raw);
+                let pid = pid
+                    .trim()
+                    .parse()
+                    .ok()
+                    .and_then(rustix::process::Pid::from_raw);
                 if let Some(pid) = pid.filter(|_| ours) {
                     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
                 }
             }
         }
-        if let Some(ram) = text.split("ram_dir = \"").nth(1).and_then(|t| t.split('"').next()) {
+        if let Some(ram) = text
+            .split("ram_dir = \"")
+            .nth(1)
+            .and_then(|t| t.split('"').next())
+        {
             let _ = fs::remove_dir_all(ram);
         }
     }
@@ -261,7 +319,13 @@ impl Pair {
         west.start();
         let invited = west.cli(&["pair", "--json"]).good();
         let invited: serde_json::Value = serde_json::from_str(&invited.out).unwrap();
-        east.cli(&["pair", invited["invitation"].as_str().unwrap()]).good();
-        Self { east, west, link, dir }
+        east.cli(&["pair", invited["invitation"].as_str().unwrap()])
+            .good();
+        Self {
+            east,
+            west,
+            link,
+            dir,
+        }
     }
 }

@@ -217,19 +217,34 @@ impl Definition {
             if self.kvm { ", KVM" } else { "" },
         )];
         for block in &self.ram {
-            let path = block.path.as_ref().map_or("no file".to_owned(), |p| p.display().to_string());
+            let path = block
+                .path
+                .as_ref()
+                .map_or("no file".to_owned(), |p| p.display().to_string());
             let shared = if block.shared { "shared" } else { "NOT shared" };
             lines.push(format!("RAM   {}: {path}, {shared}", block.id));
         }
         for disk in &self.disks {
-            let path = disk.path.as_ref().map_or(String::new(), |p| format!(", {}", p.display()));
-            lines.push(format!("disk  {}: {}, {}{path}", disk.name, disk.format, gib(disk.bytes)));
+            let path = disk
+                .path
+                .as_ref()
+                .map_or(String::new(), |p| format!(", {}", p.display()));
+            lines.push(format!(
+                "disk  {}: {}, {}{path}",
+                disk.name,
+                disk.format,
+                gib(disk.bytes)
+            ));
         }
         for net in &self.nets {
             lines.push(format!("net   {}: {}", net.id, net.value));
         }
         for file in &self.files {
-            lines.push(format!("file  {}: {} bytes, must be at the peer too", file.path.display(), file.bytes));
+            lines.push(format!(
+                "file  {}: {} bytes, must be at the peer too",
+                file.path.display(),
+                file.bytes
+            ));
         }
         lines
     }

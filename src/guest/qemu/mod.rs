@@ -14,8 +14,8 @@ use serde_json::json;
 
 use super::{After, Cut, Guest, GuestError, Sink};
 use attach::{Before, CUT_MARK, HELD_MARK};
-use disk::{Disk, View};
 pub use attach_options::AttachOptions;
+use disk::{Disk, View};
 use qmp::Qmp;
 use scan::RamBlock;
 use tracking::Bits;
