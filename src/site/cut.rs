@@ -4,8 +4,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
-use super::driver::{Attached, DriveError, Driver, Sealed, blocking, take};
+use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
+use super::steps::{blocking, take};
 use crate::activate::fence::Term;
 use crate::capture::CaptureBuffer;
 use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};

@@ -8,11 +8,10 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::decide::{self, Measured};
-use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeKind};
+use farhaven_storage_sync::unit::Digest;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::records::{GuestRecord, Protection};
@@ -20,8 +19,7 @@ use super::remote::{AskError, Remote};
 use super::view::{MoveReport, Phase, SourceView};
 use super::{Site, handover};
 use crate::activate::fence::Term;
-use crate::guest::{After, Guest, GuestError, SinkError};
-use crate::replicate::message::{Message, Opened, Opening};
+use crate::guest::{After, Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// What a driver is asked to do.
@@ -43,7 +41,7 @@ pub(super) enum Command {
 
 impl Command {
     /// Must the step under way stop for it?
-    fn is_urgent(&self) -> bool {
+    pub(super) fn is_urgent(&self) -> bool {
         matches!(self, Command::Pause | Command::End | Command::Fence(..))
     }
 }
@@ -84,8 +82,8 @@ pub(super) struct Driver {
     pub(super) view: watch::Sender<SourceView>,
     pub(super) totals: Arc<Totals>,
     pub(super) stop: watch::Sender<bool>,
-    commands: mpsc::Receiver<Command>,
-    waiting: VecDeque<Command>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    pub(super) waiting: VecDeque<Command>,
     sealing: Measured,
     pausing: Measured,
 }
@@ -294,151 +292,6 @@ impl Driver {
         Ok(Next::Again(Duration::ZERO))
     }
 
-    async fn attach(&mut self) -> Result<Box<dyn Guest>, DriveError> {
-        let (site, record) = (self.site.clone(), self.record.clone());
-        let key = site.tracking_key.clone();
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
-        let attached = blocking(move || site.attach(&record, key, threads)).await?;
-        Ok(attached?)
-    }
-
-    /// Tells the peer of the guest and learns what it holds.
-    async fn open(&mut self, mut guest: Box<dyn Guest>) -> Result<Attached, DriveError> {
-        let term = match self.site.fence.current(self.record.id) {
-            Some(term) => term,
-            None => self.site.fence.raise(self.record.id, self.site.key())?,
-        };
-        self.view.send_modify(|v| v.term = Some(term.number));
-        let opened = self.ask_open(guest.volumes().to_vec(), term).await?;
-        let remote = self.remote.clone();
-        let bytes =
-            usize::try_from(self.site.config.store.index_bytes.bytes()).unwrap_or(usize::MAX);
-        let outgoing = self
-            .interruptible(remote.outgoing(opened.last_seq, bytes, self.site.tracking_key.clone()))
-            .await??;
-        let mut state_known = Vec::new();
-        if opened.newest > 0 {
-            self.phase(Phase::Resuming);
-            self.view.send_modify(|v| v.newest_point = opened.newest);
-            let cut_at = SystemTime::UNIX_EPOCH + Duration::from_nanos(opened.newest_cut_at);
-            self.site.note_sealed(self.record.id, cut_at);
-            (guest, state_known) = self.resume_tracking(guest, &outgoing, &opened).await?;
-        }
-        Ok(Attached {
-            guest: Some(guest),
-            outgoing,
-            newest: opened.newest,
-            next: opened.next_point.max(opened.newest + 1),
-            state_known,
-            shipment: None,
-        })
-    }
-
-    async fn ask_open(&self, volumes: Vec<Volume>, term: Term) -> Result<Opened, DriveError> {
-        let opening = Opening {
-            guest: self.record.id,
-            name: self.record.name.clone(),
-            source: self.site.config.site.name.clone(),
-            definition: self.record.definition.clone(),
-            volumes,
-            term,
-            warm: self.protection.policy.warm,
-            fresh: true,
-            retention: self.protection.policy.retention.clone(),
-        };
-        match self.remote.ask(Message::Open(Box::new(opening))).await? {
-            Message::Opened(opened) => Ok(opened),
-            _ => Err(AskError::Unfitting(self.remote.record.site.clone()).into()),
-        }
-    }
-
-    /// Gives the guest the digests of what the peer holds.
-    async fn resume_tracking(
-        &mut self,
-        mut guest: Box<dyn Guest>,
-        outgoing: &Arc<Outgoing>,
-        opened: &Opened,
-    ) -> Result<(Box<dyn Guest>, Vec<Digest>), DriveError> {
-        let mut state_known = Vec::new();
-        let volumes = guest.volumes().to_vec();
-        for (index, volume) in volumes.iter().enumerate() {
-            let held = opened.volumes.get(index);
-            let fits = held.is_some_and(|h| h.name == volume.name && h.kind == volume.kind);
-            let state = volume.kind == VolumeKind::DeviceState;
-            if !fits || (!state && held.is_some_and(|h| h.bytes != volume.bytes)) {
-                return Err(DriveError::Other(format!(
-                    "volume {index} of '{}' is {} of {} bytes here, but the peer holds another. Were disks changed? Run: farhaven unprotect {} --discard, then protect it anew",
-                    self.record.name, volume.name, volume.bytes, self.record.name
-                )));
-            }
-            let units = held.map_or(0, |h| h.units());
-            let digests = self
-                .baseline(outgoing, opened.newest, index as u16, units)
-                .await?;
-            if state {
-                state_known = digests;
-            } else {
-                let newest = opened.newest;
-                let given = blocking(move || {
-                    let mut guest = guest;
-                    let given = guest.baseline(newest, index as u16, digests);
-                    (guest, given)
-                });
-                let (back, given) = given.await?;
-                given?;
-                guest = back;
-            }
-        }
-        Ok((guest, state_known))
-    }
-
-    async fn baseline(
-        &mut self,
-        outgoing: &Arc<Outgoing>,
-        point: u64,
-        volume: u16,
-        units: u64,
-    ) -> Result<Vec<Digest>, DriveError> {
-        let mut digests = vec![Digest::ZERO_UNIT; usize::try_from(units).unwrap_or(usize::MAX)];
-        let mut next = Some(0);
-        while let Some(unit) = next {
-            let question = Message::Baseline {
-                guest: self.record.id,
-                point,
-                volume,
-                unit,
-                key: *outgoing.key.bytes(),
-            };
-            let remote = self.remote.clone();
-            let answer = self.interruptible(remote.ask(question)).await??;
-            let Message::BaselinePage {
-                runs,
-                next: following,
-            } = answer
-            else {
-                return Err(AskError::Unfitting(self.remote.record.site.clone()).into());
-            };
-            for (first, bytes) in runs {
-                for (i, digest) in bytes.chunks_exact(16).enumerate() {
-                    let at = first.saturating_add(i as u64);
-                    if let (Some(slot), Ok(digest)) =
-                        (digests.get_mut(at as usize), digest.try_into())
-                    {
-                        *slot = Digest(digest);
-                    }
-                }
-            }
-            self.totals
-                .done
-                .store(unit * UNIT as u64, Ordering::Relaxed);
-            self.totals
-                .total
-                .store(units * UNIT as u64, Ordering::Relaxed);
-            next = following.filter(|n| *n > unit);
-        }
-        Ok(digests)
-    }
-
     /// First copy, then cut after cut.
     async fn protect(&mut self, attached: &mut Attached) -> Result<Next, DriveError> {
         self.view.send_modify(|v| v.trouble.clear());
@@ -506,117 +359,8 @@ impl Driver {
         every.checked_sub(since).filter(|left| !left.is_zero())
     }
 
-    /// One pass while the guest runs.
-    pub(super) async fn round(&mut self, attached: &mut Attached) -> Result<(), DriveError> {
-        let mut guest = take(&mut attached.guest)?;
-        let mut shipment = self.shipment(attached);
-        let work = blocking(move || {
-            let done = guest
-                .round(&mut shipment)
-                .and_then(|()| Ok(shipment.flush()?));
-            (guest, shipment, done)
-        });
-        let (guest, shipment, done) = self.finishing(work).await?;
-        attached.guest = Some(guest);
-        attached.shipment = Some(shipment);
-        self.interrupted_or(done)
-    }
-
-    /// Cuts, ships and seals one point.
-    pub(super) async fn point(
-        &mut self,
-        attached: &mut Attached,
-        after: After,
-    ) -> Result<Sealed, DriveError> {
-        let made = super::cut::make(self, attached, after).await?;
-        let sealed = super::cut::seal(self, attached, made).await?;
-        Ok(sealed)
-    }
-
-    /// The shipment under way for the next point, or a new one.
-    pub(super) fn shipment(&self, attached: &mut Attached) -> Shipment {
-        attached.shipment.take().unwrap_or_else(|| {
-            Shipment::begin(
-                &attached.outgoing,
-                self.record.id,
-                attached.next,
-                self.totals.clone(),
-                self.stop.subscribe(),
-                tokio::runtime::Handle::current(),
-            )
-        })
-    }
-
     pub(super) fn phase(&self, phase: Phase) {
         self.view.send_modify(|v| v.phase = phase);
-    }
-
-    /// Waits for `work` while commands queue up; an urgent one interrupts the wait.
-    pub(super) async fn interruptible<T>(
-        &mut self,
-        work: impl Future<Output = T>,
-    ) -> Result<T, DriveError> {
-        tokio::pin!(work);
-        loop {
-            if self.waiting.iter().any(Command::is_urgent) {
-                return Err(DriveError::Interrupted);
-            }
-            tokio::select! {
-                done = &mut work => return Ok(done),
-                command = self.commands.recv() => match command {
-                    Some(command) => self.waiting.push_back(command),
-                    None => return Err(DriveError::Interrupted),
-                },
-            }
-        }
-    }
-
-    /// Waits for `work`; any command interrupts the wait.
-    pub(super) async fn interruptible_by_any<T>(
-        &mut self,
-        work: impl Future<Output = T>,
-    ) -> Result<T, DriveError> {
-        if self.waiting.is_empty() {
-            tokio::select! {
-                done = work => return Ok(done),
-                command = self.commands.recv() => self.waiting.extend(command),
-            }
-        }
-        Err(DriveError::Interrupted)
-    }
-
-    /// Waits for `work`, which has the guest, to its end; an urgent command tells it to stop.
-    pub(super) async fn finishing<T>(
-        &mut self,
-        work: impl Future<Output = Result<T, DriveError>>,
-    ) -> Result<T, DriveError> {
-        tokio::pin!(work);
-        loop {
-            if self.waiting.iter().any(Command::is_urgent) {
-                let _ = self.stop.send(true);
-                return work.await;
-            }
-            tokio::select! {
-                done = &mut work => return done,
-                command = self.commands.recv() => match command {
-                    Some(command) => self.waiting.push_back(command),
-                    None => {
-                        let _ = self.stop.send(true);
-                        return work.await;
-                    }
-                },
-            }
-        }
-    }
-
-    /// A step that was told to stop ended because of that.
-    pub(super) fn interrupted_or<T>(&self, done: Result<T, GuestError>) -> Result<T, DriveError> {
-        match done {
-            Err(GuestError::Sink(SinkError::Closed)) if *self.stop.borrow() => {
-                Err(DriveError::Interrupted)
-            }
-            other => Ok(other?),
-        }
     }
 
     fn look_at_commands(&mut self) {
@@ -707,19 +451,4 @@ pub(super) struct Sealed {
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
-}
-
-/// Runs something that blocks; its panic is an error here, not the daemon's end.
-pub(super) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, DriveError> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|e| DriveError::Other(format!("a step ended early: {e}")))
-}
-
-pub(super) fn take(guest: &mut Option<Box<dyn Guest>>) -> Result<Box<dyn Guest>, DriveError> {
-    guest
-        .take()
-        .ok_or_else(|| DriveError::Other("the guest is not attached".to_owned()))
 }

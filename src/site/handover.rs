@@ -10,8 +10,9 @@
 use std::time::{Duration, Instant};
 
 use super::cut;
-use super::driver::{Attached, DriveError, Driver, blocking, take};
+use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
+use super::steps::{blocking, take};
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest};

@@ -17,7 +17,13 @@ mod driver;
 mod guests;
 mod handover;
 mod operate;
+mod pairing;
+mod promote;
+mod protect;
 mod standby;
+mod status;
+mod steps;
+mod takeover;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -41,9 +47,9 @@ use crate::activate::nbd::{NbdError, NbdServer};
 use crate::replicate::message::PointContext;
 use crate::replicate::receive::Incoming;
 use driver::{Command, Driver, DriverHandle};
+pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
-pub use standby::ActivateError;
 use standby::Standby;
 
 /// Why a site does not start.

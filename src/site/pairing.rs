@@ -1,0 +1,145 @@
+//! Pairing with other sites, as operators ask for it.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, SystemTime};
+
+use farhaven_storage_sync::catalogue::Table;
+use farhaven_wan::{Introduction, Invitation, PeerRecord};
+
+use super::Site;
+use super::operate::{OperateError, failed};
+use super::remote::Remote;
+use super::view::PeerView;
+
+impl Site {
+    /// An invitation for another site, valid for `valid`.
+    ///
+    /// # Errors
+    /// When no address of this site can be told to peers, or too many
+    /// invitations are open.
+    pub fn invite(&self, valid: Duration) -> Result<Invitation, OperateError> {
+        let valid = valid.clamp(Duration::from_secs(10), Duration::from_secs(7 * 24 * 3600));
+        let expires = super::unix_ns(SystemTime::now() + valid) / 1_000_000_000;
+        let invitation = Invitation::new(
+            &self.config.site.name,
+            self.key(),
+            self.addresses()?,
+            expires,
+        )
+        .map_err(failed)?;
+        self.node.invite(&invitation).map_err(failed)?;
+        Ok(invitation)
+    }
+
+    /// Where peers reach this site.
+    fn addresses(&self) -> Result<Vec<String>, OperateError> {
+        let configured = &self.config.listen.advertise;
+        if !configured.is_empty() {
+            return Ok(configured.clone());
+        }
+        let listens = self.local_addr();
+        if listens.ip().is_unspecified() {
+            return Err(OperateError::Conflict(
+                "this site listens on every address and does not know which one peers reach; set listen.advertise = [\"HOST:PORT\"] in its configuration, and start it again".to_owned(),
+            ));
+        }
+        Ok(vec![listens.to_string()])
+    }
+
+    fn introduction(&self) -> Result<Introduction, OperateError> {
+        // The side that accepts an invitation dials; it need not be reachable itself.
+        let addresses = self.addresses().unwrap_or_default();
+        Introduction::new(self.config.site.name.clone(), addresses).map_err(failed)
+    }
+
+    /// Accepts another site's invitation: both pin each other's key.
+    ///
+    /// # Errors
+    /// When the invitation is not valid, or its site cannot be reached.
+    pub async fn pair(self: &Arc<Self>, invitation: &Invitation) -> Result<PeerView, OperateError> {
+        if invitation.key() == self.key() {
+            return Err(OperateError::Conflict(
+                "this invitation is this site's own; accept it at the other site".to_owned(),
+            ));
+        }
+        if self.remote(invitation.site()).is_some() {
+            return Err(OperateError::Conflict(format!(
+                "a site named '{0}' is paired already; run: farhaven peer remove {0}",
+                invitation.site()
+            )));
+        }
+        let record = self
+            .node
+            .accept_invitation(invitation, &self.introduction()?)
+            .await
+            .map_err(failed)?;
+        let remote = self.add_peer(record)?;
+        Ok(peer_view(&remote))
+    }
+
+    pub(super) fn add_peer(
+        self: &Arc<Self>,
+        record: PeerRecord,
+    ) -> Result<Arc<Remote>, OperateError> {
+        self.catalogue
+            .put(Table::Peers, &record.site, &record)
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)?;
+        tracing::info!(peer = %record.site, key = %record.key, "paired");
+        self.trust(record).map_err(failed)
+    }
+
+    /// Ends a pairing. Its guests must not be protected to it any more.
+    ///
+    /// # Errors
+    /// When there is no such peer, or guests are still protected to it.
+    pub fn remove_peer(&self, name: &str) -> Result<(), OperateError> {
+        let remote = self.remote(name).ok_or_else(|| self.no_peer(name))?;
+        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(driver) = drivers
+            .values()
+            .find(|d| d.view.borrow().peer.as_deref() == Some(name))
+        {
+            let guest = driver.view.borrow().name.clone();
+            return Err(OperateError::Conflict(format!(
+                "'{guest}' is protected to '{name}'; run first: farhaven unprotect {guest}"
+            )));
+        }
+        drop(drivers);
+        self.catalogue.remove(Table::Peers, name).map_err(failed)?;
+        self.catalogue.flush().map_err(failed)?;
+        self.node.revoke(remote.record.key);
+        self.remotes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(name);
+        Ok(())
+    }
+
+    pub(super) fn no_peer(&self, name: &str) -> OperateError {
+        let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
+        let known: Vec<_> = remotes.keys().map(String::as_str).collect();
+        OperateError::Unknown(match known.as_slice() {
+            [] => format!("no site is paired; pair '{name}' first: farhaven pair"),
+            known => format!("no site '{name}' is paired; known: {}", known.join(", ")),
+        })
+    }
+}
+
+pub(super) fn peer_view(remote: &Remote) -> PeerView {
+    let link = remote.peer.status();
+    PeerView {
+        site: remote.record.site.clone(),
+        key: remote.record.key.to_string(),
+        addresses: remote.record.addresses.clone(),
+        connected: remote.alive(),
+        rtt_ms: link.rtt.map(|rtt| rtt.as_secs_f64() * 1e3),
+        sent_bytes: link.udp_tx_bytes,
+        received_bytes: link.udp_rx_bytes,
+        lost_packets: link.lost_packets,
+        sent_packets: link.sent_packets,
+        resent_bytes: link.data_resent_bytes,
+        last_disconnect: link.why_last_disconnect.unwrap_or_default(),
+        trouble: remote.trouble(),
+    }
+}

@@ -1,0 +1,327 @@
+//! Guests that run here: known, checked, protected, moved, as operators ask for it.
+
+use std::path::Path;
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use farhaven_policies::units::Period;
+use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::unit::GuestId;
+
+use super::Site;
+use super::driver::Command;
+use super::operate::{OperateError, failed};
+use super::records::{GuestRecord, Protection};
+use super::view::{MoveReport, Phase};
+use crate::guest::qemu::check::{Finding, Severity};
+use crate::replicate::message::Message;
+
+impl Site {
+    pub(super) fn guest_records(&self) -> Vec<GuestRecord> {
+        match self.catalogue.list::<GuestRecord>(Table::Guests) {
+            Ok(records) => records.into_iter().map(|(_, record)| record).collect(),
+            Err(error) => {
+                tracing::error!(%error, "the catalogue cannot be read");
+                Vec::new()
+            }
+        }
+    }
+
+    /// A guest that runs here, by its name.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn guest(&self, name: &str) -> Result<GuestRecord, OperateError> {
+        let records = self.guest_records();
+        if let Some(record) = records.iter().find(|r| r.name == name) {
+            return Ok(record.clone());
+        }
+        let known: Vec<_> = records.iter().map(|r| r.name.as_str()).collect();
+        let from = self.standby_named(name).map(|s| s.from());
+        Err(OperateError::Unknown(match (from, known.as_slice()) {
+            (Some(from), _) => format!(
+                "'{name}' is a guest of site '{from}', protected to here; ask there, or take it over: farhaven failover {name}"
+            ),
+            (None, []) => {
+                format!("no guest '{name}'; add it: farhaven guest add {name} --qmp PATH")
+            }
+            (None, known) => format!("no guest '{name}' here; known: {}", known.join(", ")),
+        }))
+    }
+
+    /// Makes a running QEMU known as a guest.
+    ///
+    /// # Errors
+    /// When the name is taken, or QEMU cannot be asked.
+    pub async fn add_guest(
+        self: &Arc<Self>,
+        name: &str,
+        qmp: &Path,
+    ) -> Result<GuestRecord, OperateError> {
+        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        if name.is_empty()
+            || name.len() > 63
+            || !name.chars().all(plain)
+            || name.starts_with(['-', '.'])
+        {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
+            )));
+        }
+        let records = self.guest_records();
+        if let Some(other) = records.iter().find(|r| r.name == name || r.qmp == qmp) {
+            return Err(OperateError::Conflict(format!(
+                "guest '{}' is known already, at {}",
+                other.name,
+                other.qmp.display()
+            )));
+        }
+        if self.standby_named(name).is_some() {
+            return Err(OperateError::Conflict(format!(
+                "a peer protects a guest named '{name}' to here; choose another name"
+            )));
+        }
+        let path = qmp.to_owned();
+        let definition = tokio::task::spawn_blocking(move || super::guests::define(&path))
+            .await
+            .map_err(failed)?
+            .map_err(failed)?;
+        let record = GuestRecord {
+            id: GuestId::random(),
+            name: name.to_owned(),
+            qmp: qmp.to_owned(),
+            definition,
+        };
+        self.catalogue
+            .put(Table::Guests, &record.id.to_string(), &record)
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)?;
+        Ok(record)
+    }
+
+    /// Forgets a guest that is not protected; it runs on.
+    ///
+    /// # Errors
+    /// When there is none, or it is protected.
+    pub fn remove_guest(&self, name: &str) -> Result<(), OperateError> {
+        let record = self.guest(name)?;
+        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+        if drivers.contains_key(&record.id) {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is protected; run first: farhaven unprotect {name}"
+            )));
+        }
+        drop(drivers);
+        self.catalogue
+            .remove(Table::Guests, &record.id.to_string())
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)
+    }
+
+    /// What would stop protection here, or activation at `to` (or at the peer it is protected to).
+    ///
+    /// # Errors
+    /// When QEMU or the peer cannot be asked.
+    pub async fn check_guest(
+        &self,
+        name: &str,
+        to: Option<&str>,
+    ) -> Result<Vec<Finding>, OperateError> {
+        let record = self.guest(name)?;
+        let protected_to = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers
+                .get(&record.id)
+                .and_then(|d| d.view.borrow().peer.clone())
+        };
+        let only = {
+            let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
+            let mut names = remotes.keys();
+            names.next().filter(|_| remotes.len() == 1).cloned()
+        };
+        let local = {
+            let (record, attached) = (record.clone(), protected_to.is_some());
+            tokio::task::spawn_blocking(move || super::guests::check(&record, attached))
+                .await
+                .map_err(failed)?
+                .map_err(failed)?
+        };
+        let mut findings = local;
+        if let Some(peer) = to.map(str::to_owned).or(protected_to).or(only) {
+            let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
+            findings.extend(super::guests::check_at_peer(&record, &remote).await);
+        }
+        Ok(findings)
+    }
+
+    /// Protects a guest to a peer.
+    ///
+    /// # Errors
+    /// When it is protected already, or its check finds what blocks it.
+    pub async fn protect(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        rpo: Option<Period>,
+    ) -> Result<(), OperateError> {
+        let record = self.guest(name)?;
+        self.remote(to).ok_or_else(|| self.no_peer(to))?;
+        let elsewhere = self.fence.may_run(record.id, self.key());
+        if let Err(error) = elsewhere {
+            return Err(OperateError::Conflict(error.to_string()));
+        }
+        let current = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers
+                .get(&record.id)
+                .and_then(|d| d.view.borrow().peer.clone())
+        };
+        if let Some(peer) = current {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is protected to '{peer}' already; to change that: farhaven unprotect {name}"
+            )));
+        }
+        let findings = self.check_guest(name, Some(to)).await?;
+        let blocks: Vec<_> = findings
+            .iter()
+            .filter(|f| f.severity == Severity::Blocks)
+            .collect();
+        if !blocks.is_empty() {
+            let list: Vec<_> = blocks
+                .iter()
+                .map(|f| format!("{}: {}", f.what, f.mend))
+                .collect();
+            return Err(OperateError::Conflict(format!(
+                "'{name}' cannot be protected to '{to}' as it is:\n  {}",
+                list.join("\n  ")
+            )));
+        }
+        let mut policy = self.config.protect.clone();
+        if let Some(rpo) = rpo {
+            policy.rpo = rpo;
+        }
+        if let Some(problem) = policy.problems().first() {
+            return Err(OperateError::Conflict(format!(
+                "the policy cannot be kept: {} {}",
+                problem.key, problem.what
+            )));
+        }
+        self.start_protection(Protection {
+            guest: record.id,
+            to: to.to_owned(),
+            policy,
+            paused: false,
+            moving: None,
+        })
+    }
+
+    fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
+        self.keep_protection(&protection).map_err(failed)?;
+        self.drive(protection).map_err(OperateError::Failed)
+    }
+
+    async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
+        let record = self.guest(name)?;
+        let driver = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.get(&record.id).cloned()
+        };
+        let driver = driver.ok_or_else(|| {
+            OperateError::Conflict(format!(
+                "'{name}' is not protected; run: farhaven protect {name} --to SITE"
+            ))
+        })?;
+        driver.commands.try_send(command).map_err(|_| {
+            OperateError::Conflict(format!("'{name}' has too many commands waiting; try again"))
+        })
+    }
+
+    /// Stops cutting until resumed.
+    ///
+    /// # Errors
+    /// When the guest is not protected.
+    pub async fn pause(&self, name: &str) -> Result<(), OperateError> {
+        self.command(name, Command::Pause).await
+    }
+
+    /// Goes on after a pause.
+    ///
+    /// # Errors
+    /// When the guest is not protected.
+    pub async fn resume(&self, name: &str) -> Result<(), OperateError> {
+        self.command(name, Command::Resume).await
+    }
+
+    /// Ends protection. With `discard` the peer drops its points, too.
+    ///
+    /// # Errors
+    /// When the guest is not protected, or the peer refuses to discard.
+    pub async fn unprotect(&self, name: &str, discard: bool) -> Result<(), OperateError> {
+        let record = self.guest(name)?;
+        let view = self.source_view(&record);
+        if view.phase == Phase::Held {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is held for a move whose end is not known; see farhaven status"
+            )));
+        }
+        self.command(name, Command::End).await?;
+        self.catalogue
+            .remove(Table::Protections, &record.id.to_string())
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)?;
+        let driver = {
+            let mut drivers = self.drivers.write().unwrap_or_else(PoisonError::into_inner);
+            drivers.remove(&record.id)
+        };
+        if let Some(driver) = driver {
+            // Its end drops the receiver: nothing is attached to the guest any more.
+            let _ = tokio::time::timeout(Duration::from_secs(30), driver.commands.closed()).await;
+        }
+        if let Some(remote) = view.peer.as_deref().and_then(|p| self.remote(p)) {
+            let closed = remote
+                .ask(Message::Close {
+                    guest: record.id,
+                    discard,
+                })
+                .await;
+            if let (Err(error), true) = (closed, discard) {
+                return Err(OperateError::Failed(format!(
+                    "protection of '{name}' has ended, but its points at the peer are still there: {error}"
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves a guest to its peer.
+    ///
+    /// # Errors
+    /// When it is not protected at this moment, or the move failed; the
+    /// message says where the guest runs.
+    pub async fn move_guest(&self, name: &str) -> Result<MoveReport, OperateError> {
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.command(name, Command::Move(reply)).await?;
+        answer
+            .await
+            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?
+            .map_err(OperateError::Failed)
+    }
+
+    /// Runs a held guest here again, by an operator's decision.
+    ///
+    /// # Errors
+    /// Without `force`; when it is not held; when it cannot be resumed.
+    pub async fn take_back(&self, name: &str, force: bool) -> Result<(), OperateError> {
+        if !force {
+            return Err(OperateError::Conflict(format!(
+                "taking '{name}' back without the peer's word may leave it running twice. Make sure that it does not run at the peer, then add --force"
+            )));
+        }
+        let (reply, answer) = tokio::sync::oneshot::channel();
+        self.command(name, Command::TakeBack(reply)).await?;
+        answer
+            .await
+            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?
+            .map_err(OperateError::Failed)
+    }
+}

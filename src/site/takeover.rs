@@ -1,0 +1,223 @@
+//! Guests that peers send here: remembered, listed, taken over.
+
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant, SystemTime};
+
+use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::unit::GuestId;
+
+use super::operate::{FENCE_WAIT, OperateError, failed};
+use super::records::PointRecord;
+use super::records::StandbyRecord;
+use super::remote::Remote;
+use super::standby::Standby;
+use super::view::{FailoverReport, PointView};
+use super::{Site, age};
+use crate::activate::fence::Term;
+use crate::replicate::message::{Message, Opening};
+
+impl Site {
+    pub(super) fn standby_named(&self, name: &str) -> Option<Arc<Standby>> {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        standbys.values().find(|s| s.name() == name).cloned()
+    }
+
+    pub(super) fn standby_of(&self, remote: &Remote, guest: GuestId) -> Option<Arc<Standby>> {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        standbys
+            .get(&guest)
+            .filter(|s| s.from() == remote.record.site)
+            .cloned()
+    }
+
+    /// A peer opens a guest: it is remembered.
+    pub(super) fn standby(
+        self: &Arc<Self>,
+        remote: &Arc<Remote>,
+        opening: Opening,
+    ) -> Result<Arc<Standby>, String> {
+        let guest = opening.guest;
+        let mut standbys = self
+            .standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        if let Some(other) = standbys.values().find(|s| s.name() == opening.name)
+            && other.record().opening.guest != guest
+        {
+            return Err(format!(
+                "another guest named '{}' is known at that site; unprotect or rename one",
+                opening.name
+            ));
+        }
+        let standby = match standbys.get(&guest) {
+            Some(standby) if standby.from() == remote.record.site => {
+                standby.update(opening);
+                standby.clone()
+            }
+            Some(standby) => {
+                return Err(format!(
+                    "this guest is protected to here from '{}'",
+                    standby.from()
+                ));
+            }
+            None => Arc::new(Standby::new(self, remote.clone(), opening)),
+        };
+        self.catalogue
+            .put(Table::Remote, &guest.to_string(), &standby.record())
+            .and_then(|()| self.catalogue.flush())
+            .map_err(|e| e.to_string())?;
+        standbys.insert(guest, standby.clone());
+        Ok(standby)
+    }
+
+    /// At start: a peer's guest from the catalogue, and its QEMU if it runs here.
+    pub(super) async fn restore_standby(self: &Arc<Self>, record: StandbyRecord) {
+        let Some(remote) = self.remote(&record.from) else {
+            return;
+        };
+        let guest = record.opening.guest;
+        let standby = Arc::new(Standby::new(self, remote, record.opening));
+        self.standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(guest, standby.clone());
+        match self.activation(guest) {
+            Ok(Some(activation)) => {
+                if let Err(error) = standby.adopt(activation).await {
+                    tracing::error!(guest = %standby.name(), %error, "what runs here cannot be watched");
+                }
+            }
+            Ok(None) => {
+                if let Some(newest) = standby.points().last() {
+                    standby.warm_up(newest.point);
+                }
+            }
+            Err(error) => tracing::error!(%error, "the catalogue cannot be read"),
+        }
+    }
+
+    pub(super) fn forget_standby(
+        &self,
+        guest: GuestId,
+    ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
+        self.standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&guest);
+        self.catalogue.remove(Table::Remote, &guest.to_string())?;
+        self.catalogue.flush()
+    }
+
+    /// The recovery points of a guest, oldest first.
+    ///
+    /// # Errors
+    /// When no peer sends such a guest here.
+    pub fn points(&self, name: &str) -> Result<Vec<PointView>, OperateError> {
+        let standby = self.standby_here(name)?;
+        Ok(standby
+            .points()
+            .iter()
+            .map(|p| {
+                let key = super::point_key(p.guest, p.point);
+                let record: Option<PointRecord> =
+                    self.catalogue.find(Table::Points, &key).unwrap_or_default();
+                let ms = |d: Duration| d.as_secs_f64() * 1e3;
+                PointView {
+                    point: p.point,
+                    cut_at: jiff::Timestamp::from_nanosecond(i128::from(p.cut_at_unix_ns))
+                        .map_or_else(|_| "?".to_owned(), |t| t.to_string()),
+                    age_ms: age(p.cut_at_unix_ns).as_millis() as u64,
+                    pause_ms: ms(Duration::from_nanos(p.stats.pause_ns)),
+                    ram_scan_ms: record.map_or(0.0, |r| ms(r.ram_scan)),
+                    ram_scanned_bytes: record.map_or(0, |r| r.ram_scanned_bytes),
+                    changed_bytes: p.stats.guest_bytes,
+                    sent_bytes: p.stats.wan_bytes,
+                }
+            })
+            .collect())
+    }
+
+    /// The peer that holds the points of a guest that runs here.
+    pub fn points_are_at(&self, name: &str) -> Option<String> {
+        let record = self.guest(name).ok()?;
+        self.source_view(&record).peer
+    }
+
+    fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
+        self.standby_named(name)
+            .ok_or_else(|| match self.points_are_at(name) {
+                Some(peer) => OperateError::Conflict(format!(
+                    "'{name}' runs here; its recovery points are at '{peer}': run this there"
+                )),
+                None => {
+                    let known: Vec<_> = self.standby_views().into_iter().map(|v| v.name).collect();
+                    OperateError::Unknown(match known.as_slice() {
+                        [] => format!("no guest '{name}'; no peer protects any guest to this site"),
+                        known => format!(
+                            "no guest '{name}' is protected to this site; known: {}",
+                            known.join(", ")
+                        ),
+                    })
+                }
+            })
+    }
+
+    /// Runs a peer's guest here, from its newest or a named point.
+    ///
+    /// # Errors
+    /// When its source is alive and `force` is not set, or it cannot be run.
+    pub async fn fail_over(
+        self: &Arc<Self>,
+        name: &str,
+        point: Option<u64>,
+        force: bool,
+    ) -> Result<FailoverReport, OperateError> {
+        let declared = Instant::now();
+        let declared_at = SystemTime::now();
+        let standby = self.standby_here(name)?;
+        if let Some(active) = standby.active() {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' runs here already (term {}, from point {})",
+                active.term.number, active.point
+            )));
+        }
+        if standby.remote().alive() && !force {
+            return Err(OperateError::Conflict(format!(
+                "site '{0}' is alive, and so may be '{name}' there. To move it with nothing lost, run there: farhaven move {name}. To take it over all the same (it is stopped there first): --force",
+                standby.from()
+            )));
+        }
+        let cut_at = |number: u64| {
+            standby
+                .points()
+                .iter()
+                .find(|p| p.point == number)
+                .map(|p| p.cut_at_unix_ns)
+        };
+        let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
+        let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
+        Ok(FailoverReport {
+            guest: name.to_owned(),
+            point,
+            rpo_ms: lost / 1_000_000,
+            rto_ms: active.times.total.as_secs_f64() * 1e3,
+            term: active.term.number,
+            qmp: active.qmp.display().to_string(),
+            pid: active.pid,
+            times: active.times,
+        })
+    }
+
+    /// Tells a connected source of its guest's new term, and waits a moment
+    /// for it to stop the guest. The fence holds whether it answers or not.
+    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) {
+        if remote.alive() {
+            let told = remote
+                .ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT)
+                .await;
+            if let Err(error) = told {
+                tracing::warn!(%error, "the source did not confirm that it stopped its guest");
+            }
+        }
+    }
+}
