@@ -199,6 +199,7 @@ impl Driver {
                 self.stop.subscribe(),
                 tokio::runtime::Handle::current(),
             )
+            .capped(self.cap.clone())
         })
     }
 
