@@ -77,7 +77,7 @@ enum Verb {
     },
     /// How every guest stands.
     Status(show::Status),
-    /// Recovery points of a guest; run it where they are kept.
+    /// Recovery points of a guest.
     Points {
         /// The guest.
         name: String,

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use crate::activate::fence::Term;
 use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::peer::PeerFacts;
+use crate::site::view::PointView;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -27,6 +28,9 @@ pub const BASELINE_PAGE_UNITS: u64 = 32 * 1024;
 
 /// Batches that one [`Message::Retire`] names, at most 9 bytes each.
 pub const RETIRE_BATCHES: usize = 64 * 1024;
+
+/// Points that one [`Message::PointList`] tells, about 250 bytes each.
+pub const MOST_POINTS: usize = 3000;
 
 /// A message with its place in the conversation.
 #[derive(Debug, Serialize, Deserialize)]
@@ -242,6 +246,16 @@ pub enum Message {
         guest: GuestId,
         /// Drop its points too.
         discard: bool,
+    },
+    /// Source: which points of this guest are there?
+    Points {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: these, oldest first; the newest [`MOST_POINTS`].
+    PointList {
+        /// The points.
+        points: Vec<PointView>,
     },
     /// Target: these batches are no longer kept for deduplication; refer to none of them.
     Retire {

@@ -14,6 +14,7 @@ use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encode
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_wan::Peer;
+use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -132,6 +133,7 @@ pub struct Shipment {
     stop: watch::Receiver<bool>,
     runtime: Handle,
     patience: Option<Duration>,
+    cap: Option<Arc<Mutex<TokenBucket>>>,
 }
 
 /// Progress of a guest's data, readable while a shipment works.
@@ -203,7 +205,15 @@ impl Shipment {
             stop,
             runtime,
             patience: None,
+            cap: None,
         }
+    }
+
+    /// Sends no faster than this bucket allows: the policy's cap, shared by all
+    /// shipments of the guest.
+    pub fn capped(mut self, cap: Option<Arc<Mutex<TokenBucket>>>) -> Self {
+        self.cap = cap;
+        self
     }
 
     /// How long the link may take no data before the shipment gives up with
@@ -278,8 +288,21 @@ impl Shipment {
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
         let patience = self.patience;
+        let (cap, bits) = (self.cap.clone(), batch.bytes.len() as u64);
         self.runtime.block_on(async {
-            let sent = peer.send_data(batch.seq, batch.bytes);
+            let sent = async {
+                while let Some(cap) = &cap {
+                    let taken = cap
+                        .lock()
+                        .unwrap_or_else(PoisonError::into_inner)
+                        .take(Instant::now(), bits);
+                    match taken {
+                        Ok(()) => break,
+                        Err(wait) => tokio::time::sleep(wait).await,
+                    }
+                }
+                peer.send_data(batch.seq, batch.bytes).await
+            };
             tokio::pin!(sent);
             tokio::select! {
                 sent = &mut sent => return sent.map_err(|_| SinkError::Closed),

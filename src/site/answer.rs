@@ -11,7 +11,7 @@ use super::remote::Remote;
 use super::standby::Standby;
 use super::{Site, records};
 use crate::activate::fence::Term;
-use crate::replicate::message::{Message, Opened, Opening, Refusal, SealRequest};
+use crate::replicate::message::{MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest};
 use crate::replicate::receive::SealStep;
 
 /// Answers one question of `remote`.
@@ -65,6 +65,14 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             Message::Done
         }
+        Message::Points { guest } => match site.standby_of(remote, guest) {
+            Some(standby) => {
+                let mut points = site.points_of(&standby);
+                points.drain(..points.len().saturating_sub(MOST_POINTS));
+                Message::PointList { points }
+            }
+            None => unknown_guest(),
+        },
         Message::Retire { seqs } => {
             if let Some(outgoing) = remote.begun() {
                 outgoing

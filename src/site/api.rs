@@ -316,7 +316,7 @@ async fn points(
     State(site): Here,
     InPath(name): InPath<String>,
 ) -> Answer<Vec<super::view::PointView>> {
-    site.points(&name).map(Json)
+    site.points(&name).await.map(Json)
 }
 
 async fn failover(

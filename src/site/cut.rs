@@ -191,8 +191,15 @@ pub(super) async fn seal(
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
+    let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
+        if made.times.pause > allowed.duration() {
+            v.trouble = format!(
+                "the last cut stopped the guest for {:.0} ms; protect.max_pause is {allowed}",
+                made.times.pause.as_secs_f64() * 1e3
+            );
+        }
         v.points_sealed += 1;
         v.newest_point = made.point;
         v.last_seal_ms = Some(took.as_millis() as u64);
@@ -211,6 +218,7 @@ pub(super) async fn seal(
         cut_at: made.cut_at,
         pause: made.times.pause,
         took,
+        sent_bytes: made.shipped.sent_bytes,
     })
 }
 

@@ -7,11 +7,12 @@
 //! pause, end) stop the step under way.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::decide::{self, Measured};
 use farhaven_storage_sync::unit::Digest;
+use farhaven_wan::pace::TokenBucket;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::records::{GuestRecord, Protection};
@@ -84,6 +85,7 @@ pub(super) struct Driver {
     pub(super) stop: watch::Sender<bool>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) waiting: VecDeque<Command>,
+    pub(super) cap: Option<Arc<Mutex<TokenBucket>>>,
     sealing: Measured,
     pausing: Measured,
 }
@@ -119,6 +121,12 @@ impl Driver {
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
+        let cap = protection.policy.bandwidth.rate().map(|rate| {
+            Arc::new(Mutex::new(TokenBucket::new(
+                rate.bits_per_second(),
+                Instant::now(),
+            )))
+        });
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -130,6 +138,7 @@ impl Driver {
             stop: watch::channel(false).0,
             commands,
             waiting: VecDeque::new(),
+            cap,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -463,4 +472,6 @@ pub(super) struct Sealed {
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
+    /// Bytes of its batches.
+    pub(super) sent_bytes: u64,
 }

@@ -215,7 +215,12 @@ impl Site {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
         let peer = self.node.trust(record.clone());
-        let incoming = Incoming::start(store, peer.clone());
+        let incoming = Incoming::start(
+            store,
+            peer.clone(),
+            self.store_directory(&record.key),
+            self.config.store.min_free.bytes(),
+        );
         let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
         self.remotes
             .write()

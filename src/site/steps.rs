@@ -226,6 +226,7 @@ impl Driver {
                 self.stop.subscribe(),
                 tokio::runtime::Handle::current(),
             )
+            .capped(self.cap.clone())
         })
     }
 
