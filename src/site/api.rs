@@ -20,6 +20,9 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 
+/// How long requests under way may take to their end when the daemon stops.
+const GRACE: Duration = Duration::from_secs(5);
+
 /// Longest request body.
 const LONGEST_BODY: usize = 64 * 1024;
 
@@ -164,7 +167,27 @@ pub fn router(site: Arc<Site>) -> Router {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .layer(axum::middleware::map_response(errors_in_json))
         .with_state(site)
+}
+
+/// What the framework refuses by itself (no JSON, a wrong field, a wrong
+/// method) has the form of every other error.
+async fn errors_in_json(response: Response) -> Response {
+    let status = response.status();
+    let kind = response.headers().get(axum::http::header::CONTENT_TYPE);
+    let json = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let said = axum::body::to_bytes(response.into_body(), LONGEST_BODY)
+        .await
+        .unwrap_or_default();
+    let error = match String::from_utf8_lossy(&said).trim() {
+        "" => format!("{status}: not a request of this version of the API"),
+        said => said.to_owned(),
+    };
+    (status, Json(ErrorBody { error })).into_response()
 }
 
 /// Serves the API until `stop` is ready. A socket file left by a daemon that
@@ -192,9 +215,22 @@ pub async fn serve(
     }
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
-    let served = axum::serve(listener, router(site))
-        .with_graceful_shutdown(stop)
-        .await;
+    let (stopped, stopping) = tokio::sync::oneshot::channel();
+    let served = axum::serve(listener, router(site)).with_graceful_shutdown(async move {
+        stop.await;
+        let _ = stopped.send(());
+    });
+    // A client that never ends its request must not keep the daemon.
+    let too_long = async {
+        if stopping.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(GRACE).await;
+    };
+    let served = tokio::select! {
+        served = served.into_future() => served,
+        () = too_long => Ok(()),
+    };
     let _ = std::fs::remove_file(socket);
     served
 }

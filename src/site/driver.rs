@@ -203,7 +203,10 @@ impl Driver {
             match command {
                 Command::Pause => self.set_paused(true).await,
                 Command::Resume => self.set_paused(false).await,
-                Command::End => return true,
+                Command::End => {
+                    self.clear_away().await;
+                    return true;
+                }
                 Command::Fence(term, done) => {
                     self.fence(term, None).await;
                     let _ = done.send(());
@@ -247,10 +250,17 @@ impl Driver {
             self.phase(Phase::Paused);
             return Ok(self.wait_for_command().await);
         }
-        self.phase(Phase::Attaching);
+        // A lost guest stays lost, and said to be, until it is found again.
+        if self.view.borrow().phase != Phase::Lost {
+            self.phase(Phase::Attaching);
+        }
         let guest = self.attach().await?;
         self.phase(Phase::Connecting);
         let remote = self.remote.clone();
+        if !remote.connected() {
+            let trouble = AskError::Unreachable(self.protection.to.clone()).to_string();
+            self.view.send_modify(|v| v.trouble = trouble);
+        }
         self.interruptible(remote.reachable()).await?;
         let mut attached = self.open(guest).await?;
         let ended = self.protect(&mut attached).await;
@@ -322,7 +332,9 @@ impl Driver {
                 };
                 match tokio::time::timeout(wait, self.commands.recv()).await {
                     Ok(Some(command)) => self.waiting.push_back(command),
-                    Ok(None) => return Ok(Next::Ended),
+                    // The daemon stops; protection does not end. Bitmaps stay
+                    // in QEMU: they tell the next daemon what to read.
+                    Ok(None) => return Err(DriveError::Interrupted),
                     Err(_) => {}
                 }
             }

@@ -24,6 +24,33 @@ impl Driver {
         Ok(attached?)
     }
 
+    /// Protection ends while nobody is attached: what it left in QEMU, like
+    /// dirty bitmaps, goes now, or every write of the guest would pay for it.
+    pub(super) async fn clear_away(&self) {
+        if self
+            .site
+            .fence
+            .may_run(self.record.id, self.site.key())
+            .is_err()
+        {
+            // What was stopped for good is evidence.
+            return;
+        }
+        let (site, record) = (self.site.clone(), self.record.clone());
+        let left = blocking(move || {
+            let key = site.tracking_key.clone();
+            site.attach(&record, key, 1)
+                .map(|mut guest| guest.detach())
+                .map_err(DriveError::from)
+        });
+        if let Err(error) = left.await.and_then(|done| done) {
+            tracing::warn!(
+                guest = %self.record.name, %error,
+                "what protection left in QEMU stays there until the guest ends"
+            );
+        }
+    }
+
     /// Tells the peer of the guest and learns what it holds.
     pub(super) async fn open(&mut self, mut guest: Box<dyn Guest>) -> Result<Attached, DriveError> {
         let term = match self.site.fence.current(self.record.id) {
