@@ -20,6 +20,7 @@ mod operate;
 mod pairing;
 mod promote;
 mod protect;
+mod rebuild;
 mod standby;
 mod status;
 mod steps;
@@ -136,9 +137,12 @@ impl Site {
             sealed: RwLock::default(),
             exports,
         });
+        site.rebuild_peers()?;
         let mut remotes = Vec::new();
         for (_, record) in site.catalogue.list::<PeerRecord>(Table::Peers)? {
-            remotes.push(site.trust(record)?);
+            let remote = site.trust(record)?;
+            site.rebuild_standbys(&remote)?;
+            remotes.push(remote);
         }
         for (_, record) in site.catalogue.list::<StandbyRecord>(Table::Remote)? {
             site.restore_standby(record).await;
@@ -220,6 +224,7 @@ impl Site {
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
+        self.note_peer(&record);
         let peer = self.node.trust(record.clone());
         let incoming = Incoming::start(store, peer.clone());
         let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
@@ -364,10 +369,12 @@ impl Site {
     }
 
     fn activation(&self, guest: GuestId) -> Result<Option<Activation>, CatalogueError> {
-        self.catalogue.find(Table::Activations, &guest.to_string())
+        let known = self.catalogue.find(Table::Activations, &guest.to_string())?;
+        Ok(known.or_else(|| self.noted_activation(guest)))
     }
 
     fn keep_activation(&self, activation: &Activation) -> Result<(), CatalogueError> {
+        rebuild::note_activation(activation);
         self.catalogue.put(
             Table::Activations,
             &activation.guest.to_string(),

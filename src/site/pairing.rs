@@ -110,6 +110,7 @@ impl Site {
         drop(drivers);
         self.catalogue.remove(Table::Peers, name).map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
+        self.drop_peer_note(&remote.record.key);
         self.node.revoke(remote.record.key);
         self.remotes
             .write()

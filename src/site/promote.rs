@@ -408,8 +408,9 @@ impl Standby {
     /// It does not run here any more.
     pub(super) fn forget_activation(
         &self,
-        site: &super::Site,
+        site: &Arc<super::Site>,
     ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
+        super::rebuild::drop_activation_notes(site, self.guest);
         site.catalogue
             .remove(Table::Activations, &self.guest.to_string())?;
         site.catalogue.flush()

@@ -303,7 +303,7 @@ impl Standby {
 
     /// A stopped copy is kept for whoever wants to look at it, and does not run
     /// here any more: QEMU keeps its RAM, whose files are free for newer points.
-    pub(super) fn leave_evidence(&self, state: &mut State, site: &Site) {
+    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
         state
             .warm
             .discard(&site.config.ram_dir().join(self.guest.to_string()));
