@@ -146,8 +146,21 @@ impl Fence {
     /// # Errors
     /// When it could not be made durable: it is not in force then.
     pub fn raise(&self, group: GuestId, owner: SiteKey) -> Result<Term, FenceError> {
+        self.take(group, owner, 1)
+    }
+
+    /// Takes a term of a group for `owner` that no hand-over under way can
+    /// have: one beyond the next. Durable when it returns.
+    ///
+    /// # Errors
+    /// When it could not be made durable: it is not in force then.
+    pub fn overrule(&self, group: GuestId, owner: SiteKey) -> Result<Term, FenceError> {
+        self.take(group, owner, 2)
+    }
+
+    fn take(&self, group: GuestId, owner: SiteKey, step: u64) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = terms.get(&group).map_or(0, |t| t.number) + 1;
+        let number = terms.get(&group).map_or(0, |t| t.number).saturating_add(step);
         let term = Term {
             group,
             number,

@@ -155,6 +155,26 @@ impl Launched {
         }
     }
 
+    /// Ends a QEMU of that directory that was launched before and was never let go.
+    pub fn end_left(qmp: &Path, run: &Path) {
+        let Ok(mut left) = Qmp::connect(qmp, START) else {
+            return;
+        };
+        let status = left.execute("query-status", json!({}));
+        let Ok(pid) = left.pid() else { return };
+        if status.is_ok_and(|status| status["status"] == "inmigrate") {
+            tracing::warn!(pid, "a QEMU that was made ready before a restart is ended");
+            Launched {
+                qmp: left,
+                pid,
+                child: None,
+                run: run.to_owned(),
+                disks: Vec::new(),
+            }
+            .kill();
+        }
+    }
+
     /// Gives QEMU the device state; afterwards the guest is as it was at the
     /// cut, stopped. Memory is read from the RAM files from now on.
     ///
@@ -304,6 +324,15 @@ impl Launched {
             let _ = child.wait();
         }
         let _ = fs::remove_file(pid_path(&self.run));
+    }
+
+    /// Does the guest run, by QEMU's word?
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn is_running(&mut self) -> Result<bool, LaunchError> {
+        let status = self.qmp.execute("query-status", json!({}))?;
+        Ok(status["running"] == true)
     }
 
     /// Does its process live?

@@ -135,7 +135,9 @@ impl Ready {
         replica: &Arc<Replica>,
         definition: &Definition,
     ) -> Result<Self, ActivateError> {
-        // Left by an attempt under the same term that came to nothing.
+        // Left by an attempt under the same term that came to nothing, or by a
+        // daemon that ended before it ran anything.
+        Launched::end_left(&ground.run.join("qmp.sock"), &ground.run);
         match std::fs::remove_dir_all(&ground.run) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
                 return Err(file(&ground.run)(error));
@@ -166,33 +168,42 @@ impl Ready {
         }
     }
 
-    /// Finds a QEMU again that was launched before a restart of this daemon.
+    /// Finds a QEMU again that was launched before a restart of this daemon;
+    /// `None` when it has ended.
     ///
     /// # Errors
-    /// When it is gone, or does not run.
+    /// When it is there and does not answer.
     pub fn adopt(
         ground: &Ground<'_>,
         replica: &Arc<Replica>,
         definition: &Definition,
         hydrated: bool,
-    ) -> Result<Self, ActivateError> {
+    ) -> Result<Option<Self>, ActivateError> {
         let (placement, disks) = place(ground, replica, definition, !hydrated)?;
-        let found = Launched::adopt(definition, &placement).map_err(ActivateError::from);
-        let gone = || ActivateError::Step("its QEMU has ended".to_owned());
-        match found.and_then(|found| found.ok_or_else(gone)) {
-            Ok(launched) => Ok(Self {
+        match Launched::adopt(definition, &placement) {
+            Ok(Some(launched)) => Ok(Some(Self {
                 pid: launched.pid(),
                 launched: Mutex::new(Some(launched)),
                 exports: ground.exports.clone(),
                 disks,
                 run: ground.run.clone(),
                 qmp: placement.qmp,
-            }),
-            Err(error) => {
+            })),
+            Ok(None) => {
                 withdraw(ground.exports, &disks);
-                Err(error)
+                Ok(None)
             }
+            // Its disks are served on: it may run.
+            Err(error) => Err(error.into()),
         }
+    }
+
+    /// Is the guest running?
+    ///
+    /// # Errors
+    /// When QEMU does not answer.
+    pub fn runs(&self) -> Result<bool, ActivateError> {
+        self.with(Launched::is_running)
     }
 
     /// QEMU's control socket.
@@ -355,7 +366,9 @@ fn place(
                 format!("it has no disk {}", disk.name),
             ));
         };
-        let export = format!("{}-{index}", ground.guest);
+        // Of this activation: what an earlier one left reads on from its own.
+        let term = ground.run.file_name().unwrap_or_default().to_string_lossy();
+        let export = format!("{}-{term}-{index}", ground.guest);
         if serve {
             let source = PointDisk::new(replica, volume, disk.bytes);
             if let Err(error) = ground.exports.export(&export, Arc::new(source)) {

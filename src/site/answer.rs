@@ -19,7 +19,9 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
     match question {
         Message::Terms { terms } => {
             for term in terms {
-                hear_term(site, remote, term).await;
+                if let Err(why) = hear_term(site, remote, term).await {
+                    return refused(Refusal::Unable, why);
+                }
             }
             Message::Done
         }
@@ -94,21 +96,26 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
 
 /// A peer tells a term. It counts only for groups that this site shares with
 /// that peer, and only with one of the two as owner.
-async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) {
+///
+/// # Errors
+/// When something of the group runs on here against a newer term.
+async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result<(), String> {
     let own = site.key();
-    if (term.owner != own && term.owner != remote.record.key) || !site.shares(remote, term.group) {
-        return;
+    let concerns = site.shares(remote, term.group) || site.was_shared(term.group);
+    if (term.owner != own && term.owner != remote.record.key) || !concerns {
+        return Ok(());
     }
     let before = site.fence.current(term.group);
     match site.fence.adopt(term) {
         Ok(now) if Some(now) != before && now.owner != own => site.fenced(now).await,
-        Ok(_) => {}
+        Ok(_) => Ok(()),
         Err(error) => {
             // Not durable, but heard: obey it all the same.
             tracing::error!(%error, "a newer term cannot be kept");
             if before.is_none_or(|b| b.number < term.number) && term.owner != own {
-                site.fenced(term).await;
+                site.fenced(term).await?;
             }
+            Ok(())
         }
     }
 }

@@ -233,11 +233,9 @@ pub(super) async fn seal_and_run(
 ) -> Result<ActivationTimes, DriveError> {
     let request = request(driver, attached, made, Some(term));
     let question = Message::Seal(Box::new(request));
-    match driver
-        .remote
-        .ask_within(question, Duration::from_secs(30))
-        .await?
-    {
+    let remote = driver.remote.clone();
+    let asked = remote.ask_within(question, Duration::from_secs(30));
+    match driver.interruptible(asked).await?? {
         Message::Running { times, .. } => Ok(times),
         _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
     }

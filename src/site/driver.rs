@@ -32,8 +32,9 @@ pub(super) enum Command {
     Resume,
     /// Stop protecting; the guest runs on.
     End,
-    /// A newer term is known: stop the guest for good. Answered when it is stopped.
-    Fence(Term, oneshot::Sender<()>),
+    /// A newer term is known: stop the guest for good. Answered when it is
+    /// stopped, or with why it is not.
+    Fence(Term, oneshot::Sender<Result<(), String>>),
     /// Move it to the peer.
     Move(oneshot::Sender<Result<MoveReport, String>>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
@@ -208,8 +209,7 @@ impl Driver {
                     return true;
                 }
                 Command::Fence(term, done) => {
-                    self.fence(term, None).await;
-                    let _ = done.send(());
+                    let _ = done.send(self.fence(term, None).await);
                 }
                 Command::Move(reply) => {
                     let trouble = self.view.borrow().trouble.clone();
@@ -238,8 +238,17 @@ impl Driver {
                 if self.protection.moving == Some(term) {
                     return self.resolve_move().await;
                 }
+                if self.protection.moved == Some(term) {
+                    self.view.send_modify(|v| {
+                        v.phase = Phase::Moved;
+                        v.term = Some(term.number);
+                        v.trouble = format!("it runs at '{}'", self.protection.to);
+                    });
+                    return Ok(self.wait_for_command().await);
+                }
                 tracing::warn!(guest = %name, %error, "not protected");
-                self.fence(term, None).await;
+                // Tried again until it is stopped.
+                self.fence(term, None).await.map_err(DriveError::Other)?;
             }
             return Ok(self.wait_for_command().await);
         }
@@ -299,8 +308,7 @@ impl Driver {
                 Command::Resume => self.set_paused(false).await,
                 Command::End => return Ok(Next::Ended),
                 Command::Fence(term, done) => {
-                    self.fence(term, attached.guest.take()).await;
-                    let _ = done.send(());
+                    let _ = done.send(self.fence(term, attached.guest.take()).await);
                 }
                 later => {
                     self.waiting.push_front(later);
@@ -343,7 +351,14 @@ impl Driver {
                 Some(Command::Move(reply)) => {
                     let outcome = handover::perform(self, attached).await;
                     let moved = outcome.is_ok();
-                    let told = outcome.map_err(|e| e.to_string());
+                    let held = self.protection.moving.is_some();
+                    let told = outcome.map_err(|e| match held {
+                        true => format!(
+                            "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
+                            self.record.name, self.protection.to
+                        ),
+                        false => e.to_string(),
+                    });
                     let failed = told.as_ref().err().cloned();
                     let _ = reply.send(told);
                     if moved {
@@ -402,34 +417,46 @@ impl Driver {
 
     async fn set_paused(&mut self, paused: bool) {
         self.protection.paused = paused;
-        self.keep_protection().await;
+        let _ = self.keep_protection().await;
         if paused {
             self.phase(Phase::Paused);
         }
     }
 
-    pub(super) async fn keep_protection(&self) {
+    /// Writes the protection down, durably. What fails is told in the status, too.
+    pub(super) async fn keep_protection(&self) -> Result<(), String> {
         let (site, protection) = (self.site.clone(), self.protection.clone());
         let kept = tokio::task::spawn_blocking(move || site.keep_protection(&protection)).await;
-        if let Ok(Err(error)) = kept {
-            tracing::error!(%error, "the catalogue cannot be written");
-            self.view.send_modify(|v| v.trouble = error.to_string());
-        }
+        let kept = match kept {
+            Ok(kept) => kept.map_err(|e| e.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        kept.inspect_err(|error| {
+            tracing::error!(error, "the catalogue cannot be written");
+            self.view.send_modify(|v| v.trouble.clone_from(error));
+        })
     }
 
-    /// Stops the guest for good, by the one attached or through a new connection.
-    pub(super) async fn fence(&mut self, term: Term, guest: Option<Box<dyn Guest>>) {
+    /// Stops the guest for good, by the one attached or through a new
+    /// connection. Else it says why it may run on.
+    pub(super) async fn fence(
+        &mut self,
+        term: Term,
+        guest: Option<Box<dyn Guest>>,
+    ) -> Result<(), String> {
         let owner = self.site.name_of(&term.owner);
-        let (site, record) = (self.site.clone(), self.record.clone());
+        let record = self.record.clone();
         let stopped = tokio::task::spawn_blocking(move || match guest {
             Some(mut guest) => guest.stop().map_err(|e| e.to_string()),
-            None => site.stop_guest(&record).map_err(|e| e.to_string()),
+            None => super::guests::stop_guest(&record).map_err(|e| e.to_string()),
         })
         .await;
-        let done = match stopped {
-            Ok(Ok(())) => "its copy here was stopped and is kept as evidence".to_owned(),
-            Ok(Err(error)) => format!("its copy here could not be stopped: {error}"),
-            Err(error) => format!("its copy here could not be stopped: {error}"),
+        let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
+        let done = match &stopped {
+            Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),
+            Err(error) => format!(
+                "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end its QEMU by hand: {error}"
+            ),
         };
         let why = format!(
             "fenced: site '{owner}' runs this guest under term {}; {done}",
@@ -439,8 +466,9 @@ impl Driver {
         self.view.send_modify(|v| {
             v.phase = Phase::Fenced;
             v.term = Some(term.number);
-            v.trouble = why;
+            v.trouble.clone_from(&why);
         });
+        stopped.map_err(|_| why)
     }
 
     /// A move was cut short, here or on the way: ask the peer how it ended.

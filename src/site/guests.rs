@@ -128,15 +128,6 @@ impl Site {
         Ok(Box::new(QemuGuest::attach(options)?))
     }
 
-    /// Stops a guest that nobody is attached to; one that is gone is stopped.
-    pub(super) fn stop_guest(&self, record: &GuestRecord) -> Result<(), QmpError> {
-        match Qmp::connect(&record.qmp, QMP_PATIENCE) {
-            Ok(mut qmp) => qmp.execute("stop", serde_json::json!({})).map(|_| ()),
-            Err(QmpError::Connect { .. }) => Ok(()),
-            Err(error) => Err(error),
-        }
-    }
-
     /// Lets a held guest that nobody is attached to run on.
     pub(super) fn resume_guest(&self, record: &GuestRecord) -> Result<(), GuestError> {
         let mut guest = self.attach(record, self.tracking_key.clone(), 1)?;
@@ -169,6 +160,21 @@ impl Site {
     }
 }
 
+/// Stops a guest that nobody is attached to; one that is gone is stopped.
+pub(super) fn stop_guest(record: &GuestRecord) -> Result<(), QmpError> {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    match Qmp::connect(&record.qmp, QMP_PATIENCE) {
+        Ok(mut qmp) => qmp.execute("stop", serde_json::json!({})).map(|_| ()),
+        // Any other reason leaves open whether it runs.
+        Err(QmpError::Connect { source, .. })
+            if matches!(source.kind(), ConnectionRefused | NotFound) =>
+        {
+            Ok(())
+        }
+        Err(error) => Err(error),
+    }
+}
+
 /// Drops the points past their time that a peer sent, in two steps: the peer
 /// forgets what is about to go, then it goes.
 pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> Result<(), String> {
@@ -176,7 +182,8 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
     let mut past = 0;
     for standby in standbys {
         let opening = standby.opening();
-        let in_use = standby.active().filter(|a| !a.hydrated).map(|a| a.point);
+        // Hydrated or not: a daemon that starts anew finds its guest by the point.
+        let in_use = standby.active().map(|a| a.point);
         let headers = standby.points();
         let newest = headers.last().map(|p| p.point);
         let points: Vec<Point> = headers

@@ -50,8 +50,9 @@ pub(super) async fn perform(
             .await
     });
     let round = converge(driver, attached).await;
-    let prepared = preparing
-        .await
+    let prepared = driver
+        .interruptible(preparing)
+        .await?
         .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
     let ready = match (round, prepared) {
         (Ok(()), Ok(Message::Prepared)) => Ok(()),
@@ -61,21 +62,32 @@ pub(super) async fn perform(
     };
     if let Err(error) = ready {
         // Nothing was stopped; the peer's word is not needed.
-        let _ = driver.remote.ask(Message::GiveUp { guest: id }).await;
+        give_up(driver);
         return Err(error);
     }
 
+    // Without this on disk, a daemon that comes back would let the guest go on.
     driver.protection.moving = Some(term);
-    driver.keep_protection().await;
+    if let Err(why) = driver.keep_protection().await {
+        driver.protection.moving = None;
+        give_up(driver);
+        return Err(DriveError::Other(format!(
+            "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
+            driver.record.name
+        )));
+    }
     driver.phase(Phase::Held);
     let made = match cut::make(driver, attached, After::Hold).await {
         Ok(made) => made,
         Err(error) => {
-            // The peer was not asked to run it yet.
+            // The peer was not asked to run it yet; but an operator may have
+            // had it taken over there.
+            driver.site.fence.may_run(id, driver.site.key())?;
             resume(driver, attached).await?;
             driver.protection.moving = None;
-            driver.keep_protection().await;
-            let _ = driver.remote.ask(Message::GiveUp { guest: id }).await;
+            // Should this fail: the peer has given up by then, and says so.
+            let _ = driver.keep_protection().await;
+            give_up(driver);
             return Err(error);
         }
     };
@@ -154,6 +166,12 @@ async fn converge(driver: &mut Driver, attached: &mut Attached) -> Result<(), Dr
     Ok(())
 }
 
+/// Tells the peer that nothing comes of the move, without waiting for it.
+fn give_up(driver: &Driver) {
+    let (remote, guest) = (driver.remote.clone(), driver.record.id);
+    tokio::spawn(async move { remote.ask(Message::GiveUp { guest }).await });
+}
+
 fn report(
     driver: &Driver,
     made: &cut::Made,
@@ -194,10 +212,9 @@ async fn how_it_ended(
     let guest_id = driver.record.id;
     let remote = driver.remote.clone();
     let answer = loop {
-        match remote
-            .ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60))
-            .await
-        {
+        let asked =
+            remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60));
+        match driver.interruptible(asked).await? {
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {
@@ -213,6 +230,16 @@ async fn how_it_ended(
         }
     };
     match answer {
+        Message::Running { term: there, .. } if there != term => {
+            // Taken over by an operator, from some point: the held copy may be newer.
+            driver.site.fence.adopt(there)?;
+            driver.protection.moving = None;
+            let _ = driver.keep_protection().await;
+            Err(DriveError::Other(format!(
+                "'{}' was taken over at '{}' under term {} while it was held here for a move",
+                driver.record.name, driver.protection.to, there.number
+            )))
+        }
         Message::Running { times, .. } => {
             end(driver, guest, term).await?;
             Ok(Some(times))
@@ -236,6 +263,12 @@ pub(super) async fn take_back(driver: &mut Driver) -> Result<(), DriveError> {
     let Some(term) = driver.protection.moving else {
         return Ok(());
     };
+    match driver.site.fence.may_run(driver.record.id, driver.site.key()) {
+        Err(error) if driver.site.fence.current(driver.record.id) != Some(term) => {
+            return Err(error.into());
+        }
+        _ => {}
+    }
     let own = Term {
         number: term.number + 1,
         owner: driver.site.key(),
@@ -263,7 +296,7 @@ async fn run_here(
     })
     .await??;
     driver.protection.moving = None;
-    driver.keep_protection().await;
+    let _ = driver.keep_protection().await;
     tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it runs on here");
     Ok(())
 }
@@ -282,7 +315,8 @@ async fn end(
     })
     .await?;
     driver.protection.moving = None;
-    driver.keep_protection().await;
+    driver.protection.moved = Some(term);
+    let _ = driver.keep_protection().await;
     let note = match ended {
         Ok(()) => String::new(),
         Err(error) => format!("the stopped copy here could not be ended: {error}"),

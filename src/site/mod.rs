@@ -20,6 +20,7 @@ mod operate;
 mod pairing;
 mod promote;
 mod protect;
+mod rebuild;
 mod standby;
 mod status;
 mod steps;
@@ -136,8 +137,12 @@ impl Site {
             sealed: RwLock::default(),
             exports,
         });
+        site.rebuild_peers()?;
+        let mut remotes = Vec::new();
         for (_, record) in site.catalogue.list::<PeerRecord>(Table::Peers)? {
-            site.trust(record)?;
+            let remote = site.trust(record)?;
+            site.rebuild_standbys(&remote)?;
+            remotes.push(remote);
         }
         for (_, record) in site.catalogue.list::<StandbyRecord>(Table::Remote)? {
             site.restore_standby(record).await;
@@ -146,6 +151,11 @@ impl Site {
             if let Err(error) = site.drive(protection) {
                 tracing::error!("{error}");
             }
+        }
+        // Questions are answered only from here on: a source that asks whether
+        // its guest runs here must not be answered before that is known.
+        for remote in remotes {
+            tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
@@ -204,7 +214,7 @@ impl Site {
         self.config.store_dir().join(hex(key.as_bytes()))
     }
 
-    /// Begins to speak with a paired site.
+    /// Opens what a paired site sent, and its session; [`Remote::serve`] begins to speak.
     fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
         let options = StoreOptions {
             segment_bytes: self.config.store.segment_bytes.bytes(),
@@ -214,6 +224,7 @@ impl Site {
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
+        self.note_peer(&record);
         let peer = self.node.trust(record.clone());
         let incoming = Incoming::start(
             store,
@@ -226,7 +237,6 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(record.site, remote.clone());
-        tokio::spawn(remote.clone().serve(Arc::downgrade(self)));
         Ok(remote)
     }
 
@@ -272,31 +282,55 @@ impl Site {
         }
     }
 
+    /// Was this group protected from here, to whomever? Its points may still be
+    /// there, and be run there. Its id is known only to sites that were told.
+    fn was_shared(&self, group: GuestId) -> bool {
+        let found = self.catalogue.find::<GuestRecord>(Table::Guests, &group.to_string());
+        found.is_ok_and(|record| record.is_some())
+    }
+
     /// Another site owns this group now: whatever runs of it here is stopped.
     /// Returns when it is.
-    async fn fenced(&self, term: Term) {
+    ///
+    /// # Errors
+    /// When it could not be stopped; the sentence says what to do.
+    async fn fenced(&self, term: Term) -> Result<(), String> {
         let driver = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
             drivers.get(&term.group).cloned()
         };
-        if let Some(driver) = driver {
-            let (done, stopped) = tokio::sync::oneshot::channel();
-            if driver
-                .commands
-                .send(Command::Fence(term, done))
-                .await
-                .is_ok()
-            {
-                let _ = stopped.await;
+        match driver {
+            Some(driver) => {
+                let (done, stopped) = tokio::sync::oneshot::channel();
+                if driver.commands.send(Command::Fence(term, done)).await.is_ok()
+                    && let Ok(stopped) = stopped.await
+                {
+                    stopped?;
+                }
             }
+            None => self.stop_unprotected(term).await?,
         }
         let standby = {
             let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
             standbys.get(&term.group).cloned()
         };
         if let Some(standby) = standby {
-            standby.fenced(term).await;
+            standby.fenced(term).await?;
         }
+        Ok(())
+    }
+
+    /// A guest that is protected no more was taken over from a point it left behind.
+    async fn stop_unprotected(&self, term: Term) -> Result<(), String> {
+        let found = self.catalogue.find::<GuestRecord>(Table::Guests, &term.group.to_string());
+        let Some(record) = found.map_err(|e| e.to_string())? else {
+            return Ok(());
+        };
+        let name = record.name.clone();
+        let stopped = tokio::task::spawn_blocking(move || guests::stop_guest(&record)).await;
+        let stopped = stopped.map_err(|e| e.to_string())?;
+        tracing::warn!(guest = name, term = term.number, ?stopped, "fenced: it runs elsewhere under a newer term");
+        stopped.map_err(|e| format!("'{name}' could not be stopped here: {e}"))
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
@@ -340,10 +374,12 @@ impl Site {
     }
 
     fn activation(&self, guest: GuestId) -> Result<Option<Activation>, CatalogueError> {
-        self.catalogue.find(Table::Activations, &guest.to_string())
+        let known = self.catalogue.find(Table::Activations, &guest.to_string())?;
+        Ok(known.or_else(|| self.noted_activation(guest)))
     }
 
     fn keep_activation(&self, activation: &Activation) -> Result<(), CatalogueError> {
+        rebuild::note_activation(activation);
         self.catalogue.put(
             Table::Activations,
             &activation.guest.to_string(),

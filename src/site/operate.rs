@@ -11,7 +11,7 @@ use super::standby::Standby;
 const PRUNE_EVERY: Duration = Duration::from_secs(30);
 
 /// How long a failover by force waits for a living source to stop its guest.
-pub(super) const FENCE_WAIT: Duration = Duration::from_secs(3);
+pub(super) const FENCE_WAIT: Duration = Duration::from_secs(30);
 
 /// Why an operator's request was not done.
 #[derive(Debug, thiserror::Error)]
@@ -50,7 +50,10 @@ pub(super) async fn pairings(site: Weak<Site>) {
 /// Drops points past their time, and frees what nothing refers to any more.
 pub(super) async fn prune(site: Weak<Site>) {
     loop {
-        tokio::time::sleep(PRUNE_EVERY).await;
+        let Some(strong) = site.upgrade() else { return };
+        let pause = strong.prune_pause();
+        drop(strong);
+        tokio::time::sleep(pause).await;
         let Some(site) = site.upgrade() else { return };
         let mut by_peer: BTreeMap<String, Vec<Arc<Standby>>> = BTreeMap::new();
         for standby in site
@@ -69,5 +72,15 @@ pub(super) async fn prune(site: Weak<Site>) {
                 tracing::warn!(peer, error, "old points were not pruned");
             }
         }
+    }
+}
+
+impl Site {
+    /// Points that are kept for seconds are looked at every few seconds.
+    fn prune_pause(&self) -> Duration {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        let shortest = standbys.values().map(|s| s.opening().retention.all.duration()).min();
+        let shortest = shortest.unwrap_or(PRUNE_EVERY);
+        (shortest / 2).clamp(Duration::from_secs(2), PRUNE_EVERY)
     }
 }

@@ -86,7 +86,9 @@ impl Site {
             .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
         tracing::info!(peer = %record.site, key = %record.key, "paired");
-        self.trust(record).map_err(failed)
+        let remote = self.trust(record).map_err(failed)?;
+        tokio::spawn(remote.clone().serve(Arc::downgrade(self)));
+        Ok(remote)
     }
 
     /// Ends a pairing. Its guests must not be protected to it any more.
@@ -108,6 +110,7 @@ impl Site {
         drop(drivers);
         self.catalogue.remove(Table::Peers, name).map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
+        self.drop_peer_note(&remote.record.key);
         self.node.revoke(remote.record.key);
         self.remotes
             .write()

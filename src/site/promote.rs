@@ -1,6 +1,7 @@
 //! A standby becomes a running guest: by the hand-over of its source, by an
 //! operator's decision, or found again after a restart of this daemon.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -15,6 +16,9 @@ use crate::activate::place::Ready;
 use crate::activate::warm::Warm;
 use crate::replicate::message::ActivationTimes;
 
+/// A QEMU that did not answer after a restart is asked again after this time.
+const FIND: Duration = Duration::from_secs(2);
+
 /// Why a guest cannot be run here.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
@@ -27,6 +31,16 @@ pub enum ActivateError {
     /// Fenced, or the term could not be made durable.
     #[error(transparent)]
     Fence(#[from] crate::activate::fence::FenceError),
+    /// The source may have been told that it does not run here.
+    #[error(
+        "the move of '{0}' was given up here before its last data came, or this site was started anew meanwhile; it is not run"
+    )]
+    NotPrepared(String),
+    /// The source lives, and did not stop it.
+    #[error(
+        "its source lives and did not say that it stopped '{0}' ({1}). It is not run here while it may run there: stop it there, or cut that site off, and run this again"
+    )]
+    SourceRuns(String, String),
     /// A newer term is known.
     #[error("a newer term of '{0}' is known here; it is not run")]
     Superseded(String),
@@ -65,13 +79,19 @@ impl Standby {
     ) -> Result<ActivationTimes, ActivateError> {
         let declared = Instant::now();
         let mut state = self.state.lock().await;
-        if let Some((active, _)) = &state.active {
+        if let Some(active) = state.runs() {
             // The first answer was lost.
-            return if active.term == term {
+            return if active.term == term && active.point == header.point {
                 Ok(active.times.clone())
             } else {
                 Err(ActivateError::Active(self.name(), active.term.number))
             };
+        }
+        // The seal may have waited for data over a cut link. What was prepared
+        // is gone once a question of the source was answered with "given up":
+        // it may run the guest since then.
+        if state.ready.is_none() {
+            return Err(ActivateError::NotPrepared(self.name()));
         }
         let site = self.site()?;
         let fence_term = {
@@ -95,7 +115,7 @@ impl Standby {
         declared: Instant,
     ) -> Result<(u64, Activation), ActivateError> {
         let mut state = self.state.lock().await;
-        if let Some((active, _)) = &state.active {
+        if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
         let point = match point {
@@ -119,13 +139,20 @@ impl Standby {
         let site = self.site()?;
         let raise = {
             let (site, guest) = (site.clone(), self.guest);
-            move || site.fence.raise(guest, site.key())
+            move || site.fence.overrule(guest, site.key())
         };
+        if self.remote().alive() && state.ready.is_none() {
+            // The source will stop its guest: what can fail is done before that.
+            self.fill(&mut state, point).await?;
+            state.ready = Some(self.launch(point).await?);
+        }
         let mut times = ActivationTimes::default();
         let began = Instant::now();
         let term = step(raise).await??;
         times.term = began.elapsed();
-        site.announce_term(self.remote(), term).await;
+        site.announce_term(self.remote(), term)
+            .await
+            .map_err(|why| ActivateError::SourceRuns(self.name(), why))?;
         self.run(&mut state, point, term, declared, times).await?;
         let active = state.active.as_ref().map(|(a, _)| a.clone());
         active
@@ -151,9 +178,7 @@ impl Standby {
             state.warm = Warm::default();
             self.see(|s| s.warm_point = None);
             if let Ok(site) = self.site() {
-                let _ = site
-                    .catalogue
-                    .remove(Table::Activations, &self.guest.to_string());
+                let _ = self.forget_activation(&site);
             }
         }
         ran.map(|()| times)
@@ -169,13 +194,12 @@ impl Standby {
     ) -> Result<(), ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
-        let ready = match state.ready.take() {
-            Some(ready) => {
+        // Until it runs, what was launched stays where a failure finds and ends it.
+        match &state.ready {
+            Some(_) => {
                 let began = Instant::now();
                 times.ram_bytes = self.fill(state, point).await?;
                 times.ram = began.elapsed();
-                ready.serve(&replica)?;
-                ready
             }
             None => {
                 let directory = site.config.ram_dir().join(self.guest.to_string());
@@ -192,19 +216,13 @@ impl Standby {
                 times.ram = began.elapsed();
                 let (launched, took) = launched;
                 times.launch = took;
-                match (launched, filled) {
-                    (Ok(ready), Ok(bytes)) => {
-                        times.ram_bytes = bytes;
-                        ready
-                    }
-                    (Ok(ready), Err(error)) => {
-                        let _ = tokio::task::spawn_blocking(move || ready.discard()).await;
-                        return Err(error);
-                    }
-                    (Err(error), _) => return Err(error),
-                }
+                state.ready = Some(launched?);
+                times.ram_bytes = filled?;
             }
-        };
+        }
+        let gone = || ActivateError::Step("its QEMU was ended".to_owned());
+        let ready = state.ready.as_ref().ok_or_else(gone)?;
+        ready.serve(&replica)?;
         let mut activation = Activation {
             guest: self.guest,
             point,
@@ -221,6 +239,7 @@ impl Standby {
         // From here on, the RAM files are the guest's.
         state.warm = Warm::default();
         let began = Instant::now();
+        let ready = state.ready.take().ok_or_else(gone)?;
         let (ready, restored) = step(move || {
             let restored = ready.restore_and_run(&replica);
             (ready, restored)
@@ -241,7 +260,10 @@ impl Standby {
         });
         tracing::warn!(guest = %self.name(), point, term = term.number,
             total_ms = times.total.as_millis() as u64, "taken over: it runs here");
-        site.keep_activation(&activation)?;
+        if let Err(error) = site.keep_activation(&activation) {
+            // It runs, and that is what the source must hear.
+            tracing::error!(%error, "the catalogue cannot be written");
+        }
         let ready = Arc::new(ready);
         state.active = Some((activation, ready.clone()));
         tokio::spawn(self.clone().hydrate(ready));
@@ -299,44 +321,98 @@ impl Standby {
         activation: Activation,
     ) -> Result<(), ActivateError> {
         let mut state = self.state.lock().await;
+        state.unwatched = Some(activation.clone());
+        self.see(|s| s.active = Some(activation.clone()));
         let site = self.site()?;
         let (replica, context) = self.open(activation.point)?;
         let found = {
             let (site, guest) = (site.clone(), self.guest);
-            let (term, hydrated) = (activation.term.number, activation.hydrated);
+            let (hydrated, ran) = (activation.hydrated, activation.running);
+            let run = activation.qmp.parent().map(Path::to_owned);
             step(move || {
-                Ready::adopt(
-                    &ground(&site, guest, term),
-                    &replica,
-                    &context.definition,
-                    hydrated,
-                )
+                let mut ground = ground(&site, guest, 0);
+                ground.run = run.unwrap_or(ground.run);
+                let found = Ready::adopt(&ground, &replica, &context.definition, hydrated)?;
+                match found {
+                    // This daemon ended before the guest was let go: it never ran.
+                    Some(ready) if !ran && !ready.runs()? => {
+                        ready.discard();
+                        Ok(None)
+                    }
+                    found => Ok::<_, ActivateError>(found),
+                }
             })
-            .await?
+            .await??
         };
-        match found {
-            Ok(ready) => {
+        state.unwatched = None;
+        let fenced = site.fence.may_run(self.guest, site.key()).is_err();
+        let why = match (found, fenced) {
+            (Some(ready), false) => {
                 let mut activation = activation;
                 activation.running = true;
                 site.keep_activation(&activation)?;
                 let ready = Arc::new(ready);
                 let hydrated = activation.hydrated;
-                self.see(|s| s.active = Some(activation.clone()));
+                self.see(|s| {
+                    s.active = Some(activation.clone());
+                    s.trouble.clear();
+                });
                 state.active = Some((activation, ready.clone()));
                 if !hydrated {
                     tokio::spawn(self.clone().hydrate(ready));
                 }
-                Ok(())
+                return Ok(());
             }
-            Err(error) => {
-                self.see(|s| {
-                    s.trouble = format!("it was taken over here before, and is gone: {error}")
-                });
-                site.catalogue
-                    .remove(Table::Activations, &self.guest.to_string())?;
-                site.catalogue.flush()?;
-                Ok(())
+            // A newer term was heard, and this daemon ended before it had obeyed.
+            (Some(ready), true) => {
+                if let Err(error) = step(move || ready.stop()).await.and_then(|done| done) {
+                    state.unwatched = Some(activation);
+                    return Err(error);
+                }
+                "fenced: it runs elsewhere under a newer term; it was stopped here and is kept as evidence"
             }
-        }
+            (None, true) => "fenced: it ran here under an older term",
+            (None, false) if activation.running => {
+                "it was taken over here before, and its QEMU has ended; take it over again from a point: farhaven failover"
+            }
+            (None, false) => {
+                "it was being taken over when this site was stopped, and never ran; it can be taken over again"
+            }
+        };
+        self.see(|s| {
+            s.active = None;
+            s.trouble = why.to_owned();
+        });
+        self.leave_evidence(&mut state, &site);
+        Ok(())
+    }
+
+    /// As [`Standby::adopt`]; what does not answer is asked again until it does.
+    pub(super) async fn find_again(self: &Arc<Self>, activation: Activation) {
+        let Err(error) = self.adopt(activation.clone()).await else {
+            return;
+        };
+        tracing::error!(guest = %self.name(), %error, "what runs here cannot be watched yet");
+        self.see(|s| s.trouble = format!("what runs here cannot be watched yet: {error}"));
+        let standby = self.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(FIND).await;
+                if standby.adopt(activation.clone()).await.is_ok() {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// It does not run here any more.
+    pub(super) fn forget_activation(
+        &self,
+        site: &Arc<super::Site>,
+    ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
+        super::rebuild::drop_activation_notes(site, self.guest);
+        site.catalogue
+            .remove(Table::Activations, &self.guest.to_string())?;
+        site.catalogue.flush()
     }
 }

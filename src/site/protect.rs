@@ -212,6 +212,7 @@ impl Site {
             policy,
             paused: false,
             moving: None,
+            moved: None,
         })
     }
 

@@ -40,6 +40,9 @@ pub struct Protection {
     /// A planned move is being handed over under this term: until the peer's
     /// word is known, the guest stays stopped here.
     pub moving: Option<Term>,
+    /// It was moved: it runs at the peer under this term, and its copy here was ended.
+    #[serde(default)]
+    pub moved: Option<Term>,
 }
 
 /// A guest that a peer sends here.

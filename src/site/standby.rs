@@ -36,6 +36,17 @@ pub(super) struct State {
     pub(super) warm: Warm,
     pub(super) ready: Option<Ready>,
     pub(super) active: Option<(Activation, Arc<Ready>)>,
+    /// It ran here before a restart of this daemon, and its QEMU lives and
+    /// does not answer yet.
+    pub(super) unwatched: Option<Activation>,
+}
+
+impl State {
+    /// What runs here, or may run here.
+    pub(super) fn runs(&self) -> Option<&Activation> {
+        let watched = self.active.as_ref().map(|(active, _)| active);
+        watched.or(self.unwatched.as_ref())
+    }
 }
 
 /// What `status` shows without waiting for the lock.
@@ -140,7 +151,7 @@ impl Standby {
         let standby = self.clone();
         tokio::spawn(async move {
             let mut state = standby.state.lock().await;
-            if state.active.is_some() || point < standby.newest() {
+            if state.runs().is_some() || point < standby.newest() {
                 return;
             }
             if let Err(error) = standby.fill(&mut state, point).await {
@@ -205,7 +216,7 @@ impl Standby {
     /// Gets ready for a planned move.
     pub(super) async fn prepare(self: &Arc<Self>) -> Result<(), ActivateError> {
         let mut state = self.state.lock().await;
-        if let Some((active, _)) = &state.active {
+        if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
         let newest = self.newest();
@@ -232,7 +243,7 @@ impl Standby {
     /// Gives up what was prepared, unless it runs already.
     pub(super) async fn give_up(self: &Arc<Self>) -> Option<(ActivationTimes, Term)> {
         let mut state = self.state.lock().await;
-        if let Some((active, _)) = &state.active {
+        if let Some(active) = state.runs() {
             return Some((active.times.clone(), active.term));
         }
         self.discard(&mut state).await;
@@ -246,31 +257,65 @@ impl Standby {
     }
 
     /// A newer term of another owner: what runs here is stopped and kept.
-    pub(super) async fn fenced(self: &Arc<Self>, term: Term) {
+    ///
+    /// # Errors
+    /// When it may run on; the sentence says what to do.
+    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
         let mut state = self.state.lock().await;
         self.discard(&mut state).await;
+        if let Some(active) = &state.unwatched {
+            // Whoever tries to find it again stops it.
+            return Err(format!(
+                "'{}' may run here as process {}, and its QEMU does not answer; end it by hand",
+                self.name(),
+                active.pid
+            ));
+        }
         let Some((active, ready)) = &state.active else {
-            return;
+            return Ok(());
         };
-        let ready = ready.clone();
-        let stopped = tokio::task::spawn_blocking(move || ready.stop()).await;
-        let done = match stopped {
-            Ok(Ok(())) => "it was stopped here and is kept as evidence".to_owned(),
-            Ok(Err(error)) => format!("it could not be stopped here: {error}"),
-            Err(error) => format!("it could not be stopped here: {error}"),
-        };
+        let (ready, number) = (ready.clone(), active.term.number);
+        let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
+        if let Err(error) = stopped {
+            let why = format!(
+                "fenced: term {} is newer than {number}, and it COULD NOT BE STOPPED here; end its QEMU by hand, process {}: {error}",
+                term.number, active.pid
+            );
+            tracing::error!(guest = %self.name(), "{why}");
+            self.see(|s| s.trouble.clone_from(&why));
+            return Err(why);
+        }
         let why = format!(
-            "fenced: term {} is newer than {}; {done}",
-            term.number, active.term.number
+            "fenced: term {} is newer than {number}; it was stopped here and is kept as evidence (process {})",
+            term.number, active.pid
         );
         tracing::warn!(guest = %self.name(), "{why}");
-        self.see(|s| s.trouble = why);
+        state.active = None;
+        self.see(|s| {
+            s.active = None;
+            s.trouble = why;
+        });
+        if let Ok(site) = self.site() {
+            self.leave_evidence(&mut state, &site);
+        }
+        Ok(())
+    }
+
+    /// A stopped copy is kept for whoever wants to look at it, and does not run
+    /// here any more: QEMU keeps its RAM, whose files are free for newer points.
+    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
+        state
+            .warm
+            .discard(&site.config.ram_dir().join(self.guest.to_string()));
+        if let Err(error) = self.forget_activation(site) {
+            tracing::error!(%error, "the catalogue cannot be written");
+        }
     }
 
     /// The source ends protection.
     pub(super) async fn close(self: &Arc<Self>, discard: bool) -> Result<(), ActivateError> {
         let mut state = self.state.lock().await;
-        if let Some((active, _)) = &state.active {
+        if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
         self.discard(&mut state).await;

@@ -83,9 +83,7 @@ impl Site {
             .insert(guest, standby.clone());
         match self.activation(guest) {
             Ok(Some(activation)) => {
-                if let Err(error) = standby.adopt(activation).await {
-                    tracing::error!(guest = %standby.name(), %error, "what runs here cannot be watched");
-                }
+                standby.find_again(activation).await;
             }
             Ok(None) => {
                 if let Some(newest) = standby.points().last() {
@@ -232,15 +230,29 @@ impl Site {
         })
     }
 
-    /// Tells a connected source of its guest's new term, and waits a moment
-    /// for it to stop the guest. The fence holds whether it answers or not.
-    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) {
-        if remote.alive() {
-            let told = remote
-                .ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT)
-                .await;
-            if let Err(error) = told {
-                tracing::warn!(%error, "the source did not confirm that it stopped its guest");
+    /// Tells a living source of its guest's new term, and waits for its word
+    /// that the guest is stopped. A source that falls silent meanwhile is not
+    /// waited for: the term stops its guest when it comes back.
+    ///
+    /// # Errors
+    /// When it lives and does not say so.
+    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) -> Result<(), String> {
+        let deadline = Instant::now() + FENCE_WAIT;
+        let told = remote.ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT);
+        tokio::pin!(told);
+        loop {
+            if !remote.alive() {
+                return Ok(());
+            }
+            match tokio::time::timeout(Duration::from_millis(100), &mut told).await {
+                Ok(Ok(_)) => return Ok(()),
+                Ok(Err(error)) if !remote.alive() => {
+                    tracing::warn!(%error, "the source fell silent before it stopped its guest");
+                    return Ok(());
+                }
+                Ok(Err(error)) => return Err(error.to_string()),
+                Err(_) if Instant::now() > deadline => return Err("it did not answer".to_owned()),
+                Err(_) => {}
             }
         }
     }

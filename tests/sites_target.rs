@@ -1,0 +1,91 @@
+//! The promises seen from where a guest is taken over: terms, moves that fail
+//! at every moment, daemons that die, stores that fill up, catalogues that are lost.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+#[path = "sites_target/moves.rs"]
+mod moves;
+#[path = "sites_target/stores.rs"]
+mod stores;
+#[path = "sites_target/terms.rs"]
+mod terms;
+
+use std::path::Path;
+use std::time::Duration;
+
+use farhaven::site::view::Phase;
+use support::site::{Pair, TestSite};
+use support::{Console, GuestOptions, GuestVm};
+
+const LINK: &str = "200mbit,20ms";
+const PATIENCE: Duration = Duration::from_secs(90);
+
+/// A small guest, so that a first copy takes a second or two.
+fn small(directory: &Path) -> Option<GuestVm> {
+    std::fs::create_dir_all(directory).unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.load=database farhaven.fill=8 farhaven.pages=2048".to_owned(),
+        extra: Vec::new(),
+    };
+    GuestVm::start(directory, &options)
+}
+
+/// Adds the guest at east and protects it to west.
+fn protect(pair: &Pair, name: &str, guest: &GuestVm) {
+    guest.console.await_beat(5, PATIENCE);
+    let qmp = guest.qmp.to_str().unwrap();
+    pair.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
+    pair.east
+        .cli(&["protect", name, "--to", "west", "--rpo", "1s"])
+        .good();
+    sealed(&pair.east, name);
+}
+
+/// Waits for one more sealed point.
+#[track_caller]
+fn sealed(east: &TestSite, name: &str) {
+    let before = east.source(name).newest_point;
+    east.until("another point", PATIENCE, |view| {
+        let guest = view.guests.into_iter().find(|g| g.name == name)?;
+        (guest.newest_point > before).then_some(())
+    });
+}
+
+#[track_caller]
+fn phase(east: &TestSite, name: &str, wanted: Phase) -> String {
+    east.until(&format!("{wanted:?}"), PATIENCE, |view| {
+        let guest = view.guests.into_iter().find(|g| g.name == name)?;
+        (guest.phase == wanted).then_some(guest.trouble)
+    })
+}
+
+/// Does it beat?
+fn beats(console: &Console) -> bool {
+    let before = console.last_beat().map_or(0, |b| b.number);
+    std::thread::sleep(Duration::from_millis(1200));
+    console.last_beat().map_or(0, |b| b.number) > before
+}
+
+/// The console of the guest that runs at west; it beats and checks itself.
+#[track_caller]
+fn runs_at(west: &TestSite, name: &str) -> Console {
+    let active = west.target(name).active.expect("it runs there");
+    let console = TestSite::console_of(&active);
+    let first = console.await_beat(1, PATIENCE);
+    console.await_beat(first.number + 5, PATIENCE);
+    console
+}
+
+#[track_caller]
+fn whole(console: &Console) {
+    let check = console.check(PATIENCE);
+    assert!(check.is_ok(), "{check:?}");
+}
+
+/// Its QEMU lives.
+fn super_alive(guest: &GuestVm) -> bool {
+    Path::new(&format!("/proc/{}/fd", guest.pid())).read_dir().is_ok()
+}

@@ -1,0 +1,115 @@
+//! What lies at the target: full disks, lost catalogues, old points.
+
+use std::process::Command;
+
+use super::*;
+
+/// A small filesystem of its own; undone when dropped.
+struct Tmpfs(std::path::PathBuf);
+
+impl Tmpfs {
+    fn mount(at: &Path, size: &str) -> Option<Self> {
+        std::fs::create_dir_all(at).unwrap();
+        let run = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(at)
+            .output()
+            .unwrap();
+        if !run.status.success() {
+            println!("skipped: no filesystem can be mounted here: {}", String::from_utf8_lossy(&run.stderr).trim());
+            return None;
+        }
+        Some(Self(at.to_owned()))
+    }
+
+    fn resize(&self, size: &str) {
+        let run = Command::new("mount")
+            .args(["-o", &format!("remount,size={size}")])
+            .arg(&self.0)
+            .status();
+        assert!(run.unwrap().success());
+    }
+}
+
+impl Drop for Tmpfs {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg("-l").arg(&self.0).status();
+    }
+}
+
+#[test]
+fn a_full_store_stretches_the_rpo_and_goes_on_when_there_is_room() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Tmpfs::mount(&dir.path().join("disk"), "24m") else {
+        return;
+    };
+    let Some(mut guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    let more = format!("[store]\ndir = \"{}\"\nmin_free = \"0B\"", disk.0.display());
+    let mut pair = Pair::start(LINK, "", &more);
+    guest.console.await_beat(5, PATIENCE);
+    let qmp = guest.qmp.to_str().unwrap();
+    pair.east.cli(&["guest", "add", "web", "--qmp", qmp]).good();
+    let told = pair.east.cli(&["protect", "web", "--to", "west", "--rpo", "1s"]);
+    if !told.ok {
+        // Its check sees that there is no room: so it is told before it begins.
+        assert!(told.err.contains("room") || told.err.contains("free"), "{}", told.err);
+        return;
+    }
+    pair.east.until("it says why", PATIENCE, |view| {
+        let trouble = format!("{} {}", view.guests[0].trouble, view.peers[0].trouble);
+        (trouble.contains("space") || trouble.contains("full")).then_some(())
+    });
+    assert!(beats(&guest.console));
+    disk.resize("2g");
+    sealed(&pair.east, "web");
+    sealed(&pair.east, "web");
+    pair.east.until("no trouble", PATIENCE, |v| v.peers[0].trouble.is_empty().then_some(()));
+    pair.east.kill();
+    guest.kill();
+    pair.west.until("the link is down", PATIENCE, |v| {
+        (!v.peers[0].connected).then_some(())
+    });
+    pair.west.cli(&["failover", "web"]).good();
+    whole(&runs_at(&pair.west, "web"));
+}
+
+#[test]
+fn old_points_go_and_a_lost_catalogue_is_made_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    let kept = "[protect.retention]\nall = \"4s\"\nthen_every = \"4s\"\nuntil = \"8s\"\nnewest = 2";
+    let mut pair = Pair::start(LINK, kept, "");
+    protect(&pair, "web", &guest);
+    let pruned = |west: &TestSite| west.log().matches("old points were pruned").count();
+    pair.west.until("points are pruned, and sealed on", PATIENCE, |view| {
+        let points = view.standbys[0].points;
+        assert!(points < 40, "{points} points");
+        (pruned(&pair.west) >= 3).then_some(())
+    });
+    sealed(&pair.east, "web");
+    assert_eq!(pair.east.source("web").trouble, "");
+
+    // The database of the catalogue, at both sites: made again from its journal.
+    for site in [&mut pair.east, &mut pair.west] {
+        site.kill();
+        std::fs::remove_dir_all(site.dir.join("catalogue/catalogue.sled")).unwrap();
+        site.start();
+        assert!(site.log().contains("was rebuilt"), "{}", site.log());
+    }
+    sealed(&pair.east, "web");
+
+    // All of it, at the target, with the source gone for good.
+    pair.east.kill();
+    guest.kill();
+    pair.west.kill();
+    std::fs::remove_dir_all(pair.west.dir.join("catalogue")).unwrap();
+    pair.west.start();
+    let points = pair.west.target("web").points;
+    assert!(points >= 2, "{points}");
+    pair.west.cli(&["failover", "web"]).good();
+    whole(&runs_at(&pair.west, "web"));
+}
