@@ -87,5 +87,7 @@ fn whole(console: &Console) {
 
 /// Its QEMU lives.
 fn super_alive(guest: &GuestVm) -> bool {
-    Path::new(&format!("/proc/{}/fd", guest.pid())).read_dir().is_ok()
+    Path::new(&format!("/proc/{}/fd", guest.pid()))
+        .read_dir()
+        .is_ok()
 }

@@ -9,7 +9,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex};
+use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
@@ -81,6 +81,29 @@ pub struct Opened {
     pub last_seq: u64,
     /// The volumes of the newest point.
     pub volumes: Vec<Volume>,
+}
+
+/// Most bytes of a guest's device state.
+pub const MOST_DEVICE_STATE: u64 = 256 << 20;
+
+/// A volume that an honest site may tell of: its size can be worked with.
+pub fn sound_volume(volume: &Volume) -> bool {
+    const MOST: u64 = 1 << 50;
+    match volume.kind {
+        VolumeKind::DeviceState => volume.bytes <= MOST_DEVICE_STATE,
+        VolumeKind::Ram | VolumeKind::Disk => volume.bytes <= MOST,
+    }
+}
+
+impl Opened {
+    /// Are these numbers that an honest site gives?
+    pub fn is_sound(&self) -> bool {
+        const MOST: u64 = 1 << 56;
+        self.newest < MOST
+            && self.next_point < MOST
+            && self.last_seq < MOST
+            && self.volumes.iter().all(sound_volume)
+    }
 }
 
 /// A request to seal what was sent as a recovery point.

@@ -84,6 +84,14 @@ impl Incoming {
         let _ = self.queue.send((seq, bytes));
     }
 
+    /// Waits until nothing that was taken waits for the disk; false after `patience`.
+    pub async fn settled(&self, patience: Duration) -> bool {
+        let mut appended = self.appended.clone();
+        let waiting = || self.waiting.load(Ordering::Acquire) > 0;
+        let settled = async { while waiting() && appended.changed().await.is_ok() {} };
+        tokio::time::timeout(patience, settled).await.is_ok() && !waiting()
+    }
+
     /// What hinders the store, in a sentence; empty when nothing does.
     pub fn trouble(&self) -> watch::Receiver<String> {
         self.trouble.clone()
@@ -251,7 +259,8 @@ impl Appending {
             if !self.append(&batches, &queue) {
                 return;
             }
-            self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+            self.waiting.fetch_sub(bytes, Ordering::Release);
+            self.appended.send_modify(|n| *n += 1);
         }
     }
 

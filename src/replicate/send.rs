@@ -61,6 +61,14 @@ impl Outgoing {
         index.remove_seqs(&BTreeSet::from([seq]));
     }
 
+    /// No batch sent before may be referred to any more.
+    pub fn forget_all(&self) {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+    }
+
     /// Takes notice of what the peer acknowledged.
     fn settle(&self) {
         let acknowledged = *self.peer.acknowledged().borrow();
@@ -288,21 +296,25 @@ impl Shipment {
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
         let patience = self.patience;
-        let (cap, bits) = (self.cap.clone(), batch.bytes.len() as u64);
+        let (cap, bytes) = (self.cap.clone(), batch.bytes.len() as u64);
         self.runtime.block_on(async {
-            let sent = async {
+            // The policy's cap is no stall of the link.
+            let paced = async {
                 while let Some(cap) = &cap {
-                    let taken = cap
-                        .lock()
-                        .unwrap_or_else(PoisonError::into_inner)
-                        .take(Instant::now(), bits);
+                    let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+                    let taken = cap.take(Instant::now(), bytes);
+                    drop(cap);
                     match taken {
                         Ok(()) => break,
                         Err(wait) => tokio::time::sleep(wait).await,
                     }
                 }
-                peer.send_data(batch.seq, batch.bytes).await
             };
+            tokio::select! {
+                () = paced => {}
+                _ = stop.wait_for(|stopped| *stopped) => return Err(SinkError::Closed),
+            }
+            let sent = peer.send_data(batch.seq, batch.bytes);
             tokio::pin!(sent);
             tokio::select! {
                 sent = &mut sent => return sent.map_err(|_| SinkError::Closed),

@@ -235,6 +235,20 @@ pub async fn serve(
     served
 }
 
+/// Runs an operation to its end, even when the client goes away midway: half
+/// a failover is worse than one whose report nobody reads.
+async fn whole<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, OperateError>> + Send + 'static,
+) -> Answer<T> {
+    let ended = tokio::spawn(operation).await;
+    let ended = ended.unwrap_or_else(|e| {
+        Err(OperateError::Failed(format!(
+            "the operation ended early: {e}; see the log"
+        )))
+    });
+    ended.map(Json)
+}
+
 async fn invite(State(site): Here, Json(body): Json<Invite>) -> Answer<Invited> {
     let invitation = site.invite(Duration::from_secs(body.valid_s))?.to_string();
     Ok(Json(Invited {
@@ -249,7 +263,7 @@ async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::
         .trim()
         .parse()
         .map_err(|e| OperateError::Conflict(format!("{e}")))?;
-    site.pair(&invitation).await.map(Json)
+    whole(async move { site.pair(&invitation).await }).await
 }
 
 async fn remove_peer(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
@@ -261,7 +275,7 @@ async fn add_guest(
     State(site): Here,
     Json(body): Json<AddGuest>,
 ) -> Answer<super::records::GuestRecord> {
-    site.add_guest(&body.name, &body.qmp).await.map(Json)
+    whole(async move { site.add_guest(&body.name, &body.qmp).await }).await
 }
 
 async fn show_guest(
@@ -289,8 +303,11 @@ async fn protect(
     InPath(name): InPath<String>,
     Json(body): Json<Protect>,
 ) -> Answer<Done> {
-    site.protect(&name, &body.to, body.rpo).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.protect(&name, &body.to, body.rpo).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn unprotect(
@@ -298,8 +315,11 @@ async fn unprotect(
     InPath(name): InPath<String>,
     Json(body): Json<Unprotect>,
 ) -> Answer<Done> {
-    site.unprotect(&name, body.discard).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.unprotect(&name, body.discard).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
@@ -324,16 +344,14 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    site.fail_over(&name, body.point, body.force)
-        .await
-        .map(Json)
+    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
 }
 
 async fn move_guest(
     State(site): Here,
     InPath(name): InPath<String>,
 ) -> Answer<super::view::MoveReport> {
-    site.move_guest(&name).await.map(Json)
+    whole(async move { site.move_guest(&name).await }).await
 }
 
 async fn take_back(
@@ -341,6 +359,9 @@ async fn take_back(
     InPath(name): InPath<String>,
     Json(body): Json<TakeBack>,
 ) -> Answer<Done> {
-    site.take_back(&name, body.force).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.take_back(&name, body.force).await?;
+        Ok(Done {})
+    })
+    .await
 }

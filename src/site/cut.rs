@@ -42,10 +42,15 @@ pub(super) async fn make(
 ) -> Result<Made, DriveError> {
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
+    if after == After::Hold {
+        // The guest stands still: nothing else is worth more.
+        shipment = shipment.capped(None);
+    }
     let mut known = std::mem::take(&mut attached.state_known);
     let limit =
         usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
     let point = attached.next;
+    driver.last_point = driver.last_point.max(point);
     let work = blocking(move || {
         let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
         (guest, shipment, known, made)
@@ -157,7 +162,8 @@ pub(super) async fn seal(
         {
             Ok(Message::Sealed { point }) if point == made.point => break,
             Ok(Message::Dangling { missing }) => {
-                attached.outgoing.forget(missing);
+                // Where one is gone others may be: bandwidth is cheaper than a round trip each.
+                attached.outgoing.forget_all();
                 return Err(DriveError::Other(format!(
                     "batch {missing} is gone at the peer; point {} begins anew",
                     made.point

@@ -87,6 +87,8 @@ pub(super) struct Driver {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) waiting: VecDeque<Command>,
     pub(super) cap: Option<Arc<Mutex<TokenBucket>>>,
+    /// The largest number of any point of this process: none is used twice.
+    pub(super) last_point: u64,
     sealing: Measured,
     pausing: Measured,
 }
@@ -140,6 +142,7 @@ impl Driver {
             commands,
             waiting: VecDeque::new(),
             cap,
+            last_point: 0,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -230,7 +233,8 @@ impl Driver {
 
     /// One attempt, from the attach to whatever ends it.
     async fn attempt(&mut self) -> Result<Next, DriveError> {
-        let _ = self.stop.send(false);
+        // Kept even while nobody listens, unlike `send`.
+        self.stop.send_replace(false);
         let name = self.record.name.clone();
         if let Err(error) = self.site.fence.may_run(self.record.id, self.site.key()) {
             let moved = self.view.borrow().phase == Phase::Moved;

@@ -77,7 +77,10 @@ impl Driver {
             guest: Some(guest),
             outgoing,
             newest: opened.newest,
-            next: opened.next_point.max(opened.newest + 1),
+            next: opened
+                .next_point
+                .max(opened.newest + 1)
+                .max(self.last_point + 1),
             state_known,
             shipment: None,
         })
@@ -96,7 +99,7 @@ impl Driver {
             retention: self.protection.policy.retention.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
-            Message::Opened(opened) => Ok(opened),
+            Message::Opened(opened) if opened.is_sound() => Ok(opened),
             _ => Err(AskError::Unfitting(self.remote.record.site.clone()).into()),
         }
     }
@@ -272,7 +275,7 @@ impl Driver {
         tokio::pin!(work);
         loop {
             if self.waiting.iter().any(Command::is_urgent) {
-                let _ = self.stop.send(true);
+                self.stop.send_replace(true);
                 return work.await;
             }
             tokio::select! {
@@ -280,7 +283,7 @@ impl Driver {
                 command = self.commands.recv() => match command {
                     Some(command) => self.waiting.push_back(command),
                     None => {
-                        let _ = self.stop.send(true);
+                        self.stop.send_replace(true);
                         return work.await;
                     }
                 },
