@@ -77,8 +77,10 @@ fn told_to_stop(pair: &mut Pair, guest: &GuestVm) {
         let begun = std::time::Instant::now();
         assert!(pair.east.terminate(), "{}", pair.east.log());
         println!("stopped in {:?}", begun.elapsed());
-        let (_, status) = traces(guest);
+        let (left, status) = traces(guest);
         assert_eq!(status, "running");
+        // Nothing but the bitmaps, which tell the next daemon what to read.
+        assert!(!left.is_empty() && left.iter().all(|t| t.starts_with("query-block:") || t.starts_with("query-named-block-nodes:")), "{left:?}");
         beats_on(&guest.console);
         pair.east.start();
         let after = pair.east.until_sealed("web", 1, COPY);

@@ -24,7 +24,7 @@ fn the_link_and_the_target_fail_and_protection_goes_on() {
     pair.east.cli(&["protect", "web", "--to", "west", "--rpo", "2s"]).good();
 
     first_copy_is_interrupted(&mut pair);
-    link_is_cut_in_steady_state(&pair, &guest);
+    link_is_cut_in_steady_state(&mut pair, &guest);
     target_dies_in_steady_state(&mut pair, &guest);
     garbage_is_not_heard(&pair);
     operators_pause_and_end(&pair, &guest);
@@ -50,7 +50,7 @@ fn first_copy_is_interrupted(pair: &mut Pair) {
     assert!(peer.sent_bytes < sealed.wan_bytes * 11 / 10, "{peer:?} {sealed:?}");
 }
 
-fn link_is_cut_in_steady_state(pair: &Pair, guest: &GuestVm) {
+fn link_is_cut_in_steady_state(pair: &mut Pair, guest: &GuestVm) {
     pair.east.until_sealed("web", 3, COPY);
     let pulse = Pulse::of(&guest.console);
     pair.link.cut(true);
@@ -64,6 +64,15 @@ fn link_is_cut_in_steady_state(pair: &Pair, guest: &GuestVm) {
     let gap = pulse.longest_gap();
     println!("longest gap of the heartbeat with the link cut: {gap:?}");
     assert!(gap < Duration::from_millis(2500), "{gap:?}");
+    // A daemon that finds no peer tells so, too.
+    pair.east.kill();
+    pair.east.start();
+    let told = pair.east.until("waiting for the peer", Duration::from_secs(15), |v| {
+        let web = &v.guests[0];
+        (web.phase == Phase::Connecting && web.trouble.contains("west")).then(|| web.trouble.clone())
+    });
+    println!("told after a restart: {told}");
+    beats_on(&guest.console);
     let before = pair.east.source("web").points_sealed;
     pair.link.cut(false);
     pair.east.until("all is well again", Duration::from_secs(30), |v| {
