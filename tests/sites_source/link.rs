@@ -139,14 +139,16 @@ fn operators_pause_and_end(pair: &Pair, guest: &GuestVm) {
     assert!(again.wan_bytes < 24 * MIB, "{again:?}");
     east.cli(&["pause", "web"]).good();
     east.until("paused", COPY, |v| (v.guests[0].phase == Phase::Paused).then_some(()));
+    let before = bytes_below(&pair.west.dir.join("store"));
     east.cli(&["unprotect", "web", "--discard"]).good();
     assert_eq!(traces(guest), (Vec::new(), "running".to_owned()));
     assert!(pair.west.view().standbys.is_empty(), "{:#?}", pair.west.view().standbys);
     pair.west.cli(&["points", "web"]).bad("no guest 'web'");
     pair.west.cli(&["failover", "web", "--force"]).bad("no guest 'web'");
     let store = bytes_below(&pair.west.dir.join("store"));
-    println!("the store after the discard: {store} bytes");
-    assert!(store < 16 * MIB, "{store} bytes are still in the store");
+    println!("the store before the discard: {before} bytes, after: {store}");
+    // The segment that is being written stays.
+    assert!(store < before / 2 + MIB, "{store} of {before} bytes are still in the store");
     east.cli(&["protect", "web", "--to", "west", "--rpo", "2s"]).good();
     east.until_sealed("web", 1, COPY);
 }
