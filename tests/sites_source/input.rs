@@ -24,7 +24,9 @@ impl Drop for Ends {
 #[test]
 fn what_operators_get_wrong_is_told() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else { return };
+    let Some(guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else {
+        return;
+    };
     let pair = Pair::start("100mbit,10ms,0%", "", "");
     names_that_are_not_known(&pair);
     sockets_that_are_no_guest(&pair, &guest);
@@ -38,33 +40,43 @@ fn names_that_are_not_known(pair: &Pair) {
     for verb in ["pause", "resume", "unprotect", "move"] {
         east.cli(&[verb, "ghost"]).bad("farhaven guest add ghost");
     }
-    east.cli(&["protect", "ghost", "--to", "west"]).bad("farhaven guest add ghost");
-    east.cli(&["take-back", "ghost", "--force"]).bad("farhaven guest add ghost");
+    east.cli(&["protect", "ghost", "--to", "west"])
+        .bad("farhaven guest add ghost");
+    east.cli(&["take-back", "ghost", "--force"])
+        .bad("farhaven guest add ghost");
     for verb in ["check", "show", "remove"] {
-        east.cli(&["guest", verb, "ghost"]).bad("farhaven guest add ghost");
+        east.cli(&["guest", verb, "ghost"])
+            .bad("farhaven guest add ghost");
     }
     for verb in ["points", "failover"] {
         east.cli(&[verb, "ghost"]).bad("no guest 'ghost'");
     }
-    east.cli(&["guest", "show", "../../etc/passwd"]).bad("no guest");
+    east.cli(&["guest", "show", "../../etc/passwd"])
+        .bad("no guest");
     east.cli(&["peer", "remove", "nowhere"]).bad("known: west");
-    east.cli(&["peer", "remove", "a name/with ?#%"]).bad("known: west");
+    east.cli(&["peer", "remove", "a name/with ?#%"])
+        .bad("known: west");
     east.cli(&["pair", "not an invitation"]).bad("invitation");
     let own = east.cli(&["pair", "--json"]).good();
     let own: serde_json::Value = serde_json::from_str(&own.out).unwrap();
-    east.cli(&["pair", own["invitation"].as_str().unwrap()]).bad("own");
+    east.cli(&["pair", own["invitation"].as_str().unwrap()])
+        .bad("own");
 }
 
 fn sockets_that_are_no_guest(pair: &Pair, guest: &GuestVm) {
     let east = &pair.east;
     let qmp = guest.qmp.to_str().unwrap();
     let absent = east.dir.join("absent.sock");
-    east.cli(&["guest", "add", "web", "--qmp", absent.to_str().unwrap()]).bad("absent.sock");
+    east.cli(&["guest", "add", "web", "--qmp", absent.to_str().unwrap()])
+        .bad("absent.sock");
     let file = east.dir.join("site.toml");
-    east.cli(&["guest", "add", "web", "--qmp", file.to_str().unwrap()]).bad("site.toml");
+    east.cli(&["guest", "add", "web", "--qmp", file.to_str().unwrap()])
+        .bad("site.toml");
     let console = guest.console.socket.to_str().unwrap();
     let begun = Instant::now();
-    let silent = east.cli(&["guest", "add", "web", "--qmp", console]).bad("console.sock");
+    let silent = east
+        .cli(&["guest", "add", "web", "--qmp", console])
+        .bad("console.sock");
     println!("no QMP: {} ({:?})", silent.err.trim(), begun.elapsed());
 
     // Something that speaks, but not QMP.
@@ -75,26 +87,34 @@ fn sockets_that_are_no_guest(pair: &Pair, guest: &GuestVm) {
         let _ = stream.write_all(b"220 mail.example ESMTP\r\n");
         let _ = stream.read(&mut [0; 64]);
     });
-    let other_told = east.cli(&["guest", "add", "web", "--qmp", path.to_str().unwrap()]).bad("other.sock");
+    let other_told = east
+        .cli(&["guest", "add", "web", "--qmp", path.to_str().unwrap()])
+        .bad("other.sock");
     println!("not QMP: {}", other_told.err.trim());
     other.join().unwrap();
 
     let other_client = guest.connect();
-    let busy = east.cli(&["guest", "add", "web", "--qmp", qmp]).bad("qmp.sock");
+    let busy = east
+        .cli(&["guest", "add", "web", "--qmp", qmp])
+        .bad("qmp.sock");
     println!("busy: {}", busy.err.trim());
     drop(other_client);
 
     for name in ["", "a/b", "-x", "über", &"n".repeat(200)] {
-        east.cli(&["guest", "add", "--qmp", qmp, "--", name]).bad("name");
+        east.cli(&["guest", "add", "--qmp", qmp, "--", name])
+            .bad("name");
     }
     east.cli(&["guest", "add", "web", "--qmp", qmp]).good();
-    east.cli(&["guest", "add", "web", "--qmp", qmp]).bad("known already");
-    east.cli(&["guest", "add", "web2", "--qmp", qmp]).bad("known already");
+    east.cli(&["guest", "add", "web", "--qmp", qmp])
+        .bad("known already");
+    east.cli(&["guest", "add", "web2", "--qmp", qmp])
+        .bad("known already");
 }
 
 fn guests_that_cannot_be_protected(pair: &Pair, guest: &GuestVm) {
     let east = &pair.east;
-    east.cli(&["protect", "web", "--to", "nowhere"]).bad("known: west");
+    east.cli(&["protect", "web", "--to", "nowhere"])
+        .bad("known: west");
     for rpo in ["0s", "-1s", "soon", "", "99999999999999999999h", "1"] {
         let told = east.cli(&["protect", "web", "--to", "west", &format!("--rpo={rpo}")]);
         println!("--rpo {rpo}: {}", told.err.trim());
@@ -113,7 +133,15 @@ fn guests_that_cannot_be_protected(pair: &Pair, guest: &GuestVm) {
     // RAM that nobody else can read.
     let path = east.dir.join("private.sock");
     let qemu = Command::new("qemu-system-x86_64")
-        .args(["-nodefaults", "-no-user-config", "-display", "none", "-S", "-m", "64"])
+        .args([
+            "-nodefaults",
+            "-no-user-config",
+            "-display",
+            "none",
+            "-S",
+            "-m",
+            "64",
+        ])
         .args(["-machine", "pc-q35-7.2", "-accel", "tcg", "-qmp"])
         .arg(format!("unix:{},server=on,wait=off", path.display()))
         .stdin(Stdio::null())
@@ -125,20 +153,30 @@ fn guests_that_cannot_be_protected(pair: &Pair, guest: &GuestVm) {
     while !path.exists() && Instant::now() < deadline {
         std::thread::sleep(Duration::from_millis(10));
     }
-    let added = east.cli(&["guest", "add", "private", "--qmp", path.to_str().unwrap()]).good();
+    let added = east
+        .cli(&["guest", "add", "private", "--qmp", path.to_str().unwrap()])
+        .good();
     drop(added);
-    let checked = east.cli(&["guest", "check", "private"]).bad("stop the protection");
+    let checked = east
+        .cli(&["guest", "check", "private"])
+        .bad("stop the protection");
     println!("{}{}", checked.out, checked.err);
     assert!(checked.out.contains("share=on"), "{}", checked.out);
-    let refused = east.cli(&["protect", "private", "--to", "west"]).bad("share=on");
+    let refused = east
+        .cli(&["protect", "private", "--to", "west"])
+        .bad("share=on");
     println!("{}", refused.err);
 }
 
 fn nonsense_on_the_socket(east: &TestSite) {
     let say = |bytes: &[u8]| {
         let mut stream = UnixStream::connect(east.dir.join("api.sock")).unwrap();
-        stream.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        stream.set_write_timeout(Some(Duration::from_secs(10))).unwrap();
+        stream
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        stream
+            .set_write_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
         let _ = stream.write_all(bytes);
         let _ = stream.shutdown(std::net::Shutdown::Write);
         let mut answer = Vec::new();
@@ -158,7 +196,10 @@ fn nonsense_on_the_socket(east: &TestSite) {
     assert!(huge.starts_with("HTTP/1.1 4") || huge.is_empty(), "{huge}");
     let deep = post("/v1/guests", &vec![b'['; 60_000]);
     let wrong = post("/v1/guests", br#"{"name": 3}"#);
-    let more = post("/v1/guests/web/protect", br#"{"to": "west", "rpo": "10s", "bananas": 1}"#);
+    let more = post(
+        "/v1/guests/web/protect",
+        br#"{"to": "west", "rpo": "10s", "bananas": 1}"#,
+    );
     let invite = post("/v1/invitations", br#"{"valid_s": 18446744073709551615}"#);
     let nothing = post("/v1/nothing", b"{}");
     for answer in [deep, wrong, more, nothing] {
@@ -184,7 +225,9 @@ fn a_daemon_that_cannot_start_tells_why() {
     let ends = |site: &mut TestSite, words: &[&str]| {
         let _ = fs::remove_file(site.dir.join("daemon.log"));
         site.start_silently();
-        let status = site.exit_status(Duration::from_secs(20)).expect("it ends by itself");
+        let status = site
+            .exit_status(Duration::from_secs(20))
+            .expect("it ends by itself");
         let log = site.log();
         println!("{}", log.trim());
         assert!(!status.success());

@@ -18,22 +18,31 @@ const KILLS: u64 = 15;
 #[test]
 fn the_source_s_daemon_dies_at_any_moment() {
     let dir = tempfile::tempdir().unwrap();
-    let Some(mut guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else { return };
+    let Some(mut guest) = GuestVm::start(dir.path(), &GuestOptions::default()) else {
+        return;
+    };
     let mut pair = Pair::start("100mbit,40ms,0.1%", "", "");
     guest.console.await_beat(20, COPY);
     let qmp = guest.qmp.to_str().unwrap().to_owned();
-    pair.east.cli(&["guest", "add", "web", "--qmp", &qmp]).good();
-    pair.east.cli(&["protect", "web", "--to", "west", "--rpo", "1s"]).good();
+    pair.east
+        .cli(&["guest", "add", "web", "--qmp", &qmp])
+        .good();
+    pair.east
+        .cli(&["protect", "web", "--to", "west", "--rpo", "1s"])
+        .good();
 
     killed_in_the_first_copy(&mut pair);
     killed_in_steady_state(&mut pair, &guest);
     told_to_stop(&mut pair, &guest);
     killed_again_and_again(&mut pair, &guest);
+    warm_memory_is_removed(&pair);
 
     let last = guest.console.last_beat().unwrap();
     pair.east.kill();
     guest.kill();
-    pair.west.until("the link is down", COPY, |v| (!v.peers[0].connected).then_some(()));
+    pair.west.until("the link is down", COPY, |v| {
+        (!v.peers[0].connected).then_some(())
+    });
     pair.west.cli(&["failover", "web"]).good();
     let active = pair.west.target("web").active.unwrap();
     let console = TestSite::console_of(&active);
@@ -52,7 +61,10 @@ fn killed_in_the_first_copy(pair: &mut Pair) {
     pair.east.start();
     let after = pair.east.until_sealed("web", 1, COPY);
     let peer = pair.east.peer();
-    println!("killed after {arrived} bytes; then {} more, {} on the wire", after.wan_bytes, peer.sent_bytes);
+    println!(
+        "killed after {arrived} bytes; then {} more, {} on the wire",
+        after.wan_bytes, peer.sent_bytes
+    );
     assert!(after.wan_bytes < arrived, "{after:?}");
     assert!(peer.sent_bytes < arrived, "{peer:?}");
 }
@@ -63,7 +75,10 @@ fn killed_in_steady_state(pair: &mut Pair, guest: &GuestVm) {
     beats_on(&guest.console);
     pair.east.start();
     let after = pair.east.until_sealed("web", 1, COPY);
-    println!("after a kill in steady state: {} bytes for the first point", after.wan_bytes);
+    println!(
+        "after a kill in steady state: {} bytes for the first point",
+        after.wan_bytes
+    );
     assert!(after.wan_bytes < 16 * MIB, "{after:?}");
     assert!(after.newest_point > 1);
 }
@@ -71,7 +86,9 @@ fn killed_in_steady_state(pair: &mut Pair, guest: &GuestVm) {
 fn told_to_stop(pair: &mut Pair, guest: &GuestVm) {
     // A client that never finishes its request must not keep the daemon.
     let mut hangs = UnixStream::connect(pair.east.dir.join("api.sock")).unwrap();
-    hangs.write_all(b"POST /v1/guests HTTP/1.1\r\nHost: f\r\nContent-Len").unwrap();
+    hangs
+        .write_all(b"POST /v1/guests HTTP/1.1\r\nHost: f\r\nContent-Len")
+        .unwrap();
     for wait in [0, 130, 410, 770] {
         std::thread::sleep(Duration::from_millis(wait));
         let begun = std::time::Instant::now();
@@ -80,7 +97,14 @@ fn told_to_stop(pair: &mut Pair, guest: &GuestVm) {
         let (left, status) = traces(guest);
         assert_eq!(status, "running");
         // Nothing but the bitmaps, which tell the next daemon what to read.
-        assert!(!left.is_empty() && left.iter().all(|t| t.starts_with("query-block:") || t.starts_with("query-named-block-nodes:")), "{left:?}");
+        assert!(
+            !left.is_empty()
+                && left
+                    .iter()
+                    .all(|t| t.starts_with("query-block:")
+                        || t.starts_with("query-named-block-nodes:")),
+            "{left:?}"
+        );
         beats_on(&guest.console);
         pair.east.start();
         let after = pair.east.until_sealed("web", 1, COPY);
@@ -110,4 +134,26 @@ fn killed_again_and_again(pair: &mut Pair, guest: &GuestVm) {
     let after = pair.east.until_sealed("web", 2, COPY);
     assert!(after.trouble.is_empty(), "{waits:?}: {after:?}");
     beats_on(&guest.console);
+}
+
+/// Somebody cleans /dev/shm at the peer: what is warm there is made anew, whole.
+fn warm_memory_is_removed(pair: &Pair) {
+    let text = std::fs::read_to_string(pair.west.dir.join("site.toml")).unwrap();
+    let ram = text
+        .split("ram_dir = \"")
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap();
+    let mut removed = 0;
+    for guest in std::fs::read_dir(ram).unwrap() {
+        for file in std::fs::read_dir(guest.unwrap().path()).unwrap() {
+            std::fs::remove_file(file.unwrap().path()).unwrap();
+            removed += 1;
+        }
+    }
+    assert!(removed > 0);
+    let before = pair.east.source("web").points_sealed;
+    pair.east.until_sealed("web", before + 2, COPY);
 }

@@ -19,7 +19,10 @@ pub struct Pulse {
 
 impl Pulse {
     pub fn of(console: &Console) -> Self {
-        let (stop, longest_ms) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stop, longest_ms) = (
+            Arc::new(AtomicBool::new(false)),
+            Arc::new(AtomicU64::new(0)),
+        );
         let (ended, longest, console) = (stop.clone(), longest_ms.clone(), console.clone());
         let thread = std::thread::spawn(move || {
             let mut last = (console.last_beat().map(|b| b.number), Instant::now());
@@ -33,7 +36,11 @@ impl Pulse {
                 std::thread::sleep(Duration::from_millis(10));
             }
         });
-        Pulse { stop, longest_ms, thread: Some(thread) }
+        Pulse {
+            stop,
+            longest_ms,
+            thread: Some(thread),
+        }
     }
 
     /// The longest time without a heartbeat.
@@ -61,7 +68,12 @@ pub fn beats_on(console: &Console) {
 pub fn traces(guest: &GuestVm) -> (Vec<String>, String) {
     let mut qmp = guest.connect();
     let mut ours = Vec::new();
-    for query in ["query-named-block-nodes", "query-jobs", "query-block-exports", "query-block"] {
+    for query in [
+        "query-named-block-nodes",
+        "query-jobs",
+        "query-block-exports",
+        "query-block",
+    ] {
         let answer = qmp.execute(query, json!({})).unwrap();
         let text = answer.to_string();
         for found in text.split('"').filter(|word| word.starts_with("farhaven-")) {
