@@ -1,9 +1,10 @@
 //! RAM of a recovery point in the files that QEMU will map: filled whole once,
 //! then brought from point to point by what differs.
 
+use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -21,6 +22,9 @@ const PIECE: u64 = 256;
 #[derive(Default)]
 pub struct Warm {
     at: Option<Arc<Replica>>,
+    /// Device and inode of each block's file. One that was removed (a cleaned
+    /// /dev/shm) and made anew is empty, whatever is remembered of it.
+    files: BTreeMap<String, (u64, u64)>,
 }
 
 /// The RAM file of a block, in a guest's directory.
@@ -77,7 +81,9 @@ impl Warm {
                 continue;
             }
             let file = open(&ram_file(directory, &volume.name)).map_err(io)?;
-            bytes += match &same {
+            let inode = file.metadata().map(|m| (m.dev(), m.ino())).map_err(io)?;
+            let filled = self.files.insert(volume.name.clone(), inode) == Some(inode);
+            bytes += match same.as_ref().filter(|_| filled) {
                 Some(from) => differences(&file, index, from, replica).map_err(|e| e.or(io))?,
                 None => {
                     // A hole is the quickest zero.

@@ -35,6 +35,7 @@ fn the_source_s_daemon_dies_at_any_moment() {
     killed_in_steady_state(&mut pair, &guest);
     told_to_stop(&mut pair, &guest);
     killed_again_and_again(&mut pair, &guest);
+    warm_memory_is_removed(&pair);
 
     let last = guest.console.last_beat().unwrap();
     pair.east.kill();
@@ -93,8 +94,17 @@ fn told_to_stop(pair: &mut Pair, guest: &GuestVm) {
         let begun = std::time::Instant::now();
         assert!(pair.east.terminate(), "{}", pair.east.log());
         println!("stopped in {:?}", begun.elapsed());
-        let (_, status) = traces(guest);
+        let (left, status) = traces(guest);
         assert_eq!(status, "running");
+        // Nothing but the bitmaps, which tell the next daemon what to read.
+        assert!(
+            !left.is_empty()
+                && left
+                    .iter()
+                    .all(|t| t.starts_with("query-block:")
+                        || t.starts_with("query-named-block-nodes:")),
+            "{left:?}"
+        );
         beats_on(&guest.console);
         pair.east.start();
         let after = pair.east.until_sealed("web", 1, COPY);
@@ -124,4 +134,26 @@ fn killed_again_and_again(pair: &mut Pair, guest: &GuestVm) {
     let after = pair.east.until_sealed("web", 2, COPY);
     assert!(after.trouble.is_empty(), "{waits:?}: {after:?}");
     beats_on(&guest.console);
+}
+
+/// Somebody cleans /dev/shm at the peer: what is warm there is made anew, whole.
+fn warm_memory_is_removed(pair: &Pair) {
+    let text = std::fs::read_to_string(pair.west.dir.join("site.toml")).unwrap();
+    let ram = text
+        .split("ram_dir = \"")
+        .nth(1)
+        .unwrap()
+        .split('"')
+        .next()
+        .unwrap();
+    let mut removed = 0;
+    for guest in std::fs::read_dir(ram).unwrap() {
+        for file in std::fs::read_dir(guest.unwrap().path()).unwrap() {
+            std::fs::remove_file(file.unwrap().path()).unwrap();
+            removed += 1;
+        }
+    }
+    assert!(removed > 0);
+    let before = pair.east.source("web").points_sealed;
+    pair.east.until_sealed("web", before + 2, COPY);
 }

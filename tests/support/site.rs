@@ -74,8 +74,9 @@ impl TestSite {
             "{}",
             String::from_utf8_lossy(&run.stderr)
         );
-        let ram = format!("/dev/shm/farhaven-test-{}-{name}", std::process::id());
-        let ram = format!("{ram}-{}", dir.to_string_lossy().len());
+        // The directory's name is unique; other tests run in this process, too.
+        let unique = dir.to_string_lossy().replace('/', "-");
+        let ram = format!("/dev/shm/farhaven-test-{}{unique}", std::process::id());
         let text = format!(
             "[site]\nname = \"{name}\"\nstate_dir = \"{}\"\n[listen]\naddress = \"{listen}\"\nadvertise = [\"{advertise}\"]\n[activate]\nram_dir = \"{ram}\"\n{more}\n",
             dir.display()
