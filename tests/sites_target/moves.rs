@@ -59,7 +59,7 @@ fn a_move_succeeds_or_leaves_the_guest_running_here() {
         return;
     };
     // West's QEMU is a script that can be broken.
-    let qemu = dir.path().join("qemu");
+    let qemu = dir.path().join("qemu-wrapped");
     let works = "#!/bin/sh\nexec qemu-system-x86_64 \"$@\"\n";
     std::fs::write(&qemu, works).unwrap();
     std::fs::set_permissions(&qemu, std::fs::Permissions::from_mode(0o755)).unwrap();

@@ -55,6 +55,7 @@ fn a_full_store_stretches_the_rpo_and_goes_on_when_there_is_room() {
     if !told.ok {
         // Its check sees that there is no room: so it is told before it begins.
         assert!(told.err.contains("room") || told.err.contains("free"), "{}", told.err);
+        println!("the check told it: {}", told.err);
         return;
     }
     pair.east.until("it says why", PATIENCE, |view| {
