@@ -29,7 +29,7 @@ fn a_guest_taken_over_by_force_runs_at_one_site_whatever_restarts() {
     let console = runs_at(&pair.west, "web");
     assert_eq!(guest.console.last_beat().unwrap().number, stopped);
     assert!(phase(&pair.east, "web", Phase::Fenced).contains("stopped and is kept"));
-    assert!(super::super_alive(&guest), "it is kept, not killed");
+    assert!(lives(&guest), "it is kept, not killed");
     pair.west.cli(&["failover", "web"]).bad("runs here already");
     pair.east
         .cli(&["move", "web"])
