@@ -88,5 +88,6 @@ fn whole(console: &Console) {
 /// Its QEMU lives, and is no zombie.
 fn lives(guest: &GuestVm) -> bool {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", guest.pid())).unwrap_or_default();
-    stat.rsplit_once(')').is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }

@@ -160,7 +160,10 @@ impl Fence {
 
     fn take(&self, group: GuestId, owner: SiteKey, step: u64) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = terms.get(&group).map_or(0, |t| t.number).saturating_add(step);
+        let number = terms
+            .get(&group)
+            .map_or(0, |t| t.number)
+            .saturating_add(step);
         let term = Term {
             group,
             number,

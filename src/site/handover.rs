@@ -182,8 +182,7 @@ async fn how_it_ended(
     let guest_id = driver.record.id;
     let remote = driver.remote.clone();
     let answer = loop {
-        let asked =
-            remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60));
+        let asked = remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60));
         match driver.interruptible(asked).await? {
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
@@ -233,7 +232,11 @@ pub(super) async fn take_back(driver: &mut Driver) -> Result<(), DriveError> {
     let Some(term) = driver.protection.moving else {
         return Ok(());
     };
-    match driver.site.fence.may_run(driver.record.id, driver.site.key()) {
+    match driver
+        .site
+        .fence
+        .may_run(driver.record.id, driver.site.key())
+    {
         Err(error) if driver.site.fence.current(driver.record.id) != Some(term) => {
             return Err(error.into());
         }

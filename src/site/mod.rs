@@ -280,7 +280,9 @@ impl Site {
     /// Was this group protected from here, to whomever? Its points may still be
     /// there, and be run there. Its id is known only to sites that were told.
     fn was_shared(&self, group: GuestId) -> bool {
-        let found = self.catalogue.find::<GuestRecord>(Table::Guests, &group.to_string());
+        let found = self
+            .catalogue
+            .find::<GuestRecord>(Table::Guests, &group.to_string());
         found.is_ok_and(|record| record.is_some())
     }
 
@@ -297,7 +299,11 @@ impl Site {
         match driver {
             Some(driver) => {
                 let (done, stopped) = tokio::sync::oneshot::channel();
-                if driver.commands.send(Command::Fence(term, done)).await.is_ok()
+                if driver
+                    .commands
+                    .send(Command::Fence(term, done))
+                    .await
+                    .is_ok()
                     && let Ok(stopped) = stopped.await
                 {
                     stopped?;
@@ -317,14 +323,21 @@ impl Site {
 
     /// A guest that is protected no more was taken over from a point it left behind.
     async fn stop_unprotected(&self, term: Term) -> Result<(), String> {
-        let found = self.catalogue.find::<GuestRecord>(Table::Guests, &term.group.to_string());
+        let found = self
+            .catalogue
+            .find::<GuestRecord>(Table::Guests, &term.group.to_string());
         let Some(record) = found.map_err(|e| e.to_string())? else {
             return Ok(());
         };
         let name = record.name.clone();
         let stopped = tokio::task::spawn_blocking(move || guests::stop_guest(&record)).await;
         let stopped = stopped.map_err(|e| e.to_string())?;
-        tracing::warn!(guest = name, term = term.number, ?stopped, "fenced: it runs elsewhere under a newer term");
+        tracing::warn!(
+            guest = name,
+            term = term.number,
+            ?stopped,
+            "fenced: it runs elsewhere under a newer term"
+        );
         stopped.map_err(|e| format!("'{name}' could not be stopped here: {e}"))
     }
 
@@ -369,7 +382,9 @@ impl Site {
     }
 
     fn activation(&self, guest: GuestId) -> Result<Option<Activation>, CatalogueError> {
-        let known = self.catalogue.find(Table::Activations, &guest.to_string())?;
+        let known = self
+            .catalogue
+            .find(Table::Activations, &guest.to_string())?;
         Ok(known.or_else(|| self.noted_activation(guest)))
     }
 

@@ -79,7 +79,10 @@ impl Site {
     /// Points that are kept for seconds are looked at every few seconds.
     fn prune_pause(&self) -> Duration {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        let shortest = standbys.values().map(|s| s.opening().retention.all.duration()).min();
+        let shortest = standbys
+            .values()
+            .map(|s| s.opening().retention.all.duration())
+            .min();
         let shortest = shortest.unwrap_or(PRUNE_EVERY);
         (shortest / 2).clamp(Duration::from_secs(2), PRUNE_EVERY)
     }

@@ -26,7 +26,9 @@ const ACTIVATION: &str = "activation.json";
 
 impl Site {
     fn peer_note(&self, key: &SiteKey) -> PathBuf {
-        self.config.store_dir().join(format!("{}.peer", hex(key.as_bytes())))
+        self.config
+            .store_dir()
+            .join(format!("{}.peer", hex(key.as_bytes())))
     }
 
     /// Notes a paired site beside its store.
@@ -45,7 +47,11 @@ impl Site {
     /// Paired sites that only their notes know of; they are put into the catalogue.
     pub(super) fn rebuild_peers(&self) -> Result<(), CatalogueError> {
         let known = self.catalogue.list::<PeerRecord>(Table::Peers)?;
-        for entry in fs::read_dir(self.config.store_dir()).into_iter().flatten().flatten() {
+        for entry in fs::read_dir(self.config.store_dir())
+            .into_iter()
+            .flatten()
+            .flatten()
+        {
             let path = entry.path();
             if path.extension().is_none_or(|e| e != "peer") {
                 continue;
@@ -54,7 +60,9 @@ impl Site {
                 tracing::warn!(path = %path.display(), "a paired site's note cannot be read; pair it again: farhaven pair");
                 continue;
             };
-            let is_known = known.iter().any(|(_, k)| k.key == record.key || k.site == record.site);
+            let is_known = known
+                .iter()
+                .any(|(_, k)| k.key == record.key || k.site == record.site);
             if is_known || self.peer_note(&record.key) != path {
                 continue;
             }
@@ -69,14 +77,21 @@ impl Site {
         let known = self.catalogue.list::<StandbyRecord>(Table::Remote)?;
         let store = &remote.incoming.store;
         for guest in store.guests() {
-            let Some(newest) = store.newest(guest) else { continue };
+            let Some(newest) = store.newest(guest) else {
+                continue;
+            };
             if known.iter().any(|(_, r)| r.opening.guest == guest) {
                 continue;
             }
-            let replica = store.open_point(guest, newest.point).map_err(|e| e.to_string());
+            let replica = store
+                .open_point(guest, newest.point)
+                .map_err(|e| e.to_string());
             let context = replica.and_then(|replica| {
-                ciborium::de::from_reader_with_recursion_limit::<PointContext, _>(replica.context(), 64)
-                    .map_err(|e| e.to_string())
+                ciborium::de::from_reader_with_recursion_limit::<PointContext, _>(
+                    replica.context(),
+                    64,
+                )
+                .map_err(|e| e.to_string())
             });
             let context = match context {
                 Ok(context) => context,
@@ -97,13 +112,21 @@ impl Site {
                 source: context.source,
                 definition: context.definition,
                 volumes: newest.volumes,
-                term: Term { group: guest, number: context.term, owner: remote.record.key },
+                term: Term {
+                    group: guest,
+                    number: context.term,
+                    owner: remote.record.key,
+                },
                 warm: self.config.protect.warm,
                 fresh: false,
                 retention: self.config.protect.retention.clone(),
             };
-            let record = StandbyRecord { from: remote.record.site.clone(), opening };
-            self.catalogue.put(Table::Remote, &guest.to_string(), &record)?;
+            let record = StandbyRecord {
+                from: remote.record.site.clone(),
+                opening,
+            };
+            self.catalogue
+                .put(Table::Remote, &guest.to_string(), &record)?;
         }
         self.catalogue.flush()
     }
@@ -113,7 +136,9 @@ impl Site {
         let directory = self.config.run_dir().join(guest.to_string());
         let found = fs::read_dir(directory).into_iter().flatten().flatten();
         let found = found.filter_map(|term| note::<Activation>(&term.path().join(ACTIVATION)));
-        found.filter(|a| a.guest == guest).max_by_key(|a| a.term.number)
+        found
+            .filter(|a| a.guest == guest)
+            .max_by_key(|a| a.term.number)
     }
 }
 

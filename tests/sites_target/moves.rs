@@ -71,12 +71,16 @@ fn a_move_succeeds_or_leaves_the_guest_running_here() {
     pair.east.cli(&["move", "web"]).bad("no such machine");
     assert!(!ended_well(&pair, "web", &guest));
     // Not even stopped by force when it cannot be run.
-    pair.west.cli(&["failover", "web", "--force"]).bad("no such machine");
+    pair.west
+        .cli(&["failover", "web", "--force"])
+        .bad("no such machine");
     assert!(beats(&guest.console));
     std::fs::write(&qemu, works).unwrap();
     sealed(&pair.east, "web");
     pair.east.cli(&["take-back", "web"]).bad("--force");
-    pair.east.cli(&["take-back", "web", "--force"]).bad("not held");
+    pair.east
+        .cli(&["take-back", "web", "--force"])
+        .bad("not held");
 
     // West is killed as the move begins.
     std::thread::scope(|scope| {
@@ -113,7 +117,9 @@ fn a_move_cut_short_at_any_moment_leaves_one_guest() {
     let mut state: u64 = seed;
     let mut random = move |from: u64, to: u64| {
         // A step of a linear congruential generator; its upper half is random enough.
-        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
         from + (state >> 33) % (to - from)
     };
     let mut current: Option<(String, GuestVm)> = None;

@@ -53,7 +53,11 @@ fn a_guest_taken_over_by_force_runs_at_one_site_whatever_restarts() {
     std::fs::write(&file, text.replace("4mbit", "2000mbit")).unwrap();
     pair.west.start();
     pair.west.until("hydrated", PATIENCE, |view| {
-        view.standbys[0].active.as_ref().filter(|a| a.hydrated).map(drop)
+        view.standbys[0]
+            .active
+            .as_ref()
+            .filter(|a| a.hydrated)
+            .map(drop)
     });
     whole(&console);
 
@@ -80,12 +84,21 @@ fn a_guest_taken_over_by_force_runs_at_one_site_whatever_restarts() {
     // A damaged term file.
     pair.east.kill();
     let terms = pair.east.dir.join("terms");
-    let term = std::fs::read_dir(&terms).unwrap().next().unwrap().unwrap().path();
+    let term = std::fs::read_dir(&terms)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path();
     std::fs::write(&term, "rubbish").unwrap();
     pair.east.start_silently();
     let ended = pair.east.exit_status(PATIENCE).expect("it does not start");
     assert!(!ended.success());
-    assert!(pair.east.log().contains("is damaged"), "{}", pair.east.log());
+    assert!(
+        pair.east.log().contains("is damaged"),
+        "{}",
+        pair.east.log()
+    );
     guest.kill();
 }
 
@@ -106,12 +119,19 @@ fn a_source_that_comes_back_stops_its_guest_even_when_qemu_is_busy_at_first() {
     assert!(beats(&guest.console), "nobody has told it yet");
     let mut busy = Some(guest.connect());
     pair.east.start();
-    pair.east.until("it says that it cannot stop it", PATIENCE, |view| {
-        view.guests[0].trouble.contains("COULD NOT BE STOPPED").then_some(())
-    });
+    pair.east
+        .until("it says that it cannot stop it", PATIENCE, |view| {
+            view.guests[0]
+                .trouble
+                .contains("COULD NOT BE STOPPED")
+                .then_some(())
+        });
     drop(busy.take());
     pair.east.until("stopped", PATIENCE, |view| {
-        view.guests[0].trouble.contains("was stopped and is kept").then_some(())
+        view.guests[0]
+            .trouble
+            .contains("was stopped and is kept")
+            .then_some(())
     });
     assert!(!beats(&guest.console));
 
