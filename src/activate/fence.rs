@@ -28,6 +28,9 @@ pub struct Term {
     pub owner: SiteKey,
 }
 
+/// No group is ever promoted so often; a larger number is an attack or a fault.
+const MOST: u64 = 1 << 60;
+
 /// Why a term could not be read or kept.
 #[derive(Debug, thiserror::Error)]
 pub enum FenceError {
@@ -54,6 +57,11 @@ pub enum FenceError {
         /// How that shows.
         why: String,
     },
+    /// Not a number that came about by promotions.
+    #[error(
+        "term {0} did not come about by promotions; it is ignored. Is the peer what it says it is?"
+    )]
+    Absurd(u64),
     /// Somebody else owns a term at least as new.
     #[error(
         "fenced: term {known} of this group belongs to site {owner}, so term {asked} cannot be taken here"
@@ -129,6 +137,9 @@ impl Fence {
     /// When it could not be made durable: it is not in force then.
     pub fn adopt(&self, term: Term) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        if term.number > MOST {
+            return Err(FenceError::Absurd(term.number));
+        }
         match terms.get(&term.group) {
             // Two owners of one number cannot come about by the rules here; if
             // they do (a restored backup), both sides must pick the same one.

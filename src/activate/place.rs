@@ -269,6 +269,11 @@ impl Ready {
             if let Some(why) = failed {
                 return Err(ActivateError::Step(why));
             }
+            if disks.len() < self.disks.len() {
+                return Err(ActivateError::Step(
+                    "QEMU does not know of the copying of every disk".to_owned(),
+                ));
+            }
             if disks.iter().all(|d| d.state == HydrationState::Done) {
                 return Ok(());
             }

@@ -68,7 +68,9 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
             println!("\nNext: farhaven guest check {name}, then farhaven protect {name} --to SITE");
         }
         GuestVerb::Check { name, to, json } => {
-            let query = to.map(|to| format!("?to={to}")).unwrap_or_default();
+            let query = to
+                .map(|to| format!("?to={}", super::escaped(&to)))
+                .unwrap_or_default();
             let findings: Vec<Finding> = client
                 .get(&guest_path(&name, &format!("/check{query}")))
                 .await

@@ -77,7 +77,7 @@ enum Verb {
     },
     /// How every guest stands.
     Status(show::Status),
-    /// Recovery points of a guest; run it where they are kept.
+    /// Recovery points of a guest.
     Points {
         /// The guest.
         name: String,
@@ -182,15 +182,20 @@ async fn run(cli: Cli) -> Outcome {
 
 /// A guest's path in the API, whatever its name.
 fn guest_path(name: &str, rest: &str) -> String {
-    let mut path = "/v1/guests/".to_owned();
+    format!("/v1/guests/{}{rest}", escaped(name))
+}
+
+/// A name as part of a path or query, whatever is in it.
+fn escaped(name: &str) -> String {
+    let mut escaped = String::new();
     for byte in name.bytes() {
         if byte.is_ascii_alphanumeric() || b"-_.".contains(&byte) {
-            path.push(char::from(byte));
+            escaped.push(char::from(byte));
         } else {
-            path.push_str(&format!("%{byte:02X}"));
+            escaped.push_str(&format!("%{byte:02X}"));
         }
     }
-    path + rest
+    escaped
 }
 
 /// Prints a value for programs.

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use clap::Args;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use comfy_table::{Cell, Color, ContentArrangement, Table};
+use comfy_table::{Cell, Color, ContentArrangement, Table, TableComponent};
 
 use super::{Outcome, guest_path, print_json, told};
 use crate::client::Client;
@@ -73,6 +73,7 @@ fn table(header: &[&str]) -> Table {
         .load_preset(UTF8_HORIZONTAL_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(header.to_vec());
+    table.remove_style(TableComponent::HorizontalLines);
     table
 }
 

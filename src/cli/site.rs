@@ -188,7 +188,7 @@ pub(super) async fn peer(client: &Client, verb: PeerVerb) -> Outcome {
         }
         PeerVerb::Remove { name } => {
             let _: Done = client
-                .delete(&format!("/v1/peers/{name}"))
+                .delete(&format!("/v1/peers/{}", super::escaped(&name)))
                 .await
                 .map_err(told)?;
             println!("Site '{name}' is paired no more. Run the same at '{name}' for this site.");

@@ -10,6 +10,7 @@ mod guest;
 mod report;
 mod stage;
 mod story;
+mod verify;
 
 use std::path::PathBuf;
 

@@ -9,12 +9,13 @@
 use std::time::Duration;
 
 use bytes::Bytes;
-use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex};
+use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
 use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::peer::PeerFacts;
+use crate::site::view::PointView;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -27,6 +28,9 @@ pub const BASELINE_PAGE_UNITS: u64 = 32 * 1024;
 
 /// Batches that one [`Message::Retire`] names, at most 9 bytes each.
 pub const RETIRE_BATCHES: usize = 64 * 1024;
+
+/// Points that one [`Message::PointList`] tells, about 250 bytes each.
+pub const MOST_POINTS: usize = 3000;
 
 /// A message with its place in the conversation.
 #[derive(Debug, Serialize, Deserialize)]
@@ -77,6 +81,29 @@ pub struct Opened {
     pub last_seq: u64,
     /// The volumes of the newest point.
     pub volumes: Vec<Volume>,
+}
+
+/// Most bytes of a guest's device state.
+pub const MOST_DEVICE_STATE: u64 = 256 << 20;
+
+/// A volume that an honest site may tell of: its size can be worked with.
+pub fn sound_volume(volume: &Volume) -> bool {
+    const MOST: u64 = 1 << 50;
+    match volume.kind {
+        VolumeKind::DeviceState => volume.bytes <= MOST_DEVICE_STATE,
+        VolumeKind::Ram | VolumeKind::Disk => volume.bytes <= MOST,
+    }
+}
+
+impl Opened {
+    /// Are these numbers that an honest site gives?
+    pub fn is_sound(&self) -> bool {
+        const MOST: u64 = 1 << 56;
+        self.newest < MOST
+            && self.next_point < MOST
+            && self.last_seq < MOST
+            && self.volumes.iter().all(sound_volume)
+    }
 }
 
 /// A request to seal what was sent as a recovery point.
@@ -242,6 +269,16 @@ pub enum Message {
         guest: GuestId,
         /// Drop its points too.
         discard: bool,
+    },
+    /// Source: which points of this guest are there?
+    Points {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: these, oldest first; the newest [`MOST_POINTS`].
+    PointList {
+        /// The points.
+        points: Vec<PointView>,
     },
     /// Target: these batches are no longer kept for deduplication; refer to none of them.
     Retire {

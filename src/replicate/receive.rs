@@ -5,6 +5,7 @@
 //! cannot take them (its filesystem is full) they wait here, bounded by the
 //! session's window, and the source's points get older instead of being lost.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -42,7 +43,9 @@ pub struct Incoming {
 
 impl Incoming {
     /// Starts the appending thread. It ends when every clone is dropped.
-    pub fn start(store: Store, peer: Peer) -> Self {
+    ///
+    /// Below `min_free` bytes of room in `directory` nothing more is taken.
+    pub fn start(store: Store, peer: Peer, directory: PathBuf, min_free: u64) -> Self {
         let (queue, batches) = mpsc::unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let (appended_tx, appended) = watch::channel(0);
@@ -53,6 +56,8 @@ impl Incoming {
             waiting: waiting.clone(),
             appended: appended_tx,
             trouble: trouble_tx,
+            directory,
+            min_free,
         };
         tokio::task::spawn_blocking(move || appending.run(batches));
         Self {
@@ -77,6 +82,14 @@ impl Incoming {
         self.waiting.fetch_add(size, Ordering::Relaxed);
         // The thread ends only with the last sender.
         let _ = self.queue.send((seq, bytes));
+    }
+
+    /// Waits until nothing that was taken waits for the disk; false after `patience`.
+    pub async fn settled(&self, patience: Duration) -> bool {
+        let mut appended = self.appended.clone();
+        let waiting = || self.waiting.load(Ordering::Acquire) > 0;
+        let settled = async { while waiting() && appended.changed().await.is_ok() {} };
+        tokio::time::timeout(patience, settled).await.is_ok() && !waiting()
     }
 
     /// What hinders the store, in a sentence; empty when nothing does.
@@ -202,9 +215,36 @@ struct Appending {
     waiting: Arc<AtomicUsize>,
     appended: watch::Sender<u64>,
     trouble: watch::Sender<String>,
+    directory: PathBuf,
+    min_free: u64,
+}
+
+/// Why nothing is appended.
+#[derive(Debug, thiserror::Error)]
+enum Full {
+    #[error(transparent)]
+    Store(StoreError),
+    #[error("{directory} has {free} bytes free, and store.min_free is {min_free}; make room there")]
+    Room {
+        directory: PathBuf,
+        free: u64,
+        min_free: u64,
+    },
 }
 
 impl Appending {
+    fn room(&self) -> Result<(), Full> {
+        let free = crate::guest::qemu::peer::bytes_free(&self.directory);
+        if free >= self.min_free {
+            return Ok(());
+        }
+        Err(Full::Room {
+            directory: self.directory.clone(),
+            free,
+            min_free: self.min_free,
+        })
+    }
+
     fn run(self, mut queue: mpsc::UnboundedReceiver<(u64, Bytes)>) {
         let mut batches = Vec::new();
         while let Some((_, first)) = queue.blocking_recv() {
@@ -219,14 +259,18 @@ impl Appending {
             if !self.append(&batches, &queue) {
                 return;
             }
-            self.waiting.fetch_sub(bytes, Ordering::Relaxed);
+            self.waiting.fetch_sub(bytes, Ordering::Release);
+            self.appended.send_modify(|n| *n += 1);
         }
     }
 
     /// Appends until it works. False: nobody wants it any more.
     fn append(&self, batches: &[Bytes], queue: &mpsc::UnboundedReceiver<(u64, Bytes)>) -> bool {
         loop {
-            match self.store.append(batches) {
+            match self
+                .room()
+                .and_then(|()| self.store.append(batches).map_err(Full::Store))
+            {
                 Ok(seqs) => {
                     self.trouble
                         .send_if_modified(|what| !std::mem::take(what).is_empty());
@@ -234,7 +278,7 @@ impl Appending {
                     self.appended.send_modify(|n| *n += 1);
                     return true;
                 }
-                Err(StoreError::Batch(error)) => {
+                Err(Full::Store(StoreError::Batch(error))) => {
                     // Not our peer's encoder: whatever it is, nothing of it is acknowledged.
                     tracing::error!(%error, "the peer sent a batch that does not verify; the connection is closed");
                     self.peer.refuse_data("a batch does not verify");

@@ -14,6 +14,7 @@ use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encode
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_wan::Peer;
+use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
@@ -58,6 +59,14 @@ impl Outgoing {
     pub fn forget(&self, seq: u64) {
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         index.remove_seqs(&BTreeSet::from([seq]));
+    }
+
+    /// No batch sent before may be referred to any more.
+    pub fn forget_all(&self) {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
     }
 
     /// Takes notice of what the peer acknowledged.
@@ -132,6 +141,7 @@ pub struct Shipment {
     stop: watch::Receiver<bool>,
     runtime: Handle,
     patience: Option<Duration>,
+    cap: Option<Arc<Mutex<TokenBucket>>>,
 }
 
 /// Progress of a guest's data, readable while a shipment works.
@@ -203,7 +213,15 @@ impl Shipment {
             stop,
             runtime,
             patience: None,
+            cap: None,
         }
+    }
+
+    /// Sends no faster than this bucket allows: the policy's cap, shared by all
+    /// shipments of the guest.
+    pub fn capped(mut self, cap: Option<Arc<Mutex<TokenBucket>>>) -> Self {
+        self.cap = cap;
+        self
     }
 
     /// How long the link may take no data before the shipment gives up with
@@ -278,7 +296,24 @@ impl Shipment {
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
         let patience = self.patience;
+        let (cap, bytes) = (self.cap.clone(), batch.bytes.len() as u64);
         self.runtime.block_on(async {
+            // The policy's cap is no stall of the link.
+            let paced = async {
+                while let Some(cap) = &cap {
+                    let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+                    let taken = cap.take(Instant::now(), bytes);
+                    drop(cap);
+                    match taken {
+                        Ok(()) => break,
+                        Err(wait) => tokio::time::sleep(wait).await,
+                    }
+                }
+            };
+            tokio::select! {
+                () = paced => {}
+                _ = stop.wait_for(|stopped| *stopped) => return Err(SinkError::Closed),
+            }
             let sent = peer.send_data(batch.seq, batch.bytes);
             tokio::pin!(sent);
             tokio::select! {

@@ -1,6 +1,7 @@
 //! What this site answers to a peer's questions.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use std::collections::BTreeSet;
 
@@ -11,8 +12,16 @@ use super::remote::Remote;
 use super::standby::Standby;
 use super::{Site, records};
 use crate::activate::fence::Term;
-use crate::replicate::message::{Message, Opened, Opening, Refusal, SealRequest};
+use crate::replicate::message::{
+    MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
+};
 use crate::replicate::receive::SealStep;
+
+/// How long the end of shipments under way is waited for; less than the asker waits.
+const FORGET: Duration = Duration::from_secs(240);
+
+/// How long an opening waits for earlier data to reach the disk.
+const SETTLE: Duration = Duration::from_secs(20);
 
 /// Answers one question of `remote`.
 pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Message) -> Message {
@@ -67,16 +76,27 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             Message::Done
         }
+        Message::Points { guest } => match site.standby_of(remote, guest) {
+            Some(standby) => {
+                let mut points = site.points_of(&standby);
+                points.drain(..points.len().saturating_sub(MOST_POINTS));
+                Message::PointList { points }
+            }
+            None => unknown_guest(),
+        },
         Message::Retire { seqs } => {
             if let Some(outgoing) = remote.begun() {
-                outgoing
-                    .retire(&seqs.into_iter().collect::<BTreeSet<_>>())
-                    .await;
+                let seqs: BTreeSet<u64> = seqs.into_iter().collect();
+                let forgotten = tokio::time::timeout(FORGET, outgoing.retire(&seqs)).await;
+                if forgotten.is_err() {
+                    return refused(Refusal::Unable, "a long copy is under way; ask again later");
+                }
             }
             Message::Done
         }
         other => {
-            tracing::warn!(peer = %remote.record.site, ?other, "not a question");
+            let kind = std::mem::discriminant(&other);
+            tracing::warn!(peer = %remote.record.site, ?kind, "not a question");
             Message::Refused {
                 code: Refusal::Unknown,
                 why: "this site does not know that question; do both run the same version?"
@@ -132,12 +152,24 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         }
         Err(error) => return refused(Refusal::Unable, error),
     }
+    if let Some(why) = unsound(&opening) {
+        return refused(Refusal::Unable, why);
+    }
     let fresh = opening.fresh;
     let standby = match site.standby(remote, opening) {
         Ok(standby) => standby,
         Err(error) => return refused(Refusal::Unable, error),
     };
     standby.stand_down().await;
+    // What an earlier process of the source sent may still wait for the disk:
+    // its batch and point numbers must be known before new ones are given out.
+    if !remote.incoming.settled(SETTLE).await {
+        let trouble = remote.incoming.trouble().borrow().clone();
+        return refused(
+            Refusal::Unable,
+            format!("earlier data still waits for the disk here; {trouble}"),
+        );
+    }
     let store = remote.incoming.store.clone();
     blocking(move || {
         if fresh {
@@ -155,6 +187,16 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
     .await
 }
 
+/// What an honest source would not tell.
+fn unsound(opening: &Opening) -> Option<&'static str> {
+    if !super::protect::is_guest_name(&opening.name) {
+        return Some("that is no name for a guest");
+    }
+    let volumes = &opening.volumes;
+    let sound = volumes.len() <= records::MAX_VOLUMES && volumes.iter().all(sound_volume);
+    (!sound).then_some("too many volumes, or volumes too large")
+}
+
 async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> Message {
     let Some(standby) = site.standby_of(remote, request.guest) else {
         return unknown_guest();
@@ -165,10 +207,18 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
         Some(term) if Some(term) == request.activate => {}
         _ => return refused(Refusal::Fenced, "a newer term of this guest is known here"),
     }
-    if request.volumes.len() > records::MAX_VOLUMES {
-        return refused(Refusal::Unable, "too many volumes");
+    let sound = request.volumes.iter().all(sound_volume);
+    if request.volumes.len() > records::MAX_VOLUMES || !sound {
+        return refused(Refusal::Unable, "too many volumes, or volumes too large");
     }
-    let header = match remote.incoming.seal(&request).await {
+    let mut attempt = standby.attempt();
+    let sealed = tokio::select! {
+        sealed = remote.incoming.seal(&request) => sealed,
+        _ = attempt.changed() => {
+            return refused(Refusal::OutOfStep, "the source began anew before this point was whole");
+        }
+    };
+    let header = match sealed {
         Ok(header) => header,
         Err(
             error @ SealStep::Seal(

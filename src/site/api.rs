@@ -20,6 +20,9 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 
+/// How long requests under way may take to their end when the daemon stops.
+const GRACE: Duration = Duration::from_secs(5);
+
 /// Longest request body.
 const LONGEST_BODY: usize = 64 * 1024;
 
@@ -164,7 +167,27 @@ pub fn router(site: Arc<Site>) -> Router {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .layer(axum::middleware::map_response(errors_in_json))
         .with_state(site)
+}
+
+/// What the framework refuses by itself (no JSON, a wrong field, a wrong
+/// method) has the form of every other error.
+async fn errors_in_json(response: Response) -> Response {
+    let status = response.status();
+    let kind = response.headers().get(axum::http::header::CONTENT_TYPE);
+    let json = kind.is_some_and(|kind| kind.as_bytes().starts_with(b"application/json"));
+    if json || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let said = axum::body::to_bytes(response.into_body(), LONGEST_BODY)
+        .await
+        .unwrap_or_default();
+    let error = match String::from_utf8_lossy(&said).trim() {
+        "" => format!("{status}: not a request of this version of the API"),
+        said => said.to_owned(),
+    };
+    (status, Json(ErrorBody { error })).into_response()
 }
 
 /// Serves the API until `stop` is ready. A socket file left by a daemon that
@@ -192,11 +215,38 @@ pub async fn serve(
     }
     let listener = UnixListener::bind(socket)?;
     std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
-    let served = axum::serve(listener, router(site))
-        .with_graceful_shutdown(stop)
-        .await;
+    let (stopped, stopping) = tokio::sync::oneshot::channel();
+    let served = axum::serve(listener, router(site)).with_graceful_shutdown(async move {
+        stop.await;
+        let _ = stopped.send(());
+    });
+    // A client that never ends its request must not keep the daemon.
+    let too_long = async {
+        if stopping.await.is_err() {
+            std::future::pending::<()>().await;
+        }
+        tokio::time::sleep(GRACE).await;
+    };
+    let served = tokio::select! {
+        served = served.into_future() => served,
+        () = too_long => Ok(()),
+    };
     let _ = std::fs::remove_file(socket);
     served
+}
+
+/// Runs an operation to its end, even when the client goes away midway: half
+/// a failover is worse than one whose report nobody reads.
+async fn whole<T: Send + 'static>(
+    operation: impl Future<Output = Result<T, OperateError>> + Send + 'static,
+) -> Answer<T> {
+    let ended = tokio::spawn(operation).await;
+    let ended = ended.unwrap_or_else(|e| {
+        Err(OperateError::Failed(format!(
+            "the operation ended early: {e}; see the log"
+        )))
+    });
+    ended.map(Json)
 }
 
 async fn invite(State(site): Here, Json(body): Json<Invite>) -> Answer<Invited> {
@@ -213,7 +263,7 @@ async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::
         .trim()
         .parse()
         .map_err(|e| OperateError::Conflict(format!("{e}")))?;
-    site.pair(&invitation).await.map(Json)
+    whole(async move { site.pair(&invitation).await }).await
 }
 
 async fn remove_peer(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
@@ -225,7 +275,7 @@ async fn add_guest(
     State(site): Here,
     Json(body): Json<AddGuest>,
 ) -> Answer<super::records::GuestRecord> {
-    site.add_guest(&body.name, &body.qmp).await.map(Json)
+    whole(async move { site.add_guest(&body.name, &body.qmp).await }).await
 }
 
 async fn show_guest(
@@ -253,8 +303,11 @@ async fn protect(
     InPath(name): InPath<String>,
     Json(body): Json<Protect>,
 ) -> Answer<Done> {
-    site.protect(&name, &body.to, body.rpo).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.protect(&name, &body.to, body.rpo).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn unprotect(
@@ -262,8 +315,11 @@ async fn unprotect(
     InPath(name): InPath<String>,
     Json(body): Json<Unprotect>,
 ) -> Answer<Done> {
-    site.unprotect(&name, body.discard).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.unprotect(&name, body.discard).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
@@ -280,7 +336,7 @@ async fn points(
     State(site): Here,
     InPath(name): InPath<String>,
 ) -> Answer<Vec<super::view::PointView>> {
-    site.points(&name).map(Json)
+    site.points(&name).await.map(Json)
 }
 
 async fn failover(
@@ -288,16 +344,14 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    site.fail_over(&name, body.point, body.force)
-        .await
-        .map(Json)
+    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
 }
 
 async fn move_guest(
     State(site): Here,
     InPath(name): InPath<String>,
 ) -> Answer<super::view::MoveReport> {
-    site.move_guest(&name).await.map(Json)
+    whole(async move { site.move_guest(&name).await }).await
 }
 
 async fn take_back(
@@ -305,6 +359,9 @@ async fn take_back(
     InPath(name): InPath<String>,
     Json(body): Json<TakeBack>,
 ) -> Answer<Done> {
-    site.take_back(&name, body.force).await?;
-    Ok(Json(Done {}))
+    whole(async move {
+        site.take_back(&name, body.force).await?;
+        Ok(Done {})
+    })
+    .await
 }

@@ -42,10 +42,15 @@ pub(super) async fn make(
 ) -> Result<Made, DriveError> {
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
+    if after == After::Hold {
+        // The guest stands still: nothing else is worth more.
+        shipment = shipment.capped(None);
+    }
     let mut known = std::mem::take(&mut attached.state_known);
     let limit =
         usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
     let point = attached.next;
+    driver.last_point = driver.last_point.max(point);
     let work = blocking(move || {
         let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
         (guest, shipment, known, made)
@@ -157,7 +162,8 @@ pub(super) async fn seal(
         {
             Ok(Message::Sealed { point }) if point == made.point => break,
             Ok(Message::Dangling { missing }) => {
-                attached.outgoing.forget(missing);
+                // Where one is gone others may be: bandwidth is cheaper than a round trip each.
+                attached.outgoing.forget_all();
                 return Err(DriveError::Other(format!(
                     "batch {missing} is gone at the peer; point {} begins anew",
                     made.point
@@ -193,8 +199,15 @@ pub(super) async fn seal(
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
+    let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
+        if made.times.pause > allowed.duration() {
+            v.trouble = format!(
+                "the last cut stopped the guest for {:.0} ms; protect.max_pause is {allowed}",
+                made.times.pause.as_secs_f64() * 1e3
+            );
+        }
         v.points_sealed += 1;
         v.newest_point = made.point;
         v.last_seal_ms = Some(took.as_millis() as u64);
@@ -213,6 +226,7 @@ pub(super) async fn seal(
         cut_at: made.cut_at,
         pause: made.times.pause,
         took,
+        sent_bytes: made.shipped.sent_bytes,
     })
 }
 

@@ -7,11 +7,12 @@
 //! pause, end) stop the step under way.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::decide::{self, Measured};
 use farhaven_storage_sync::unit::Digest;
+use farhaven_wan::pace::TokenBucket;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use super::records::{GuestRecord, Protection};
@@ -85,6 +86,9 @@ pub(super) struct Driver {
     pub(super) stop: watch::Sender<bool>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) waiting: VecDeque<Command>,
+    pub(super) cap: Option<Arc<Mutex<TokenBucket>>>,
+    /// The largest number of any point of this process: none is used twice.
+    pub(super) last_point: u64,
     sealing: Measured,
     pausing: Measured,
 }
@@ -120,6 +124,12 @@ impl Driver {
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
+        let cap = protection.policy.bandwidth.rate().map(|rate| {
+            Arc::new(Mutex::new(TokenBucket::new(
+                rate.bits_per_second(),
+                Instant::now(),
+            )))
+        });
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -131,6 +141,8 @@ impl Driver {
             stop: watch::channel(false).0,
             commands,
             waiting: VecDeque::new(),
+            cap,
+            last_point: 0,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -195,7 +207,10 @@ impl Driver {
             match command {
                 Command::Pause => self.set_paused(true).await,
                 Command::Resume => self.set_paused(false).await,
-                Command::End => return true,
+                Command::End => {
+                    self.clear_away().await;
+                    return true;
+                }
                 Command::Fence(term, done) => {
                     let _ = done.send(self.fence(term, None).await);
                 }
@@ -218,7 +233,8 @@ impl Driver {
 
     /// One attempt, from the attach to whatever ends it.
     async fn attempt(&mut self) -> Result<Next, DriveError> {
-        let _ = self.stop.send(false);
+        // Kept even while nobody listens, unlike `send`.
+        self.stop.send_replace(false);
         let name = self.record.name.clone();
         if let Err(error) = self.site.fence.may_run(self.record.id, self.site.key()) {
             let moved = self.view.borrow().phase == Phase::Moved;
@@ -247,10 +263,17 @@ impl Driver {
             self.phase(Phase::Paused);
             return Ok(self.wait_for_command().await);
         }
-        self.phase(Phase::Attaching);
+        // A lost guest stays lost, and said to be, until it is found again.
+        if self.view.borrow().phase != Phase::Lost {
+            self.phase(Phase::Attaching);
+        }
         let guest = self.attach().await?;
         self.phase(Phase::Connecting);
         let remote = self.remote.clone();
+        if !remote.connected() {
+            let trouble = AskError::Unreachable(self.protection.to.clone()).to_string();
+            self.view.send_modify(|v| v.trouble = trouble);
+        }
         self.interruptible(remote.reachable()).await?;
         let mut attached = self.open(guest).await?;
         let ended = self.protect(&mut attached).await;
@@ -321,7 +344,9 @@ impl Driver {
                 };
                 match tokio::time::timeout(wait, self.commands.recv()).await {
                     Ok(Some(command)) => self.waiting.push_back(command),
-                    Ok(None) => return Ok(Next::Ended),
+                    // The daemon stops; protection does not end. Bitmaps stay
+                    // in QEMU: they tell the next daemon what to read.
+                    Ok(None) => return Err(DriveError::Interrupted),
                     Err(_) => {}
                 }
             }
@@ -484,4 +509,6 @@ pub(super) struct Sealed {
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
+    /// Bytes of its batches.
+    pub(super) sent_bytes: u64,
 }

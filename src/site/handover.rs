@@ -9,6 +9,8 @@
 
 use std::time::{Duration, Instant};
 
+use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
+
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
@@ -17,6 +19,9 @@ use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest};
 use crate::replicate::message::{ActivationTimes, Message};
+
+/// What a last cut costs whatever is left: device state, sealing, restoring.
+const HAND_OVER: Duration = Duration::from_millis(150);
 
 /// The peer launches QEMU and fills RAM in this time, or the move is not begun.
 const PREPARATION: Duration = Duration::from_secs(120);
@@ -44,15 +49,15 @@ pub(super) async fn perform(
             .ask_within(Message::Prepare { guest: id }, PREPARATION)
             .await
     });
-    let round = driver.point(attached, After::Continue).await;
+    let round = converge(driver, attached).await;
     let prepared = driver
         .interruptible(preparing)
         .await?
         .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
     let ready = match (round, prepared) {
-        (Ok(_), Ok(Message::Prepared)) => Ok(()),
-        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
-        (Ok(_), Err(error)) => Err(error.into()),
+        (Ok(()), Ok(Message::Prepared)) => Ok(()),
+        (Ok(()), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+        (Ok(()), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error),
     };
     if let Err(error) = ready {
@@ -134,6 +139,41 @@ fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
             driver.record.name
         )),
     }
+}
+
+/// Points while the guest runs, until the last cut keeps within the policy or
+/// more of them would not help.
+async fn converge(driver: &mut Driver, attached: &mut Attached) -> Result<(), DriveError> {
+    let mut before = None;
+    for rounds in 1.. {
+        let sealed = driver.point(attached, After::Continue).await?;
+        let link = driver.remote.peer.status();
+        let rtt = link.rtt.unwrap_or_default();
+        let rate = link.congestion_window_bytes.unwrap_or(0) as f64 / rtt.as_secs_f64().max(1e-4);
+        let facts = MoveFacts {
+            rounds,
+            remaining_bytes: sealed.sent_bytes,
+            remaining_before: before,
+            link_bytes_per_second: rate as u64,
+            fixed: HAND_OVER + rtt * 2,
+            throttle: 0,
+        };
+        before = Some(sealed.sent_bytes);
+        match next_move_step(&driver.protection.policy, &facts) {
+            MoveStep::Round => {}
+            MoveStep::LastCut { .. } => return Ok(()),
+            MoveStep::Throttle { .. } => {
+                let expected = expected_blackout(&facts);
+                tracing::warn!(guest = %driver.record.name, ?expected,
+                    "the guest changes faster than the link carries; it will stand still for longer than protect.max_blackout");
+                return Ok(());
+            }
+            MoveStep::LinkDown => {
+                return Err(AskError::Unreachable(driver.protection.to.clone()).into());
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Tells the peer that nothing comes of the move, without waiting for it.

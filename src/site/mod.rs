@@ -226,7 +226,12 @@ impl Site {
         }
         self.note_peer(&record);
         let peer = self.node.trust(record.clone());
-        let incoming = Incoming::start(store, peer.clone());
+        let incoming = Incoming::start(
+            store,
+            peer.clone(),
+            self.store_directory(&record.key),
+            self.config.store.min_free.bytes(),
+        );
         let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
         self.remotes
             .write()

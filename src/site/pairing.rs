@@ -81,6 +81,15 @@ impl Site {
         self: &Arc<Self>,
         record: PeerRecord,
     ) -> Result<Arc<Remote>, OperateError> {
+        if let Some(known) = self.remote(&record.site)
+            && known.record.key != record.key
+        {
+            self.node.revoke(record.key);
+            return Err(OperateError::Conflict(format!(
+                "another site named '{0}' is paired already; run: farhaven peer remove {0}, or give the new one another name",
+                record.site
+            )));
+        }
         self.catalogue
             .put(Table::Peers, &record.site, &record)
             .map_err(failed)?;

@@ -16,6 +16,9 @@ use super::view::{MoveReport, Phase};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
 
+/// The peer may have to wait for the end of shipments before it drops points.
+const CLOSE: Duration = Duration::from_secs(330);
+
 impl Site {
     pub(super) fn guest_records(&self) -> Vec<GuestRecord> {
         match self.catalogue.list::<GuestRecord>(Table::Guests) {
@@ -58,12 +61,7 @@ impl Site {
         name: &str,
         qmp: &Path,
     ) -> Result<GuestRecord, OperateError> {
-        let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        if name.is_empty()
-            || name.len() > 63
-            || !name.chars().all(plain)
-            || name.starts_with(['-', '.'])
-        {
+        if !is_guest_name(name) {
             return Err(OperateError::Conflict(format!(
                 "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
             )));
@@ -266,10 +264,6 @@ impl Site {
             )));
         }
         self.command(name, Command::End).await?;
-        self.catalogue
-            .remove(Table::Protections, &record.id.to_string())
-            .map_err(failed)?;
-        self.catalogue.flush().map_err(failed)?;
         let driver = {
             let mut drivers = self.drivers.write().unwrap_or_else(PoisonError::into_inner);
             drivers.remove(&record.id)
@@ -278,12 +272,20 @@ impl Site {
             // Its end drops the receiver: nothing is attached to the guest any more.
             let _ = tokio::time::timeout(Duration::from_secs(30), driver.commands.closed()).await;
         }
+        // Not before: until its end the driver may write it.
+        self.catalogue
+            .remove(Table::Protections, &record.id.to_string())
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)?;
         if let Some(remote) = view.peer.as_deref().and_then(|p| self.remote(p)) {
             let closed = remote
-                .ask(Message::Close {
-                    guest: record.id,
-                    discard,
-                })
+                .ask_within(
+                    Message::Close {
+                        guest: record.id,
+                        discard,
+                    },
+                    CLOSE,
+                )
                 .await;
             if let (Err(error), true) = (closed, discard) {
                 return Err(OperateError::Failed(format!(
@@ -325,4 +327,10 @@ impl Site {
             .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?
             .map_err(OperateError::Failed)
     }
+}
+
+/// May a guest be called so?
+pub(super) fn is_guest_name(name: &str) -> bool {
+    let plain = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+    !name.is_empty() && name.len() <= 63 && name.chars().all(plain) && !name.starts_with(['-', '.'])
 }

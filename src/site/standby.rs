@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
+use tokio::sync::watch;
 
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
@@ -28,6 +29,8 @@ pub(super) struct Standby {
     opening: RwLock<Opening>,
     pub(super) state: tokio::sync::Mutex<State>,
     seen: Mutex<Seen>,
+    /// Grows when the source begins anew: seals of before are not waited for.
+    attempt: watch::Sender<u64>,
 }
 
 /// Only touched under the lock.
@@ -67,7 +70,18 @@ impl Standby {
             opening: RwLock::new(opening),
             state: tokio::sync::Mutex::default(),
             seen: Mutex::default(),
+            attempt: watch::Sender::new(0),
         }
+    }
+
+    /// The source begins anew, or gave up: what it asked for before is void.
+    pub(super) fn begin_anew(&self) {
+        self.attempt.send_modify(|n| *n += 1);
+    }
+
+    /// To notice the next [`Standby::begin_anew`].
+    pub(super) fn attempt(&self) -> watch::Receiver<u64> {
+        self.attempt.subscribe()
     }
 
     /// The peer that sends it.
@@ -242,6 +256,7 @@ impl Standby {
 
     /// Gives up what was prepared, unless it runs already.
     pub(super) async fn give_up(self: &Arc<Self>) -> Option<(ActivationTimes, Term)> {
+        self.begin_anew();
         let mut state = self.state.lock().await;
         if let Some(active) = state.runs() {
             return Some((active.times.clone(), active.term));
@@ -252,6 +267,7 @@ impl Standby {
 
     /// The source goes on: what was prepared here is not needed.
     pub(super) async fn stand_down(self: &Arc<Self>) {
+        self.begin_anew();
         let mut state = self.state.lock().await;
         self.discard(&mut state).await;
     }
@@ -314,6 +330,7 @@ impl Standby {
 
     /// The source ends protection.
     pub(super) async fn close(self: &Arc<Self>, discard: bool) -> Result<(), ActivateError> {
+        self.begin_anew();
         let mut state = self.state.lock().await;
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));

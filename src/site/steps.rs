@@ -24,6 +24,33 @@ impl Driver {
         Ok(attached?)
     }
 
+    /// Protection ends while nobody is attached: what it left in QEMU, like
+    /// dirty bitmaps, goes now, or every write of the guest would pay for it.
+    pub(super) async fn clear_away(&self) {
+        if self
+            .site
+            .fence
+            .may_run(self.record.id, self.site.key())
+            .is_err()
+        {
+            // What was stopped for good is evidence.
+            return;
+        }
+        let (site, record) = (self.site.clone(), self.record.clone());
+        let left = blocking(move || {
+            let key = site.tracking_key.clone();
+            site.attach(&record, key, 1)
+                .map(|mut guest| guest.detach())
+                .map_err(DriveError::from)
+        });
+        if let Err(error) = left.await.and_then(|done| done) {
+            tracing::warn!(
+                guest = %self.record.name, %error,
+                "what protection left in QEMU stays there until the guest ends"
+            );
+        }
+    }
+
     /// Tells the peer of the guest and learns what it holds.
     pub(super) async fn open(&mut self, mut guest: Box<dyn Guest>) -> Result<Attached, DriveError> {
         let term = match self.site.fence.current(self.record.id) {
@@ -50,7 +77,10 @@ impl Driver {
             guest: Some(guest),
             outgoing,
             newest: opened.newest,
-            next: opened.next_point.max(opened.newest + 1),
+            next: opened
+                .next_point
+                .max(opened.newest + 1)
+                .max(self.last_point + 1),
             state_known,
             shipment: None,
         })
@@ -69,7 +99,7 @@ impl Driver {
             retention: self.protection.policy.retention.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
-            Message::Opened(opened) => Ok(opened),
+            Message::Opened(opened) if opened.is_sound() => Ok(opened),
             _ => Err(AskError::Unfitting(self.remote.record.site.clone()).into()),
         }
     }
@@ -199,6 +229,7 @@ impl Driver {
                 self.stop.subscribe(),
                 tokio::runtime::Handle::current(),
             )
+            .capped(self.cap.clone())
         })
     }
 
@@ -244,7 +275,7 @@ impl Driver {
         tokio::pin!(work);
         loop {
             if self.waiting.iter().any(Command::is_urgent) {
-                let _ = self.stop.send(true);
+                self.stop.send_replace(true);
                 return work.await;
             }
             tokio::select! {
@@ -252,7 +283,7 @@ impl Driver {
                 command = self.commands.recv() => match command {
                     Some(command) => self.waiting.push_back(command),
                     None => {
-                        let _ = self.stop.send(true);
+                        self.stop.send_replace(true);
                         return work.await;
                     }
                 },

@@ -106,13 +106,37 @@ impl Site {
         self.catalogue.flush()
     }
 
-    /// The recovery points of a guest, oldest first.
+    /// The recovery points of a guest, oldest first; of a guest that runs here,
+    /// as its peer tells.
     ///
     /// # Errors
-    /// When no peer sends such a guest here.
-    pub fn points(&self, name: &str) -> Result<Vec<PointView>, OperateError> {
-        let standby = self.standby_here(name)?;
-        Ok(standby
+    /// When there is no such guest, or its peer cannot be asked.
+    pub async fn points(&self, name: &str) -> Result<Vec<PointView>, OperateError> {
+        if let Some(standby) = self.standby_named(name) {
+            return Ok(self.points_of(&standby));
+        }
+        let record = self.guest(name)?;
+        let peer = self.source_view(&record).peer.ok_or_else(|| {
+            OperateError::Conflict(format!(
+                "'{name}' is not protected, so it has no recovery points; run: farhaven protect {name} --to SITE"
+            ))
+        })?;
+        let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
+        match remote
+            .ask(Message::Points { guest: record.id })
+            .await
+            .map_err(failed)?
+        {
+            Message::PointList { points } => Ok(points),
+            _ => Err(failed(format!(
+                "site '{peer}' gave no list of points; run this there"
+            ))),
+        }
+    }
+
+    /// The points of a guest that is kept here, oldest first.
+    pub(super) fn points_of(&self, standby: &Standby) -> Vec<PointView> {
+        standby
             .points()
             .iter()
             .map(|p| {
@@ -132,11 +156,11 @@ impl Site {
                     sent_bytes: p.stats.wan_bytes,
                 }
             })
-            .collect())
+            .collect()
     }
 
     /// The peer that holds the points of a guest that runs here.
-    pub fn points_are_at(&self, name: &str) -> Option<String> {
+    fn points_are_at(&self, name: &str) -> Option<String> {
         let record = self.guest(name).ok()?;
         self.source_view(&record).peer
     }

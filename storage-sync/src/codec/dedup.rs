@@ -169,6 +169,15 @@ impl DedupIndex {
         }
     }
 
+    /// Forgets everything.
+    pub fn clear(&mut self) {
+        self.shards
+            .iter_mut()
+            .for_each(|shard| *shard = Shard::default());
+        self.pending.clear();
+        self.len = 0;
+    }
+
     /// Units known.
     pub fn len(&self) -> usize {
         self.len

@@ -31,11 +31,12 @@ pub fn in_seconds(seconds: u64) -> u64 {
 
 /// Links that notice a cut fast.
 pub fn link_options() -> LinkOptions {
-    let mut link = LinkOptions::default();
-    link.keep_alive = Duration::from_millis(200);
-    link.idle_timeout = Duration::from_secs(1);
-    link.redial = (Duration::from_millis(50), Duration::from_millis(300));
-    link
+    LinkOptions {
+        keep_alive: Duration::from_millis(200),
+        idle_timeout: Duration::from_secs(1),
+        redial: (Duration::from_millis(50), Duration::from_millis(300)),
+        ..LinkOptions::default()
+    }
 }
 
 pub struct Site {
