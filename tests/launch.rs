@@ -80,7 +80,12 @@ fn a_guest_goes_on_where_it_was_cut() {
     );
     let mut findings = check(&definition);
     findings.extend(check_live(&mut qmp).unwrap());
-    let peer = peer_facts(&definition, Path::new("/dev/shm"), there.path());
+    let peer = peer_facts(
+        Path::new("qemu-system-x86_64"),
+        &definition,
+        Path::new("/dev/shm"),
+        there.path(),
+    );
     findings.extend(check_peer(&definition, &peer, 0));
     let blocking: Vec<_> = findings
         .iter()

@@ -85,9 +85,9 @@ fn whole(console: &Console) {
     assert!(check.is_ok(), "{check:?}");
 }
 
-/// Its QEMU lives.
-fn super_alive(guest: &GuestVm) -> bool {
-    Path::new(&format!("/proc/{}/fd", guest.pid()))
-        .read_dir()
-        .is_ok()
+/// Its QEMU lives, and is no zombie.
+fn lives(guest: &GuestVm) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", guest.pid())).unwrap_or_default();
+    stat.rsplit_once(')')
+        .is_some_and(|(_, rest)| !rest.trim_start().starts_with('Z'))
 }

@@ -42,13 +42,20 @@ pub enum HydrationState {
 
 impl Launched {
     /// Starts to copy what the overlays lack, at most `bytes_per_second` each
-    /// (0: as fast as it goes). Disks that are being copied already are left alone.
+    /// (0: as fast as it goes). Copies under way since before a restart of ours
+    /// go on at that rate; those that failed begin anew.
     ///
     /// # Errors
     /// When QEMU refuses.
     pub fn hydrate(&mut self, bytes_per_second: u64) -> Result<(), LaunchError> {
         for (index, (_, device)) in self.disks.clone().iter().enumerate() {
             let job = job(index);
+            let failed = |(id, known): &(String, Value)| {
+                *id == job && known["status"] == "concluded" && !known["error"].is_null()
+            };
+            if self.jobs()?.iter().any(failed) {
+                self.qmp.execute("job-dismiss", json!({"id": job}))?;
+            }
             let started = self.qmp.execute(
                 "block-stream",
                 json!({"job-id": job, "device": device, "speed": bytes_per_second,
@@ -60,7 +67,7 @@ impl Launched {
                 Err(error) => return Err(error.into()),
             }
         }
-        Ok(())
+        self.set_hydration_speed(bytes_per_second)
     }
 
     /// Changes how fast disks are copied.
@@ -69,11 +76,14 @@ impl Launched {
     /// When QEMU does not answer.
     pub fn set_hydration_speed(&mut self, bytes_per_second: u64) -> Result<(), LaunchError> {
         for (id, job) in self.jobs()? {
-            if job["status"] != "concluded" {
-                self.qmp.execute(
-                    "block-job-set-speed",
-                    json!({"device": id, "speed": bytes_per_second}),
-                )?;
+            if job["status"] != "running" {
+                continue;
+            }
+            let set = json!({"device": id, "speed": bytes_per_second});
+            match self.qmp.execute("block-job-set-speed", set) {
+                // It may have come to its end just now.
+                Ok(_) | Err(QmpError::Refused { .. }) => {}
+                Err(error) => return Err(error.into()),
             }
         }
         Ok(())

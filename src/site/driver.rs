@@ -399,6 +399,11 @@ impl Driver {
         every.checked_sub(since).filter(|left| !left.is_zero())
     }
 
+    /// Is a move under way?
+    pub(super) fn moves(&self) -> bool {
+        self.view.borrow().phase == Phase::Moving
+    }
+
     pub(super) fn phase(&self, phase: Phase) {
         self.view.send_modify(|v| v.phase = phase);
     }

@@ -147,9 +147,8 @@ impl Site {
     pub(super) async fn peer_facts(self: &Arc<Self>, definition: &Definition) -> PeerFacts {
         let (site, definition) = (self.clone(), definition.clone());
         tokio::task::spawn_blocking(move || {
-            let mut definition = definition;
-            definition.program = site.config.activate.qemu.display().to_string();
             peer::peer_facts(
+                &site.config.activate.qemu,
                 &definition,
                 &site.config.ram_dir(),
                 &site.config.store_dir(),

@@ -63,7 +63,7 @@ pub(super) async fn perform(
     if let Err(error) = ready {
         // Nothing was stopped; the peer's word is not needed.
         give_up(driver);
-        return Err(error);
+        return Err(not_begun(driver, error));
     }
 
     // Without this on disk, a daemon that comes back would let the guest go on.
@@ -88,7 +88,7 @@ pub(super) async fn perform(
             // Should this fail: the peer has given up by then, and says so.
             let _ = driver.keep_protection().await;
             give_up(driver);
-            return Err(error);
+            return Err(not_begun(driver, error));
         }
     };
     let outcome = cut::seal_and_run(driver, attached, &made, term).await;
@@ -128,6 +128,16 @@ pub(super) async fn perform(
                 ))),
             }
         }
+    }
+}
+
+fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
+    match error {
+        DriveError::Interrupted => error,
+        error => DriveError::Other(format!(
+            "'{}' runs on here and was not moved: {error}",
+            driver.record.name
+        )),
     }
 }
 

@@ -11,7 +11,7 @@ use super::template::implied;
 
 /// Seconds for which a disk waits for our NBD server to come back before the
 /// guest sees an error: a restart of the daemon must not cost a guest its disk.
-const RECONNECT_SECONDS: u32 = 300;
+const RECONNECT_SECONDS: u32 = 24 * 3600;
 
 /// Where a guest's parts are on this host.
 #[derive(Debug, Clone, Default)]

@@ -34,9 +34,9 @@ pub struct PeerFacts {
 }
 
 /// Gathers the facts of this host for a guest. Nothing here fails: what cannot
-/// be found out counts as absent.
-pub fn peer_facts(definition: &Definition, ram: &Path, store: &Path) -> PeerFacts {
-    let program = &definition.program;
+/// be found out counts as absent. `program` is this site's own QEMU; the
+/// definition comes from the other site, which must not choose what runs here.
+pub fn peer_facts(program: &Path, definition: &Definition, ram: &Path, store: &Path) -> PeerFacts {
     let version = output(program, &["--version"]);
     PeerFacts {
         qemu: parse_version(&version),
@@ -47,7 +47,7 @@ pub fn peer_facts(definition: &Definition, ram: &Path, store: &Path) -> PeerFact
             .write(true)
             .open("/dev/kvm")
             .is_ok(),
-        qemu_img: !output("qemu-img", &["--version"]).is_empty(),
+        qemu_img: !output(Path::new("qemu-img"), &["--version"]).is_empty(),
         ram_directory: (ram.display().to_string(), bytes_free(ram)),
         store_directory: (store.display().to_string(), bytes_free(store)),
         memory_available: memory_available(
@@ -81,12 +81,8 @@ pub fn bytes_free(directory: &Path) -> u64 {
     rustix::fs::statvfs(existing).map_or(0, |facts| facts.f_bavail.saturating_mul(facts.f_frsize))
 }
 
-/// What a command prints; nothing if it fails. A program name with a slash is refused:
-/// the definition comes from the other site, which must not choose what runs here.
-fn output(program: &str, arguments: &[&str]) -> String {
-    if !is_qemu(program) {
-        return String::new();
-    }
+/// What a command prints; nothing if it fails.
+fn output(program: &Path, arguments: &[&str]) -> String {
     let result = Command::new(program)
         .args(arguments)
         .stdin(Stdio::null())
