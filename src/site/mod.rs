@@ -14,6 +14,7 @@ pub mod view;
 mod answer;
 mod cut;
 mod driver;
+mod fencing;
 mod guests;
 mod handover;
 mod operate;
