@@ -301,9 +301,10 @@ impl Shipment {
             // The policy's cap is no stall of the link.
             let paced = async {
                 while let Some(cap) = &cap {
-                    let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
-                    let taken = cap.take(Instant::now(), bytes);
-                    drop(cap);
+                    let taken = {
+                        let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
+                        cap.take(Instant::now(), bytes)
+                    };
                     match taken {
                         Ok(()) => break,
                         Err(wait) => tokio::time::sleep(wait).await,
