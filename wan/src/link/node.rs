@@ -276,7 +276,8 @@ impl Node {
         removed.is_some()
     }
 
-    /// Closes every link, tells the peers, and waits a bounded time until that is sent.
+    /// Closes every link, tells the peers, and waits a bounded time until that is
+    /// sent. The port is free again when the node is dropped.
     pub async fn shutdown(&self) {
         self.site.close();
         let _ = timeout(SHUTDOWN, self.site.endpoint.wait_idle()).await;

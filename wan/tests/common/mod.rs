@@ -88,6 +88,7 @@ impl Site {
             ..
         } = self;
         node.shutdown().await;
+        drop(node);
         // The socket is freed when its last task ends.
         let free = async {
             while std::net::UdpSocket::bind(&address).is_err() {
