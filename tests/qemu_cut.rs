@@ -304,6 +304,32 @@ fn a_daemon_that_dies_in_a_cut_leaves_nothing_that_the_next_does_not_mend() {
     assert_eq!(guest.running(), None);
 }
 
+/// Found by killing the daemon at random moments: its migration had come to its end.
+#[test]
+fn a_guest_left_after_a_whole_migration_of_a_dead_daemon_runs_on() {
+    if !has_qemu() {
+        return;
+    }
+    let vm = Vm::start();
+    std::fs::create_dir_all(vm.path("work")).expect("made");
+    let mut qmp = Qmp::connect(&vm.path("qmp2.sock"), Duration::from_secs(5)).expect("connects");
+    std::fs::write(vm.path("work/cut-in-progress"), "point 1\n").expect("written");
+    qmp.execute("stop", json!({})).expect("stops");
+    qmp.execute("migrate", json!({"uri": "exec:cat >/dev/null"}))
+        .expect("migrates");
+    while qmp.execute("query-status", json!({})).expect("tells")["status"] != "postmigrate" {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    drop(qmp);
+
+    let mut guest = QemuGuest::attach(vm.options("qmp2.sock")).expect("attaches");
+    assert_eq!(guest.running(), Some(true), "the attach resumes the guest");
+    works_on(&vm);
+    let mut model = Model::new(guest.volumes());
+    guest.round(&mut model).expect("first copy");
+    check_held(&vm, &mut guest, 1, &mut model);
+}
+
 #[test]
 fn a_guest_that_dies_is_told_as_that() {
     if !has_qemu() {

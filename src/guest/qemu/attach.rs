@@ -60,7 +60,10 @@ pub(super) fn recover(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> 
         loop {
             let status = status(qmp)?;
             match status.as_str() {
-                "paused" => {
+                // A migration that came to its end just as the daemon died: the
+                // stream went to us and nobody else, so the guest is only here.
+                // `cont` takes its disks back.
+                "paused" | "postmigrate" => {
                     tracing::warn!(qmp = %qmp.path().display(), "the guest was left stopped by a daemon that died in a cut; it is resumed");
                     match qmp.execute("cont", json!({})) {
                         Ok(_) => break,
@@ -68,7 +71,7 @@ pub(super) fn recover(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> 
                         Err(error) => return Err(super::cut::left_stopped(qmp, &error.into())),
                     }
                 }
-                "finish-migrate" | "postmigrate" if Instant::now() < deadline => {}
+                "finish-migrate" if Instant::now() < deadline => {}
                 _ => break,
             }
             std::thread::sleep(Duration::from_millis(5));
