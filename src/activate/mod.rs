@@ -6,6 +6,7 @@ pub mod failure;
 pub mod fence;
 pub mod hydrate;
 pub mod launch;
+pub mod machine;
 pub mod nbd;
 pub mod place;
 mod process;

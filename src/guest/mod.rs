@@ -13,6 +13,7 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
+pub mod embedded;
 pub mod qemu;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
@@ -182,6 +183,14 @@ pub trait Guest: Send {
     /// When the hypervisor does not answer.
     fn let_go(&mut self) -> Result<(), GuestError>;
 
+    /// Holds the guest back, so that a move converges: it runs `100 - percent`
+    /// of the time until told otherwise. 0 lets it run freely, 99 is the most.
+    /// A guest that is detached or dropped runs freely.
+    ///
+    /// # Errors
+    /// When the hypervisor does not answer.
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError>;
+
     /// Is the guest running (`Some(true)`), stopped (`Some(false)`), or gone (`None`)?
     fn running(&mut self) -> Option<bool>;
 
@@ -198,6 +207,9 @@ pub enum GuestError {
     /// The hypervisor's control socket.
     #[error(transparent)]
     Qmp(#[from] qemu::qmp::QmpError),
+    /// A monitor in this process.
+    #[error(transparent)]
+    Vmm(#[from] embedded::VmmError),
     /// Reading disks through the hypervisor.
     #[error(transparent)]
     Nbd(#[from] qemu::nbd_client::NbdError),

@@ -275,6 +275,10 @@ impl Guest for QemuGuest {
         Ok(())
     }
 
+    fn throttle(&mut self, _percent: u8) -> Result<(), GuestError> {
+        Err(GuestError::State("not yet".to_owned()))
+    }
+
     fn running(&mut self) -> Option<bool> {
         match attach::status(&mut self.qmp) {
             Ok(status) => Some(status == "running"),
