@@ -1,9 +1,74 @@
 //! A guest that another site owns by now: its copy here is stopped and kept.
 
-use super::driver::Driver;
+use std::sync::{Arc, PoisonError};
+
+use farhaven_storage_sync::catalogue::Table;
+
+use super::Site;
+use super::driver::{Command, Driver};
+use super::records::GuestRecord;
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::Guest;
+
+impl Site {
+    /// Another site owns this group now: whatever runs of it here is stopped.
+    /// Returns when it is.
+    ///
+    /// # Errors
+    /// When it could not be stopped; the sentence says what to do.
+    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let driver = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.get(&term.group).cloned()
+        };
+        match driver {
+            Some(driver) => {
+                let (done, stopped) = tokio::sync::oneshot::channel();
+                if driver
+                    .commands
+                    .send(Command::Fence(term, done))
+                    .await
+                    .is_ok()
+                    && let Ok(stopped) = stopped.await
+                {
+                    stopped?;
+                }
+            }
+            None => self.stop_unprotected(term).await?,
+        }
+        let standby = {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            standbys.get(&term.group).cloned()
+        };
+        if let Some(standby) = standby {
+            standby.fenced(term).await?;
+        }
+        Ok(())
+    }
+
+    /// A guest that is protected no more was taken over from a point it left behind.
+    async fn stop_unprotected(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let found = self
+            .catalogue
+            .find::<GuestRecord>(Table::Guests, &term.group.to_string());
+        let Some(record) = found.map_err(|e| e.to_string())? else {
+            return Ok(());
+        };
+        let name = record.name.clone();
+        let site = self.clone();
+        let stop = move || super::guests::stop_guest(&site, &record);
+        let stopped = tokio::task::spawn_blocking(stop).await;
+        let stopped = stopped.map_err(|e| e.to_string())?;
+        tracing::warn!(
+            guest = name,
+            term = term.number,
+            ?stopped,
+            "fenced: it runs elsewhere under a newer term"
+        );
+        stopped.map_err(|e| format!("'{name}' could not be stopped here: {e}"))
+    }
+}
 
 impl Driver {
     /// Stops the guest for good, by the one attached or through a new
@@ -14,17 +79,17 @@ impl Driver {
         guest: Option<Box<dyn Guest>>,
     ) -> Result<(), String> {
         let owner = self.site.name_of(&term.owner);
-        let record = self.record.clone();
+        let (site, record) = (self.site.clone(), self.record.clone());
         let stopped = tokio::task::spawn_blocking(move || match guest {
             Some(mut guest) => guest.stop().map_err(|e| e.to_string()),
-            None => super::guests::stop_guest(&record).map_err(|e| e.to_string()),
+            None => super::guests::stop_guest(&site, &record).map_err(|e| e.to_string()),
         })
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
         let done = match &stopped {
             Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),
             Err(error) => format!(
-                "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end its QEMU by hand: {error}"
+                "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end it by hand: {error}"
             ),
         };
         let why = format!(

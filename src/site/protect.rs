@@ -67,12 +67,21 @@ impl Site {
             )));
         }
         let records = self.guest_records();
-        if let Some(other) = records.iter().find(|r| r.name == name || r.qmp == qmp) {
-            return Err(OperateError::Conflict(format!(
-                "guest '{}' is known already, at {}",
-                other.name,
-                other.qmp.display()
-            )));
+        if let Some(other) = records
+            .iter()
+            .find(|r| r.name == name || r.qmp.as_deref() == Some(qmp))
+        {
+            return Err(OperateError::Conflict(match &other.qmp {
+                Some(qmp) => format!(
+                    "guest '{}' is known already, at {}",
+                    other.name,
+                    qmp.display()
+                ),
+                None => format!(
+                    "guest '{}' is known already, inside of this daemon",
+                    other.name
+                ),
+            }));
         }
         if self.standby_named(name).is_some() {
             return Err(OperateError::Conflict(format!(
@@ -87,7 +96,8 @@ impl Site {
         let record = GuestRecord {
             id: GuestId::random(),
             name: name.to_owned(),
-            qmp: qmp.to_owned(),
+            qmp: Some(qmp.to_owned()),
+            console: None,
             definition,
         };
         self.catalogue
@@ -121,7 +131,7 @@ impl Site {
     /// # Errors
     /// When QEMU or the peer cannot be asked.
     pub async fn check_guest(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         to: Option<&str>,
     ) -> Result<Vec<Finding>, OperateError> {
@@ -138,8 +148,8 @@ impl Site {
             names.next().filter(|_| remotes.len() == 1).cloned()
         };
         let local = {
-            let (record, attached) = (record.clone(), protected_to.is_some());
-            tokio::task::spawn_blocking(move || super::guests::check(&record, attached))
+            let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
+            tokio::task::spawn_blocking(move || super::guests::check(&site, &record, attached))
                 .await
                 .map_err(failed)?
                 .map_err(failed)?
