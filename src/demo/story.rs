@@ -88,7 +88,8 @@ async fn first_copy(
     let east = stage.east.client.clone();
     let body = AddGuest {
         name: NAME.to_owned(),
-        qmp: machine.qmp.clone(),
+        qmp: Some(machine.qmp.clone()),
+        start: None,
     };
     let _: GuestRecord = east
         .post("/v1/guests", &body)

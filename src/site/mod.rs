@@ -25,6 +25,7 @@ mod promote;
 mod protect;
 mod rebuild;
 mod standby;
+mod start;
 mod status;
 mod steps;
 mod takeover;
