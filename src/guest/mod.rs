@@ -14,6 +14,7 @@ use std::time::{Duration, SystemTime};
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod embedded;
+pub mod kvm;
 pub mod qemu;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
