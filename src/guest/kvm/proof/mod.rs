@@ -67,9 +67,13 @@
 //!
 //! From outside, a cut shows an instant between two instructions. Before each
 //! write the control page says which item goes to which value (the *intent*),
-//! cleared when ledger and D are written. `verify` allows just that: the
+//! cleared when ledger and D are written. [`verify`] allows just that: the
 //! item under way may be anything if it is in memory, whole and old or new if
 //! it is a block, and only D of before or after is right.
+
+mod verify;
+
+pub use verify::{ProofError, Read, Verified, verify};
 
 // Machine code is named by two labels; nothing of it is called from here.
 #![allow(unsafe_code)]

@@ -700,8 +700,8 @@ farhaven_proof_start:
 1:  mov rdx, rbx
     call .Lpf_mix
     add r13, rax
+    mov [rbp + C_D], r13            # first: who looks from outside can tell both
     mov [r14], rbx
-    mov [rbp + C_D], r13
     mov qword ptr [rbp + C_INTENT], 0
     pop r14
     pop rbx
