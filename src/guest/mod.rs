@@ -13,9 +13,12 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
+pub mod definition;
 pub mod embedded;
 pub mod kvm;
 pub mod qemu;
+
+pub use definition::Definition;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
 pub trait Sink {
