@@ -71,12 +71,12 @@
 //! item under way may be anything if it is in memory, whole and old or new if
 //! it is a block, and only D of before or after is right.
 
+// Machine code is named by two labels; nothing of it is called from here.
+#![allow(unsafe_code)]
+
 mod verify;
 
 pub use verify::{ProofError, Read, Verified, verify};
-
-// Machine code is named by two labels; nothing of it is called from here.
-#![allow(unsafe_code)]
 
 std::arch::global_asm!(include_str!("program.s"));
 
