@@ -39,7 +39,7 @@ mod stream;
 mod template;
 mod tracking;
 mod unfit;
-mod units;
+pub(super) mod units;
 
 /// Most cuts whose RAM is remembered apart while they wait to be sealed.
 const UNSEALED: usize = 32;
