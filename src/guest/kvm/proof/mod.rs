@@ -76,6 +76,10 @@
 
 mod verify;
 
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests;
+
 pub use verify::{ProofError, Read, Verified, verify};
 
 std::arch::global_asm!(include_str!("program.s"));

@@ -76,7 +76,6 @@ struct Shared {
     stride: u64,
     page_base: u64,
     fill_base: u64,
-    fill: u64,
     cache_base: u64,
     noise: Vec<u64>,
 }
@@ -132,7 +131,6 @@ pub fn verify(memory: &mut Read<'_>, disk: &mut Read<'_>) -> Result<Verified, Pr
         stride,
         page_base,
         fill_base,
-        fill,
         cache_base,
         noise: noise.take(NOISE_WORDS).collect(),
     };
