@@ -26,7 +26,10 @@ const CONFINED: [(&str, &str, &[&str]); 4] = [
 
 /// Files that may hold `unsafe`. `guest/kvm.rs` (KVM's calls) and a mapping of
 /// guest RAM are what the design allows: add such a file here with its reason.
-const UNSAFE: [&str; 0] = [];
+const UNSAFE: [&str; 1] = [
+    // The bytes between two labels of the test guest, which is assembly.
+    "src/guest/kvm/proof/mod.rs",
+];
 
 /// Longest source file, in lines.
 const LONGEST_FILE: usize = 500;

@@ -15,6 +15,8 @@ use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod definition;
 pub mod embedded;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod qemu;
 
 pub use definition::Definition;
