@@ -15,6 +15,7 @@ use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod embedded;
 pub mod qemu;
+pub mod sim;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
 pub trait Sink {
