@@ -9,8 +9,13 @@
 //! pages; `vcpu` and `chips` take what is not memory, [`state`] makes bytes of
 //! it, and the same way back at the peer. [`facts`] and [`needs`] tell before a
 //! guest is stopped whether another host can run it.
+//!
+//! And a small monitor of our own that uses it: [`KvmMachine`] runs a flat
+//! program ([`boot`]) with a serial console, a disk and a clock at ports, and
+//! [`KvmBuilder`] builds the same machine from a recovery point.
 
 pub mod boot;
+pub mod builder;
 pub mod dirty;
 pub mod facts;
 pub mod gate;
@@ -30,6 +35,7 @@ mod vcpu;
 #[allow(clippy::unwrap_used)]
 mod tests;
 
+pub use builder::KvmBuilder;
 pub use dirty::{TrackedMemory, TrackedRam};
 pub use facts::{KvmFacts, KvmUnusable, facts};
 pub use gate::{Gates, Turn, VcpuGate};
