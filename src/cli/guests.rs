@@ -175,7 +175,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
         }
         GuestVerb::Remove { name } => {
             let _: Done = client.delete(&guest_path(&name, "")).await.map_err(told)?;
-            println!("'{name}' is known here no more; it runs on.");
+            println!("'{name}' is known here no more; a QEMU runs on.");
         }
     }
     Ok(())

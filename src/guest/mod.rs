@@ -18,6 +18,7 @@ pub mod embedded;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod qemu;
+pub mod sim;
 
 pub use definition::Definition;
 

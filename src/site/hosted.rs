@@ -125,6 +125,15 @@ impl Site {
         hosted.get(&guest).cloned()
     }
 
+    /// How many guests are in this process and end with it.
+    pub(super) fn hosted_count(&self) -> usize {
+        let hosted = self.hosted.read().unwrap_or_else(PoisonError::into_inner);
+        let own = hosted.values().filter(|vmm| lock(vmm).running().is_some());
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        let active = standbys.values().filter_map(|s| s.active());
+        own.count() + active.filter(|active| active.pid.is_none()).count()
+    }
+
     /// Its monitor is not needed any more: the guest has ended.
     pub(super) fn forget_hosted(&self, guest: GuestId) {
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
@@ -289,7 +298,13 @@ impl Standby {
             ));
         }
         let ready = ready.clone();
-        step(move || ready.end()).await.map_err(failed)?;
+        let ended = step(move || {
+            ready.end();
+            std::fs::remove_dir_all(ready.run_directory())
+        });
+        if let Err(error) = ended.await.map_err(failed)? {
+            tracing::warn!(guest = name, %error, "its directory stays behind");
+        }
         state.active = None;
         self.see(|s| {
             s.active = None;

@@ -193,8 +193,13 @@ impl Site {
         Ok(site)
     }
 
-    /// Ends the sessions and leaves every guest as it is.
+    /// Ends the sessions and leaves every guest as it is. Guests inside of this
+    /// process end when it does.
     pub async fn shutdown(&self) {
+        let guests = self.hosted_count();
+        if guests > 0 {
+            tracing::warn!(guests, "guests that live in this daemon end with it");
+        }
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()

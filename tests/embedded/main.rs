@@ -184,7 +184,7 @@ async fn a_failover_by_force_stops_the_source_and_keeps_it() {
     assert!(view.trouble.contains("was stopped"), "{}", view.trouble);
     assert_eq!(sound(&stage.guest), stopped);
     // A copy that is fenced is not given to another under its name.
-    let (other, definition) = Counter::start(&stage.dir.path().join("east"));
+    let (other, definition) = Counter::start(&stage.dir.path().join("other"));
     let taken = stage.east.embed("web", other, definition);
     assert!(taken.unwrap_err().to_string().contains("here already"));
     stage.end().await;
@@ -242,8 +242,11 @@ async fn site_again(directory: &Path, name: &str, builders: Builders) -> Arc<Sit
 #[tokio::test(flavor = "multi_thread")]
 async fn what_the_peer_cannot_build_is_named_before() {
     let stage = Stage::set().await;
+    let made = std::cell::Cell::new(0);
     let embed = |name: &str, definition: Definition| {
-        let (guest, _) = Counter::start(&stage.dir.path().join("west"));
+        made.set(made.get() + 1);
+        let directory = stage.dir.path().join(format!("guest{}", made.get()));
+        let (guest, _) = Counter::start(&directory);
         stage.east.embed(name, guest, definition)
     };
     let mut other = stage.definition.clone();
