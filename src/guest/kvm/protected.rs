@@ -156,6 +156,11 @@ impl KvmVmm {
         Ok(())
     }
 
+    /// Where its vCPUs stop.
+    pub fn gates(&self) -> &Gates {
+        &self.parts.gates
+    }
+
     /// Refuses a state that this host's KVM would take, but could not honour.
     fn fits(&self, index: usize, needs: KvmNeeds) -> Result<(), VmmError> {
         let found = needs::check(&needs, &self.facts);
@@ -163,7 +168,10 @@ impl KvmVmm {
         let stops: Vec<_> = stops.map(|finding| finding.what).collect();
         match stops.is_empty() {
             true => Ok(()),
-            false => Err(VmmError::State(format!("vCPU {index}: {}", stops.join("; ")))),
+            false => Err(VmmError::State(format!(
+                "vCPU {index}: {}",
+                stops.join("; ")
+            ))),
         }
     }
 
@@ -248,7 +256,9 @@ impl Vmm for KvmVmm {
             ));
         }
         let mut state = self.take()?;
-        self.stands.get_or_insert_with(|| Time::of(&state)).put(&mut state);
+        self.stands
+            .get_or_insert_with(|| Time::of(&state))
+            .put(&mut state);
         state.devices = self.parts.devices.save()?;
         state.encode()
     }
