@@ -190,7 +190,7 @@ impl Story {
 }
 
 /// Stories of 40 chapters.
-const SEEDS: u64 = 500;
+const SEEDS: u64 = 250;
 
 /// Images that are never synced need no disk.
 fn scratch() -> tempfile::TempDir {
