@@ -15,6 +15,7 @@ pub mod view;
 mod adopt;
 mod answer;
 mod cut;
+mod drill;
 mod driver;
 mod fencing;
 mod guests;
@@ -199,6 +200,16 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        let standbys: Vec<_> = self
+            .standbys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
+        for standby in standbys {
+            standby.stop_test().await;
+        }
         self.node.shutdown().await;
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;

@@ -29,6 +29,7 @@ mod disk;
 pub mod facts;
 mod fleece;
 pub mod instantiate;
+mod isolate;
 pub mod nbd_client;
 mod nbd_wire;
 pub mod options;
