@@ -200,6 +200,17 @@ fn standbys(standbys: &[TargetView]) {
                 Color::Cyan,
             ),
         };
+        let (state, color) = match &standby.test {
+            Some(test) if test.running => (
+                format!("{state}, TEST of point {}", test.point),
+                Color::Yellow,
+            ),
+            Some(test) => (
+                format!("{state}, test of point {} starts", test.point),
+                Color::Yellow,
+            ),
+            None => (state, color),
+        };
         let number = |n: u64| {
             if n == 0 {
                 "-".to_owned()
@@ -315,6 +326,9 @@ pub(super) fn failover(report: &FailoverReport) {
     }
     if let Some(console) = &report.console {
         println!("  console               {}", console.socket.display());
+    }
+    if !report.note.is_empty() {
+        println!("! {}", report.note);
     }
     println!("Its disks come from the store and are copied out of it now: farhaven status");
 }

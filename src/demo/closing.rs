@@ -110,7 +110,11 @@ fn rows(report: &Report) -> Vec<Row> {
         }
         _ => row(
             "  pause, median and most",
-            format!("{}, {}", ms(report.pause_ms_median), ms(report.pause_ms_max)),
+            format!(
+                "{}, {}",
+                ms(report.pause_ms_median),
+                ms(report.pause_ms_max)
+            ),
             at_most(report.pause_ms_median, PAUSES.0, ms(PAUSES.0)),
         ),
     }
@@ -120,7 +124,11 @@ fn rows(report: &Report) -> Vec<Row> {
         Some(lost) => row(
             "Lost (RPO)",
             ms(lost),
-            at_most(lost, report.rpo_target_ms as f64, millis(report.rpo_target_ms)),
+            at_most(
+                lost,
+                report.rpo_target_ms as f64,
+                millis(report.rpo_target_ms),
+            ),
         ),
         None => {}
     }
@@ -141,7 +149,11 @@ fn rows(report: &Report) -> Vec<Row> {
             ms(test.rto_ms),
             at_most(test.rto_ms, TIMES.0, ms(TIMES.0)),
         );
-        row("  points sealed meanwhile", test.points_sealed.to_string(), None);
+        row(
+            "  points sealed meanwhile",
+            test.points_sealed.to_string(),
+            None,
+        );
         row("  source silent at most", ms(test.source_silence_ms), None);
         row(
             "  thrown away",
@@ -199,7 +211,12 @@ pub(super) fn print(report: &Report) {
             Some((target, met)) => (target, mark(met, "met", "MISSED")),
             None => (String::new(), Cell::new("")),
         };
-        measured.add_row(vec![Cell::new(what), Cell::new(value), Cell::new(target), met]);
+        measured.add_row(vec![
+            Cell::new(what),
+            Cell::new(value),
+            Cell::new(target),
+            met,
+        ]);
     }
     println!("{measured}");
     println!();

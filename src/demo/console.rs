@@ -168,7 +168,11 @@ mod tests {
         console.poll();
         assert!(console.last.is_none());
         let log = directory.path().join("console.log");
-        std::fs::write(&log, "booting\nHB 7 seq=1 block=2 mem=ok disk=ok\r\nHB 8 se").unwrap();
+        std::fs::write(
+            &log,
+            "booting\nHB 7 seq=1 block=2 mem=ok disk=ok\r\nHB 8 se",
+        )
+        .unwrap();
         console.poll();
         assert_eq!(console.number(), 7);
         let mut file = File::options().append(true).open(&log).unwrap();

@@ -81,7 +81,8 @@ pub(super) async fn test(play: &mut Play) -> Result<Tested, String> {
     let west = play.stage.west.client.clone();
     let asked = tokio::spawn(async move {
         let path = format!("/v1/guests/{NAME}/test");
-        west.post::<TestReport>(&path, &TestFailover::default()).await
+        west.post::<TestReport>(&path, &TestFailover::default())
+            .await
     });
     while !asked.is_finished() {
         watched(play, &mut watch).await?;
@@ -97,7 +98,8 @@ pub(super) async fn test(play: &mut Play) -> Result<Tested, String> {
         report.point,
         millis(report.rto_ms as u64)
     ));
-    play.screen.say(&format!("  at east: {}", watch.newest.line));
+    play.screen
+        .say(&format!("  at east: {}", watch.newest.line));
     play.screen.say(&format!("  at west: {}", first.line));
     play.screen.begin_live();
     let patience = 3 * play.settled.rpo.duration() + Duration::from_secs(10);
@@ -172,7 +174,10 @@ async fn left(play: &Play) -> Result<Vec<String>, String> {
         .filter(|directory| directory.file_name().is_some_and(|name| name == "test"))
         .map(|directory| directory.display().to_string())
         .collect();
-    let rams = std::fs::read_dir(west.ram()).into_iter().flatten().flatten();
+    let rams = std::fs::read_dir(west.ram())
+        .into_iter()
+        .flatten()
+        .flatten();
     let tests = rams.filter(|e| e.file_name().to_string_lossy().ends_with("-test"));
     left.extend(tests.map(|e| e.path().display().to_string()));
     let standbys = west.view().await?.standbys;

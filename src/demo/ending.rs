@@ -43,7 +43,8 @@ pub(super) async fn disaster(play: &mut Play) -> Result<After, String> {
     play.stage.east.kill();
     play.guest.kill();
     let last = last(play)?;
-    play.screen.say(&format!("  last heartbeat there:  {}", last.line));
+    play.screen
+        .say(&format!("  last heartbeat there:  {}", last.line));
     let west = &play.stage.west;
     while west.view().await?.peers.iter().any(|p| p.connected) {
         tokio::time::sleep(Duration::from_millis(50)).await;
@@ -58,7 +59,8 @@ pub(super) async fn disaster(play: &mut Play) -> Result<After, String> {
         .map_err(|e| format!("{e}\n{}", west.last_words()))?;
     let mut console = Console::of(report.console.as_ref())?;
     let first = first(&mut console).await?;
-    play.screen.say(&format!("  first heartbeat there: {}", first.line));
+    play.screen
+        .say(&format!("  first heartbeat there: {}", first.line));
     play.screen.say(&format!(
         "It runs at west, from point {}: {} after the declaration, {} lost.",
         report.point,
@@ -76,8 +78,10 @@ pub(super) async fn disaster(play: &mut Play) -> Result<After, String> {
 }
 
 pub(super) async fn planned(play: &mut Play) -> Result<After, String> {
-    play.screen
-        .shout("MAINTENANCE", "the guest is moved to west, with nothing lost …");
+    play.screen.shout(
+        "MAINTENANCE",
+        "the guest is moved to west, with nothing lost …",
+    );
     let east = play.stage.east.client.clone();
     let moving = tokio::spawn(async move {
         let path = format!("/v1/guests/{NAME}/move");
@@ -104,8 +108,10 @@ pub(super) async fn planned(play: &mut Play) -> Result<After, String> {
         None => Console::of(active.console.as_ref())?,
     };
     let first = first(&mut console).await?;
-    play.screen.say(&format!("  last heartbeat at east:  {}", last.line));
-    play.screen.say(&format!("  first heartbeat at west: {}", first.line));
+    play.screen
+        .say(&format!("  last heartbeat at east:  {}", last.line));
+    play.screen
+        .say(&format!("  first heartbeat at west: {}", first.line));
     play.screen.say(&format!(
         "It runs at west, {:.0} ms after the command; it stood still for {:.0} ms.",
         report.total_ms, report.blackout_ms

@@ -4,13 +4,13 @@
 use std::path::Path;
 use std::time::Duration;
 
+use super::GuestKind;
 use super::console::Console;
 use super::qemu::{Machine, RamFile};
 use super::screen::Screen;
 use super::settle::{DISK, Settled};
 use super::stage::Stage;
 use super::story::NAME;
-use super::GuestKind;
 use crate::site::api::AddGuest;
 use crate::site::records::GuestRecord;
 
@@ -38,10 +38,16 @@ impl Guest {
         screen: &Screen,
     ) -> Result<Self, String> {
         let mut guest = match (settled.kind, image) {
-            (GuestKind::Qemu, Some(image)) => qemu(settled, stage, directory, image, screen).await?,
+            (GuestKind::Qemu, Some(image)) => {
+                qemu(settled, stage, directory, image, screen).await?
+            }
             _ => hosted(settled, stage, screen).await?,
         };
-        let beats = if guest.machine.is_some() { 2 * SETTLED } else { SETTLED };
+        let beats = if guest.machine.is_some() {
+            2 * SETTLED
+        } else {
+            SETTLED
+        };
         let waited = guest
             .console
             .wait("heartbeat", BOOT, |c| (c.number() >= beats).then_some(()))
@@ -104,7 +110,7 @@ async fn hosted(settled: &Settled, stage: &Stage, screen: &Screen) -> Result<Gue
         "kind": settled.kind.word(), "ram": settled.ram, "disk": DISK,
         "workload": settled.workload,
     }});
-    let record = stage.east.client.post::<serde_json::Value>("/v1/guests", &body);
+    let record = stage.east.client.post::<GuestRecord>("/v1/guests", &body);
     let record = record
         .await
         .map_err(|e| format!("{e}\n{}", stage.east.last_words()))?;

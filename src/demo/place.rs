@@ -22,7 +22,11 @@ impl Place {
                 .tempdir()
                 .map_err(|e| format!("no temporary directory: {e}; set TMPDIR"))?;
             let directory = temporary.path().to_owned();
-            fits(&directory, "the temporary directory", "set a shorter TMPDIR")?;
+            fits(
+                &directory,
+                "the temporary directory",
+                "set a shorter TMPDIR",
+            )?;
             return Ok(Self {
                 directory,
                 _temporary: Some(temporary),
@@ -32,7 +36,11 @@ impl Place {
         fits(&directory, "--keep", "choose a shorter path")?;
         let failed = |e: std::io::Error| format!("--keep {}: {e}", keep.display());
         std::fs::create_dir_all(&directory).map_err(failed)?;
-        if std::fs::read_dir(&directory).map_err(failed)?.next().is_some() {
+        if std::fs::read_dir(&directory)
+            .map_err(failed)?
+            .next()
+            .is_some()
+        {
             return Err(format!(
                 "--keep {}: there is something in it; name a new or empty directory",
                 keep.display()
@@ -69,16 +77,26 @@ pub(super) fn tour(directory: &Path) {
     for (name, what) in [
         ("east/daemon.log", "what the source's daemon told"),
         ("west/daemon.log", "what the target's daemon told"),
-        ("west/store", "the recovery points, as they came over the link"),
-        ("west/run", "what ran at west: consoles, overlays of its disks"),
+        (
+            "west/store",
+            "the recovery points, as they came over the link",
+        ),
+        (
+            "west/run",
+            "what ran at west: consoles, overlays of its disks",
+        ),
     ] {
         eprintln!("  {:<18}{what}", name);
     }
-    let program = std::env::current_exe().map_or_else(|_| "farhaven".into(), |p| p.display().to_string());
+    let program =
+        std::env::current_exe().map_or_else(|_| "farhaven".into(), |p| p.display().to_string());
     eprintln!("Look at it, with west running again:");
     eprintln!("  {program} site run --config {at}/west/site.toml &");
     eprintln!("  {program} --api {at}/west/api.sock status");
-    eprintln!("  {program} --api {at}/west/api.sock points {}", super::story::NAME);
+    eprintln!(
+        "  {program} --api {at}/west/api.sock points {}",
+        super::story::NAME
+    );
 }
 
 #[cfg(test)]
@@ -88,7 +106,10 @@ mod tests {
 
     #[test]
     fn a_kept_directory_is_a_new_or_empty_one_with_a_short_path() {
-        let temporary = tempfile::Builder::new().prefix("fh").tempdir_in("/tmp").unwrap();
+        let temporary = tempfile::Builder::new()
+            .prefix("fh")
+            .tempdir_in("/tmp")
+            .unwrap();
         let new = temporary.path().join("new");
         assert_eq!(Place::make(Some(&new)).unwrap().path(), new);
         std::fs::write(new.join("file"), "").unwrap();

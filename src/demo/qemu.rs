@@ -6,8 +6,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use super::console::Console;
-
 /// How to get QEMU.
 pub(super) const INSTALL: &str = "apt-get install -y qemu-system-x86 qemu-utils";
 
@@ -46,8 +44,6 @@ pub(super) struct Machine {
     child: Child,
     /// Its control socket, for the daemon.
     pub(super) qmp: PathBuf,
-    /// Its console.
-    pub(super) console: Console,
     _ram: RamFile,
 }
 
@@ -71,11 +67,7 @@ impl Machine {
             .arg(image.join("root.qcow2"))
             .arg(at("root.qcow2"))
             .status()
-            .map_err(|e| {
-                format!(
-                    "qemu-img: {e}. Install QEMU: {INSTALL}"
-                )
-            })?;
+            .map_err(|e| format!("qemu-img: {e}. Install QEMU: {INSTALL}"))?;
         if !overlay.success() {
             return Err("qemu-img could not make the guest's root disk".to_owned());
         }
@@ -83,7 +75,14 @@ impl Machine {
         data.set_len(64 << 20).map_err(failed("data.raw"))?;
         let log = File::create(directory.join("qemu.log")).map_err(failed("qemu.log"))?;
         let mut child = Command::new("qemu-system-x86_64")
-            .args(["-name", "demo", "-machine", "pc-q35-7.2,memory-backend=ram0", "-accel", "tcg"])
+            .args([
+                "-name",
+                "demo",
+                "-machine",
+                "pc-q35-7.2,memory-backend=ram0",
+                "-accel",
+                "tcg",
+            ])
             .args(["-cpu", "qemu64", "-smp", "1", "-m", &ram_mib.to_string()])
             .arg("-object")
             .arg(format!(
@@ -116,7 +115,12 @@ impl Machine {
                 at("data.raw")
             ))
             .args(["-device", "virtio-blk-pci,drive=data,id=disk-data"])
-            .args(["-netdev", "user,id=net0,restrict=on", "-device", "virtio-net-pci,netdev=net0,id=nic0"])
+            .args([
+                "-netdev",
+                "user,id=net0,restrict=on",
+                "-device",
+                "virtio-net-pci,netdev=net0,id=nic0",
+            ])
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", at("qmp.sock")))
             .stdin(Stdio::null())
@@ -140,7 +144,6 @@ impl Machine {
         Ok(Self {
             child,
             qmp,
-            console: Console::within(directory),
             _ram: ram,
         })
     }

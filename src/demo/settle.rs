@@ -59,10 +59,7 @@ impl Settled {
         };
         workload(kind, &settled.workload)?;
         settled.fits_link()?;
-        settled.fits_ram(
-            memory_available(),
-            bytes_free(Path::new("/dev/shm")),
-        )?;
+        settled.fits_ram(memory_available(), bytes_free(Path::new("/dev/shm")))?;
         Ok(settled)
     }
 
@@ -90,7 +87,11 @@ impl Settled {
     /// The guest's RAM is here twice: at both sites; a test's a third time.
     fn fits_ram(&self, memory: u64, shared: u64) -> Result<(), String> {
         let ram = self.ram.bytes();
-        let smallest = if self.kind == GuestKind::Qemu { 192 } else { 64 };
+        let smallest = if self.kind == GuestKind::Qemu {
+            192
+        } else {
+            64
+        };
         if ram < smallest << 20 {
             return Err(format!(
                 "--ram {}: a {} guest needs at least {smallest}MiB",
@@ -105,7 +106,11 @@ impl Settled {
                 (ram >> 21) << 1
             ));
         }
-        let copies = if self.scenario == Scenario::Test { 3 } else { 2 };
+        let copies = if self.scenario == Scenario::Test {
+            3
+        } else {
+            2
+        };
         let needed = ram.saturating_mul(copies);
         let free = memory.min(shared);
         if needed.saturating_add(BESIDE) > memory || needed > shared {
@@ -119,7 +124,11 @@ impl Settled {
                 "--ram {}: its memory is here {} (once at each site{}): {} {place}, and {} are free; try --ram {most}MiB",
                 self.ram,
                 if copies == 3 { "three times" } else { "twice" },
-                if copies == 3 { ", once in the test" } else { "" },
+                if copies == 3 {
+                    ", once in the test"
+                } else {
+                    ""
+                },
                 bytes(needed),
                 bytes(free),
             ));
@@ -225,18 +234,39 @@ mod tests {
     #[test]
     fn ram_that_does_not_fit_is_refused_with_what_would() {
         let plenty = 64 << 30;
-        assert!(settled(256, Scenario::Disaster).fits_ram(plenty, plenty).is_ok());
+        assert!(
+            settled(256, Scenario::Disaster)
+                .fits_ram(plenty, plenty)
+                .is_ok()
+        );
         let tight = (512 << 20) + BESIDE;
-        assert!(settled(256, Scenario::Disaster).fits_ram(tight, tight).is_ok());
-        let why = settled(256, Scenario::Test).fits_ram(tight, tight).unwrap_err();
-        assert!(why.contains("three times") && why.contains("--ram 170MiB"), "{why}");
-        let why = settled(256, Scenario::Planned).fits_ram(plenty, 400 << 20).unwrap_err();
+        assert!(
+            settled(256, Scenario::Disaster)
+                .fits_ram(tight, tight)
+                .is_ok()
+        );
+        let why = settled(256, Scenario::Test)
+            .fits_ram(tight, tight)
+            .unwrap_err();
+        assert!(
+            why.contains("three times") && why.contains("--ram 170MiB"),
+            "{why}"
+        );
+        let why = settled(256, Scenario::Planned)
+            .fits_ram(plenty, 400 << 20)
+            .unwrap_err();
         assert!(why.contains("in /dev/shm"), "{why}");
-        let why = settled(u64::MAX >> 21, Scenario::Test).fits_ram(plenty, plenty).unwrap_err();
+        let why = settled(u64::MAX >> 21, Scenario::Test)
+            .fits_ram(plenty, plenty)
+            .unwrap_err();
         assert!(why.contains("are free"), "{why}");
-        let why = settled(2, Scenario::Test).fits_ram(plenty, plenty).unwrap_err();
+        let why = settled(2, Scenario::Test)
+            .fits_ram(plenty, plenty)
+            .unwrap_err();
         assert!(why.contains("at least 64MiB"), "{why}");
-        let why = settled(65, Scenario::Test).fits_ram(plenty, plenty).unwrap_err();
+        let why = settled(65, Scenario::Test)
+            .fits_ram(plenty, plenty)
+            .unwrap_err();
         assert!(why.contains("--ram 64MiB"), "{why}");
     }
 
@@ -246,8 +276,19 @@ mod tests {
             workload(GuestKind::Sim, name).unwrap();
         }
         workload(GuestKind::Qemu, "files").unwrap_err();
-        for name in ["noise", "noise:", "noise:0", "noise:99999999999999999999", "x", ""] {
-            assert!(workload(GuestKind::Kvm, name).unwrap_err().contains("noise:"));
+        for name in [
+            "noise",
+            "noise:",
+            "noise:0",
+            "noise:99999999999999999999",
+            "x",
+            "",
+        ] {
+            assert!(
+                workload(GuestKind::Kvm, name)
+                    .unwrap_err()
+                    .contains("noise:")
+            );
         }
     }
 

@@ -176,7 +176,11 @@ fn end_qemu(directory: &Path) {
     let path = directory.as_os_str().as_encoded_bytes();
     // The number may be another's by now.
     let ours = line.windows(path.len()).any(|window| window == path);
-    let pid = noted.trim().parse().ok().and_then(rustix::process::Pid::from_raw);
+    let pid = noted
+        .trim()
+        .parse()
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
     if let Some(pid) = pid.filter(|_| ours) {
         let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }

@@ -39,13 +39,16 @@ pub(super) async fn tell(demo: &Demo) -> Result<Report, String> {
 
 async fn told(demo: &Demo, began: Instant) -> Result<Report, String> {
     let settled = Settled::of(demo)?;
-    let mut screen = Screen::new();
+    let screen = Screen::new();
     if let Some(note) = &settled.note {
         screen.say(note);
     }
     let place = Place::make(demo.keep.as_deref())?;
     let image = image(&settled, demo, &screen).await?;
-    screen.say(&format!("Two sites, east and west, over {} …", settled.link));
+    screen.say(&format!(
+        "Two sites, east and west, over {} …",
+        settled.link
+    ));
     let stage = Stage::set(place.path(), settled.link).await?;
     let guest = Guest::start(&settled, &stage, place.path(), image.as_deref(), &screen).await?;
     // Dropped in this order: guest, daemons, files.
@@ -66,11 +69,7 @@ async fn told(demo: &Demo, began: Instant) -> Result<Report, String> {
 }
 
 /// Kernel, initrd and disk of a QEMU guest.
-async fn image(
-    settled: &Settled,
-    demo: &Demo,
-    screen: &Screen,
-) -> Result<Option<PathBuf>, String> {
+async fn image(settled: &Settled, demo: &Demo, screen: &Screen) -> Result<Option<PathBuf>, String> {
     if settled.kind != GuestKind::Qemu {
         return Ok(None);
     }

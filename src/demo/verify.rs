@@ -276,7 +276,17 @@ mod tests {
         assert!(!passed(sound, 50, 50, Scenario::Planned));
         assert!(!passed(sound, 50, 60, Scenario::Disaster));
         assert!(!passed(sound, 50, 1, Scenario::Disaster));
-        assert!(!passed("CHECK 41 mem=BAD:page-7 disk=ok", 50, 41, Scenario::Disaster));
-        assert!(!passed("CHECK 41 mem=ok disk=BAD:torn", 50, 41, Scenario::Disaster));
+        assert!(!passed(
+            "CHECK 41 mem=BAD:page-7 disk=ok",
+            50,
+            41,
+            Scenario::Disaster
+        ));
+        assert!(!passed(
+            "CHECK 41 mem=ok disk=BAD:torn",
+            50,
+            41,
+            Scenario::Disaster
+        ));
     }
 }

@@ -70,7 +70,9 @@ impl TestSeen {
 #[derive(Debug, thiserror::Error)]
 pub enum TestError {
     /// One at a time.
-    #[error("a test of '{0}' runs already, from point {1}; end it first: farhaven test cleanup {0}")]
+    #[error(
+        "a test of '{0}' runs already, from point {1}; end it first: farhaven test cleanup {0}"
+    )]
     Runs(String, u64),
     /// One is being begun or ended.
     #[error("a test of '{0}' is being started or ended just now; look again: farhaven status")]
@@ -412,7 +414,11 @@ impl Standby {
         tokio::task::spawn_blocking(move || {
             Launched::end(&places.run.join("qmp.sock"), &places.run);
             let removed = remove(&places);
-            tracing::warn!(guest = name, ?removed, "a test that ran before a restart was thrown away");
+            tracing::warn!(
+                guest = name,
+                ?removed,
+                "a test that ran before a restart was thrown away"
+            );
             drop(held);
         });
     }
@@ -454,7 +460,10 @@ fn allocated(directory: &Path) -> u64 {
 /// Removes what a test had; what was removed, for people.
 fn remove(places: &Places) -> Vec<String> {
     let mut removed = Vec::new();
-    for (what, directory) in [("memory in", &places.ram), ("disks and logs in", &places.run)] {
+    for (what, directory) in [
+        ("memory in", &places.ram),
+        ("disks and logs in", &places.run),
+    ] {
         let there = super::exists(directory);
         match std::fs::remove_dir_all(directory) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {

@@ -284,11 +284,7 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
     perform(remote, keep, standbys).await
 }
 
-async fn perform(
-    remote: &Remote,
-    keep: Keep,
-    standbys: &[Arc<Standby>],
-) -> Result<(), String> {
+async fn perform(remote: &Remote, keep: Keep, standbys: &[Arc<Standby>]) -> Result<(), String> {
     let store = remote.incoming.store.clone();
     let planned = {
         let store = store.clone();

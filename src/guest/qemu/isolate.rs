@@ -118,7 +118,12 @@ fn nic(argument: &Argument, mut keys: Keys, tag: &str) -> Result<Option<Argument
     let kind = keys.value("type").unwrap_or_default().to_owned();
     // `-net nic` is a device only; `-net` has the same first word.
     let kind = match kind.is_empty() {
-        true => argument.text().split(',').next().unwrap_or_default().to_owned(),
+        true => argument
+            .text()
+            .split(',')
+            .next()
+            .unwrap_or_default()
+            .to_owned(),
         false => kind,
     };
     match kind.as_str() {
@@ -215,8 +220,14 @@ mod tests {
              -netdev bridge,id=b,br=br0 -netdev user,id=c,hostfwd=tcp::22-:22 \
              -netdev socket,id=d,connect=10.0.0.1:99 -device virtio-net-pci,netdev=a",
         );
-        assert_eq!(nets[0], "tap,id=a,ifname=fht5a1f22.0,script=no,downscript=no,queues=4");
-        assert_eq!(nets[1], "tap,id=b,ifname=fht5a1f22.1,script=no,downscript=no");
+        assert_eq!(
+            nets[0],
+            "tap,id=a,ifname=fht5a1f22.0,script=no,downscript=no,queues=4"
+        );
+        assert_eq!(
+            nets[1],
+            "tap,id=b,ifname=fht5a1f22.1,script=no,downscript=no"
+        );
         assert_eq!(nets[2], "user,id=c,restrict=on");
         assert_eq!(nets[3], "hubport,id=d,hubid=3");
         assert!(line.contains("-device virtio-net-pci,netdev=a"), "{line}");
@@ -231,10 +242,16 @@ mod tests {
         let (_, line) = isolated("-m 128 -nodefaults");
         assert!(!line.contains("-nic"), "{line}");
         let (_, line) = isolated("-nic user,model=e1000,hostfwd=tcp::22-:22");
-        assert!(line.contains("restrict=on") && line.contains("model=e1000"), "{line}");
+        assert!(
+            line.contains("restrict=on") && line.contains("model=e1000"),
+            "{line}"
+        );
         assert!(!line.contains("hostfwd"), "{line}");
         let (_, line) = isolated("-nic tap,br=br0,mac=52:54:00:00:00:01");
-        assert!(line.contains("script=no") && !line.contains("br0"), "{line}");
+        assert!(
+            line.contains("script=no") && !line.contains("br0"),
+            "{line}"
+        );
         assert!(line.contains("mac=52:54"), "{line}");
     }
 
@@ -246,10 +263,21 @@ mod tests {
              -chardev socket,id=x,host=1.2.3.4,port=9 -chardev socket,id=y,path=/run/agent \
              -chardev socket,id=z,path=con,server=on,wait=off,logfile=con.log -chardev udp,id=u,port=1",
         );
-        for gone in [":1 ", "-s ", "55", "telnet", "1234", "1.2.3.4", "agent", "udp"] {
+        for gone in [
+            ":1 ", "-s ", "55", "telnet", "1234", "1.2.3.4", "agent", "udp",
+        ] {
             assert!(!line.contains(gone), "{gone} in {line}");
         }
-        for kept in ["-vnc none", "null,id=x", "null,id=y", "null,id=u", "id=z,path={run}/con", "{qmp}", "-serial null", "mon:stdio"] {
+        for kept in [
+            "-vnc none",
+            "null,id=x",
+            "null,id=y",
+            "null,id=u",
+            "id=z,path={run}/con",
+            "{qmp}",
+            "-serial null",
+            "mon:stdio",
+        ] {
             assert!(line.contains(kept), "no {kept} in {line}");
         }
     }
