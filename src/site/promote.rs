@@ -20,11 +20,6 @@ pub enum ActivateError {
     /// It runs here already.
     #[error("'{0}' was taken over before and runs here (term {1})")]
     Active(String, u64),
-    /// Its points are in use.
-    #[error(
-        "a test of '{0}' runs at the peer from point {1}; end it there first: farhaven test cleanup {0}"
-    )]
-    Tested(String, u64),
     /// Nothing to run.
     #[error("there is no {1} of '{0}' here; see farhaven points {0}")]
     NoPoint(String, String),

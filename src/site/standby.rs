@@ -348,8 +348,9 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
-        if let (true, Some(point)) = (discard, self.tested()) {
-            return Err(ActivateError::Tested(self.name(), point));
+        if discard {
+            // What it runs from goes.
+            self.stop_test().await;
         }
         self.discard(&mut state).await;
         let site = self.site()?;
