@@ -55,7 +55,9 @@ fn whole(view: &SiteView) {
     println!("Site {}", view.site);
     peers(&view.peers);
     if view.guests.is_empty() && view.standbys.is_empty() {
-        println!("\nNo guests. Next: farhaven guest add NAME --qmp PATH");
+        println!(
+            "\nNo guests. Next: farhaven guest add NAME --qmp PATH, or to try it out: farhaven guest start NAME --kind sim"
+        );
     }
     if !view.guests.is_empty() {
         println!("\nGuests here");

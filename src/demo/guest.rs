@@ -11,11 +11,14 @@ use super::screen::Screen;
 use super::settle::{DISK, Settled};
 use super::stage::Stage;
 use super::story::NAME;
-use crate::site::api::AddGuest;
+use crate::site::api::{AddGuest, StartGuest};
 use crate::site::records::GuestRecord;
 
 /// Boot, fill memory, first heartbeats: software emulation is slow.
 const BOOT: Duration = Duration::from_secs(180);
+
+/// What a hosted guest's content is made from: the same in every demo.
+const SEED: u64 = 1;
 
 /// It has come to its workload after so many heartbeats.
 const SETTLED: u64 = 10;
@@ -56,7 +59,8 @@ impl Guest {
         if let Some(machine) = &guest.machine {
             let body = AddGuest {
                 name: NAME.to_owned(),
-                qmp: machine.qmp.clone(),
+                qmp: Some(machine.qmp.clone()),
+                start: None,
             };
             let added = stage.east.client.post::<GuestRecord>("/v1/guests", &body);
             added.await.map_err(|e| e.to_string())?;
@@ -106,10 +110,18 @@ async fn hosted(settled: &Settled, stage: &Stage, screen: &Screen) -> Result<Gue
         DISK,
         settled.workload
     ));
-    let body = serde_json::json!({"name": NAME, "start": {
-        "kind": settled.kind.word(), "ram": settled.ram, "disk": DISK,
-        "workload": settled.workload,
-    }});
+    let body = AddGuest {
+        name: NAME.to_owned(),
+        qmp: None,
+        start: Some(StartGuest {
+            kind: settled.kind.word().to_owned(),
+            ram: settled.ram,
+            disk: DISK,
+            vcpus: 1,
+            workload: settled.workload.clone(),
+            seed: SEED,
+        }),
+    };
     let record = stage.east.client.post::<GuestRecord>("/v1/guests", &body);
     let record = record
         .await

@@ -185,6 +185,7 @@ impl embedded::Definition {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

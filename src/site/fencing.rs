@@ -7,6 +7,7 @@ use farhaven_storage_sync::catalogue::Table;
 use super::Site;
 use super::driver::{Command, Driver};
 use super::records::GuestRecord;
+use super::standby::{Standby, State, step};
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::Guest;
@@ -103,5 +104,75 @@ impl Driver {
             v.trouble.clone_from(&why);
         });
         stopped.map_err(|_| why)
+    }
+}
+
+impl Standby {
+    /// A newer term of another owner: what runs here is stopped and kept.
+    ///
+    /// # Errors
+    /// When it may run on; the sentence says what to do.
+    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let mut state = self.state.lock().await;
+        self.discard(&mut state).await;
+        if let Some(active) = &state.unwatched {
+            // Whoever tries to find it again stops it.
+            return Err(format!(
+                "'{}' may run here{}, and its QEMU does not answer; end it by hand",
+                self.name(),
+                active.process()
+            ));
+        }
+        let Some((active, ready)) = &state.active else {
+            return Ok(());
+        };
+        let (ready, number) = (ready.clone(), active.term.number);
+        let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
+        if let Err(error) = stopped {
+            let why = format!(
+                "fenced: term {} is newer than {number}, and it COULD NOT BE STOPPED here; end it by hand{}: {error}",
+                term.number,
+                active.process()
+            );
+            tracing::error!(guest = %self.name(), "{why}");
+            self.see(|s| s.trouble.clone_from(&why));
+            return Err(why);
+        }
+        let why = format!(
+            "fenced: term {} is newer than {number}; it was stopped here and is kept as evidence{}",
+            term.number,
+            active.process()
+        );
+        tracing::warn!(guest = %self.name(), "{why}");
+        // A QEMU stays by itself.
+        let stopped = state.active.take().map(|(_, ready)| ready);
+        state.evidence = stopped.filter(|ready| ready.pid().is_none());
+        self.see(|s| {
+            s.active = None;
+            s.trouble = why;
+        });
+        if let Ok(site) = self.site() {
+            self.leave_evidence(&mut state, &site);
+        }
+        Ok(())
+    }
+
+    /// A stopped copy is kept for whoever wants to look at it, and does not run
+    /// here any more: QEMU keeps its RAM, whose files are free for newer points.
+    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
+        state
+            .warm
+            .discard(&site.config.ram_dir().join(self.guest.to_string()));
+        if let Err(error) = self.forget_activation(site) {
+            tracing::error!(%error, "the catalogue cannot be written");
+        }
+    }
+
+    /// A stopped copy that lives in this process makes room for a new one.
+    pub(super) async fn end_evidence(&self, state: &mut State) {
+        if let Some(stopped) = state.evidence.take() {
+            tracing::warn!(guest = %self.name(), "its copy that was stopped for good is ended");
+            let _ = step(move || stopped.end()).await;
+        }
     }
 }

@@ -174,12 +174,19 @@ impl Site {
 
     /// Lets a held guest that nobody is attached to run on.
     pub(super) fn resume_guest(&self, record: &GuestRecord) -> Result<(), GuestError> {
+        if record.definition.is_embedded() {
+            return self.resume_hosted(record);
+        }
         let mut guest = self.attach(record, self.tracking_key.clone(), 1)?;
         guest.resume()
     }
 
     /// Ends a held guest that nobody is attached to; one that is gone has ended.
     pub(super) fn let_guest_go(&self, record: &GuestRecord) -> Result<(), GuestError> {
+        if record.definition.is_embedded() {
+            self.end_hosted(record.id);
+            return Ok(());
+        }
         match self.attach(record, self.tracking_key.clone(), 1) {
             Ok(mut guest) => guest.let_go(),
             Err(GuestError::Qmp(QmpError::Connect { .. })) => Ok(()),

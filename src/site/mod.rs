@@ -26,6 +26,7 @@ mod promote;
 mod protect;
 mod rebuild;
 mod standby;
+mod start;
 mod status;
 mod steps;
 mod takeover;
@@ -193,8 +194,13 @@ impl Site {
         Ok(site)
     }
 
-    /// Ends the sessions and leaves every guest as it is.
+    /// Ends the sessions and leaves every guest as it is. Guests inside of this
+    /// process end when it does.
     pub async fn shutdown(&self) {
+        let guests = self.hosted_count();
+        if guests > 0 {
+            tracing::warn!(guests, "guests that live in this daemon end with it");
+        }
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()

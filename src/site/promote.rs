@@ -113,6 +113,7 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
+        self.end_evidence(&mut state).await;
         let point = match point {
             Some(point) if self.points().iter().any(|p| p.point == point) => point,
             Some(point) => {

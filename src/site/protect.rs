@@ -52,6 +52,32 @@ impl Site {
         }))
     }
 
+    /// May a new guest be called so?
+    pub(super) fn free_name(&self, name: &str) -> Result<(), OperateError> {
+        let conflict = |why: String| Err(OperateError::Conflict(why));
+        if !is_guest_name(name) {
+            return conflict(format!(
+                "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
+            ));
+        }
+        let records = self.guest_records();
+        if let Some(other) = records.iter().find(|r| r.name == name) {
+            return conflict(match &other.qmp {
+                Some(qmp) => format!("guest '{name}' is known already, at {}", qmp.display()),
+                None => match self.hosted_lost(other).as_str() {
+                    "" => format!("guest '{name}' is known already, inside of this daemon"),
+                    lost => lost.to_owned(),
+                },
+            });
+        }
+        if self.standby_named(name).is_some() {
+            return conflict(format!(
+                "a peer protects a guest named '{name}' to here; choose another name"
+            ));
+        }
+        Ok(())
+    }
+
     /// Makes a running QEMU known as a guest.
     ///
     /// # Errors
@@ -61,31 +87,13 @@ impl Site {
         name: &str,
         qmp: &Path,
     ) -> Result<GuestRecord, OperateError> {
-        if !is_guest_name(name) {
-            return Err(OperateError::Conflict(format!(
-                "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
-            )));
-        }
+        self.free_name(name)?;
         let records = self.guest_records();
-        if let Some(other) = records
-            .iter()
-            .find(|r| r.name == name || r.qmp.as_deref() == Some(qmp))
-        {
-            return Err(OperateError::Conflict(match &other.qmp {
-                Some(qmp) => format!(
-                    "guest '{}' is known already, at {}",
-                    other.name,
-                    qmp.display()
-                ),
-                None => format!(
-                    "guest '{}' is known already, inside of this daemon",
-                    other.name
-                ),
-            }));
-        }
-        if self.standby_named(name).is_some() {
+        if let Some(other) = records.iter().find(|r| r.qmp.as_deref() == Some(qmp)) {
             return Err(OperateError::Conflict(format!(
-                "a peer protects a guest named '{name}' to here; choose another name"
+                "guest '{}' is known already, at {}",
+                other.name,
+                qmp.display()
             )));
         }
         let path = qmp.to_owned();
@@ -120,6 +128,12 @@ impl Site {
             )));
         }
         drop(drivers);
+        if self.hosted(record.id).is_some() {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' lives in this daemon, and forgotten it could not be reached any more; to end it: farhaven guest end {name}"
+            )));
+        }
+        self.clear_hosted(&record);
         self.catalogue
             .remove(Table::Guests, &record.id.to_string())
             .map_err(failed)?;

@@ -250,6 +250,7 @@ impl Standby {
             ));
         }
         self.discard(&mut state).await;
+        self.end_evidence(&mut state).await;
         // The RAM files must be there before the machine maps them; their content may come later.
         self.fill(&mut state, newest).await?;
         state.ready = Some(self.launch(newest).await?);
@@ -279,66 +280,6 @@ impl Standby {
         self.begin_anew();
         let mut state = self.state.lock().await;
         self.discard(&mut state).await;
-    }
-
-    /// A newer term of another owner: what runs here is stopped and kept.
-    ///
-    /// # Errors
-    /// When it may run on; the sentence says what to do.
-    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
-        let mut state = self.state.lock().await;
-        self.discard(&mut state).await;
-        if let Some(active) = &state.unwatched {
-            // Whoever tries to find it again stops it.
-            return Err(format!(
-                "'{}' may run here{}, and its QEMU does not answer; end it by hand",
-                self.name(),
-                active.process()
-            ));
-        }
-        let Some((active, ready)) = &state.active else {
-            return Ok(());
-        };
-        let (ready, number) = (ready.clone(), active.term.number);
-        let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
-        if let Err(error) = stopped {
-            let why = format!(
-                "fenced: term {} is newer than {number}, and it COULD NOT BE STOPPED here; end it by hand{}: {error}",
-                term.number,
-                active.process()
-            );
-            tracing::error!(guest = %self.name(), "{why}");
-            self.see(|s| s.trouble.clone_from(&why));
-            return Err(why);
-        }
-        let why = format!(
-            "fenced: term {} is newer than {number}; it was stopped here and is kept as evidence{}",
-            term.number,
-            active.process()
-        );
-        tracing::warn!(guest = %self.name(), "{why}");
-        // A QEMU stays by itself.
-        let stopped = state.active.take().map(|(_, ready)| ready);
-        state.evidence = stopped.filter(|ready| ready.pid().is_none());
-        self.see(|s| {
-            s.active = None;
-            s.trouble = why;
-        });
-        if let Ok(site) = self.site() {
-            self.leave_evidence(&mut state, &site);
-        }
-        Ok(())
-    }
-
-    /// A stopped copy is kept for whoever wants to look at it, and does not run
-    /// here any more: QEMU keeps its RAM, whose files are free for newer points.
-    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
-        state
-            .warm
-            .discard(&site.config.ram_dir().join(self.guest.to_string()));
-        if let Err(error) = self.forget_activation(site) {
-            tracing::error!(%error, "the catalogue cannot be written");
-        }
     }
 
     /// The source ends protection.

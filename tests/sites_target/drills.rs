@@ -19,7 +19,11 @@ fn left(west: &TestSite, id: &str) -> Vec<PathBuf> {
 }
 
 fn start(west: &TestSite, args: &[&str]) -> (TestReport, Console) {
-    let all: Vec<&str> = ["test", "web", "--json"].iter().chain(args).copied().collect();
+    let all: Vec<&str> = ["test", "web", "--json"]
+        .iter()
+        .chain(args)
+        .copied()
+        .collect();
     let told = west.cli(&all).good();
     let report: TestReport = serde_json::from_str(&told.out).unwrap();
     let paths = report.console.clone().expect("a console");
@@ -49,7 +53,9 @@ fn a_test_runs_isolated_while_protection_goes_on() {
     pair.west.cli(&["test", "web"]).bad("no guest 'web'");
     protect(&pair, "web", &guest);
     let id = pair.east.source("web").id;
-    pair.west.cli(&["test", "cleanup", "web"]).bad("no test of 'web'");
+    pair.west
+        .cli(&["test", "cleanup", "web"])
+        .bad("no test of 'web'");
     pair.west
         .cli(&["test", "web", "--point", "4711"])
         .bad("no point 4711");
@@ -82,7 +88,10 @@ fn a_test_runs_isolated_while_protection_goes_on() {
     let told = pair.west.cli(&["test", "cleanup", "web", "--json"]).good();
     let ended: TestEnded = serde_json::from_str(&told.out).unwrap();
     assert_eq!(ended.point, report.point);
-    assert!(ended.ram_bytes > 32 << 20 && ended.overlay_bytes > 0, "{ended:?}");
+    assert!(
+        ended.ram_bytes > 32 << 20 && ended.overlay_bytes > 0,
+        "{ended:?}"
+    );
     assert_eq!(ended.removed.len(), 3, "{ended:?}");
     assert_eq!(left(&pair.west, &id), [PathBuf::new(); 0]);
     assert!(!runs(report.pid.unwrap()));
