@@ -15,7 +15,10 @@ use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod definition;
 pub mod embedded;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod qemu;
+pub mod sim;
 
 pub use definition::Definition;
 
