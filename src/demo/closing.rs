@@ -1,10 +1,9 @@
 //! The demo's last words: what was measured, what was verified.
 
-use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
-use comfy_table::{Cell, Color, ContentArrangement, Table, TableComponent};
+use comfy_table::{Cell, Color};
 
 use super::report::Report;
-use crate::cli::show::{bytes, millis};
+use crate::cli::show::{bytes, millis, table};
 
 /// Bytes on the wire over the floor: first copy, points after it.
 const FLOORS: (f64, f64) = (1.15, 1.5);
@@ -177,16 +176,6 @@ fn rows(report: &Report) -> Vec<Row> {
     rows
 }
 
-fn table(header: &[&str]) -> Table {
-    let mut table = Table::new();
-    table
-        .load_preset(UTF8_HORIZONTAL_ONLY)
-        .set_content_arrangement(ContentArrangement::Dynamic)
-        .set_header(header.to_vec());
-    table.remove_style(TableComponent::HorizontalLines);
-    table
-}
-
 fn mark(passed: bool, yes: &str, no: &str) -> Cell {
     match passed {
         true => Cell::new(yes).fg(Color::Green),
@@ -198,9 +187,9 @@ fn mark(passed: bool, yes: &str, no: &str) -> Cell {
 pub(super) fn print(report: &Report) {
     println!();
     println!(
-        "A {} guest with {} of memory, workload {}, over {}; all of it in {:.0} s",
+        "A {} guest with {} MiB of memory, workload {}, over {}; all of it in {:.0} s",
         report.guest,
-        bytes(report.ram_bytes),
+        report.ram_bytes >> 20,
         report.workload,
         report.link,
         report.took_s

@@ -90,9 +90,15 @@ pub(super) async fn test(play: &mut Play) -> Result<Tested, String> {
     let report = asked.await.map_err(|e| e.to_string())?;
     let report = report.map_err(|e| format!("{e}\n{}", play.stage.west.last_words()))?;
     let mut console = Console::of(report.console.as_ref())?;
-    let first = console
-        .wait("heartbeat in the test", REVIVE, |c| c.first.clone())
-        .await?;
+    let first = loop {
+        watched(play, &mut watch).await?;
+        console.poll();
+        match &console.first {
+            Some(first) => break first.clone(),
+            None if began.elapsed() < REVIVE => {}
+            None => return Err(format!("the test has no heartbeat within {REVIVE:?}")),
+        }
+    };
     play.screen.say(&format!(
         "It runs there, from point {}, {} after the command.",
         report.point,
@@ -115,25 +121,27 @@ pub(super) async fn test(play: &mut Play) -> Result<Tested, String> {
     play.screen.end();
     play.screen
         .say("The test checks all of its memory and disks …");
-    let check = console.full_check().await?;
+    let checked = tokio::spawn(async move { console.full_check().await });
+    while !checked.is_finished() {
+        watched(play, &mut watch).await?;
+    }
+    let check = checked.await.map_err(|e| e.to_string())??;
     play.screen.say(&format!("  {check}"));
     points = play.look().await?.points_sealed.saturating_sub(before);
     let ran = began.elapsed();
     let path = format!("/v1/guests/{NAME}/test");
-    let ended: TestEnded = play
-        .stage
-        .west
-        .client
-        .delete(&path)
-        .await
-        .map_err(|e| format!("{e}\n{}", play.stage.west.last_words()))?;
+    let west = play.stage.west.client.clone();
+    let ending = tokio::spawn(async move { west.delete::<TestEnded>(&path).await });
+    while !ending.is_finished() {
+        watched(play, &mut watch).await?;
+    }
+    let ended = ending.await.map_err(|e| e.to_string())?;
+    let ended = ended.map_err(|e| format!("{e}\n{}", play.stage.west.last_words()))?;
     play.screen.say(&format!(
         "The test is thrown away: {} of memory, {} of what it wrote to its disks. {points} points were sealed meanwhile.",
         bytes(ended.ram_bytes),
         bytes(ended.overlay_bytes),
     ));
-    play.look().await?;
-    watch.see(&play.guest.console);
     play.screen
         .say("The guest at east checks all of its memory and disks …");
     let source_check = play.guest.console.full_check().await?;

@@ -89,8 +89,8 @@ async fn qemu(
     screen: &Screen,
 ) -> Result<Guest, String> {
     screen.say(&format!(
-        "A Debian guest boots at east ({} of memory, software emulation) …",
-        settled.ram
+        "A Debian guest boots at east ({} MiB of memory, software emulation) …",
+        settled.ram.bytes() >> 20
     ));
     let directory = directory.join("guest");
     std::fs::create_dir_all(&directory).map_err(|e| format!("{}: {e}", directory.display()))?;
@@ -104,10 +104,10 @@ async fn qemu(
 
 async fn hosted(settled: &Settled, stage: &Stage, screen: &Screen) -> Result<Guest, String> {
     screen.say(&format!(
-        "A guest starts at east ({}: {} of memory, {} of disk, workload {}) …",
+        "A guest starts at east ({}: {} MiB of memory, {} MiB of disk, workload {}) …",
         settled.kind.word(),
-        settled.ram,
-        DISK,
+        settled.ram.bytes() >> 20,
+        DISK.bytes() >> 20,
         settled.workload
     ));
     let body = AddGuest {
