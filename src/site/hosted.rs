@@ -17,11 +17,19 @@ use crate::activate::machine::Builders;
 use crate::guest::embedded::engine::EmbeddedGuest;
 use crate::guest::embedded::{self, SharedVmm, Vmm};
 use crate::guest::qemu::check::Finding;
+use crate::guest::sim::{self, SimBuilder};
 use crate::guest::{Definition, Guest, GuestError};
 
 /// Builders of the guests that this crate brings, by their kind.
 pub fn builders() -> Builders {
-    Builders::new()
+    let mut builders = Builders::new();
+    builders.insert(sim::KIND.to_owned(), Arc::new(SimBuilder));
+    #[cfg(target_arch = "x86_64")]
+    builders.insert(
+        crate::guest::kvm::machine::KIND.to_owned(),
+        Arc::new(crate::guest::kvm::KvmBuilder),
+    );
+    builders
 }
 
 impl Site {
@@ -260,6 +268,8 @@ impl Site {
         {
             tracing::warn!(%error, directory = %directory.display(), "stays behind");
         }
+        // Its own, unless it has activations, too.
+        let _ = directory.parent().map(std::fs::remove_dir);
     }
 
     /// Ends it; one that is gone has ended.

@@ -4,7 +4,7 @@
 //! What is asked for is checked as a whole ([`StartGuest::plan`]) before
 //! anything is made; what is made is taken away again when a later step fails.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use farhaven_policies::units::ByteSize;
@@ -16,10 +16,24 @@ use super::files::private_directory;
 use super::hosted::lock;
 use super::operate::{OperateError, failed};
 use super::records::GuestRecord;
+use crate::guest::embedded::{Definition, SharedVmm};
 use crate::guest::qemu::peer::{PeerFacts, host_facts};
+use crate::guest::sim::{self, SimGuest, SimOptions, Workload, WorkloadError};
 
 /// Kinds that can be started.
 const KINDS: [&str; 2] = ["kvm", "sim"];
+
+/// What they can do.
+const WORKLOADS: [&str; 4] = ["database", "files", "idle", "noise"];
+
+/// The name of its one disk.
+const DISK: &str = "disk";
+
+/// Pages that a kvm guest works on, and half as many blocks: all are checked in seconds.
+const WORKING_SET: u64 = 2048;
+
+/// Pages of a MB.
+const MB_PAGES: u32 = 244;
 
 /// Sizes are whole numbers of this.
 const PAGE: u64 = 4096;
@@ -46,7 +60,7 @@ pub struct StartGuest {
     /// Virtual CPUs.
     #[serde(default = "default_vcpus")]
     pub vcpus: u32,
-    /// What it does: `database`, `idle`, `files` or `noise:MB/s`.
+    /// What it does: `database`, `idle`, `files` or `noise`, with a rate as `noise:8`.
     #[serde(default = "default_workload")]
     pub workload: String,
     /// What its content and its work are made from.
@@ -94,6 +108,9 @@ impl StartGuest {
                 "{} vCPUs cannot be given; 1 to {MOST_VCPUS} can",
                 self.vcpus
             ));
+        }
+        if self.kind == sim::KIND && self.vcpus > 1 {
+            return Some("a sim guest has one vCPU; --kind kvm takes more".to_owned());
         }
         let sizes = [
             ("ram", self.ram.bytes(), LEAST_RAM),
@@ -166,6 +183,8 @@ impl Site {
             });
         known.inspect_err(|_| {
             let _ = std::fs::remove_dir_all(&place.run);
+            // The guest's own directory, empty by now.
+            let _ = place.run.parent().map(std::fs::remove_dir);
         })
     }
 }
@@ -180,16 +199,129 @@ fn suggest(typed: &str, known: &[&str]) -> String {
         _ => String::new(),
     }
 }
-fn launch(
+/// Makes it, running.
+fn launch(start: &StartGuest, place: &Place) -> Result<(SharedVmm, Definition), String> {
+    let workload = start.workload.parse().map_err(|error: WorkloadError| {
+        let name = start.workload.split(':').next().unwrap_or_default();
+        format!("{error}{}", suggest(name, &WORKLOADS))
+    })?;
+    match start.kind.as_str() {
+        sim::KIND => {
+            let options = SimOptions {
+                seed: start.seed,
+                ram_bytes: start.ram.bytes(),
+                disks: vec![(DISK.to_owned(), start.disk.bytes())],
+                workload,
+                run: place.run.clone(),
+                ram: place.ram.clone(),
+            };
+            SimGuest::start(options).map_err(|e| e.to_string())
+        }
+        _ => launch_kvm(start, place, workload),
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn launch_kvm(
     start: &StartGuest,
     place: &Place,
-) -> Result<
-    (
-        crate::guest::embedded::SharedVmm,
-        crate::guest::embedded::Definition,
-    ),
-    String,
-> {
-    let _ = (&place.run, &place.ram, &start.seed, &start.workload);
-    Err("not built".to_owned())
+    workload: Workload,
+) -> Result<(SharedVmm, Definition), String> {
+    use std::os::unix::fs::OpenOptionsExt;
+
+    use crate::guest::embedded::console::Console;
+    use crate::guest::embedded::disk::TrackedDisk;
+    use crate::guest::kvm::{KvmMachine, KvmOptions, Pace, proof};
+
+    let failed = |what: &Path| {
+        let what = what.display().to_string();
+        move |e: std::io::Error| format!("{what}: {e}")
+    };
+    let image = place.run.join("disk.img");
+    let disk = TrackedDisk::open(DISK, &image, start.disk.bytes()).map_err(failed(&image))?;
+    let ram_file = std::fs::File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(&place.ram)
+        .map_err(failed(&place.ram))?;
+    let terminal = Console::open(&place.run).map_err(failed(&place.run))?;
+    // The program knows no kinds of work, only how much of it.
+    let changes = match workload {
+        Workload::Idle => 10,
+        Workload::Database(changes) => changes,
+        Workload::Files(rate) | Workload::Noise(rate) => rate.saturating_mul(MB_PAGES),
+    };
+    let within = |bytes: u64, most: u64| (bytes / PAGE / 2).min(most) as u32;
+    let options = KvmOptions {
+        vcpus: start.vcpus,
+        ram: start.ram.bytes(),
+        ram_file,
+        program: proof::program(),
+        disk: Some(disk),
+        terminal: Arc::new(terminal),
+        pace: Pace {
+            changes,
+            pages: within(start.ram.bytes(), WORKING_SET),
+            blocks: within(start.disk.bytes(), WORKING_SET / 2),
+        },
+        irqchip: false,
+    };
+    KvmMachine::start(options).map_err(|e| format!("{e}. A guest of --kind sim needs no KVM"))
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn launch_kvm(_: &StartGuest, _: &Place, _: Workload) -> Result<(SharedVmm, Definition), String> {
+    Err("a kvm guest runs on x86-64 only, and this host is another; --kind sim runs on any".into())
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use super::*;
+
+    fn room() -> PeerFacts {
+        PeerFacts {
+            ram_directory: ("/dev/shm".to_owned(), 1 << 30),
+            store_directory: ("/run".to_owned(), 1 << 30),
+            memory_available: 512 << 20,
+            ..PeerFacts::default()
+        }
+    }
+
+    fn asked(json: &str) -> StartGuest {
+        serde_json::from_str(json).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_said_has_its_default() {
+        let start = asked("{\"kind\": \"sim\"}");
+        assert_eq!(start.ram, ByteSize::from_mib(256));
+        assert_eq!((start.vcpus, start.workload.as_str()), (1, "database"));
+        assert_eq!(start.mistake(&room()), None);
+        assert!(serde_json::from_str::<StartGuest>("{\"kind\": \"sim\", \"cpus\": 2}").is_err());
+    }
+
+    #[test]
+    fn what_cannot_be_is_said_before_anything_is_made() {
+        for (json, words) in [
+            ("{\"kind\": \"kwm\"}", "did you mean 'kvm'?"),
+            ("{\"kind\": \"\"}", "only: kvm, sim"),
+            ("{\"kind\": \"kvm\", \"vcpus\": 0}", "1 to"),
+            ("{\"kind\": \"kvm\", \"vcpus\": 4000000000}", "1 to"),
+            ("{\"kind\": \"sim\", \"vcpus\": 2}", "one vCPU"),
+            ("{\"kind\": \"sim\", \"ram\": \"0MiB\"}", "at least 16 MiB"),
+            ("{\"kind\": \"sim\", \"disk\": \"0MiB\"}", "at least 1 MiB"),
+            ("{\"kind\": \"sim\", \"ram\": \"600MiB\"}", "512 MiB free"),
+            (
+                "{\"kind\": \"sim\", \"ram\": \"9000000TiB\"}",
+                "512 MiB free",
+            ),
+            ("{\"kind\": \"sim\", \"disk\": \"2GiB\"}", "1024 MiB free"),
+        ] {
+            let mistake = asked(json).mistake(&room()).unwrap_or_default();
+            assert!(mistake.contains(words), "{json}: {mistake}");
+        }
+    }
 }

@@ -85,6 +85,7 @@ impl Stage {
         let west = site(dir.path(), "west", builders(&at_west)).await;
         let invitation = west.invite(Duration::from_secs(60)).unwrap();
         east.pair(&invitation).await.unwrap();
+        until("the link", || east.view().peers[0].connected.then_some(())).await;
         let (guest, definition) = Counter::start(dir.path());
         Self {
             east,
