@@ -55,7 +55,9 @@ fn whole(view: &SiteView) {
     println!("Site {}", view.site);
     peers(&view.peers);
     if view.guests.is_empty() && view.standbys.is_empty() {
-        println!("\nNo guests. Next: farhaven guest add NAME --qmp PATH");
+        println!(
+            "\nNo guests. Next: farhaven guest add NAME --qmp PATH, or to try it out: farhaven guest start NAME --kind sim"
+        );
     }
     if !view.guests.is_empty() {
         println!("\nGuests here");
@@ -67,13 +69,16 @@ fn whole(view: &SiteView) {
     }
 }
 
-fn table(header: &[&str]) -> Table {
+pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_preset(UTF8_HORIZONTAL_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(header.to_vec());
-    table.remove_style(TableComponent::HorizontalLines);
+    // No lines between rows: neither theirs nor where columns would cross them.
+    table
+        .remove_style(TableComponent::HorizontalLines)
+        .remove_style(TableComponent::MiddleIntersections);
     table
 }
 
@@ -200,6 +205,17 @@ fn standbys(standbys: &[TargetView]) {
                 Color::Cyan,
             ),
         };
+        let (state, color) = match &standby.test {
+            Some(test) if test.running => (
+                format!("{state}, TEST of point {}", test.point),
+                Color::Yellow,
+            ),
+            Some(test) => (
+                format!("{state}, test of point {} starts", test.point),
+                Color::Yellow,
+            ),
+            None => (state, color),
+        };
         let number = |n: u64| {
             if n == 0 {
                 "-".to_owned()
@@ -281,14 +297,16 @@ pub(super) fn findings(name: &str, findings: &[Finding]) {
 }
 
 pub(super) fn definition(record: &GuestRecord) {
-    println!(
-        "Guest '{}' ({}), QMP at {}",
-        record.name,
-        record.id,
-        record.qmp.display()
-    );
+    let at = match &record.qmp {
+        Some(qmp) => format!("QMP at {}", qmp.display()),
+        None => "inside of the daemon".to_owned(),
+    };
+    println!("Guest '{}' ({}), {at}", record.name, record.id);
     for line in record.definition.summary() {
         println!("  {line}");
+    }
+    if let Some(console) = &record.console {
+        println!("  console: {}", console.socket.display());
     }
 }
 
@@ -301,14 +319,22 @@ pub(super) fn failover(report: &FailoverReport) {
     println!("  lost (RPO)            {}", millis(report.rpo_ms));
     println!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
     println!("    term made durable   {}", ms(report.times.term));
-    println!("    QEMU launched       {}", ms(report.times.launch));
+    println!("    machine built       {}", ms(report.times.launch));
     println!(
         "    RAM filled          {} ({})",
         ms(report.times.ram),
         bytes(report.times.ram_bytes)
     );
     println!("    state restored      {}", ms(report.times.restore));
-    println!("  QMP                   {}", report.qmp);
+    if let Some(qmp) = &report.qmp {
+        println!("  QMP                   {qmp}");
+    }
+    if let Some(console) = &report.console {
+        println!("  console               {}", console.socket.display());
+    }
+    if !report.note.is_empty() {
+        println!("! {}", report.note);
+    }
     println!("Its disks come from the store and are copied out of it now: farhaven status");
 }
 

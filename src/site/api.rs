@@ -19,6 +19,7 @@ use tokio::net::UnixListener;
 
 use super::Site;
 use super::operate::OperateError;
+pub use super::start::StartGuest;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -57,8 +58,12 @@ pub struct Pair {
 pub struct AddGuest {
     /// How it shall be called.
     pub name: String,
-    /// QEMU's control socket.
-    pub qmp: PathBuf,
+    /// QEMU's control socket, for one that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// A guest that the daemon is to start and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartGuest>,
 }
 
 /// Query of `GET /v1/guests/{name}/check`.
@@ -95,6 +100,14 @@ pub struct Failover {
     pub point: Option<u64>,
     /// Even if the source is alive.
     pub force: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/test`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestFailover {
+    /// The newest when absent.
+    pub point: Option<u64>,
 }
 
 /// Body of `POST /v1/guests/{name}/take-back`.
@@ -155,12 +168,14 @@ pub fn router(site: Arc<Site>) -> Router {
         )
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
         .route("/v1/guests/{name}/check", get(check_guest))
+        .route("/v1/guests/{name}/end", post(end_guest))
         .route("/v1/guests/{name}/protect", post(protect))
         .route("/v1/guests/{name}/unprotect", post(unprotect))
         .route("/v1/guests/{name}/pause", post(pause))
         .route("/v1/guests/{name}/resume", post(resume))
         .route("/v1/guests/{name}/points", get(points))
         .route("/v1/guests/{name}/failover", post(failover))
+        .route("/v1/guests/{name}/test", post(test).delete(end_test))
         .route("/v1/guests/{name}/move", post(move_guest))
         .route("/v1/guests/{name}/take-back", post(take_back))
         .fallback(async || {
@@ -275,7 +290,16 @@ async fn add_guest(
     State(site): Here,
     Json(body): Json<AddGuest>,
 ) -> Answer<super::records::GuestRecord> {
-    whole(async move { site.add_guest(&body.name, &body.qmp).await }).await
+    whole(async move {
+        match (body.qmp, body.start) {
+            (Some(qmp), None) => site.add_guest(&body.name, &qmp).await,
+            (None, Some(start)) => site.start_guest(&body.name, &start).await,
+            _ => Err(OperateError::Conflict(
+                "give either `qmp`, the control socket of a running QEMU, or `start`, what guest to host".to_owned(),
+            )),
+        }
+    })
+    .await
 }
 
 async fn show_guest(
@@ -288,6 +312,14 @@ async fn show_guest(
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
+}
+
+async fn end_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    whole(async move {
+        site.end_guest(&name).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn check_guest(
@@ -345,6 +377,21 @@ async fn failover(
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
     whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+}
+
+async fn test(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<TestFailover>,
+) -> Answer<super::view::TestReport> {
+    whole(async move { site.test(&name, body.point).await }).await
+}
+
+async fn end_test(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::view::TestEnded> {
+    whole(async move { site.end_test(&name).await }).await
 }
 
 async fn move_guest(

@@ -11,7 +11,7 @@ use super::records::PointRecord;
 use super::records::StandbyRecord;
 use super::remote::Remote;
 use super::standby::Standby;
-use super::view::{FailoverReport, PointView};
+use super::view::{ConsolePaths, FailoverReport, PointView};
 use super::{Site, age};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, Opening};
@@ -70,7 +70,7 @@ impl Site {
         Ok(standby)
     }
 
-    /// At start: a peer's guest from the catalogue, and its QEMU if it runs here.
+    /// At start: a peer's guest from the catalogue, and its machine if it runs here.
     pub(super) async fn restore_standby(self: &Arc<Self>, record: StandbyRecord) {
         let Some(remote) = self.remote(&record.from) else {
             return;
@@ -81,6 +81,7 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(guest, standby.clone());
+        standby.clear_left_test().await;
         match self.activation(guest) {
             Ok(Some(activation)) => {
                 standby.find_again(activation).await;
@@ -165,7 +166,7 @@ impl Site {
         self.source_view(&record).peer
     }
 
-    fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
+    pub(super) fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
         self.standby_named(name)
             .ok_or_else(|| match self.points_are_at(name) {
                 Some(peer) => OperateError::Conflict(format!(
@@ -216,6 +217,7 @@ impl Site {
                 .find(|p| p.point == number)
                 .map(|p| p.cut_at_unix_ns)
         };
+        let note = standby.make_room().await;
         let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
         let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
         Ok(FailoverReport {
@@ -224,9 +226,11 @@ impl Site {
             rpo_ms: lost / 1_000_000,
             rto_ms: active.times.total.as_secs_f64() * 1e3,
             term: active.term.number,
-            qmp: active.qmp.display().to_string(),
+            console: ConsolePaths::beside(active.directory()),
+            qmp: active.qmp.map(|qmp| qmp.display().to_string()),
             pid: active.pid,
             times: active.times,
+            note,
         })
     }
 

@@ -1,6 +1,8 @@
 //! What a site tells of itself: the types of the API's answers. Every figure
 //! is measured; what is not known yet is absent.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use crate::replicate::message::ActivationTimes;
@@ -12,7 +14,7 @@ pub enum Phase {
     /// Known, not protected.
     #[default]
     Unprotected,
-    /// Reaching the guest's QEMU.
+    /// Reaching the guest's monitor.
     Attaching,
     /// Waiting for the peer.
     Connecting,
@@ -34,7 +36,7 @@ pub enum Phase {
     Moved,
     /// A newer term is known: this copy is stopped for good.
     Fenced,
-    /// The guest's QEMU is gone.
+    /// The guest's monitor is gone.
     Lost,
 }
 
@@ -125,8 +127,31 @@ pub struct TargetView {
     pub term: Option<u64>,
     /// Set when it was taken over and runs here.
     pub active: Option<ActiveView>,
+    /// Set while a test of it runs here, isolated.
+    #[serde(default)]
+    pub test: Option<TestView>,
     /// What hinders it, and what to do. Empty when nothing does.
     pub trouble: String,
+}
+
+/// A guest's serial console: all it wrote, and where to type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsolePaths {
+    /// Everything that it wrote.
+    pub log: PathBuf,
+    /// Who connects sees what it writes from then on, and types into it.
+    pub socket: PathBuf,
+}
+
+impl ConsolePaths {
+    /// The console in a guest's directory, if it has one there.
+    pub fn beside(directory: &Path) -> Option<Self> {
+        let paths = Self {
+            log: directory.join("console.log"),
+            socket: directory.join("console.sock"),
+        };
+        paths.log.is_file().then_some(paths)
+    }
 }
 
 /// A guest that was taken over.
@@ -134,16 +159,36 @@ pub struct TargetView {
 pub struct ActiveView {
     /// From which point.
     pub point: u64,
-    /// Its QEMU's control socket.
-    pub qmp: String,
-    /// Its QEMU's process.
-    pub pid: u32,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    #[serde(default)]
+    pub console: Option<ConsolePaths>,
     /// Its disks need the store no longer.
     pub hydrated: bool,
     /// Bytes copied to its own disks, and bytes to copy.
     pub hydration: Option<(u64, u64)>,
     /// What taking it over took.
     pub times: ActivationTimes,
+}
+
+/// A guest that runs as a test, isolated.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestView {
+    /// From which point.
+    pub point: u64,
+    /// How long ago it was asked for.
+    pub since_ms: u64,
+    /// False while it is being started.
+    pub running: bool,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    pub console: Option<ConsolePaths>,
 }
 
 /// One paired site.
@@ -226,12 +271,56 @@ pub struct FailoverReport {
     pub rto_ms: f64,
     /// The term it runs under.
     pub term: u64,
-    /// Its QEMU's control socket.
-    pub qmp: String,
-    /// Its QEMU's process.
-    pub pid: u32,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    #[serde(default)]
+    pub console: Option<ConsolePaths>,
     /// Step by step.
     pub times: ActivationTimes,
+    /// What was done beside that; empty when nothing was.
+    #[serde(default)]
+    pub note: String,
+}
+
+/// What a test failover did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestReport {
+    /// The guest's name.
+    pub guest: String,
+    /// From which point.
+    pub point: u64,
+    /// How old that point was: what a failover in its place would have lost.
+    pub age_ms: u64,
+    /// From the command until the guest ran.
+    pub rto_ms: f64,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    pub console: Option<ConsolePaths>,
+    /// Step by step; no term was raised.
+    pub times: ActivationTimes,
+}
+
+/// What the end of a test freed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestEnded {
+    /// The guest's name.
+    pub guest: String,
+    /// The point it ran from.
+    pub point: u64,
+    /// From the command until its end.
+    pub ran_ms: u64,
+    /// Bytes of memory that it held.
+    pub ram_bytes: u64,
+    /// Bytes of disk that it held: what it wrote, and its logs.
+    pub overlay_bytes: u64,
+    /// What was removed, for people.
+    pub removed: Vec<String>,
 }
 
 /// What a planned move did.

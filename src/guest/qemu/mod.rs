@@ -29,6 +29,7 @@ mod disk;
 pub mod facts;
 mod fleece;
 pub mod instantiate;
+mod isolate;
 mod mapping;
 pub mod nbd_client;
 mod nbd_wire;
@@ -40,7 +41,7 @@ mod stream;
 mod template;
 mod tracking;
 mod unfit;
-mod units;
+pub(super) mod units;
 
 /// Most cuts whose RAM is remembered apart while they wait to be sealed.
 const UNSEALED: usize = 32;

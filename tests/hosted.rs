@@ -1,0 +1,156 @@
+//! Guests that the daemon itself hosts (`farhaven guest start`), by the real
+//! program: protected, lost, taken over, moved, ended.
+
+#![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
+
+mod support;
+
+use std::time::Duration;
+
+use farhaven::site::records::GuestRecord;
+use farhaven::site::view::Phase;
+use support::Console;
+use support::site::{Pair, TestSite};
+
+const LINK: &str = "200mbit,20ms";
+const LONG: Duration = Duration::from_secs(90);
+
+/// Starts a small guest; its console.
+fn start(site: &TestSite, name: &str, kind: &str) -> Console {
+    let told = site.cli(&[
+        "guest", "start", name, "--kind", kind, "--ram", "32MiB", "--disk", "8MiB", "--json",
+    ]);
+    let record: GuestRecord = serde_json::from_str(&told.good().out).unwrap();
+    let paths = record.console.unwrap();
+    Console {
+        log: paths.log,
+        socket: paths.socket,
+    }
+}
+
+fn ok(console: &Console) {
+    let beat = console.check(LONG);
+    assert!(beat.is_ok(), "{beat:?}");
+}
+
+/// Failover of a lost site, restarts of both, and the end.
+fn is_taken_over(kind: &str) {
+    let mut pair = Pair::start(LINK, "", "");
+    let console = start(&pair.east, "trial", kind);
+    console.await_beat(3, LONG);
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "1s"])
+        .good();
+    pair.east.until_sealed("trial", 3, LONG);
+    ok(&console);
+    pair.east
+        .cli(&["guest", "end", "trial"])
+        .bad("is protected");
+    let last = console.last_beat().unwrap();
+    pair.east.kill();
+    pair.west.until("the link is down", LONG, |v| {
+        (!v.peers[0].connected).then_some(())
+    });
+    pair.west.cli(&["failover", "trial"]).good();
+    let there = TestSite::console_of(&pair.west.target("trial").active.unwrap());
+    there.await_beat(last.number + 10, LONG);
+    ok(&there);
+
+    // The source hears that it is not the owner any more; its guest is gone anyway.
+    pair.east.start();
+    pair.east.until("fenced or lost", LONG, |v| {
+        matches!(v.guests[0].phase, Phase::Fenced | Phase::Lost).then_some(())
+    });
+    // The target's daemon takes its guest with it, and says so.
+    assert!(pair.west.terminate());
+    pair.west.start();
+    let view = pair.west.target("trial");
+    assert!(view.active.is_none() && view.trouble.contains("ended with it"));
+    pair.west.cli(&["failover", "trial", "--force"]).good();
+    let there = TestSite::console_of(&pair.west.target("trial").active.unwrap());
+    there.await_beat(3, LONG);
+    ok(&there);
+    pair.west.cli(&["guest", "end", "trial"]).good();
+    assert!(pair.west.target("trial").active.is_none());
+    pair.west
+        .cli(&["guest", "end", "trial"])
+        .bad("does not run here");
+}
+
+#[test]
+fn a_sim_guest_outlives_its_site() {
+    is_taken_over("sim");
+}
+
+#[test]
+fn a_kvm_guest_outlives_its_site() {
+    if std::fs::File::options()
+        .read(true)
+        .write(true)
+        .open("/dev/kvm")
+        .is_err()
+    {
+        eprintln!("skipped: /dev/kvm cannot be opened");
+        return;
+    }
+    is_taken_over("kvm");
+}
+
+#[test]
+fn a_move_loses_no_heartbeat_and_ends_the_source() {
+    let pair = Pair::start(LINK, "", "");
+    let console = start(&pair.east, "trial", "sim");
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "1s"])
+        .good();
+    pair.east.until_sealed("trial", 2, LONG);
+    pair.east.cli(&["move", "trial"]).good();
+    let last = console.last_beat().unwrap();
+    assert_eq!(pair.east.source("trial").phase, Phase::Moved);
+    let there = TestSite::console_of(&pair.west.target("trial").active.unwrap());
+    there.await_beat(last.number + 1, LONG);
+    let log = std::fs::read_to_string(&there.log).unwrap();
+    let next = format!("HB {} ", last.number + 1);
+    assert!(
+        log.lines().any(|l| l.starts_with(&next)),
+        "no {next} in {log}"
+    );
+    ok(&there);
+}
+
+#[test]
+fn what_cannot_be_started_is_said_and_leaves_nothing() {
+    let pair = Pair::start(LINK, "", "");
+    let bad = |more: &[&str], words: &str| {
+        let told = pair
+            .east
+            .cli(&[&["guest", "start", "x", "--kind"], more].concat());
+        told.bad(words);
+    };
+    bad(&["smi"], "did you mean 'sim'?");
+    bad(
+        &["sim", "--workload", "databse"],
+        "did you mean 'database'?",
+    );
+    bad(&["sim", "--workload", "noise:0"], "noise");
+    bad(&["sim", "--ram", "0MiB"], "at least");
+    bad(&["sim", "--ram", "1000TiB"], "free");
+    bad(&["sim", "--disk", "1000TiB"], "free");
+    bad(&["sim", "--disk", "3"], "");
+    bad(&["kvm", "--vcpus", "9999"], "1 to");
+    pair.east
+        .cli(&["guest", "start", "../x", "--kind", "sim"])
+        .bad("no name");
+    assert!(pair.east.view().guests.is_empty());
+    let run = pair.east.dir.join("run");
+    let left: Vec<_> = std::fs::read_dir(&run).unwrap().flatten().collect();
+    let left = left.iter().filter(|e| e.path().is_dir());
+    let parts = left.flat_map(|e| std::fs::read_dir(e.path()).unwrap().flatten());
+    assert_eq!(parts.count(), 0);
+
+    start(&pair.east, "x", "sim");
+    bad(&["sim"], "known already");
+    pair.east.cli(&["guest", "remove", "x"]).bad("guest end");
+    pair.east.cli(&["guest", "end", "x"]).good();
+    pair.east.cli(&["guest", "end", "x"]).bad("no guest 'x'");
+}
