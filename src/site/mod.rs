@@ -12,6 +12,7 @@ pub mod remote;
 pub mod view;
 
 mod answer;
+mod converge;
 mod cut;
 mod driver;
 mod fencing;
