@@ -69,6 +69,49 @@ impl Bitmap {
         self.trim();
     }
 
+    /// Takes all of another's units out.
+    pub fn subtract(&mut self, other: &Bitmap) {
+        for (word, less) in self.words.iter_mut().zip(&other.words) {
+            *word &= !less;
+        }
+    }
+
+    /// Adds `count` units from `first` on; those out of range are ignored.
+    pub fn set_run(&mut self, first: u64, count: u64) {
+        self.each_word(first, count, |word, bits| *word |= bits);
+    }
+
+    /// Takes `count` units from `first` on out.
+    pub fn clear_run(&mut self, first: u64, count: u64) {
+        self.each_word(first, count, |word, bits| *word &= !bits);
+    }
+
+    /// What was in; leaves none.
+    pub fn take(&mut self) -> Bitmap {
+        let none = Bitmap::none(self.units);
+        std::mem::replace(self, none)
+    }
+
+    /// The first run of units that are in, at `from` or after it: (first, count).
+    pub fn run_from(&self, from: u64, longest: u64) -> Option<(u64, u64)> {
+        let first = self.next_in(from)?;
+        let end = self.next_out(first).min(first.saturating_add(longest));
+        Some((first, end - first))
+    }
+
+    fn each_word(&mut self, first: u64, count: u64, change: impl Fn(&mut u64, u64)) {
+        let end = first.saturating_add(count).min(self.units);
+        let mut at = first;
+        while at < end {
+            let bits = (64 - at % 64).min(end - at);
+            let mask = (u64::MAX >> (64 - bits)) << (at % 64);
+            if let Some(word) = self.words.get_mut((at / 64) as usize) {
+                change(word, mask);
+            }
+            at += bits;
+        }
+    }
+
     /// How many are in.
     pub fn count(&self) -> u64 {
         self.words.iter().map(|w| u64::from(w.count_ones())).sum()
@@ -83,10 +126,9 @@ impl Bitmap {
     pub fn runs(&self, longest: u64) -> impl Iterator<Item = (u64, u64)> + '_ {
         let mut at = 0;
         std::iter::from_fn(move || {
-            let first = self.next_in(at)?;
-            let end = self.next_out(first).min(first.saturating_add(longest));
-            at = end;
-            Some((first, end - first))
+            let (first, count) = self.run_from(at, longest)?;
+            at = first + count;
+            Some((first, count))
         })
     }
 
@@ -162,6 +204,20 @@ mod tests {
             prop_assert_eq!(all.count(), units);
             all.merge(&map);
             prop_assert_eq!(all.count(), units);
+            all.subtract(&map);
+            prop_assert_eq!(all.count(), units - map.count());
+            prop_assert!(wanted.iter().all(|unit| !all.contains(*unit)));
+            let taken = map.take();
+            prop_assert!(map.is_empty());
+            let (first, count) = (*members.first().unwrap_or(&7), longest);
+            let (mut with, mut without) = (taken.clone(), taken);
+            with.set_run(first, count);
+            without.clear_run(first, count);
+            for unit in 0..units {
+                let within = unit >= first && unit < first + count;
+                prop_assert_eq!(with.contains(unit), within || wanted.contains(&unit));
+                prop_assert_eq!(without.contains(unit), !within && wanted.contains(&unit));
+            }
         }
     }
 }

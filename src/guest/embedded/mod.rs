@@ -16,9 +16,11 @@ use serde::{Deserialize, Serialize};
 pub mod bitmap;
 pub mod console;
 pub mod disk;
+pub mod engine;
 pub mod vmm;
 
 pub use bitmap::Bitmap;
+pub use engine::EmbeddedGuest;
 pub use vmm::{RamBlock, Vmm, VmmError};
 
 /// A monitor's guest, shared by its own threads, the engine and the daemon.

@@ -41,7 +41,7 @@ mod template;
 mod throttle;
 mod tracking;
 mod unfit;
-mod units;
+pub(super) mod units;
 
 /// Most cuts whose RAM is remembered apart while they wait to be sealed.
 const UNSEALED: usize = 32;

@@ -9,7 +9,7 @@ use super::super::{Sink, SinkError};
 pub(super) use farhaven_storage_sync::digest::DigestKey as Hasher;
 
 /// Hands over the units of `bytes` for which `wanted` holds, zeros as zeros.
-pub(super) fn hand_over(
+pub(in crate::guest) fn hand_over(
     sink: &mut dyn Sink,
     volume: VolumeIndex,
     first: u64,
