@@ -94,7 +94,7 @@ impl Pair {
         self.connected = false;
         self.batches.clear();
         self.acknowledgements.clear();
-        self.sender.disconnected();
+        self.sender.disconnected(u64::MAX);
     }
 
     fn note_told(&mut self, ranges: &Ranges) {
