@@ -24,9 +24,15 @@ const CONFINED: [(&str, &str, &[&str]); 4] = [
     ("config", "policies", &["policies/src/load.rs"]),
 ];
 
-/// Files that may hold `unsafe`. `guest/kvm.rs` (KVM's calls) and a mapping of
-/// guest RAM are what the design allows: add such a file here with its reason.
-const UNSAFE: [&str; 0] = [];
+/// Files that may hold `unsafe`: KVM's calls and guest RAM, as the design allows.
+const UNSAFE: [&str; 3] = [
+    // Gets a vCPU out of KVM_RUN: a flag in KVM's mapping, a signal to a thread.
+    "src/guest/kvm/gate.rs",
+    // Gives a mapping of guest memory to KVM.
+    "src/guest/kvm/dirty.rs",
+    // XSAVE areas, whose size KVM's calls trust.
+    "src/guest/kvm/vcpu.rs",
+];
 
 /// Longest source file, in lines.
 const LONGEST_FILE: usize = 500;

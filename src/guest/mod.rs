@@ -14,6 +14,8 @@ use std::time::{Duration, SystemTime};
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod embedded;
+#[cfg(target_arch = "x86_64")]
+pub mod kvm;
 pub mod qemu;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
