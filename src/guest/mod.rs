@@ -17,6 +17,7 @@ pub mod embedded;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod qemu;
+pub mod sim;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
 pub trait Sink {
