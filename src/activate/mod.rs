@@ -1,5 +1,6 @@
 //! Bringing a recovery point to life: its RAM ([`warm`]), its disks ([`nbd`]),
-//! its QEMU ([`launch`], [`hydrate`], put together in [`place`]), and who may
+//! its machine ([`machine`]: a QEMU by [`launch`] and [`hydrate`], or what a
+//! builder of embedded guests makes; put together in [`place`]), and who may
 //! ([`fence`]).
 
 pub mod failure;
@@ -9,5 +10,7 @@ pub mod launch;
 pub mod machine;
 pub mod nbd;
 pub mod place;
+mod point;
 mod process;
+mod qemu;
 pub mod warm;

@@ -1,22 +1,26 @@
-//! A recovery point's QEMU: RAM files, overlays on NBD exports of the point's
-//! disks, and the process, put together and taken apart again.
+//! A recovery point's machine, whatever the hypervisor: built over RAM files
+//! and the point's disks, restored, run, and taken apart again.
 
 use std::collections::BTreeMap;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use farhaven_storage_sync::replica::Replica;
-use farhaven_storage_sync::unit::{GuestId, UNIT, VolumeIndex, VolumeKind};
+use farhaven_storage_sync::unit::{GuestId, VolumeIndex};
 
-use super::failure::LaunchError;
 use super::hydrate::{Hydration, HydrationState};
-use super::launch::{LaunchPlan, Launched};
-use super::nbd::{BlockSource, NbdServer};
+use super::launch::Launched;
+use super::machine::{BuildPlan, Builder, Builders, Machine, MachineError};
+use super::nbd::NbdServer;
+use super::point::{device_state, disks, sources};
+use super::qemu::QemuMachine;
 use super::warm::ram_file;
-use crate::guest::qemu::definition::Definition;
-use crate::guest::qemu::instantiate::{Backing, DiskPlacement, Placement};
+use crate::guest::Definition;
+use crate::guest::embedded::{self, SharedVmm};
+use crate::guest::qemu::peer::bytes_free;
 use crate::site::ActivateError;
 use crate::site::files::private_directory;
 
@@ -37,96 +41,23 @@ pub struct Ground<'a> {
     pub networks: &'a BTreeMap<String, String>,
     /// QEMU's binary.
     pub qemu: &'a Path,
+    /// Who builds embedded guests here.
+    pub builders: &'a Builders,
 }
 
-/// A disk of a point, as a block device.
-struct PointDisk {
-    replica: Arc<Replica>,
-    volume: VolumeIndex,
-    bytes: u64,
-    /// What is not zero, ascending: (first unit, count).
-    stored: Vec<(u64, u64)>,
-}
-
-impl PointDisk {
-    fn new(replica: &Arc<Replica>, volume: VolumeIndex, bytes: u64) -> Self {
-        let stored = replica.nonzero_runs(volume).collect();
-        Self {
-            replica: replica.clone(),
-            volume,
-            bytes,
-            stored,
-        }
-    }
-}
-
-impl BlockSource for PointDisk {
-    fn size(&self) -> u64 {
-        self.bytes
-    }
-
-    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        let unit = UNIT as u64;
-        let first = offset / unit;
-        let count = (offset + buf.len() as u64).div_ceil(unit) - first;
-        let failed =
-            |e: farhaven_storage_sync::replica::ReplicaError| io::Error::other(e.to_string());
-        if offset.is_multiple_of(unit) && buf.len().is_multiple_of(UNIT) {
-            return self
-                .replica
-                .read(self.volume, first, count, buf)
-                .map_err(failed);
-        }
-        let mut whole = vec![0; count as usize * UNIT];
-        self.replica
-            .read(self.volume, first, count, &mut whole)
-            .map_err(failed)?;
-        let skip = (offset - first * unit) as usize;
-        buf.copy_from_slice(&whole[skip..skip + buf.len()]);
-        Ok(())
-    }
-
-    fn extents(&self, offset: u64, length: u64) -> Vec<(u64, bool)> {
-        let unit = UNIT as u64;
-        let end = offset + length;
-        let mut found = Vec::new();
-        let mut at = offset;
-        let from = self
-            .stored
-            .partition_point(|(first, count)| (first + count) * unit <= offset);
-        for (first, count) in &self.stored[from..] {
-            let (start, stop) = ((first * unit).min(end), ((first + count) * unit).min(end));
-            if start >= end {
-                break;
-            }
-            if start > at {
-                found.push((start - at, true));
-                at = start;
-            }
-            found.push((stop - at, false));
-            at = stop;
-        }
-        if at < end {
-            found.push((end - at, true));
-        }
-        found
-    }
-}
-
-/// A QEMU with a point's parts: waiting for its device state, or running.
+/// A machine with a point's parts: waiting for its device state, or running.
 pub struct Ready {
-    launched: Mutex<Option<Launched>>,
-    exports: Arc<NbdServer>,
-    /// Export name, volume.
-    disks: Vec<(String, VolumeIndex, u64)>,
+    machine: Mutex<Option<Box<dyn Machine>>>,
+    /// Volume and size, in the definition's order.
+    disks: Vec<(VolumeIndex, u64)>,
     run: PathBuf,
-    qmp: PathBuf,
-    pid: u32,
+    qmp: Option<PathBuf>,
+    pid: Option<u32>,
 }
 
 impl Ready {
-    /// Exports a point's disks and launches QEMU on them. The RAM files must
-    /// exist; what is in them counts only from [`Ready::restore_and_run`] on.
+    /// Builds the machine of a point. The RAM files must exist; what is in
+    /// them counts only from [`Ready::restore_and_run`] on.
     ///
     /// # Errors
     /// When anything fails; nothing is left behind then.
@@ -145,31 +76,15 @@ impl Ready {
             _ => {}
         }
         private_directory(&ground.run).map_err(file(&ground.run))?;
-        let (placement, disks) = place(ground, replica, definition, true)?;
-        let plan = LaunchPlan {
-            definition,
-            placement: &placement,
-            program: Some(ground.qemu),
-        };
-        match Launched::start(&plan) {
-            Ok(launched) => Ok(Self {
-                pid: launched.pid(),
-                launched: Mutex::new(Some(launched)),
-                exports: ground.exports.clone(),
-                disks,
-                run: ground.run.clone(),
-                qmp: placement.qmp,
-            }),
-            Err(error) => {
-                withdraw(ground.exports, &disks);
-                let _ = std::fs::remove_dir_all(&ground.run);
-                Err(error.into())
-            }
+        let built = build(ground, replica, definition);
+        if built.is_err() {
+            let _ = std::fs::remove_dir_all(&ground.run);
         }
+        built
     }
 
-    /// Finds a QEMU again that was launched before a restart of this daemon;
-    /// `None` when it has ended.
+    /// Finds a machine again that was launched before a restart of this
+    /// daemon; `None` when it has ended, as every embedded guest has.
     ///
     /// # Errors
     /// When it is there and does not answer.
@@ -179,41 +94,51 @@ impl Ready {
         definition: &Definition,
         hydrated: bool,
     ) -> Result<Option<Self>, ActivateError> {
-        let (placement, disks) = place(ground, replica, definition, !hydrated)?;
-        match Launched::adopt(definition, &placement) {
-            Ok(Some(launched)) => Ok(Some(Self {
-                pid: launched.pid(),
-                launched: Mutex::new(Some(launched)),
-                exports: ground.exports.clone(),
-                disks,
-                run: ground.run.clone(),
-                qmp: placement.qmp,
-            })),
-            Ok(None) => {
-                withdraw(ground.exports, &disks);
-                Ok(None)
-            }
-            // Its disks are served on: it may run.
-            Err(error) => Err(error.into()),
+        let Definition::Qemu(qemu) = definition else {
+            return Ok(None);
+        };
+        let disks = disks(replica, &definition.disks())?;
+        let served = (!hydrated).then(|| sources(replica, &disks));
+        let found = QemuMachine::adopt(ground, qemu, served.as_deref())?;
+        Ok(found.map(|machine| Self::of_qemu(machine, disks, ground)))
+    }
+
+    fn of_qemu(machine: QemuMachine, disks: Vec<(VolumeIndex, u64)>, ground: &Ground<'_>) -> Self {
+        Self {
+            qmp: Some(machine.qmp.clone()),
+            pid: Some(machine.pid()),
+            machine: Mutex::new(Some(Box::new(machine))),
+            disks,
+            run: ground.run.clone(),
         }
     }
 
     /// Is the guest running?
     ///
     /// # Errors
-    /// When QEMU does not answer.
+    /// When its machine does not answer.
     pub fn runs(&self) -> Result<bool, ActivateError> {
-        self.with(Launched::is_running)
+        self.with(|machine| machine.is_running())
     }
 
-    /// QEMU's control socket.
-    pub fn qmp(&self) -> PathBuf {
+    /// Directory of its overlays, consoles and logs.
+    pub fn run_directory(&self) -> &Path {
+        &self.run
+    }
+
+    /// QEMU's control socket, where it is a QEMU.
+    pub fn qmp(&self) -> Option<PathBuf> {
         self.qmp.clone()
     }
 
-    /// QEMU's process.
-    pub fn pid(&self) -> u32 {
+    /// Its own process; `None` for a guest inside of this one.
+    pub fn pid(&self) -> Option<u32> {
         self.pid
+    }
+
+    /// The guest, where its monitor lives in this process.
+    pub fn vmm(&self) -> Option<SharedVmm> {
+        self.lock().as_ref().and_then(|machine| machine.vmm())
     }
 
     /// Swaps the disks to another point, before the guest runs.
@@ -221,30 +146,25 @@ impl Ready {
     /// # Errors
     /// When a disk has another size there.
     pub fn serve(&self, replica: &Arc<Replica>) -> Result<(), ActivateError> {
-        for (name, volume, bytes) in &self.disks {
-            let disk = PointDisk::new(replica, *volume, *bytes);
-            self.exports
-                .replace(name, Arc::new(disk))
-                .map_err(|e| ActivateError::Step(e.to_string()))?;
-        }
-        Ok(())
+        let disks = sources(replica, &self.disks);
+        self.with(|machine| machine.serve(disks))
     }
 
     /// Loads the point's device state and lets the guest go.
     ///
     /// # Errors
-    /// When QEMU refuses; the guest does not run then.
+    /// When the machine refuses; the guest does not run then.
     pub fn restore_and_run(&self, replica: &Replica) -> Result<(), ActivateError> {
         let state = device_state(replica)?;
-        self.with(|launched| {
-            launched.restore(&state)?;
-            launched.run()
+        self.with(|machine| {
+            machine.restore(&state)?;
+            machine.run()
         })
     }
 
     /// Tells the networks where the guest is now.
     pub fn announce(&self) {
-        if let Err(error) = self.with(Launched::announce) {
+        if let Err(error) = self.with(|machine| machine.announce()) {
             tracing::warn!(%error, "the guest could not announce itself on its networks");
         }
     }
@@ -255,9 +175,9 @@ impl Ready {
     /// # Errors
     /// When a copy fails; the guest goes on reading through the store.
     pub fn hydrate(&self, rate: u64, tell: impl Fn(u64, u64)) -> Result<(), ActivateError> {
-        self.with(|launched| launched.hydrate(rate))?;
+        self.with(|machine| machine.hydrate(rate))?;
         loop {
-            let disks: Vec<Hydration> = self.with(Launched::hydration)?;
+            let disks: Vec<Hydration> = self.with(|machine| machine.hydration())?;
             let (done, total) = disks
                 .iter()
                 .fold((0, 0), |(done, total), d| (done + d.done, total + d.total));
@@ -271,7 +191,7 @@ impl Ready {
             }
             if disks.len() < self.disks.len() {
                 return Err(ActivateError::Step(
-                    "QEMU does not know of the copying of every disk".to_owned(),
+                    "the machine does not know of the copying of every disk".to_owned(),
                 ));
             }
             if disks.iter().all(|d| d.state == HydrationState::Done) {
@@ -281,45 +201,133 @@ impl Ready {
         }
     }
 
-    /// The disks need the store no longer.
-    pub fn stop_serving(&self) {
-        withdraw(&self.exports, &self.disks);
-    }
-
-    /// Stops the guest; QEMU and its overlays stay, as evidence.
+    /// Stops the guest; its machine and disks stay, as evidence.
     ///
     /// # Errors
-    /// When QEMU does not answer.
+    /// When the machine does not answer.
     pub fn stop(&self) -> Result<(), ActivateError> {
-        self.with(Launched::stop)
+        self.with(|machine| machine.stop())
     }
 
-    /// Ends a QEMU that never ran, and removes what was made for it.
-    pub fn discard(self) {
-        if let Some(launched) = self
-            .launched
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take()
-        {
-            launched.kill();
+    /// Ends the machine; what it wrote stays where it is.
+    pub fn end(&self) {
+        let machine = self.lock().take();
+        if let Some(machine) = machine {
+            machine.kill();
         }
-        withdraw(&self.exports, &self.disks);
+    }
+
+    /// Ends a machine that never ran, and removes what was made for it.
+    pub fn discard(self) {
+        self.end();
         if let Err(error) = std::fs::remove_dir_all(&self.run) {
             tracing::warn!(%error, directory = %self.run.display(), "stays behind");
         }
     }
 
+    fn lock(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Machine>>> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn with<T>(
         &self,
-        work: impl FnOnce(&mut Launched) -> Result<T, LaunchError>,
+        work: impl FnOnce(&mut dyn Machine) -> Result<T, MachineError>,
     ) -> Result<T, ActivateError> {
-        let mut launched = self.launched.lock().unwrap_or_else(PoisonError::into_inner);
-        match launched.as_mut() {
-            Some(launched) => Ok(work(launched)?),
-            None => Err(ActivateError::Step("its QEMU was ended".to_owned())),
+        match self.lock().as_mut() {
+            Some(machine) => Ok(work(machine.as_mut())?),
+            None => Err(ActivateError::Step("its machine was ended".to_owned())),
         }
     }
+}
+
+/// Nobody at this site builds guests of that kind.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}; {mend}")]
+pub struct NoBuilder {
+    /// Which kind, and which are built.
+    pub what: String,
+    /// What to do.
+    pub mend: String,
+}
+
+impl From<NoBuilder> for MachineError {
+    fn from(error: NoBuilder) -> Self {
+        Self::Other(error.to_string())
+    }
+}
+
+/// Who builds guests of this kind here.
+///
+/// # Errors
+/// When nobody does.
+pub fn builder<'a>(builders: &'a Builders, kind: &str) -> Result<&'a Arc<dyn Builder>, NoBuilder> {
+    builders.get(kind).ok_or_else(|| {
+        let known = builders.keys().map(String::as_str);
+        let known: Vec<_> = std::iter::once("qemu").chain(known).collect();
+        NoBuilder {
+            what: format!(
+                "no guest of kind '{}' can be built there, only: {}",
+                kind.escape_default(),
+                known.join(", ")
+            ),
+            mend: "run the same program at both sites: a monitor's author gives its builder to Site::start_with".to_owned(),
+        }
+    })
+}
+
+fn build(
+    ground: &Ground<'_>,
+    replica: &Arc<Replica>,
+    definition: &Definition,
+) -> Result<Ready, ActivateError> {
+    let disks = disks(replica, &definition.disks())?;
+    let served = sources(replica, &disks);
+    match definition {
+        Definition::Qemu(qemu) => {
+            let machine = QemuMachine::launch(ground, qemu, &served)?;
+            Ok(Ready::of_qemu(machine, disks, ground))
+        }
+        Definition::Embedded(embedded) => {
+            let builder = builder(ground.builders, &embedded.kind).map_err(MachineError::from)?;
+            let ram = ram_files(ground, embedded)?;
+            let machine = builder.build(BuildPlan {
+                definition: embedded,
+                run: ground.run.clone(),
+                ram,
+                disks: served,
+            })?;
+            Ok(Ready {
+                machine: Mutex::new(Some(machine)),
+                disks,
+                run: ground.run.clone(),
+                qmp: None,
+                pid: None,
+            })
+        }
+    }
+}
+
+/// The RAM files of a guest that will run in this process. A page that the
+/// file's filesystem has no room for ends whoever touches it: rather say so now.
+fn ram_files(
+    ground: &Ground<'_>,
+    definition: &embedded::Definition,
+) -> Result<Vec<PathBuf>, ActivateError> {
+    let (mut files, mut missing) = (Vec::new(), 0u64);
+    for (name, bytes) in &definition.ram {
+        let path = ram_file(&ground.ram, name);
+        let held = std::fs::metadata(&path).map_err(file(&path))?.blocks() * 512;
+        missing = missing.saturating_add(bytes.saturating_sub(held));
+        files.push(path);
+    }
+    let free = bytes_free(&ground.ram);
+    if free < missing {
+        return Err(ActivateError::Step(format!(
+            "{} has {free} bytes free, and the guest's memory takes {missing} more; free memory there, or set another activate.ram_dir",
+            ground.ram.display()
+        )));
+    }
+    Ok(files)
 }
 
 fn file(path: &Path) -> impl Fn(io::Error) -> ActivateError {
@@ -327,88 +335,4 @@ fn file(path: &Path) -> impl Fn(io::Error) -> ActivateError {
         what: format!("making {}", path.display()),
         source,
     }
-}
-
-fn withdraw(exports: &NbdServer, disks: &[(String, VolumeIndex, u64)]) {
-    for (name, ..) in disks {
-        // Withdrawn before when hydration ended.
-        let _ = exports.remove(name);
-    }
-}
-
-type Disks = Vec<(String, VolumeIndex, u64)>;
-
-/// Exports the disks, and says where everything is.
-fn place(
-    ground: &Ground<'_>,
-    replica: &Arc<Replica>,
-    definition: &Definition,
-    serve: bool,
-) -> Result<(Placement, Disks), ActivateError> {
-    let mut placement = Placement {
-        run: ground.run.clone(),
-        qmp: ground.run.join("qmp.sock"),
-        nets: ground.networks.clone(),
-        ..Placement::default()
-    };
-    for block in &definition.ram {
-        placement
-            .ram
-            .insert(block.id.clone(), ram_file(&ground.ram, &block.id));
-    }
-    let mut disks: Disks = Vec::new();
-    for (index, disk) in definition.disks.iter().enumerate() {
-        let volume = replica
-            .volumes()
-            .iter()
-            .position(|v| v.kind == VolumeKind::Disk && v.name == disk.name)
-            .and_then(|at| VolumeIndex::try_from(at).ok());
-        let Some(volume) = volume else {
-            withdraw(ground.exports, &disks);
-            let point = replica.header().point;
-            return Err(ActivateError::Context(
-                point,
-                format!("it has no disk {}", disk.name),
-            ));
-        };
-        // Of this activation: what an earlier one left reads on from its own.
-        let term = ground.run.file_name().unwrap_or_default().to_string_lossy();
-        let export = format!("{}-{term}-{index}", ground.guest);
-        if serve {
-            let source = PointDisk::new(replica, volume, disk.bytes);
-            if let Err(error) = ground.exports.export(&export, Arc::new(source)) {
-                withdraw(ground.exports, &disks);
-                return Err(ActivateError::Step(error.to_string()));
-            }
-        }
-        disks.push((export.clone(), volume, disk.bytes));
-        let socket = ground.exports.path().to_owned();
-        let backing = if serve {
-            Backing::Nbd { socket, export }
-        } else {
-            Backing::Nothing
-        };
-        let overlay = ground.run.join(format!("disk{index}.qcow2"));
-        placement
-            .disks
-            .insert(disk.name.clone(), DiskPlacement { overlay, backing });
-    }
-    Ok((placement, disks))
-}
-
-fn device_state(replica: &Replica) -> Result<Vec<u8>, ActivateError> {
-    let found = (0..)
-        .zip(replica.volumes())
-        .find(|(_, volume)| volume.kind == VolumeKind::DeviceState);
-    let Some((index, volume)) = found else {
-        let point = replica.header().point;
-        return Err(ActivateError::Context(
-            point,
-            "it holds no device state".to_owned(),
-        ));
-    };
-    let mut state = vec![0; volume.units() as usize * UNIT];
-    replica.read(index, 0, volume.units(), &mut state)?;
-    state.truncate(volume.bytes as usize);
-    Ok(state)
 }

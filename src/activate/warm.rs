@@ -1,4 +1,4 @@
-//! RAM of a recovery point in the files that QEMU will map: filled whole once,
+//! RAM of a recovery point in the files that the guest's machine will map: filled whole once,
 //! then brought from point to point by what differs.
 
 use std::collections::BTreeMap;
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{UNIT, Volume, VolumeIndex, VolumeKind};
 
-use crate::guest::qemu::definition::Definition;
+use crate::guest::Definition;
 use crate::site::files::private_directory;
 
 /// Units read at once.
@@ -50,8 +50,8 @@ impl Warm {
     /// When they cannot be made.
     pub fn make_files(&self, directory: &Path, definition: &Definition) -> io::Result<()> {
         private_directory(directory)?;
-        for block in &definition.ram {
-            open(&ram_file(directory, &block.id))?.set_len(block.bytes)?;
+        for (name, bytes) in definition.ram() {
+            open(&ram_file(directory, name))?.set_len(bytes)?;
         }
         Ok(())
     }
@@ -86,10 +86,7 @@ impl Warm {
             bytes += match same.as_ref().filter(|_| filled) {
                 Some(from) => differences(&file, index, from, replica).map_err(|e| e.or(io))?,
                 None => {
-                    // A hole is the quickest zero.
-                    file.set_len(0)
-                        .and_then(|()| file.set_len(volume.bytes))
-                        .map_err(io)?;
+                    empty(&file, volume.bytes).map_err(io)?;
                     whole(&file, index, replica).map_err(|e| e.or(io))?
                 }
             };
@@ -124,6 +121,18 @@ impl FillError {
             FillError::Replica(error) => error.into(),
         }
     }
+}
+
+/// Makes it all zero: a hole is the quickest. The file does not shrink on the
+/// way, where that can be: a machine may have it mapped already.
+fn empty(file: &File, bytes: u64) -> io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate};
+    let length = file.metadata()?.len();
+    let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+    if length > 0 && fallocate(file, flags, 0, length).is_err() {
+        file.set_len(0)?;
+    }
+    file.set_len(bytes)
 }
 
 fn same_ram(a: &Volume, b: &Volume) -> bool {

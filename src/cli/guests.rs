@@ -4,13 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::Subcommand;
-use farhaven_policies::units::Period;
+use farhaven_policies::units::{ByteSize, Period};
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::{Json, Outcome, guest_path, print_json, show, told};
 use crate::client::Client;
 use crate::guest::qemu::check::{Finding, Severity};
-use crate::site::api::{AddGuest, Done, Failover, Protect, TakeBack, Unprotect};
+use crate::site::api::{AddGuest, Done, Failover, Protect, StartGuest, TakeBack, Unprotect};
 use crate::site::records::GuestRecord;
 use crate::site::view::{FailoverReport, MoveReport, SourceView};
 
@@ -25,6 +25,37 @@ pub(super) enum GuestVerb {
         qmp: PathBuf,
         #[command(flatten)]
         json: Json,
+    },
+    /// Start a guest inside of the daemon that proves itself: for trying links,
+    /// policies and runbooks without a hypervisor.
+    Start {
+        /// How it shall be called.
+        name: String,
+        /// kvm: real code on /dev/kvm. sim: the same discipline by a program, on any host.
+        #[arg(long, value_name = "KIND")]
+        kind: String,
+        /// Its memory.
+        #[arg(long, value_name = "SIZE", default_value = "256MiB")]
+        ram: ByteSize,
+        /// Its disk.
+        #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+        disk: ByteSize,
+        /// Its virtual CPUs.
+        #[arg(long, value_name = "NUMBER", default_value_t = 1)]
+        vcpus: u32,
+        /// What it does: database, idle, files or noise:N (N MB/s that do not compress).
+        #[arg(long, value_name = "NAME", default_value = "database")]
+        workload: String,
+        /// Its content and its work are made from this number.
+        #[arg(long, value_name = "NUMBER", default_value_t = 0)]
+        seed: u64,
+        #[command(flatten)]
+        json: Json,
+    },
+    /// End a guest that lives inside of the daemon.
+    End {
+        /// The guest.
+        name: String,
     },
     /// What would stop its protection, or its run at the peer, and how to mend it.
     Check {
@@ -58,7 +89,8 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
             let qmp = std::path::absolute(&qmp).map_err(told)?;
             let body = AddGuest {
                 name: name.clone(),
-                qmp,
+                qmp: Some(qmp),
+                start: None,
             };
             let record: GuestRecord = client.post("/v1/guests", &body).await.map_err(told)?;
             if json.json {
@@ -66,6 +98,45 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
             }
             show::definition(&record);
             println!("\nNext: farhaven guest check {name}, then farhaven protect {name} --to SITE");
+        }
+        GuestVerb::Start {
+            name,
+            kind,
+            ram,
+            disk,
+            vcpus,
+            workload,
+            seed,
+            json,
+        } => {
+            let start = StartGuest {
+                kind,
+                ram,
+                disk,
+                vcpus,
+                workload,
+                seed,
+            };
+            let body = AddGuest {
+                name: name.clone(),
+                qmp: None,
+                start: Some(start),
+            };
+            let record: GuestRecord = client.post("/v1/guests", &body).await.map_err(told)?;
+            if json.json {
+                return print_json(&record);
+            }
+            show::definition(&record);
+            println!(
+                "\nNext: farhaven protect {name} --to SITE; in the end: farhaven guest end {name}"
+            );
+        }
+        GuestVerb::End { name } => {
+            let _: Done = client
+                .post(&guest_path(&name, "/end"), &Done {})
+                .await
+                .map_err(told)?;
+            println!("'{name}' has ended.");
         }
         GuestVerb::Check { name, to, json } => {
             let query = to

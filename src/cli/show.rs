@@ -281,14 +281,16 @@ pub(super) fn findings(name: &str, findings: &[Finding]) {
 }
 
 pub(super) fn definition(record: &GuestRecord) {
-    println!(
-        "Guest '{}' ({}), QMP at {}",
-        record.name,
-        record.id,
-        record.qmp.display()
-    );
+    let at = match &record.qmp {
+        Some(qmp) => format!("QMP at {}", qmp.display()),
+        None => "inside of the daemon".to_owned(),
+    };
+    println!("Guest '{}' ({}), {at}", record.name, record.id);
     for line in record.definition.summary() {
         println!("  {line}");
+    }
+    if let Some(console) = &record.console {
+        println!("  console: {}", console.socket.display());
     }
 }
 
@@ -301,14 +303,19 @@ pub(super) fn failover(report: &FailoverReport) {
     println!("  lost (RPO)            {}", millis(report.rpo_ms));
     println!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
     println!("    term made durable   {}", ms(report.times.term));
-    println!("    QEMU launched       {}", ms(report.times.launch));
+    println!("    machine built       {}", ms(report.times.launch));
     println!(
         "    RAM filled          {} ({})",
         ms(report.times.ram),
         bytes(report.times.ram_bytes)
     );
     println!("    state restored      {}", ms(report.times.restore));
-    println!("  QMP                   {}", report.qmp);
+    if let Some(qmp) = &report.qmp {
+        println!("  QMP                   {qmp}");
+    }
+    if let Some(console) = &report.console {
+        println!("  console               {}", console.socket.display());
+    }
     println!("Its disks come from the store and are copied out of it now: farhaven status");
 }
 

@@ -62,8 +62,7 @@ pub(super) fn compute(site: &Path) -> Result<Floors, String> {
             add(&mut floor, &replica, run.volume, run.unit, run.count)?;
         }
         floors.steady += bytes(&mut floor)? - so_far;
-        let context: Result<PointContext, _> =
-            ciborium::de::from_reader_with_recursion_limit(replica.context(), 64);
+        let context = PointContext::of(&replica);
         floors.steady_sent += context.map_or(0, |c| c.sent_bytes);
         before = replica;
     }

@@ -12,7 +12,7 @@ use super::stage::{Daemon, Foreign, Stage};
 use crate::cli::show::{bytes, millis};
 use crate::site::api::{AddGuest, Done, Failover, Protect};
 use crate::site::records::GuestRecord;
-use crate::site::view::{FailoverReport, MoveReport, Phase, SiteView, SourceView};
+use crate::site::view::{ConsolePaths, FailoverReport, MoveReport, Phase, SiteView, SourceView};
 
 /// The guest's name.
 pub(super) const NAME: &str = "demo";
@@ -88,7 +88,8 @@ async fn first_copy(
     let east = stage.east.client.clone();
     let body = AddGuest {
         name: NAME.to_owned(),
-        qmp: machine.qmp.clone(),
+        qmp: Some(machine.qmp.clone()),
+        start: None,
     };
     let _: GuestRecord = east
         .post("/v1/guests", &body)
@@ -216,8 +217,8 @@ async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, Str
         .post(&format!("/v1/guests/{NAME}/failover"), &body)
         .await
         .map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
-    let process = Foreign(report.pid);
-    let mut console = console_beside(Path::new(&report.qmp));
+    let process = Foreign(report.pid.ok_or("west tells no process of it")?);
+    let mut console = console_at(report.console)?;
     let first = console
         .wait("heartbeat at west", Duration::from_secs(20), |c| {
             c.first.clone()
@@ -274,10 +275,10 @@ async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, Stri
         .into_iter()
         .find_map(|s| s.active)
         .ok_or("west does not run it")?;
-    let process = Foreign(active.pid);
+    let process = Foreign(active.pid.ok_or("west tells no process of it")?);
     let mut console = match there {
         Some(console) => console,
-        None => console_beside(Path::new(&active.qmp)),
+        None => console_at(active.console)?,
     };
     let first = console
         .wait("heartbeat at west", Duration::from_secs(20), |c| {
@@ -296,22 +297,18 @@ async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, Stri
     })
 }
 
-/// The console of the guest's QEMU at the peer, beside its control socket.
-fn console_beside(qmp: &Path) -> Console {
-    Console::open(
-        &qmp.with_file_name("console.sock"),
-        &qmp.with_file_name("console.log"),
-    )
+/// The guest's console at the peer.
+fn console_at(paths: Option<ConsolePaths>) -> Result<Console, String> {
+    let paths = paths.ok_or("west tells no console of it")?;
+    Ok(Console::open(&paths.socket, &paths.log))
 }
 
 /// The same, while it is being made.
 fn moved_console(west: &Daemon) -> Option<Console> {
     let run = west.directory.join("run");
-    let entry = std::fs::read_dir(run)
-        .ok()?
-        .flatten()
-        .find(|e| e.path().join("console.log").exists())?;
-    Some(console_beside(&entry.path().join("qmp.sock")))
+    let directories = std::fs::read_dir(run).ok()?.flatten();
+    let mut consoles = directories.filter_map(|e| ConsolePaths::beside(&e.path()));
+    console_at(consoles.next()).ok()
 }
 
 async fn sent(east: &Daemon) -> Result<u64, String> {

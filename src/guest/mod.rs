@@ -13,11 +13,14 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
+pub mod definition;
 pub mod embedded;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod qemu;
 pub mod sim;
+
+pub use definition::Definition;
 
 /// Receives changed units. Volumes are indices into [`Guest::volumes`].
 pub trait Sink {

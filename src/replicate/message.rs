@@ -9,11 +9,12 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
-use crate::guest::qemu::definition::Definition;
+use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::site::view::PointView;
 
@@ -31,6 +32,9 @@ pub const RETIRE_BATCHES: usize = 64 * 1024;
 
 /// Points that one [`Message::PointList`] tells, about 250 bytes each.
 pub const MOST_POINTS: usize = 3000;
+
+/// Far more than any message nests; CBOR could nest a million.
+const LEVELS: usize = 64;
 
 /// A message with its place in the conversation.
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,8 +66,6 @@ pub struct Opening {
     pub term: Term,
     /// Keep the newest point's RAM ready to run.
     pub warm: bool,
-    /// A new attempt: what an earlier one sent without sealing it is no part of any point.
-    pub fresh: bool,
     /// How long points are kept.
     pub retention: farhaven_policies::policy::Retention,
 }
@@ -153,6 +155,34 @@ pub struct PointContext {
     pub sent_bytes: u64,
 }
 
+impl PointContext {
+    /// The context that a point holds.
+    ///
+    /// # Errors
+    /// When it cannot be read, or tells of another guest than the point holds.
+    pub fn of(replica: &Replica) -> Result<Self, String> {
+        let context: Self =
+            ciborium::de::from_reader_with_recursion_limit(replica.context(), LEVELS)
+                .map_err(|e: ciborium::de::Error<std::io::Error>| e.to_string())?;
+        if let Some(why) = context.definition.unsound() {
+            return Err(why.to_owned());
+        }
+        if context.definition.is_embedded() {
+            // Its RAM files are mapped into this very process, at these sizes.
+            let of = |kind| {
+                let volumes = replica.volumes().iter();
+                let these = volumes.filter(move |v| v.kind == kind);
+                these.map(|v| (v.name.as_str(), v.bytes)).collect()
+            };
+            let (ram, disks): (Vec<_>, Vec<_>) = (of(VolumeKind::Ram), of(VolumeKind::Disk));
+            if ram != context.definition.ram() || disks != context.definition.disks() {
+                return Err("its definition tells of other memory or disks than it holds".into());
+            }
+        }
+        Ok(context)
+    }
+}
+
 /// How a guest was brought to run, step by step.
 #[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub struct ActivationTimes {
@@ -162,7 +192,7 @@ pub struct ActivationTimes {
     pub ram: Duration,
     /// Bytes of RAM written for that.
     pub ram_bytes: u64,
-    /// Starting QEMU until it answered (in parallel with filling RAM).
+    /// Building its machine until it answered (in parallel with filling RAM).
     pub launch: Duration,
     /// Loading the device state.
     pub restore: Duration,
@@ -248,7 +278,7 @@ pub enum Message {
         /// The term it runs under.
         term: Term,
     },
-    /// Source: get ready to take this guest over (launch its QEMU, fill its RAM).
+    /// Source: get ready to take this guest over (build its machine, fill its RAM).
     Prepare {
         /// Who.
         guest: GuestId,
@@ -349,8 +379,7 @@ impl Envelope {
         if bytes.len() > MAX_MESSAGE {
             return Err(MessageError::TooLong(bytes.len()));
         }
-        // 64 levels are far more than any message nests; CBOR could nest a million.
-        ciborium::de::from_reader_with_recursion_limit(bytes, 64)
+        ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
             .map_err(|e| MessageError::Unreadable(e.to_string()))
     }
 }

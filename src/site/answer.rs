@@ -155,7 +155,6 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
     if let Some(why) = unsound(&opening) {
         return refused(Refusal::Unable, why);
     }
-    let fresh = opening.fresh;
     let standby = match site.standby(remote, opening) {
         Ok(standby) => standby,
         Err(error) => return refused(Refusal::Unable, error),
@@ -172,9 +171,8 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
     }
     let store = remote.incoming.store.clone();
     blocking(move || {
-        if fresh {
-            store.abandon(guest);
-        }
+        // What an earlier attempt sent without sealing it is no part of any point.
+        store.abandon(guest);
         let newest = store.newest(guest);
         Message::Opened(Opened {
             newest: newest.as_ref().map_or(0, |p| p.point),
@@ -191,6 +189,9 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
 fn unsound(opening: &Opening) -> Option<&'static str> {
     if !super::protect::is_guest_name(&opening.name) {
         return Some("that is no name for a guest");
+    }
+    if let Some(why) = opening.definition.unsound() {
+        return Some(why);
     }
     let volumes = &opening.volumes;
     let sound = volumes.len() <= records::MAX_VOLUMES && volumes.iter().all(sound_volume);

@@ -19,6 +19,7 @@ use tokio::net::UnixListener;
 
 use super::Site;
 use super::operate::OperateError;
+pub use super::start::StartGuest;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -57,8 +58,12 @@ pub struct Pair {
 pub struct AddGuest {
     /// How it shall be called.
     pub name: String,
-    /// QEMU's control socket.
-    pub qmp: PathBuf,
+    /// QEMU's control socket, for one that runs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// A guest that the daemon is to start and host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub start: Option<StartGuest>,
 }
 
 /// Query of `GET /v1/guests/{name}/check`.
@@ -155,6 +160,7 @@ pub fn router(site: Arc<Site>) -> Router {
         )
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
         .route("/v1/guests/{name}/check", get(check_guest))
+        .route("/v1/guests/{name}/end", post(end_guest))
         .route("/v1/guests/{name}/protect", post(protect))
         .route("/v1/guests/{name}/unprotect", post(unprotect))
         .route("/v1/guests/{name}/pause", post(pause))
@@ -275,7 +281,16 @@ async fn add_guest(
     State(site): Here,
     Json(body): Json<AddGuest>,
 ) -> Answer<super::records::GuestRecord> {
-    whole(async move { site.add_guest(&body.name, &body.qmp).await }).await
+    whole(async move {
+        match (body.qmp, body.start) {
+            (Some(qmp), None) => site.add_guest(&body.name, &qmp).await,
+            (None, Some(start)) => site.start_guest(&body.name, &start).await,
+            _ => Err(OperateError::Conflict(
+                "give either `qmp`, the control socket of a running QEMU, or `start`, what guest to host".to_owned(),
+            )),
+        }
+    })
+    .await
 }
 
 async fn show_guest(
@@ -288,6 +303,14 @@ async fn show_guest(
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
+}
+
+async fn end_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
+    whole(async move {
+        site.end_guest(&name).await?;
+        Ok(Done {})
+    })
+    .await
 }
 
 async fn check_guest(

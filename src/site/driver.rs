@@ -20,6 +20,7 @@ use super::remote::{AskError, Remote};
 use super::view::{MoveReport, Phase, SourceView};
 use super::{Site, handover};
 use crate::activate::fence::Term;
+use crate::guest::embedded::VmmError;
 use crate::guest::{After, Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
@@ -170,7 +171,11 @@ impl Driver {
                     tracing::warn!(guest = %self.record.name, %error, "protection is interrupted");
                     let lost = matches!(
                         &error,
-                        DriveError::Guest(GuestError::Qmp(_) | GuestError::Gone(_))
+                        DriveError::Guest(
+                            GuestError::Qmp(_)
+                                | GuestError::Gone(_)
+                                | GuestError::Vmm(VmmError::Ended(_))
+                        )
                     );
                     self.view.send_modify(|v| {
                         v.trouble = error.to_string();

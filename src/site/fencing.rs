@@ -1,9 +1,75 @@
 //! A guest that another site owns by now: its copy here is stopped and kept.
 
-use super::driver::Driver;
+use std::sync::{Arc, PoisonError};
+
+use farhaven_storage_sync::catalogue::Table;
+
+use super::Site;
+use super::driver::{Command, Driver};
+use super::records::GuestRecord;
+use super::standby::{Standby, State, step};
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::Guest;
+
+impl Site {
+    /// Another site owns this group now: whatever runs of it here is stopped.
+    /// Returns when it is.
+    ///
+    /// # Errors
+    /// When it could not be stopped; the sentence says what to do.
+    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let driver = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.get(&term.group).cloned()
+        };
+        match driver {
+            Some(driver) => {
+                let (done, stopped) = tokio::sync::oneshot::channel();
+                if driver
+                    .commands
+                    .send(Command::Fence(term, done))
+                    .await
+                    .is_ok()
+                    && let Ok(stopped) = stopped.await
+                {
+                    stopped?;
+                }
+            }
+            None => self.stop_unprotected(term).await?,
+        }
+        let standby = {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            standbys.get(&term.group).cloned()
+        };
+        if let Some(standby) = standby {
+            standby.fenced(term).await?;
+        }
+        Ok(())
+    }
+
+    /// A guest that is protected no more was taken over from a point it left behind.
+    async fn stop_unprotected(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let found = self
+            .catalogue
+            .find::<GuestRecord>(Table::Guests, &term.group.to_string());
+        let Some(record) = found.map_err(|e| e.to_string())? else {
+            return Ok(());
+        };
+        let name = record.name.clone();
+        let site = self.clone();
+        let stop = move || super::guests::stop_guest(&site, &record);
+        let stopped = tokio::task::spawn_blocking(stop).await;
+        let stopped = stopped.map_err(|e| e.to_string())?;
+        tracing::warn!(
+            guest = name,
+            term = term.number,
+            ?stopped,
+            "fenced: it runs elsewhere under a newer term"
+        );
+        stopped.map_err(|e| format!("'{name}' could not be stopped here: {e}"))
+    }
+}
 
 impl Driver {
     /// Stops the guest for good, by the one attached or through a new
@@ -14,17 +80,17 @@ impl Driver {
         guest: Option<Box<dyn Guest>>,
     ) -> Result<(), String> {
         let owner = self.site.name_of(&term.owner);
-        let record = self.record.clone();
+        let (site, record) = (self.site.clone(), self.record.clone());
         let stopped = tokio::task::spawn_blocking(move || match guest {
             Some(mut guest) => guest.stop().map_err(|e| e.to_string()),
-            None => super::guests::stop_guest(&record).map_err(|e| e.to_string()),
+            None => super::guests::stop_guest(&site, &record).map_err(|e| e.to_string()),
         })
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
         let done = match &stopped {
             Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),
             Err(error) => format!(
-                "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end its QEMU by hand: {error}"
+                "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end it by hand: {error}"
             ),
         };
         let why = format!(
@@ -38,5 +104,75 @@ impl Driver {
             v.trouble.clone_from(&why);
         });
         stopped.map_err(|_| why)
+    }
+}
+
+impl Standby {
+    /// A newer term of another owner: what runs here is stopped and kept.
+    ///
+    /// # Errors
+    /// When it may run on; the sentence says what to do.
+    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        let mut state = self.state.lock().await;
+        self.discard(&mut state).await;
+        if let Some(active) = &state.unwatched {
+            // Whoever tries to find it again stops it.
+            return Err(format!(
+                "'{}' may run here{}, and its QEMU does not answer; end it by hand",
+                self.name(),
+                active.process()
+            ));
+        }
+        let Some((active, ready)) = &state.active else {
+            return Ok(());
+        };
+        let (ready, number) = (ready.clone(), active.term.number);
+        let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
+        if let Err(error) = stopped {
+            let why = format!(
+                "fenced: term {} is newer than {number}, and it COULD NOT BE STOPPED here; end it by hand{}: {error}",
+                term.number,
+                active.process()
+            );
+            tracing::error!(guest = %self.name(), "{why}");
+            self.see(|s| s.trouble.clone_from(&why));
+            return Err(why);
+        }
+        let why = format!(
+            "fenced: term {} is newer than {number}; it was stopped here and is kept as evidence{}",
+            term.number,
+            active.process()
+        );
+        tracing::warn!(guest = %self.name(), "{why}");
+        // A QEMU stays by itself.
+        let stopped = state.active.take().map(|(_, ready)| ready);
+        state.evidence = stopped.filter(|ready| ready.pid().is_none());
+        self.see(|s| {
+            s.active = None;
+            s.trouble = why;
+        });
+        if let Ok(site) = self.site() {
+            self.leave_evidence(&mut state, &site);
+        }
+        Ok(())
+    }
+
+    /// A stopped copy is kept for whoever wants to look at it, and does not run
+    /// here any more: QEMU keeps its RAM, whose files are free for newer points.
+    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
+        state
+            .warm
+            .discard(&site.config.ram_dir().join(self.guest.to_string()));
+        if let Err(error) = self.forget_activation(site) {
+            tracing::error!(%error, "the catalogue cannot be written");
+        }
+    }
+
+    /// A stopped copy that lives in this process makes room for a new one.
+    pub(super) async fn end_evidence(&self, state: &mut State) {
+        if let Some(stopped) = state.evidence.take() {
+            tracing::warn!(guest = %self.name(), "its copy that was stopped for good is ended");
+            let _ = step(move || stopped.end()).await;
+        }
     }
 }

@@ -1,4 +1,4 @@
-//! What a site does with QEMU guests outside of their drivers, all blocking:
+//! What a site does with guests outside of their drivers, all blocking:
 //! define, check, attach, stop, resume; and pruning of a peer's store.
 
 use std::path::Path;
@@ -14,12 +14,12 @@ use super::Site;
 use super::records::GuestRecord;
 use super::remote::Remote;
 use super::standby::Standby;
+use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
-use crate::guest::qemu::definition::Definition;
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
-use crate::guest::qemu::{AttachOptions, QemuGuest};
-use crate::guest::{Guest, GuestError};
+use crate::guest::qemu::{self, AttachOptions, QemuGuest};
+use crate::guest::{Definition, Guest, GuestError, embedded};
 use crate::replicate::message::{Message, RETIRE_BATCHES};
 
 /// QEMU answers in this time, or counts as stuck.
@@ -31,21 +31,49 @@ const FORGET: Duration = Duration::from_secs(300);
 /// Sockets should hold at least this much, and twice what the link holds.
 const SMALLEST_BUFFER: u64 = 1 << 20;
 
+/// Most findings that a builder's answer carries to the guest's site.
+const MOST_FINDINGS: usize = 200;
+
 /// A peer's store is pruned only when this many of its points are past their time.
 const WORTH_PRUNING: usize = 4;
 
 /// Reads a running QEMU's definition.
 pub(super) fn define(qmp: &Path) -> Result<Definition, String> {
     let mut qmp = Qmp::connect(qmp, QMP_PATIENCE).map_err(|e| e.to_string())?;
-    Definition::read(&mut qmp).map_err(|e| e.to_string())
+    let definition = qemu::definition::Definition::read(&mut qmp).map_err(|e| e.to_string())?;
+    Ok(definition.into())
+}
+
+/// The control socket of a QEMU guest.
+fn qmp_of(record: &GuestRecord) -> Result<&Path, GuestError> {
+    record.qmp.as_deref().ok_or_else(|| {
+        GuestError::State(format!(
+            "the record of '{0}' names no QMP socket; add it again: farhaven guest remove {0}, then farhaven guest add {0} --qmp PATH",
+            record.name
+        ))
+    })
+}
+
+/// What people are told of a guest that has ended with the daemon it was in.
+pub(super) fn ended_with_daemon(name: &str) -> String {
+    format!(
+        "'{name}' ran inside this daemon and ended with it; run it at the peer from its newest point (there: farhaven failover {name}), or forget it: farhaven unprotect {name}, farhaven guest remove {name}"
+    )
 }
 
 /// The local part of a guest's check. While the guest is protected our own
 /// driver holds its QMP socket, and the definition has to do.
-pub(super) fn check(record: &GuestRecord, attached: bool) -> Result<Vec<Finding>, QmpError> {
-    let mut findings = check::check(&record.definition);
+pub(super) fn check(
+    site: &Site,
+    record: &GuestRecord,
+    attached: bool,
+) -> Result<Vec<Finding>, GuestError> {
+    let Definition::Qemu(definition) = &record.definition else {
+        return Ok(site.check_hosted(record));
+    };
+    let mut findings = check::check(definition);
     if !attached {
-        let mut qmp = Qmp::connect(&record.qmp, QMP_PATIENCE)?;
+        let mut qmp = Qmp::connect(qmp_of(record)?, QMP_PATIENCE)?;
         findings.extend(check::check_live(&mut qmp)?);
     }
     Ok(findings)
@@ -58,7 +86,21 @@ pub(super) async fn check_at_peer(record: &GuestRecord, remote: &Remote) -> Vec<
     };
     match remote.ask(question).await {
         Ok(Message::FactsKnown { facts }) => {
-            let mut findings = peer::check_peer(&record.definition, &facts, 0);
+            let mut findings = match &record.definition {
+                Definition::Qemu(definition) => peer::check_peer(definition, &facts, 0),
+                Definition::Embedded(definition) => {
+                    let disks = definition.disks.iter();
+                    let disks = disks.fold(0, |sum: u64, (_, b)| sum.saturating_add(*b));
+                    let mut findings = facts.findings.clone();
+                    findings.extend(peer::check_room(
+                        record.definition.ram_bytes(),
+                        disks,
+                        &facts,
+                        0,
+                    ));
+                    findings
+                }
+            };
             let wanted = wanted_buffer(remote);
             let site = &remote.record.site;
             findings.extend(peer::check_socket_buffers(
@@ -96,28 +138,30 @@ fn wanted_buffer(remote: &Remote) -> u64 {
 }
 
 impl Site {
-    /// Attaches to a guest's QEMU.
+    /// Attaches to a guest.
     pub(super) fn attach(
         &self,
         record: &GuestRecord,
         key: DigestKey,
         threads: usize,
     ) -> Result<Box<dyn Guest>, GuestError> {
-        let ram = record
-            .definition
+        let definition = match &record.definition {
+            Definition::Qemu(definition) => definition,
+            Definition::Embedded(_) => return self.attach_hosted(record, key),
+        };
+        let ram = definition
             .ram
             .iter()
             .filter_map(|block| Some((block.id.clone(), block.path.clone()?)))
             .collect();
-        let disks = record
-            .definition
+        let disks = definition
             .disks
             .iter()
             .map(|d| (d.name.clone(), d.node.clone()))
             .collect();
         let mut options = AttachOptions::new(
             &record.name,
-            record.qmp.clone(),
+            qmp_of(record)?.to_owned(),
             self.run_directory(record.id),
             &record.id.to_string(),
             *key.bytes(),
@@ -130,12 +174,19 @@ impl Site {
 
     /// Lets a held guest that nobody is attached to run on.
     pub(super) fn resume_guest(&self, record: &GuestRecord) -> Result<(), GuestError> {
+        if record.definition.is_embedded() {
+            return self.resume_hosted(record);
+        }
         let mut guest = self.attach(record, self.tracking_key.clone(), 1)?;
         guest.resume()
     }
 
     /// Ends a held guest that nobody is attached to; one that is gone has ended.
     pub(super) fn let_guest_go(&self, record: &GuestRecord) -> Result<(), GuestError> {
+        if record.definition.is_embedded() {
+            self.end_hosted(record.id);
+            return Ok(());
+        }
         match self.attach(record, self.tracking_key.clone(), 1) {
             Ok(mut guest) => guest.let_go(),
             Err(GuestError::Qmp(QmpError::Connect { .. })) => Ok(()),
@@ -147,30 +198,60 @@ impl Site {
     pub(super) async fn peer_facts(self: &Arc<Self>, definition: &Definition) -> PeerFacts {
         let (site, definition) = (self.clone(), definition.clone());
         tokio::task::spawn_blocking(move || {
-            peer::peer_facts(
-                &site.config.activate.qemu,
-                &definition,
-                &site.config.ram_dir(),
-                &site.config.store_dir(),
-            )
+            let (ram, store) = (site.config.ram_dir(), site.config.store_dir());
+            match &definition {
+                Definition::Qemu(definition) => {
+                    peer::peer_facts(&site.config.activate.qemu, definition, &ram, &store)
+                }
+                Definition::Embedded(embedded) => {
+                    let mut facts = peer::host_facts(&ram, &store);
+                    facts.findings = match definition.unsound() {
+                        Some(why) => vec![Finding::blocks(
+                            "peer-definition",
+                            format!("the peer cannot work with the guest's definition: {why}"),
+                            "mend what the guest's monitor tells of it",
+                        )],
+                        None => site.builder_findings(embedded),
+                    };
+                    facts
+                }
+            }
         })
         .await
         .unwrap_or_default()
     }
+
+    /// What the builder of such guests here finds.
+    fn builder_findings(&self, definition: &embedded::Definition) -> Vec<Finding> {
+        match place::builder(&self.builders, &definition.kind) {
+            Ok(builder) => {
+                let mut findings = builder.check(definition);
+                findings.truncate(MOST_FINDINGS);
+                findings
+            }
+            Err(error) => vec![Finding::blocks("peer-kind", error.what, error.mend)],
+        }
+    }
 }
 
 /// Stops a guest that nobody is attached to; one that is gone is stopped.
-pub(super) fn stop_guest(record: &GuestRecord) -> Result<(), QmpError> {
+pub(super) fn stop_guest(site: &Site, record: &GuestRecord) -> Result<(), GuestError> {
     use std::io::ErrorKind::{ConnectionRefused, NotFound};
-    match Qmp::connect(&record.qmp, QMP_PATIENCE) {
-        Ok(mut qmp) => qmp.execute("stop", serde_json::json!({})).map(|_| ()),
+    if record.definition.is_embedded() {
+        return site.stop_hosted(record);
+    }
+    match Qmp::connect(qmp_of(record)?, QMP_PATIENCE) {
+        Ok(mut qmp) => {
+            qmp.execute("stop", serde_json::json!({}))?;
+            Ok(())
+        }
         // Any other reason leaves open whether it runs.
         Err(QmpError::Connect { source, .. })
             if matches!(source.kind(), ConnectionRefused | NotFound) =>
         {
             Ok(())
         }
-        Err(error) => Err(error),
+        Err(error) => Err(error.into()),
     }
 }
 

@@ -16,7 +16,7 @@ use super::remote::AskError;
 use super::steps::{blocking, take};
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
-use crate::guest::{After, Guest};
+use crate::guest::{After, Guest, GuestError};
 use crate::replicate::message::{ActivationTimes, Message};
 
 /// The peer launches QEMU and fills RAM in this time, or the move is not begun.
@@ -283,11 +283,17 @@ async fn run_here(
     }
     driver.site.tell_terms();
     let (site, record) = (driver.site.clone(), driver.record.clone());
-    blocking(move || match guest {
+    let resumed = blocking(move || match guest {
         Some(mut guest) => guest.resume(),
         None => site.resume_guest(&record),
     })
-    .await??;
+    .await?;
+    if let Err(GuestError::Gone(_)) = &resumed {
+        // It ended while it was held, and no waiting brings it back.
+        driver.protection.moving = None;
+        let _ = driver.keep_protection().await;
+    }
+    resumed?;
     driver.protection.moving = None;
     let _ = driver.keep_protection().await;
     tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it runs on here");
@@ -303,7 +309,12 @@ async fn end(
     driver.site.fence.adopt(term)?;
     let (site, record) = (driver.site.clone(), driver.record.clone());
     let ended = blocking(move || match guest {
-        Some(mut guest) => guest.let_go(),
+        Some(mut guest) => {
+            let ended = guest.let_go();
+            drop(guest);
+            site.forget_hosted(record.id);
+            ended
+        }
         None => site.let_guest_go(&record),
     })
     .await?;

@@ -7,10 +7,12 @@
 
 pub mod api;
 pub mod files;
+pub mod hosted;
 pub mod records;
 pub mod remote;
 pub mod view;
 
+mod adopt;
 mod answer;
 mod converge;
 mod cut;
@@ -25,6 +27,7 @@ mod protect;
 mod rebuild;
 mod sealed;
 mod standby;
+mod start;
 mod status;
 mod steps;
 mod takeover;
@@ -47,10 +50,12 @@ use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
 use crate::activate::fence::{Fence, FenceError, Term};
+use crate::activate::machine::Builders;
 use crate::activate::nbd::{NbdError, NbdServer};
+use crate::guest::embedded::SharedVmm;
 use crate::replicate::message::PointContext;
 use crate::replicate::receive::Incoming;
-use driver::{Command, Driver, DriverHandle};
+use driver::{Driver, DriverHandle};
 pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
@@ -130,14 +135,31 @@ pub struct Site {
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
     sealed: SealedTimes,
     exports: Arc<NbdServer>,
+    /// Who builds embedded guests here, by their kind.
+    builders: Builders,
+    /// Guests whose monitor lives in this process.
+    hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
 }
 
 impl Site {
-    /// Opens everything and starts to serve; returns at once.
+    /// Opens everything and starts to serve; returns at once. Guests inside of
+    /// the daemon are built by what this crate brings: see [`hosted::builders`].
     ///
     /// # Errors
     /// See [`SiteError`]; nothing runs then.
     pub async fn start(config: SiteConfig) -> Result<Arc<Self>, SiteError> {
+        Self::start_with(config, hosted::builders()).await
+    }
+
+    /// As [`Site::start`], with who builds the embedded guests that peers send
+    /// here, by their kind.
+    ///
+    /// # Errors
+    /// See [`SiteError`]; nothing runs then.
+    pub async fn start_with(
+        config: SiteConfig,
+        builders: Builders,
+    ) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
         for (directory, key) in [
             (&state, "site.state_dir"),
@@ -171,6 +193,8 @@ impl Site {
             standbys: RwLock::default(),
             sealed: SealedTimes::open(&state.join("sealed")),
             exports,
+            builders,
+            hosted: RwLock::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -324,61 +348,6 @@ impl Site {
             .catalogue
             .find::<GuestRecord>(Table::Guests, &group.to_string());
         found.is_ok_and(|record| record.is_some())
-    }
-
-    /// Another site owns this group now: whatever runs of it here is stopped.
-    /// Returns when it is.
-    ///
-    /// # Errors
-    /// When it could not be stopped; the sentence says what to do.
-    async fn fenced(&self, term: Term) -> Result<(), String> {
-        let driver = {
-            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-            drivers.get(&term.group).cloned()
-        };
-        match driver {
-            Some(driver) => {
-                let (done, stopped) = tokio::sync::oneshot::channel();
-                if driver
-                    .commands
-                    .send(Command::Fence(term, done))
-                    .await
-                    .is_ok()
-                    && let Ok(stopped) = stopped.await
-                {
-                    stopped?;
-                }
-            }
-            None => self.stop_unprotected(term).await?,
-        }
-        let standby = {
-            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-            standbys.get(&term.group).cloned()
-        };
-        if let Some(standby) = standby {
-            standby.fenced(term).await?;
-        }
-        Ok(())
-    }
-
-    /// A guest that is protected no more was taken over from a point it left behind.
-    async fn stop_unprotected(&self, term: Term) -> Result<(), String> {
-        let found = self
-            .catalogue
-            .find::<GuestRecord>(Table::Guests, &term.group.to_string());
-        let Some(record) = found.map_err(|e| e.to_string())? else {
-            return Ok(());
-        };
-        let name = record.name.clone();
-        let stopped = tokio::task::spawn_blocking(move || guests::stop_guest(&record)).await;
-        let stopped = stopped.map_err(|e| e.to_string())?;
-        tracing::warn!(
-            guest = name,
-            term = term.number,
-            ?stopped,
-            "fenced: it runs elsewhere under a newer term"
-        );
-        stopped.map_err(|e| format!("'{name}' could not be stopped here: {e}"))
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {

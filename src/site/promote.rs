@@ -1,23 +1,18 @@
-//! A standby becomes a running guest: by the hand-over of its source, by an
-//! operator's decision, or found again after a restart of this daemon.
+//! A standby becomes a running guest: by the hand-over of its source, or by an
+//! operator's decision.
 
-use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::PointHeader;
-use farhaven_storage_sync::catalogue::Table;
 
 use super::records::Activation;
-use super::standby::{Standby, State, ground, step};
+use super::standby::{Standby, State, step};
 use super::unix_ns;
 use crate::activate::fence::Term;
 use crate::activate::place::Ready;
 use crate::activate::warm::Warm;
 use crate::replicate::message::ActivationTimes;
-
-/// A QEMU that did not answer after a restart is asked again after this time.
-const FIND: Duration = Duration::from_secs(2);
 
 /// Why a guest cannot be run here.
 #[derive(Debug, thiserror::Error)]
@@ -47,9 +42,9 @@ pub enum ActivateError {
     /// The store.
     #[error(transparent)]
     Replica(#[from] farhaven_storage_sync::replica::ReplicaError),
-    /// RAM files, overlays, QEMU.
+    /// RAM files, overlays, QEMU, or a builder of embedded guests.
     #[error(transparent)]
-    Launch(#[from] crate::activate::failure::LaunchError),
+    Machine(#[from] crate::activate::machine::MachineError),
     /// Files.
     #[error("{what}: {source}")]
     Io {
@@ -118,6 +113,7 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
+        self.end_evidence(&mut state).await;
         let point = match point {
             Some(point) if self.points().iter().any(|p| p.point == point) => point,
             Some(point) => {
@@ -220,13 +216,14 @@ impl Standby {
                 times.ram_bytes = filled?;
             }
         }
-        let gone = || ActivateError::Step("its QEMU was ended".to_owned());
+        let gone = || ActivateError::Step("its machine was ended".to_owned());
         let ready = state.ready.as_ref().ok_or_else(gone)?;
         ready.serve(&replica)?;
         let mut activation = Activation {
             guest: self.guest,
             point,
             term,
+            run: ready.run_directory().to_owned(),
             qmp: ready.qmp(),
             pid: ready.pid(),
             running: false,
@@ -277,7 +274,7 @@ impl Standby {
     }
 
     /// Announces the guest, then copies its disks out of the store.
-    async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
+    pub(super) async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
         let standby = self.clone();
         let rate = self
             .site
@@ -294,9 +291,8 @@ impl Standby {
         match done {
             Ok(Ok(())) => {
                 let mut state = self.state.lock().await;
-                if let Some((active, ready)) = &mut state.active {
+                if let Some((active, _)) = &mut state.active {
                     active.hydrated = true;
-                    ready.stop_serving();
                     let active = active.clone();
                     if let Ok(site) = self.site()
                         && let Err(error) = site.keep_activation(&active)
@@ -313,106 +309,5 @@ impl Standby {
             }
             Err(error) => tracing::error!(guest = %self.name(), %error, "hydration ended early"),
         }
-    }
-
-    /// After a daemon's restart: serves and watches a guest that runs here.
-    pub(super) async fn adopt(
-        self: &Arc<Self>,
-        activation: Activation,
-    ) -> Result<(), ActivateError> {
-        let mut state = self.state.lock().await;
-        state.unwatched = Some(activation.clone());
-        self.see(|s| s.active = Some(activation.clone()));
-        let site = self.site()?;
-        let (replica, context) = self.open(activation.point)?;
-        let found = {
-            let (site, guest) = (site.clone(), self.guest);
-            let (hydrated, ran) = (activation.hydrated, activation.running);
-            let run = activation.qmp.parent().map(Path::to_owned);
-            step(move || {
-                let mut ground = ground(&site, guest, 0);
-                ground.run = run.unwrap_or(ground.run);
-                let found = Ready::adopt(&ground, &replica, &context.definition, hydrated)?;
-                match found {
-                    // This daemon ended before the guest was let go: it never ran.
-                    Some(ready) if !ran && !ready.runs()? => {
-                        ready.discard();
-                        Ok(None)
-                    }
-                    found => Ok::<_, ActivateError>(found),
-                }
-            })
-            .await??
-        };
-        state.unwatched = None;
-        let fenced = site.fence.may_run(self.guest, site.key()).is_err();
-        let why = match (found, fenced) {
-            (Some(ready), false) => {
-                let mut activation = activation;
-                activation.running = true;
-                site.keep_activation(&activation)?;
-                let ready = Arc::new(ready);
-                let hydrated = activation.hydrated;
-                self.see(|s| {
-                    s.active = Some(activation.clone());
-                    s.trouble.clear();
-                });
-                state.active = Some((activation, ready.clone()));
-                if !hydrated {
-                    tokio::spawn(self.clone().hydrate(ready));
-                }
-                return Ok(());
-            }
-            // A newer term was heard, and this daemon ended before it had obeyed.
-            (Some(ready), true) => {
-                if let Err(error) = step(move || ready.stop()).await.and_then(|done| done) {
-                    state.unwatched = Some(activation);
-                    return Err(error);
-                }
-                "fenced: it runs elsewhere under a newer term; it was stopped here and is kept as evidence"
-            }
-            (None, true) => "fenced: it ran here under an older term",
-            (None, false) if activation.running => {
-                "it was taken over here before, and its QEMU has ended; take it over again from a point: farhaven failover"
-            }
-            (None, false) => {
-                "it was being taken over when this site was stopped, and never ran; it can be taken over again"
-            }
-        };
-        self.see(|s| {
-            s.active = None;
-            s.trouble = why.to_owned();
-        });
-        self.leave_evidence(&mut state, &site);
-        Ok(())
-    }
-
-    /// As [`Standby::adopt`]; what does not answer is asked again until it does.
-    pub(super) async fn find_again(self: &Arc<Self>, activation: Activation) {
-        let Err(error) = self.adopt(activation.clone()).await else {
-            return;
-        };
-        tracing::error!(guest = %self.name(), %error, "what runs here cannot be watched yet");
-        self.see(|s| s.trouble = format!("what runs here cannot be watched yet: {error}"));
-        let standby = self.clone();
-        tokio::spawn(async move {
-            loop {
-                tokio::time::sleep(FIND).await;
-                if standby.adopt(activation.clone()).await.is_ok() {
-                    return;
-                }
-            }
-        });
-    }
-
-    /// It does not run here any more.
-    pub(super) fn forget_activation(
-        &self,
-        site: &Arc<super::Site>,
-    ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
-        super::rebuild::drop_activation_notes(site, self.guest);
-        site.catalogue
-            .remove(Table::Activations, &self.guest.to_string())?;
-        site.catalogue.flush()
     }
 }

@@ -52,6 +52,32 @@ impl Site {
         }))
     }
 
+    /// May a new guest be called so?
+    pub(super) fn free_name(&self, name: &str) -> Result<(), OperateError> {
+        let conflict = |why: String| Err(OperateError::Conflict(why));
+        if !is_guest_name(name) {
+            return conflict(format!(
+                "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
+            ));
+        }
+        let records = self.guest_records();
+        if let Some(other) = records.iter().find(|r| r.name == name) {
+            return conflict(match &other.qmp {
+                Some(qmp) => format!("guest '{name}' is known already, at {}", qmp.display()),
+                None => match self.hosted_lost(other).as_str() {
+                    "" => format!("guest '{name}' is known already, inside of this daemon"),
+                    lost => lost.to_owned(),
+                },
+            });
+        }
+        if self.standby_named(name).is_some() {
+            return conflict(format!(
+                "a peer protects a guest named '{name}' to here; choose another name"
+            ));
+        }
+        Ok(())
+    }
+
     /// Makes a running QEMU known as a guest.
     ///
     /// # Errors
@@ -61,22 +87,13 @@ impl Site {
         name: &str,
         qmp: &Path,
     ) -> Result<GuestRecord, OperateError> {
-        if !is_guest_name(name) {
-            return Err(OperateError::Conflict(format!(
-                "'{name}' is no name for a guest: use up to 63 letters, digits, '-', '_' and '.'"
-            )));
-        }
+        self.free_name(name)?;
         let records = self.guest_records();
-        if let Some(other) = records.iter().find(|r| r.name == name || r.qmp == qmp) {
+        if let Some(other) = records.iter().find(|r| r.qmp.as_deref() == Some(qmp)) {
             return Err(OperateError::Conflict(format!(
                 "guest '{}' is known already, at {}",
                 other.name,
-                other.qmp.display()
-            )));
-        }
-        if self.standby_named(name).is_some() {
-            return Err(OperateError::Conflict(format!(
-                "a peer protects a guest named '{name}' to here; choose another name"
+                qmp.display()
             )));
         }
         let path = qmp.to_owned();
@@ -87,7 +104,8 @@ impl Site {
         let record = GuestRecord {
             id: GuestId::random(),
             name: name.to_owned(),
-            qmp: qmp.to_owned(),
+            qmp: Some(qmp.to_owned()),
+            console: None,
             definition,
         };
         self.catalogue
@@ -110,6 +128,12 @@ impl Site {
             )));
         }
         drop(drivers);
+        if self.hosted(record.id).is_some() {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' lives in this daemon, and forgotten it could not be reached any more; to end it: farhaven guest end {name}"
+            )));
+        }
+        self.clear_hosted(&record);
         self.catalogue
             .remove(Table::Guests, &record.id.to_string())
             .map_err(failed)?;
@@ -121,7 +145,7 @@ impl Site {
     /// # Errors
     /// When QEMU or the peer cannot be asked.
     pub async fn check_guest(
-        &self,
+        self: &Arc<Self>,
         name: &str,
         to: Option<&str>,
     ) -> Result<Vec<Finding>, OperateError> {
@@ -138,8 +162,8 @@ impl Site {
             names.next().filter(|_| remotes.len() == 1).cloned()
         };
         let local = {
-            let (record, attached) = (record.clone(), protected_to.is_some());
-            tokio::task::spawn_blocking(move || super::guests::check(&record, attached))
+            let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
+            tokio::task::spawn_blocking(move || super::guests::check(&site, &record, attached))
                 .await
                 .map_err(failed)?
                 .map_err(failed)?

@@ -86,13 +86,7 @@ impl Site {
             let replica = store
                 .open_point(guest, newest.point)
                 .map_err(|e| e.to_string());
-            let context = replica.and_then(|replica| {
-                ciborium::de::from_reader_with_recursion_limit::<PointContext, _>(
-                    replica.context(),
-                    64,
-                )
-                .map_err(|e| e.to_string())
-            });
+            let context = replica.and_then(|replica| PointContext::of(&replica));
             let context = match context {
                 Ok(context) => context,
                 Err(why) => {
@@ -118,7 +112,6 @@ impl Site {
                     owner: remote.record.key,
                 },
                 warm: self.config.protect.warm,
-                fresh: false,
                 retention: self.config.protect.retention.clone(),
             };
             let record = StandbyRecord {
@@ -142,11 +135,9 @@ impl Site {
     }
 }
 
-/// Notes a guest that runs here beside its QEMU.
+/// Notes a guest that runs here beside what it runs by.
 pub(super) fn note_activation(activation: &Activation) {
-    if let Some(directory) = activation.qmp.parent() {
-        keep(&directory.join(ACTIVATION), activation);
-    }
+    keep(&activation.directory().join(ACTIVATION), activation);
 }
 
 /// It does not run here any more.

@@ -1,14 +1,15 @@
 //! What a site remembers in its catalogue, as JSON values.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
-use crate::guest::qemu::definition::Definition;
+use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, Opening};
+use crate::site::view::ConsolePaths;
 
 /// Most volumes of one guest.
 pub const MAX_VOLUMES: usize = 256;
@@ -20,8 +21,12 @@ pub struct GuestRecord {
     pub id: GuestId,
     /// Its name, unique at this site.
     pub name: String,
-    /// QEMU's control socket.
-    pub qmp: PathBuf,
+    /// QEMU's control socket; absent for a guest whose monitor lives in the daemon.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub qmp: Option<PathBuf>,
+    /// Its serial console, where the daemon has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsolePaths>,
     /// How it was launched.
     pub definition: Definition,
 }
@@ -77,10 +82,15 @@ pub struct Activation {
     pub point: u64,
     /// Under which term.
     pub term: Term,
-    /// Its QEMU's control socket.
-    pub qmp: PathBuf,
+    /// Directory of its overlays, consoles and logs.
+    #[serde(default)]
+    pub run: PathBuf,
+    /// Its QEMU's control socket; absent for a guest inside of the daemon.
+    #[serde(default)]
+    pub qmp: Option<PathBuf>,
     /// Its QEMU's process.
-    pub pid: u32,
+    #[serde(default)]
+    pub pid: Option<u32>,
     /// Written before the guest is let go; `true` once it ran.
     pub running: bool,
     /// Its disks need the store no longer.
@@ -89,4 +99,22 @@ pub struct Activation {
     pub times: ActivationTimes,
     /// When, nanoseconds since 1970.
     pub at: u64,
+}
+
+impl Activation {
+    /// Where its overlays, consoles and logs are. Records of before guests
+    /// inside of the daemon tell only of the socket in it.
+    pub fn directory(&self) -> &Path {
+        let of_qmp = || self.qmp.as_deref().and_then(Path::parent);
+        match self.run.as_os_str().is_empty() {
+            true => of_qmp().unwrap_or(&self.run),
+            false => &self.run,
+        }
+    }
+
+    /// For people: ` (process 42)`.
+    pub(super) fn process(&self) -> String {
+        self.pid
+            .map_or_else(String::new, |pid| format!(" (process {pid})"))
+    }
 }

@@ -14,7 +14,7 @@ use tokio::sync::watch;
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
-use super::view::{ActiveView, TargetView};
+use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
 use crate::activate::fence::Term;
 use crate::activate::place::{Ground, Ready};
@@ -39,6 +39,9 @@ pub(super) struct State {
     pub(super) warm: Warm,
     pub(super) ready: Option<Ready>,
     pub(super) active: Option<(Activation, Arc<Ready>)>,
+    /// A copy that was stopped for good and lives in this process, until
+    /// another is made ready.
+    pub(super) evidence: Option<Arc<Ready>>,
     /// It ran here before a restart of this daemon, and its QEMU lives and
     /// does not answer yet.
     pub(super) unwatched: Option<Activation>,
@@ -147,7 +150,8 @@ impl Standby {
                 .map(|t| t.number),
             active: seen.active.map(|a| ActiveView {
                 point: a.point,
-                qmp: a.qmp.display().to_string(),
+                console: ConsolePaths::beside(a.directory()),
+                qmp: a.qmp.map(|qmp| qmp.display().to_string()),
                 pid: a.pid,
                 hydrated: a.hydrated,
                 hydration: seen.hydration,
@@ -185,10 +189,8 @@ impl Standby {
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
-        let context = ciborium::de::from_reader_with_recursion_limit(replica.context(), 64)
-            .map_err(|e: ciborium::de::Error<std::io::Error>| {
-                ActivateError::Context(point, e.to_string())
-            })?;
+        let context =
+            PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;
         Ok((Arc::new(replica), context))
     }
 
@@ -214,7 +216,7 @@ impl Standby {
             .ok_or_else(|| ActivateError::Step("the site is shutting down".to_owned()))
     }
 
-    /// Launches QEMU for `point` without running anything.
+    /// Builds the machine of `point` without running anything.
     pub(super) async fn launch(&self, point: u64) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
@@ -241,13 +243,14 @@ impl Standby {
             ));
         }
         self.discard(&mut state).await;
-        // The RAM files must be there before QEMU maps them; their content may come later.
+        self.end_evidence(&mut state).await;
+        // The RAM files must be there before the machine maps them; their content may come later.
         self.fill(&mut state, newest).await?;
         state.ready = Some(self.launch(newest).await?);
         Ok(())
     }
 
-    /// Ends a QEMU that was made ready and never ran.
+    /// Ends a machine that was made ready and never ran.
     pub(super) async fn discard(&self, state: &mut State) {
         if let Some(ready) = state.ready.take() {
             let _ = tokio::task::spawn_blocking(move || ready.discard()).await;
@@ -270,62 +273,6 @@ impl Standby {
         self.begin_anew();
         let mut state = self.state.lock().await;
         self.discard(&mut state).await;
-    }
-
-    /// A newer term of another owner: what runs here is stopped and kept.
-    ///
-    /// # Errors
-    /// When it may run on; the sentence says what to do.
-    pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
-        let mut state = self.state.lock().await;
-        self.discard(&mut state).await;
-        if let Some(active) = &state.unwatched {
-            // Whoever tries to find it again stops it.
-            return Err(format!(
-                "'{}' may run here as process {}, and its QEMU does not answer; end it by hand",
-                self.name(),
-                active.pid
-            ));
-        }
-        let Some((active, ready)) = &state.active else {
-            return Ok(());
-        };
-        let (ready, number) = (ready.clone(), active.term.number);
-        let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
-        if let Err(error) = stopped {
-            let why = format!(
-                "fenced: term {} is newer than {number}, and it COULD NOT BE STOPPED here; end its QEMU by hand, process {}: {error}",
-                term.number, active.pid
-            );
-            tracing::error!(guest = %self.name(), "{why}");
-            self.see(|s| s.trouble.clone_from(&why));
-            return Err(why);
-        }
-        let why = format!(
-            "fenced: term {} is newer than {number}; it was stopped here and is kept as evidence (process {})",
-            term.number, active.pid
-        );
-        tracing::warn!(guest = %self.name(), "{why}");
-        state.active = None;
-        self.see(|s| {
-            s.active = None;
-            s.trouble = why;
-        });
-        if let Ok(site) = self.site() {
-            self.leave_evidence(&mut state, &site);
-        }
-        Ok(())
-    }
-
-    /// A stopped copy is kept for whoever wants to look at it, and does not run
-    /// here any more: QEMU keeps its RAM, whose files are free for newer points.
-    pub(super) fn leave_evidence(&self, state: &mut State, site: &Arc<Site>) {
-        state
-            .warm
-            .discard(&site.config.ram_dir().join(self.guest.to_string()));
-        if let Err(error) = self.forget_activation(site) {
-            tracing::error!(%error, "the catalogue cannot be written");
-        }
     }
 
     /// The source ends protection.
@@ -375,6 +322,7 @@ pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
         exports: &site.exports,
         networks: &site.config.networks,
         qemu: &site.config.activate.qemu,
+        builders: &site.builders,
     }
 }
 

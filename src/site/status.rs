@@ -40,9 +40,18 @@ impl Site {
     pub(super) fn source_view(&self, record: &GuestRecord) -> SourceView {
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(driver) = drivers.get(&record.id) else {
+            let trouble = match record.definition.is_embedded() {
+                true => self.hosted_lost(record),
+                false => String::new(),
+            };
             return SourceView {
                 name: record.name.clone(),
                 id: record.id.to_string(),
+                phase: match trouble.is_empty() {
+                    true => Phase::Unprotected,
+                    false => Phase::Lost,
+                },
+                trouble,
                 ..SourceView::default()
             };
         };

@@ -95,7 +95,6 @@ impl Driver {
             volumes,
             term,
             warm: self.protection.policy.warm,
-            fresh: true,
             retention: self.protection.policy.retention.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {

@@ -11,7 +11,7 @@ use super::records::PointRecord;
 use super::records::StandbyRecord;
 use super::remote::Remote;
 use super::standby::Standby;
-use super::view::{FailoverReport, PointView};
+use super::view::{ConsolePaths, FailoverReport, PointView};
 use super::{Site, age};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, Opening};
@@ -70,7 +70,7 @@ impl Site {
         Ok(standby)
     }
 
-    /// At start: a peer's guest from the catalogue, and its QEMU if it runs here.
+    /// At start: a peer's guest from the catalogue, and its machine if it runs here.
     pub(super) async fn restore_standby(self: &Arc<Self>, record: StandbyRecord) {
         let Some(remote) = self.remote(&record.from) else {
             return;
@@ -224,7 +224,8 @@ impl Site {
             rpo_ms: lost / 1_000_000,
             rto_ms: active.times.total.as_secs_f64() * 1e3,
             term: active.term.number,
-            qmp: active.qmp.display().to_string(),
+            console: ConsolePaths::beside(active.directory()),
+            qmp: active.qmp.map(|qmp| qmp.display().to_string()),
             pid: active.pid,
             times: active.times,
         })

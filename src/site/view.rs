@@ -1,6 +1,8 @@
 //! What a site tells of itself: the types of the API's answers. Every figure
 //! is measured; what is not known yet is absent.
 
+use std::path::{Path, PathBuf};
+
 use serde::{Deserialize, Serialize};
 
 use crate::replicate::message::ActivationTimes;
@@ -12,7 +14,7 @@ pub enum Phase {
     /// Known, not protected.
     #[default]
     Unprotected,
-    /// Reaching the guest's QEMU.
+    /// Reaching the guest's monitor.
     Attaching,
     /// Waiting for the peer.
     Connecting,
@@ -34,7 +36,7 @@ pub enum Phase {
     Moved,
     /// A newer term is known: this copy is stopped for good.
     Fenced,
-    /// The guest's QEMU is gone.
+    /// The guest's monitor is gone.
     Lost,
 }
 
@@ -129,15 +131,38 @@ pub struct TargetView {
     pub trouble: String,
 }
 
+/// A guest's serial console: all it wrote, and where to type.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsolePaths {
+    /// Everything that it wrote.
+    pub log: PathBuf,
+    /// Who connects sees what it writes from then on, and types into it.
+    pub socket: PathBuf,
+}
+
+impl ConsolePaths {
+    /// The console in a guest's directory, if it has one there.
+    pub fn beside(directory: &Path) -> Option<Self> {
+        let paths = Self {
+            log: directory.join("console.log"),
+            socket: directory.join("console.sock"),
+        };
+        paths.log.is_file().then_some(paths)
+    }
+}
+
 /// A guest that was taken over.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct ActiveView {
     /// From which point.
     pub point: u64,
-    /// Its QEMU's control socket.
-    pub qmp: String,
-    /// Its QEMU's process.
-    pub pid: u32,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    #[serde(default)]
+    pub console: Option<ConsolePaths>,
     /// Its disks need the store no longer.
     pub hydrated: bool,
     /// Bytes copied to its own disks, and bytes to copy.
@@ -226,10 +251,13 @@ pub struct FailoverReport {
     pub rto_ms: f64,
     /// The term it runs under.
     pub term: u64,
-    /// Its QEMU's control socket.
-    pub qmp: String,
-    /// Its QEMU's process.
-    pub pid: u32,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    #[serde(default)]
+    pub console: Option<ConsolePaths>,
     /// Step by step.
     pub times: ActivationTimes,
 }

@@ -43,7 +43,7 @@ fn a_guest_taken_over_by_force_runs_at_one_site_whatever_restarts() {
     assert!(pair.west.target("web").active.is_some());
     whole(&console);
     pair.west.cli(&["failover", "web"]).bad("runs here already");
-    let qemu = pair.west.target("web").active.unwrap().pid;
+    let qemu = pair.west.target("web").active.unwrap().pid.unwrap();
     assert!(pair.west.terminate());
     // What it reads and has not yet is waited for; it is there, and goes on below.
     assert!(Path::new(&format!("/proc/{qemu}/exe")).exists());

@@ -253,10 +253,10 @@ impl TestSite {
 
     /// The console of a guest that was taken over here.
     pub fn console_of(active: &ActiveView) -> Console {
-        let qmp = Path::new(&active.qmp);
+        let paths = active.console.clone().expect("it has a console");
         Console {
-            log: qmp.with_file_name("console.log"),
-            socket: qmp.with_file_name("console.sock"),
+            log: paths.log,
+            socket: paths.socket,
         }
     }
 }

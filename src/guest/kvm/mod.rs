@@ -21,6 +21,7 @@ pub mod facts;
 pub mod gate;
 pub mod machine;
 pub mod needs;
+pub mod proof;
 pub mod protected;
 pub mod state;
 

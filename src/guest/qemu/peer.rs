@@ -31,10 +31,26 @@ pub struct PeerFacts {
     pub files: Vec<HostFile>,
     /// The largest socket buffer that a program may ask for: receive, send.
     pub socket_buffers: (u64, u64),
+    /// What stops an embedded guest there, by the word of the peer's own builder.
+    #[serde(default)]
+    pub findings: Vec<Finding>,
 }
 
-/// Gathers the facts of this host for a guest. Nothing here fails: what cannot
-/// be found out counts as absent. `program` is this site's own QEMU; the
+/// What this host has, whatever the hypervisor. Nothing here fails: what
+/// cannot be found out counts as absent.
+pub fn host_facts(ram: &Path, store: &Path) -> PeerFacts {
+    PeerFacts {
+        ram_directory: (ram.display().to_string(), bytes_free(ram)),
+        store_directory: (store.display().to_string(), bytes_free(store)),
+        memory_available: memory_available(
+            &std::fs::read_to_string("/proc/meminfo").unwrap_or_default(),
+        ),
+        socket_buffers: socket_buffers(),
+        ..PeerFacts::default()
+    }
+}
+
+/// Gathers the facts of this host for a QEMU guest, as [`host_facts`]. `program` is this site's own QEMU; the
 /// definition comes from the other site, which must not choose what runs here.
 pub fn peer_facts(program: &Path, definition: &Definition, ram: &Path, store: &Path) -> PeerFacts {
     let version = output(program, &["--version"]);
@@ -48,17 +64,12 @@ pub fn peer_facts(program: &Path, definition: &Definition, ram: &Path, store: &P
             .open("/dev/kvm")
             .is_ok(),
         qemu_img: !output(Path::new("qemu-img"), &["--version"]).is_empty(),
-        ram_directory: (ram.display().to_string(), bytes_free(ram)),
-        store_directory: (store.display().to_string(), bytes_free(store)),
-        memory_available: memory_available(
-            &std::fs::read_to_string("/proc/meminfo").unwrap_or_default(),
-        ),
         files: definition
             .files
             .iter()
             .filter_map(|file| HostFile::read(&file.path).ok())
             .collect(),
-        socket_buffers: socket_buffers(),
+        ..host_facts(ram, store)
     }
 }
 
@@ -220,36 +231,14 @@ pub fn check_peer(definition: &Definition, peer: &PeerFacts, stored: u64) -> Vec
     if definition.kvm && !peer.kvm {
         found.push(Finding::blocks("peer-kvm", "the guest runs by KVM, and /dev/kvm cannot be opened at the peer", "at the peer: switch on virtualisation in the firmware, modprobe kvm_intel or kvm_amd, and run farhaven as root or in group kvm"));
     }
-    let ram: u64 = definition
-        .ram
-        .iter()
-        .fold(0, |sum, block| sum.saturating_add(block.bytes));
-    let ram = ram.max(definition.ram_bytes);
-    let (directory, free) = &peer.ram_directory;
-    if *free < ram {
-        found.push(Finding::blocks("peer-ram-room", format!("the guest's RAM file takes {ram} bytes, and {directory} at the peer has {free} free"), format!("free memory there, enlarge it (mount -o remount,size={} /dev/shm), or set another RAM directory", ram.saturating_mul(2))));
-    }
-    if peer.memory_available < ram {
-        found.push(Finding::blocks(
-            "peer-memory",
-            format!(
-                "the guest needs {ram} bytes of memory, and the peer has {} available",
-                peer.memory_available
-            ),
-            "free memory there, or choose another peer",
-        ));
-    }
-    let disks: u64 = definition
-        .disks
-        .iter()
-        .fold(0, |sum, disk| sum.saturating_add(disk.bytes));
-    let (directory, free) = &peer.store_directory;
-    let needed = disks.saturating_add(ram).saturating_sub(stored);
-    if *free < needed / 10 {
-        found.push(Finding::blocks("peer-store-room", format!("the guest has {disks} bytes of disks and {ram} of RAM, and {directory} at the peer has {free} free"), format!("free at least {} bytes there, or set another store directory", needed / 10)));
-    } else if *free < needed {
-        found.push(Finding::warns("peer-store-tight", format!("the guest has up to {needed} bytes to store, and {directory} at the peer has {free} free; it suffices only if the guest's disks are mostly empty or compress well"), "give the store more room"));
-    }
+    let ram = (definition.ram.iter()).fold(0, |sum: u64, block| sum.saturating_add(block.bytes));
+    let disks = (definition.disks.iter()).fold(0, |sum: u64, disk| sum.saturating_add(disk.bytes));
+    found.extend(check_room(
+        ram.max(definition.ram_bytes),
+        disks,
+        peer,
+        stored,
+    ));
     for file in &definition.files {
         let path = file.path.display();
         match peer.files.iter().find(|there| there.path == file.path) {
@@ -281,6 +270,34 @@ pub fn check_peer(definition: &Definition, peer: &PeerFacts, stored: u64) -> Vec
         found.push(Finding::warns("peer-net", format!("network {} is {}: the peer must have the like", net.id, net.value), format!("name the peer's network for it: net.{} = \"tap,ifname=…,script=no\" in the peer's configuration", net.id)));
     }
     found.sort_by_key(|finding| finding.severity);
+    found
+}
+
+/// Has the peer room for a guest of so many bytes of RAM and disks? `stored`
+/// is how many bytes of it its store holds already.
+pub fn check_room(ram: u64, disks: u64, peer: &PeerFacts, stored: u64) -> Vec<Finding> {
+    let mut found = Vec::new();
+    let (directory, free) = &peer.ram_directory;
+    if *free < ram {
+        found.push(Finding::blocks("peer-ram-room", format!("the guest's RAM file takes {ram} bytes, and {directory} at the peer has {free} free"), format!("free memory there, enlarge it (mount -o remount,size={} /dev/shm), or set another RAM directory", ram.saturating_mul(2))));
+    }
+    if peer.memory_available < ram {
+        found.push(Finding::blocks(
+            "peer-memory",
+            format!(
+                "the guest needs {ram} bytes of memory, and the peer has {} available",
+                peer.memory_available
+            ),
+            "free memory there, or choose another peer",
+        ));
+    }
+    let (directory, free) = &peer.store_directory;
+    let needed = disks.saturating_add(ram).saturating_sub(stored);
+    if *free < needed / 10 {
+        found.push(Finding::blocks("peer-store-room", format!("the guest has {disks} bytes of disks and {ram} of RAM, and {directory} at the peer has {free} free"), format!("free at least {} bytes there, or set another store directory", needed / 10)));
+    } else if *free < needed {
+        found.push(Finding::warns("peer-store-tight", format!("the guest has up to {needed} bytes to store, and {directory} at the peer has {free} free; it suffices only if the guest's disks are mostly empty or compress well"), "give the store more room"));
+    }
     found
 }
 

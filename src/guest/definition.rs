@@ -1,0 +1,263 @@
+//! How to build a guest elsewhere, whatever its hypervisor.
+//!
+//! A source tells it with the guest, every recovery point carries it, and a
+//! peer builds the machine from it. Written externally tagged, by the
+//! hypervisor's name: `{"qemu": {…}}` or `{"embedded": {…}}`. Points and
+//! catalogues of before embedded guests hold QEMU's definition without a tag;
+//! those are read, too.
+
+use serde::{Deserialize, Serialize};
+
+use super::{embedded, qemu};
+
+/// Most blocks of memory, and most disks, of one guest.
+const MOST_PARTS: usize = 254;
+
+/// No block of memory or disk is larger.
+const LARGEST: u64 = 1 << 50;
+
+/// A guest as it is built anew, wherever.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", from = "Written")]
+pub enum Definition {
+    /// A QEMU: its command line.
+    Qemu(qemu::definition::Definition),
+    /// A monitor in the daemon's process: what its builder needs.
+    Embedded(embedded::Definition),
+}
+
+/// What is read: also a definition of before there was a choice.
+#[derive(Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Written {
+    Qemu(qemu::definition::Definition),
+    Embedded(embedded::Definition),
+    #[serde(untagged)]
+    Bare(qemu::definition::Definition),
+}
+
+impl From<Written> for Definition {
+    fn from(written: Written) -> Self {
+        match written {
+            Written::Qemu(definition) | Written::Bare(definition) => Self::Qemu(definition),
+            Written::Embedded(definition) => Self::Embedded(definition),
+        }
+    }
+}
+
+impl From<qemu::definition::Definition> for Definition {
+    fn from(definition: qemu::definition::Definition) -> Self {
+        Self::Qemu(definition)
+    }
+}
+
+impl From<embedded::Definition> for Definition {
+    fn from(definition: embedded::Definition) -> Self {
+        Self::Embedded(definition)
+    }
+}
+
+impl Definition {
+    /// Who builds it: `qemu`, or the embedded guest's kind.
+    pub fn kind(&self) -> &str {
+        match self {
+            Self::Qemu(_) => "qemu",
+            Self::Embedded(definition) => &definition.kind,
+        }
+    }
+
+    /// Does its monitor live in a daemon's process, and end with it?
+    pub fn is_embedded(&self) -> bool {
+        matches!(self, Self::Embedded(_))
+    }
+
+    /// Blocks of memory: name and bytes.
+    pub fn ram(&self) -> Vec<(&str, u64)> {
+        match self {
+            Self::Qemu(definition) => {
+                let ram = definition.ram.iter();
+                ram.map(|block| (block.id.as_str(), block.bytes)).collect()
+            }
+            Self::Embedded(definition) => pairs(&definition.ram),
+        }
+    }
+
+    /// Disks: name and bytes.
+    pub fn disks(&self) -> Vec<(&str, u64)> {
+        match self {
+            Self::Qemu(definition) => {
+                let disks = definition.disks.iter();
+                disks.map(|disk| (disk.name.as_str(), disk.bytes)).collect()
+            }
+            Self::Embedded(definition) => pairs(&definition.disks),
+        }
+    }
+
+    /// Bytes of memory that the guest takes.
+    pub fn ram_bytes(&self) -> u64 {
+        let blocks = self.ram();
+        let sum = blocks
+            .iter()
+            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+        match self {
+            Self::Qemu(definition) => sum.max(definition.ram_bytes),
+            Self::Embedded(_) => sum,
+        }
+    }
+
+    /// What it is, for people: a line each.
+    pub fn summary(&self) -> Vec<String> {
+        match self {
+            Self::Qemu(definition) => definition.summary(),
+            Self::Embedded(definition) => definition.summary(),
+        }
+    }
+
+    /// What no honest peer tells: such a definition is not worked with. What
+    /// its builder makes of [`embedded::Definition::config`] the builder checks.
+    pub fn unsound(&self) -> Option<&'static str> {
+        match self {
+            // Checked where it becomes a command line.
+            Self::Qemu(_) => None,
+            Self::Embedded(definition) => definition.unsound(),
+        }
+    }
+}
+
+fn pairs(parts: &[(String, u64)]) -> Vec<(&str, u64)> {
+    parts
+        .iter()
+        .map(|(name, bytes)| (name.as_str(), *bytes))
+        .collect()
+}
+
+impl embedded::Definition {
+    /// What it is, for people: a line each.
+    pub fn summary(&self) -> Vec<String> {
+        let mib = |bytes: u64| format!("{} MiB", bytes >> 20);
+        let ram = self
+            .ram
+            .iter()
+            .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
+        let mut lines = vec![format!(
+            "{} guest inside of a daemon, {} vCPU, {} of RAM",
+            self.kind,
+            self.vcpus,
+            mib(ram)
+        )];
+        let parts = |what: &'static str, parts: &[(String, u64)]| {
+            let told = |(name, bytes): &(String, u64)| format!("{what}  {name}: {}", mib(*bytes));
+            parts.iter().map(told).collect::<Vec<_>>()
+        };
+        lines.extend(parts("RAM ", &self.ram));
+        lines.extend(parts("disk", &self.disks));
+        lines
+    }
+
+    fn unsound(&self) -> Option<&'static str> {
+        const UNIT: u64 = 4096;
+        let twice = |parts: &[(String, u64)]| {
+            let mut names: Vec<_> = parts.iter().map(|(name, _)| name).collect();
+            names.sort();
+            names.windows(2).any(|pair| pair[0] == pair[1])
+        };
+        let all = || self.ram.iter().chain(&self.disks);
+        if self.config.len() > embedded::MOST_CONFIG {
+            return Some("the guest's machine configuration is over the limit");
+        }
+        if self.kind.is_empty() || self.kind.len() > 63 {
+            return Some("that is no name for a kind of guest");
+        }
+        if self.ram.len() + self.disks.len() > MOST_PARTS {
+            return Some("the guest has too many blocks of memory and disks");
+        }
+        if all().any(|(name, bytes)| name.len() > 255 || *bytes == 0 || *bytes > LARGEST) {
+            return Some("a block of memory or a disk has no workable name or size");
+        }
+        if self.ram.iter().any(|(_, bytes)| bytes % UNIT != 0) {
+            return Some("a block of memory is no whole number of 4 KiB pages");
+        }
+        if self.ram.is_empty() || twice(&self.ram) || twice(&self.disks) {
+            return Some("the guest has no memory, or two parts of one name");
+        }
+        None
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn embedded() -> embedded::Definition {
+        embedded::Definition {
+            kind: "sim".to_owned(),
+            vcpus: 1,
+            ram: vec![("ram".to_owned(), 1 << 20)],
+            disks: vec![("disk".to_owned(), 4096)],
+            config: vec![1, 2, 3],
+        }
+    }
+
+    fn qemu() -> qemu::definition::Definition {
+        qemu::definition::Definition {
+            program: "qemu-system-x86_64".to_owned(),
+            qemu: (7, 2, 0),
+            machine: "pc-q35-7.2".to_owned(),
+            machine_alias: None,
+            kvm: false,
+            cpu: None,
+            vcpus: 1,
+            ram_bytes: 1 << 20,
+            ram: Vec::new(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            files: Vec::new(),
+            arguments: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn both_kinds_come_back_from_json_and_cbor() {
+        for definition in [Definition::from(embedded()), Definition::from(qemu())] {
+            let json = serde_json::to_string(&definition).unwrap();
+            let back: Definition = serde_json::from_str(&json).unwrap();
+            assert_eq!(back, definition);
+            let mut cbor = Vec::new();
+            ciborium::into_writer(&definition, &mut cbor).unwrap();
+            let back: Definition = ciborium::from_reader(cbor.as_slice()).unwrap();
+            assert_eq!(back, definition);
+        }
+    }
+
+    #[test]
+    fn what_was_written_without_a_tag_is_qemu_s() {
+        let mut cbor = Vec::new();
+        ciborium::into_writer(&qemu(), &mut cbor).unwrap();
+        let back: Definition = ciborium::from_reader(cbor.as_slice()).unwrap();
+        assert_eq!(back, Definition::from(qemu()));
+        let back: Definition =
+            serde_json::from_str(&serde_json::to_string(&qemu()).unwrap()).unwrap();
+        assert_eq!(back.kind(), "qemu");
+        assert!(serde_json::from_str::<Definition>("{\"xen\": {}}").is_err());
+    }
+
+    #[test]
+    fn a_peer_s_nonsense_is_named() {
+        assert_eq!(embedded().unsound(), None);
+        let spoilt: [fn(&mut embedded::Definition); 8] = [
+            |d| d.kind.clear(),
+            |d| d.ram.clear(),
+            |d| d.ram[0].1 = 4097,
+            |d| d.ram[0].1 = 0,
+            |d| d.disks[0].1 = u64::MAX,
+            |d| d.ram.push(("ram".to_owned(), 4096)),
+            |d| d.config = vec![0; embedded::MOST_CONFIG + 1],
+            |d| d.disks = vec![("x".to_owned(), 1); 300],
+        ];
+        for spoil in spoilt {
+            let mut definition = embedded();
+            spoil(&mut definition);
+            assert!(Definition::from(definition).unsound().is_some());
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! A guest that ran here before a restart of this daemon: a QEMU lives on by
+//! itself and is found again; a guest inside of the daemon ended with it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use farhaven_storage_sync::catalogue::Table;
+
+use super::promote::ActivateError;
+use super::records::Activation;
+use super::standby::{Standby, ground, step};
+use crate::activate::place::Ready;
+
+/// A QEMU that did not answer after a restart is asked again after this time.
+const FIND: Duration = Duration::from_secs(2);
+
+impl Standby {
+    /// After a daemon's restart: serves and watches a guest that runs here.
+    pub(super) async fn adopt(
+        self: &Arc<Self>,
+        activation: Activation,
+    ) -> Result<(), ActivateError> {
+        let mut state = self.state.lock().await;
+        state.unwatched = Some(activation.clone());
+        self.see(|s| s.active = Some(activation.clone()));
+        let site = self.site()?;
+        let (replica, context) = self.open(activation.point)?;
+        let embedded = context.definition.is_embedded();
+        let found = {
+            let (site, guest) = (site.clone(), self.guest);
+            let (hydrated, ran) = (activation.hydrated, activation.running);
+            let run = activation.directory().to_owned();
+            step(move || {
+                let mut ground = ground(&site, guest, 0);
+                ground.run = run;
+                let found = Ready::adopt(&ground, &replica, &context.definition, hydrated)?;
+                match found {
+                    // This daemon ended before the guest was let go: it never ran.
+                    Some(ready) if !ran && !ready.runs()? => {
+                        ready.discard();
+                        Ok(None)
+                    }
+                    found => Ok::<_, ActivateError>(found),
+                }
+            })
+            .await??
+        };
+        state.unwatched = None;
+        let fenced = site.fence.may_run(self.guest, site.key()).is_err();
+        let why = match (found, fenced) {
+            (Some(ready), false) => {
+                let mut activation = activation;
+                activation.running = true;
+                site.keep_activation(&activation)?;
+                let ready = Arc::new(ready);
+                let hydrated = activation.hydrated;
+                self.see(|s| {
+                    s.active = Some(activation.clone());
+                    s.trouble.clear();
+                });
+                state.active = Some((activation, ready.clone()));
+                if !hydrated {
+                    tokio::spawn(self.clone().hydrate(ready));
+                }
+                return Ok(());
+            }
+            // A newer term was heard, and this daemon ended before it had obeyed.
+            (Some(ready), true) => {
+                if let Err(error) = step(move || ready.stop()).await.and_then(|done| done) {
+                    state.unwatched = Some(activation);
+                    return Err(error);
+                }
+                "fenced: it runs elsewhere under a newer term; it was stopped here and is kept as evidence"
+            }
+            (None, true) => "fenced: it ran here under an older term",
+            (None, false) if activation.running && embedded => {
+                "it ran inside this daemon and ended with it; take it over again from a point: farhaven failover"
+            }
+            (None, false) if activation.running => {
+                "it was taken over here before, and its QEMU has ended; take it over again from a point: farhaven failover"
+            }
+            (None, false) => {
+                "it was being taken over when this site was stopped, and never ran; it can be taken over again"
+            }
+        };
+        self.see(|s| {
+            s.active = None;
+            s.trouble = why.to_owned();
+        });
+        self.leave_evidence(&mut state, &site);
+        Ok(())
+    }
+
+    /// As [`Standby::adopt`]; what does not answer is asked again until it does.
+    pub(super) async fn find_again(self: &Arc<Self>, activation: Activation) {
+        let Err(error) = self.adopt(activation.clone()).await else {
+            return;
+        };
+        tracing::error!(guest = %self.name(), %error, "what runs here cannot be watched yet");
+        self.see(|s| s.trouble = format!("what runs here cannot be watched yet: {error}"));
+        let standby = self.clone();
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(FIND).await;
+                if standby.adopt(activation.clone()).await.is_ok() {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// It does not run here any more.
+    pub(super) fn forget_activation(
+        &self,
+        site: &Arc<super::Site>,
+    ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
+        super::rebuild::drop_activation_notes(site, self.guest);
+        site.catalogue
+            .remove(Table::Activations, &self.guest.to_string())?;
+        site.catalogue.flush()
+    }
+}

@@ -1,0 +1,325 @@
+//! A monitor as its author would write it: a guest that counts. Step `n`
+//! writes `n` into page `n % PAGES` of its memory, then into block
+//! `n % BLOCKS` of its disk; `n` itself is its device state. So memory, disk
+//! and state of different instants, or a lost write, are seen at once.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex};
+use std::time::Duration;
+
+use farhaven::activate::hydrate::Hydration;
+use farhaven::activate::machine::{BuildPlan, Builder, Machine, MachineError};
+use farhaven::activate::nbd::BlockSource;
+use farhaven::guest::embedded::disk::TrackedDisk;
+use farhaven::guest::embedded::{Bitmap, Definition, RamBlock, SharedVmm, Vmm, VmmError};
+use farhaven::guest::qemu::check::Finding;
+
+pub const PAGES: u64 = 64;
+pub const BLOCKS: u64 = 48;
+const PAGE: u64 = 4096;
+pub const KIND: &str = "counter";
+
+struct Inner {
+    n: u64,
+    /// `None`: ended.
+    running: Option<bool>,
+    dirty: Bitmap,
+    /// The first thing that was not as it must be.
+    bad: Option<String>,
+}
+
+struct Shared {
+    inner: Mutex<Inner>,
+    turned: Condvar,
+    ram: File,
+    disk: Arc<TrackedDisk>,
+}
+
+impl Shared {
+    fn page(&self, page: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.ram.read_exact_at(&mut bytes, page * PAGE).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    fn block(&self, block: u64) -> u64 {
+        let mut bytes = [0; 8];
+        self.disk.read(block * PAGE, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    /// What a slot of `slots` holds after step `n`.
+    fn owed(n: u64, slot: u64, slots: u64) -> u64 {
+        match n {
+            n if n < slot => 0,
+            n => n - (n - slot) % slots,
+        }
+    }
+
+    fn check(&self, n: u64) -> Option<String> {
+        let page = (0..PAGES).find(|p| self.page(*p) != Self::owed(n, *p, PAGES));
+        let block = (0..BLOCKS).find(|b| self.block(*b) != Self::owed(n, *b, BLOCKS));
+        match (page, block) {
+            (None, None) => None,
+            wrong => Some(format!("at step {n}: page, block {wrong:?}")),
+        }
+    }
+
+    fn work(&self) {
+        loop {
+            let mut inner = self.inner.lock().unwrap();
+            while inner.running == Some(false) {
+                inner = self.turned.wait(inner).unwrap();
+            }
+            if inner.running.is_none() {
+                return;
+            }
+            let n = inner.n + 1;
+            let page = n % PAGES;
+            let block = n % BLOCKS;
+            if self.page(page) != Self::owed(n - 1, page, PAGES)
+                || self.block(block) != Self::owed(n - 1, block, BLOCKS)
+            {
+                inner.bad.get_or_insert(format!("found at step {n}"));
+            }
+            self.ram
+                .write_all_at(&n.to_le_bytes(), page * PAGE)
+                .unwrap();
+            inner.dirty.set(page);
+            self.disk.write(block * PAGE, &n.to_le_bytes()).unwrap();
+            inner.n = n;
+            drop(inner);
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// The monitor.
+pub struct Counter {
+    shared: Arc<Shared>,
+    ram: [RamBlock; 1],
+    disks: [Arc<TrackedDisk>; 1],
+}
+
+impl Counter {
+    fn new(ram: &Path, disk: Arc<TrackedDisk>, running: bool) -> Self {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(ram);
+        let file = file.unwrap();
+        file.set_len(PAGES * PAGE).unwrap();
+        let shared = Arc::new(Shared {
+            inner: Mutex::new(Inner {
+                n: 0,
+                running: Some(running),
+                dirty: Bitmap::none(PAGES),
+                bad: None,
+            }),
+            turned: Condvar::new(),
+            ram: file,
+            disk: disk.clone(),
+        });
+        let worker = shared.clone();
+        std::thread::spawn(move || worker.work());
+        Self {
+            shared,
+            ram: [RamBlock {
+                name: "ram".to_owned(),
+                bytes: PAGES * PAGE,
+            }],
+            disks: [disk],
+        }
+    }
+
+    /// A guest that counts from 1, in a directory.
+    pub fn start(directory: &Path) -> (Arc<Mutex<Self>>, Definition) {
+        std::fs::create_dir_all(directory).unwrap();
+        let disk = TrackedDisk::open("disk", &directory.join("disk.img"), BLOCKS * PAGE);
+        let counter = Self::new(&directory.join("ram"), disk.unwrap(), true);
+        (Arc::new(Mutex::new(counter)), definition())
+    }
+
+    /// How far it is.
+    pub fn count(&self) -> u64 {
+        self.shared.inner.lock().unwrap().n
+    }
+
+    /// What it found wrong with itself, all of it looked at now.
+    pub fn fault(&self) -> Option<String> {
+        let inner = self.shared.inner.lock().unwrap();
+        inner.bad.clone().or_else(|| self.shared.check(inner.n))
+    }
+
+    fn turn(&self, to: Option<bool>) {
+        let mut inner = self.shared.inner.lock().unwrap();
+        if inner.running.is_some() {
+            inner.running = to;
+        }
+        self.shared.turned.notify_all();
+    }
+}
+
+impl Drop for Counter {
+    fn drop(&mut self) {
+        self.turn(None);
+    }
+}
+
+pub fn definition() -> Definition {
+    Definition {
+        kind: KIND.to_owned(),
+        vcpus: 1,
+        ram: vec![("ram".to_owned(), PAGES * PAGE)],
+        disks: vec![("disk".to_owned(), BLOCKS * PAGE)],
+        config: b"counts".to_vec(),
+    }
+}
+
+impl Vmm for Counter {
+    fn ram(&self) -> &[RamBlock] {
+        &self.ram
+    }
+
+    fn disks(&self) -> &[Arc<TrackedDisk>] {
+        &self.disks
+    }
+
+    fn pause(&mut self) -> Result<(), VmmError> {
+        self.turn(Some(false));
+        Ok(())
+    }
+
+    fn resume(&mut self) -> Result<(), VmmError> {
+        self.turn(Some(true));
+        Ok(())
+    }
+
+    fn running(&self) -> Option<bool> {
+        self.shared.inner.lock().unwrap().running
+    }
+
+    fn ended_because(&self) -> String {
+        "it was told to".to_owned()
+    }
+
+    fn dirty(&mut self, _block: usize) -> Result<Bitmap, VmmError> {
+        let mut inner = self.shared.inner.lock().unwrap();
+        Ok(std::mem::replace(&mut inner.dirty, Bitmap::none(PAGES)))
+    }
+
+    fn read_ram(&self, _block: usize, offset: u64, into: &mut [u8]) -> Result<(), VmmError> {
+        let read = self.shared.ram.read_exact_at(into, offset);
+        read.map_err(|source| VmmError::Io {
+            what: "reading memory".to_owned(),
+            source,
+        })
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, VmmError> {
+        Ok(self.count().to_le_bytes().to_vec())
+    }
+
+    fn throttle(&mut self, _percent: u8) -> Result<(), VmmError> {
+        Ok(())
+    }
+
+    fn end(&mut self) {
+        self.turn(None);
+    }
+}
+
+/// Builds it at the peer, and keeps hold of what it built.
+#[derive(Default, Clone)]
+pub struct CounterBuilder {
+    pub built: Arc<Mutex<Vec<Arc<Mutex<Counter>>>>>,
+}
+
+impl CounterBuilder {
+    /// The newest that it built.
+    pub fn newest(&self) -> Arc<Mutex<Counter>> {
+        self.built.lock().unwrap().last().cloned().unwrap()
+    }
+}
+
+struct CounterMachine {
+    counter: Arc<Mutex<Counter>>,
+    disk: Arc<TrackedDisk>,
+}
+
+impl Builder for CounterBuilder {
+    fn build(&self, plan: BuildPlan<'_>) -> Result<Box<dyn Machine>, MachineError> {
+        let failed = |e: std::io::Error| MachineError::Other(e.to_string());
+        let image: PathBuf = plan.run.join("disk.img");
+        let disk = TrackedDisk::above("disk", &image, plan.disks[0].clone()).map_err(failed)?;
+        let counter = Counter::new(&plan.ram[0], disk.clone(), false);
+        let counter = Arc::new(Mutex::new(counter));
+        self.built.lock().unwrap().push(counter.clone());
+        Ok(Box::new(CounterMachine { counter, disk }))
+    }
+
+    fn check(&self, definition: &Definition) -> Vec<Finding> {
+        if definition.config == b"counts" {
+            return Vec::new();
+        }
+        vec![Finding::blocks(
+            "peer-counter",
+            "it cannot count",
+            "teach it",
+        )]
+    }
+}
+
+impl Machine for CounterMachine {
+    fn serve(&mut self, disks: Vec<Arc<dyn BlockSource>>) -> Result<(), MachineError> {
+        for below in disks {
+            let replaced = self.disk.replace_below(below);
+            replaced.map_err(|e| MachineError::Other(e.to_string()))?;
+        }
+        Ok(())
+    }
+
+    fn restore(&mut self, device_state: &[u8]) -> Result<(), MachineError> {
+        let state = device_state.try_into();
+        let state = state.map_err(|_| MachineError::Other("no number".to_owned()))?;
+        self.counter.lock().unwrap().shared.inner.lock().unwrap().n = u64::from_le_bytes(state);
+        Ok(())
+    }
+
+    fn run(&mut self) -> Result<(), MachineError> {
+        Ok(self.counter.lock().unwrap().resume()?)
+    }
+
+    fn announce(&mut self) -> Result<(), MachineError> {
+        Ok(())
+    }
+
+    fn hydrate(&mut self, bytes_per_second: u64) -> Result<(), MachineError> {
+        let begun = self.disk.hydrate(bytes_per_second);
+        begun.map_err(|e| MachineError::Other(e.to_string()))
+    }
+
+    fn hydration(&mut self) -> Result<Vec<Hydration>, MachineError> {
+        Ok(vec![self.disk.hydration()])
+    }
+
+    fn stop(&mut self) -> Result<(), MachineError> {
+        Ok(self.counter.lock().unwrap().pause()?)
+    }
+
+    fn is_running(&mut self) -> Result<bool, MachineError> {
+        Ok(self.counter.lock().unwrap().running() == Some(true))
+    }
+
+    fn kill(self: Box<Self>) {
+        self.counter.lock().unwrap().end();
+    }
+
+    fn vmm(&self) -> Option<SharedVmm> {
+        Some(self.counter.clone())
+    }
+}
