@@ -10,7 +10,7 @@ use std::path::Path;
 use farhaven::guest::qemu::check::{Finding, Severity, check};
 use farhaven::guest::qemu::definition::{Definition, HostFile, RamBlock};
 use farhaven::guest::qemu::facts::{BlockFact, Facts};
-use farhaven::guest::qemu::instantiate::{Backing, InstantiateError};
+use farhaven::guest::qemu::instantiate::InstantiateError;
 use farhaven::guest::qemu::options;
 use farhaven::guest::qemu::peer::{PeerFacts, check_peer};
 use support::place::place;

@@ -33,6 +33,8 @@ pub struct Embedded {
     /// Least work that shows that it goes on.
     pub some: Work,
     pub calls: Arc<AtomicI64>,
+    /// Panics unless memory and disks are of one instant.
+    pub judge: fn(&[Vec<u8>]),
 }
 
 /// Where a guest's console is.
@@ -96,8 +98,9 @@ impl Subject for Embedded {
         content
     }
 
-    /// Only the guest knows: see [`Subject::goes_on_elsewhere`].
-    fn assert_one_instant(&self, _: &[Vec<u8>]) {}
+    fn assert_one_instant(&self, volumes: &[Vec<u8>]) {
+        (self.judge)(volumes);
+    }
 
     fn goes_on_elsewhere(&self, volumes: &[Vec<u8>], device_state: &[u8]) {
         let there = tempfile::Builder::new().prefix("fh").tempdir().unwrap();
@@ -143,7 +146,12 @@ impl Subject for Embedded {
         assert_eq!((check.memory.as_str(), check.disk.as_str()), ("ok", "ok"));
         assert!(check.pages > 0 && check.blocks > 0, "{check:?}");
         let begun = Instant::now();
-        while !machine.hydration().unwrap().iter().all(|h| h.state == HydrationState::Done) {
+        while !machine
+            .hydration()
+            .unwrap()
+            .iter()
+            .all(|h| h.state == HydrationState::Done)
+        {
             assert!(begun.elapsed() < PATIENCE, "its disks are not copied");
             std::thread::sleep(Duration::from_millis(10));
         }

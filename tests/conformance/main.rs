@@ -8,6 +8,7 @@ mod busy_guest;
 #[path = "../support/mod.rs"]
 mod support;
 
+mod embedded;
 mod faults;
 mod properties;
 mod proxy;
@@ -43,4 +44,6 @@ macro_rules! conforms {
     };
 }
 
+mod kvm;
 mod qemu;
+mod sim;

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicI64;
 use farhaven::guest::sim::{SimBuilder, SimGuest, SimOptions, Workload};
 
 use crate::embedded::{Embedded, console};
-use crate::subject::Work;
+use crate::subject::{PATIENCE, Work};
 
 fn start() -> Option<Embedded> {
     let dir = tempfile::Builder::new().prefix("fh").tempdir().unwrap();
@@ -24,17 +24,21 @@ fn start() -> Option<Embedded> {
         ram: dir.path().join("sim.ram"),
     })
     .expect("starts");
+    let console = console(&run);
+    console.await_beat(2, PATIENCE);
     Some(Embedded {
         vmm,
         definition,
         builder: Arc::new(SimBuilder),
-        console: console(&run),
+        console,
         dir,
         some: Work {
             memory: 60,
             disk: 20,
         },
         calls: Arc::new(AtomicI64::new(i64::MAX)),
+        // Only the guest knows, when it checks itself elsewhere.
+        judge: |_| {},
     })
 }
 

@@ -158,7 +158,7 @@ impl Console {
                     disk: text("disk"),
                     pages: count("pages"),
                     blocks: count("blocks"),
-                    files: count("files"),
+                    files: number(line, "files").unwrap_or(0),
                 };
             }
             assert!(

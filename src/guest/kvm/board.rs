@@ -163,7 +163,12 @@ impl Board {
             }
             return Asked::Nothing;
         }
-        for value in data.as_chunks::<4>().0.iter().map(|four| u32::from_le_bytes(*four)) {
+        for value in data
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|four| u32::from_le_bytes(*four))
+        {
             match port {
                 0x600 => devices.registers.block = value,
                 0x604 => devices.registers.buffer = value,
@@ -297,7 +302,17 @@ impl DeviceState for Board {
                 saved.version
             )));
         }
-        let [low, high, enable, identification, line, status, modem, lines, scratch] = saved.serial;
+        let [
+            low,
+            high,
+            enable,
+            identification,
+            line,
+            status,
+            modem,
+            lines,
+            scratch,
+        ] = saved.serial;
         let state = SerialState {
             baud_divisor_low: low,
             baud_divisor_high: high,

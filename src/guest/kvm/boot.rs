@@ -60,9 +60,7 @@ pub(super) fn load(memory: &TrackedMemory, bytes: u64, program: &[u8]) -> Result
     };
     const PRESENT_WRITABLE: u64 = 3;
     const LARGE: u64 = 0x80;
-    let end = layout(bytes)
-        .last()
-        .map_or(0, |(at, length)| at + length);
+    let end = layout(bytes).last().map_or(0, |(at, length)| at + length);
     let entry = |at: u64| (at | PRESENT_WRITABLE).to_le_bytes();
     write(TOP_TABLE_AT, &entry(GIB_TABLE_AT))?;
     for gib in 0..end.div_ceil(GIB) {

@@ -35,9 +35,7 @@ pub(super) fn of(vm: &VmFd) -> Chips {
 /// Takes all of it into a state.
 pub(super) fn save(vm: &VmFd, has: Chips, state: &mut State) -> Result<(), VmmError> {
     let part = |what: String| {
-        move |error| {
-            kvm_error(what, error, "the VM's state cannot be read on this host")
-        }
+        move |error| kvm_error(what, error, "the VM's state cannot be read on this host")
     };
     if has.irqchip {
         for (chip_id, name) in CHIPS {
@@ -73,10 +71,20 @@ pub(super) fn clock(vm: &VmFd) -> Result<kvm_clock_data, VmmError> {
 /// Gives all of it to a VM whose vCPUs have their state.
 pub(super) fn restore(vm: &VmFd, has: Chips, state: &State) -> Result<(), VmmError> {
     let refused = |what: String| {
-        move |error| kvm_error(what, error, "this host's KVM refuses that part of the guest's state")
+        move |error| {
+            kvm_error(
+                what,
+                error,
+                "this host's KVM refuses that part of the guest's state",
+            )
+        }
     };
     let differ = |what: &str, there: bool| {
-        let (guest, here) = if there { ("has", "not") } else { ("has no", "has one") };
+        let (guest, here) = if there {
+            ("has", "not")
+        } else {
+            ("has no", "has one")
+        };
         VmmError::State(format!(
             "it {guest} {what} in the kernel, this machine {here}; build the machine as at the source"
         ))

@@ -142,8 +142,7 @@ impl TrackedRam {
         let outside = || VmmError::Io {
             what: format!(
                 "reading {length} bytes at {offset:#x} of memory block {:?} of {:#x} bytes",
-                shape.name,
-                shape.bytes
+                shape.name, shape.bytes
             ),
             source: std::io::ErrorKind::UnexpectedEof.into(),
         };

@@ -171,7 +171,13 @@ pub(super) fn assemble(
     check_sizes(&parts)?;
     let kvm = facts::open(Path::new(facts::DEVICE))?;
     let failed = |call: &'static str| {
-        move |error| kvm_error(call, error, "is the host short of memory, or of KVM's limits?")
+        move |error| {
+            kvm_error(
+                call,
+                error,
+                "is the host short of memory, or of KVM's limits?",
+            )
+        }
     };
     let vm = Arc::new(kvm.create_vm().map_err(failed("KVM_CREATE_VM"))?);
     if parts.irqchip {
@@ -291,15 +297,17 @@ fn serve(exit: VcpuExit<'_>, board: &Board) -> Option<String> {
             std::thread::sleep(REST);
             None
         }
-        VcpuExit::Shutdown => Some(
-            "a triple fault: the guest met an exception that it had no handler for".to_owned(),
-        ),
+        VcpuExit::Shutdown => {
+            Some("a triple fault: the guest met an exception that it had no handler for".to_owned())
+        }
         VcpuExit::InternalError => Some(
             "KVM met an instruction or a state that it cannot handle (internal error)".to_owned(),
         ),
         VcpuExit::FailEntry(reason, cpu) => Some(format!(
             "the processor refused to enter the guest (reason {reason:#x} on host CPU {cpu})"
         )),
-        other => Some(format!("an exit that this machine does not know: {other:?}")),
+        other => Some(format!(
+            "an exit that this machine does not know: {other:?}"
+        )),
     }
 }

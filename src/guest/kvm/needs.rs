@@ -88,7 +88,12 @@ pub fn check(needs: &KvmNeeds, here: &KvmFacts) -> Vec<Finding> {
     let (wanted, xsave) = (needs.xsave_bytes as usize, here.xsave_bytes);
     if wanted > 0 && xsave == 0 {
         let what = "the guest's CPU has XSAVE, and this host's KVM does not".to_owned();
-        block(&mut found, "kvm-xsave", what, "use a host with the same CPU");
+        block(
+            &mut found,
+            "kvm-xsave",
+            what,
+            "use a host with the same CPU",
+        );
     } else if wanted > xsave {
         found.push(Finding::warns(
             "kvm-xsave-size",

@@ -163,7 +163,10 @@ impl KvmVmm {
         let stops: Vec<_> = stops.map(|finding| finding.what).collect();
         match stops.is_empty() {
             true => Ok(()),
-            false => Err(VmmError::State(format!("vCPU {index}: {}", stops.join("; ")))),
+            false => Err(VmmError::State(format!(
+                "vCPU {index}: {}",
+                stops.join("; ")
+            ))),
         }
     }
 
@@ -248,7 +251,9 @@ impl Vmm for KvmVmm {
             ));
         }
         let mut state = self.take()?;
-        self.stands.get_or_insert_with(|| Time::of(&state)).put(&mut state);
+        self.stands
+            .get_or_insert_with(|| Time::of(&state))
+            .put(&mut state);
         state.devices = self.parts.devices.save()?;
         state.encode()
     }

@@ -122,7 +122,10 @@ mod tests {
             assert!(run >= SHORTEST);
             assert!(run + held <= Duration::from_millis(100), "{percent}");
             let share = held.as_secs_f64() / (run + held).as_secs_f64() * 100.0;
-            assert!((share - f64::from(percent)).abs() < 0.1, "{percent}: {share}");
+            assert!(
+                (share - f64::from(percent)).abs() < 0.1,
+                "{percent}: {share}"
+            );
         }
     }
 }

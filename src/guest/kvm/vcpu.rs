@@ -226,7 +226,11 @@ fn set_frequency(vcpu: &VcpuFd, state: &VcpuState, can: &Abilities) -> Result<()
         return Ok(());
     };
     let here = vcpu.get_tsc_khz().map_err(|error| {
-        kvm_error("KVM_GET_TSC_KHZ", error, "the host's time stamp counter is not stable")
+        kvm_error(
+            "KVM_GET_TSC_KHZ",
+            error,
+            "the host's time stamp counter is not stable",
+        )
     })?;
     if same_frequency(wanted, here) {
         return Ok(());
@@ -254,7 +258,11 @@ pub(super) fn same_frequency(wanted: u32, here: u32) -> bool {
 
 fn save_xsave(vcpu: &VcpuFd, bytes: usize) -> Result<Vec<u8>, kvm_ioctls::Error> {
     let mut area = Vec::with_capacity(bytes);
-    let mut put = |words: &[u32]| words.iter().for_each(|word| area.extend(word.to_ne_bytes()));
+    let mut put = |words: &[u32]| {
+        words
+            .iter()
+            .for_each(|word| area.extend(word.to_ne_bytes()))
+    };
     if bytes > PLAIN_XSAVE {
         let mut xsave = Xsave::new((bytes - PLAIN_XSAVE).div_ceil(4))
             .map_err(|_| kvm_ioctls::Error::new(libc::ENOMEM))?;

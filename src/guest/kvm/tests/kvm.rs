@@ -64,7 +64,11 @@ fn a_saved_guest_is_the_same_elsewhere_and_goes_on_there() {
         let state = guest.vmm.save().unwrap();
         assert_eq!(guest.vmm.save().unwrap(), state, "saved twice");
         let mut twin = guest.twin(shape);
-        assert_eq!(twin.vmm.save().unwrap(), state, "saved where it was restored");
+        assert_eq!(
+            twin.vmm.save().unwrap(),
+            state,
+            "saved where it was restored"
+        );
         let stands = guest.word(2 * MIB);
         assert_eq!(twin.word(2 * MIB), stands);
         twin.vmm.resume().unwrap();
@@ -89,7 +93,10 @@ fn every_written_page_is_told_once_and_no_other() {
         .spin();
     let mut guest = Guest::new(SMALL, &program.0);
     let first = guest.vmm.dirty(0).unwrap();
-    assert!(first.contains(0x100), "the program was loaded by the monitor");
+    assert!(
+        first.contains(0x100),
+        "the program was loaded by the monitor"
+    );
     assert!(first.count() < 10);
     guest.vmm.resume().unwrap();
     guest.paper.wait_for("1");
@@ -97,7 +104,9 @@ fn every_written_page_is_told_once_and_no_other() {
     let pages = guest.vmm.dirty(0).unwrap();
     let runs = |map: &crate::guest::embedded::Bitmap| {
         // Below are page tables, whose accessed bits the processor sets.
-        map.runs(u64::MAX).filter(|run| run.0 >= 0x100).collect::<Vec<_>>()
+        map.runs(u64::MAX)
+            .filter(|run| run.0 >= 0x100)
+            .collect::<Vec<_>>()
     };
     assert_eq!(runs(&pages), [(4 * MIB / 4096, 100)]);
     assert!(guest.vmm.dirty(0).unwrap().is_empty());
