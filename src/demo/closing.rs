@@ -131,6 +131,9 @@ fn rows(report: &Report) -> Vec<Row> {
         ),
         None => {}
     }
+    if let Some(noticed) = report.declared_after_ms {
+        row("Disaster until declared", ms(noticed), None);
+    }
     if let Some(rto) = report.rto_ms {
         let (what, most) = match moved {
             true => ("Command until it ran", TIMES.1),

@@ -68,9 +68,28 @@ fn fits(directory: &Path, what: &str, mend: &str) -> Result<(), String> {
     Ok(())
 }
 
+/// A site that is started again must not fill /dev/shm behind the user's back.
+fn bring_home(site: &Path) -> std::io::Result<()> {
+    let file = site.join("site.toml");
+    let text = std::fs::read_to_string(&file)?;
+    let home = format!("ram_dir = {:?}", site.join("ram").display().to_string());
+    let lines = text
+        .lines()
+        .map(|line| match line.starts_with("ram_dir = ") {
+            true => home.as_str(),
+            false => line,
+        });
+    std::fs::write(&file, lines.collect::<Vec<_>>().join("\n") + "\n")
+}
+
 /// Says what lies where, and how to look at it.
 pub(super) fn tour(directory: &Path) {
     let directory = std::path::absolute(directory).unwrap_or_else(|_| directory.to_owned());
+    for site in ["east", "west"] {
+        if let Err(error) = bring_home(&directory.join(site)) {
+            eprintln!("{}: {error}", directory.join(site).display());
+        }
+    }
     let at = directory.display();
     eprintln!();
     eprintln!("Kept in {at}:");
@@ -103,6 +122,17 @@ pub(super) fn tour(directory: &Path) {
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_kept_site_has_its_memory_files_with_it() {
+        let site = tempfile::tempdir().unwrap();
+        let file = site.path().join("site.toml");
+        std::fs::write(&file, "a = 1\nram_dir = \"/dev/shm/x\"\nb = 2\n").unwrap();
+        bring_home(site.path()).unwrap();
+        let text = std::fs::read_to_string(&file).unwrap();
+        let home = format!("ram_dir = \"{}/ram\"", site.path().display());
+        assert_eq!(text, format!("a = 1\n{home}\nb = 2\n"));
+    }
 
     #[test]
     fn a_kept_directory_is_a_new_or_empty_one_with_a_short_path() {

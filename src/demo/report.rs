@@ -57,8 +57,11 @@ pub struct Report {
     pub pause_without_scan_ms_max: Option<f64>,
     /// RAM looked at, over the time that took, in the median cut (of such a guest).
     pub ram_scan_gb_per_s: Option<f64>,
-    /// What was lost: age of the newest sealed cut when it happened; 0 for a planned move.
+    /// What was lost: age of the newest sealed cut when the guest died; 0 for a planned move.
     pub rpo_ms: Option<f64>,
+    /// From the disaster until the other site was silent long enough for failover
+    /// to be declared.
+    pub declared_after_ms: Option<f64>,
     /// From the declaration (or the command) until the guest ran, by the site's own clock.
     pub rto_ms: Option<f64>,
     /// From the last heartbeat before to the first after, as a reader of the console sees them.

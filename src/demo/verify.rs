@@ -102,6 +102,9 @@ pub(super) async fn verify(
         pause_without_scan_ms_max: scanned.then(|| without_scan(&points)),
         ram_scan_gb_per_s: scanned.then(|| scan_speed(&points)),
         rpo_ms: after.map(|a| a.rpo_ms),
+        declared_after_ms: after
+            .and_then(|a| a.noticed)
+            .map(|noticed| noticed.as_secs_f64() * 1e3),
         rto_ms: after.map(|a| a.rto_ms),
         blackout_ms: after.map(|a| {
             let silence = a.first.at.saturating_duration_since(a.last.at);
@@ -258,6 +261,7 @@ mod tests {
             last: beat(last),
             first: beat(first),
             rpo_ms: 0.0,
+            noticed: None,
             rto_ms: 1.0,
             hand_over_ms: None,
         }

@@ -348,7 +348,7 @@ impl Standby {
         let (ram_bytes, overlay_bytes, removed) = step(move || {
             let (ram, overlays) = (allocated(&places.ram), allocated(&places.run));
             let process = running.ready.pid();
-            running.ready.discard();
+            running.ready.end();
             let mut removed = remove(&places);
             removed.insert(
                 0,
