@@ -4,331 +4,19 @@
 #![allow(clippy::unwrap_used)]
 
 use std::collections::BTreeMap;
-use std::io;
 use std::path::Path;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use rand::rngs::StdRng;
-use rand::{Rng, RngCore, SeedableRng};
+use rand::{Rng, SeedableRng};
 
 use super::*;
-use crate::activate::nbd::BlockSource;
 use crate::guest::SinkError;
-use crate::guest::embedded::RamBlock;
 use crate::guest::embedded::disk::TrackedDisk;
+use model::{Change, Machine, Monitor, Peer, Taker};
 
-/// A guest without vCPUs: whoever holds it writes as if it ran.
-struct Machine {
-    random: StdRng,
-    ram: Vec<Vec<u8>>,
-    dirty: Vec<Bitmap>,
-    disks: Vec<Arc<TrackedDisk>>,
-    runs: bool,
-    ended: bool,
-    /// One call in so many fails; 0: none.
-    fails: u32,
-    /// `resume` fails so often.
-    stuck: u32,
-    throttle: u8,
-    /// What everything was when the state was last saved.
-    saved: Vec<Vec<u8>>,
-}
-
-use std::sync::Arc;
-
-impl Machine {
-    fn new(seed: u64, directory: &Path) -> Arc<Mutex<Self>> {
-        let mut random = StdRng::seed_from_u64(seed);
-        let pages = [random.random_range(1..200), random.random_range(1..70)];
-        let mut below = vec![0; random.random_range(1..400_000)];
-        for unit in below.chunks_mut(UNIT).step_by(2) {
-            random.fill_bytes(unit);
-        }
-        let disks = vec![
-            TrackedDisk::open("vda", &directory.join("a"), random.random_range(1..600_000))
-                .unwrap(),
-            TrackedDisk::above("vdb", &directory.join("b"), Arc::new(Below(below))).unwrap(),
-        ];
-        let mut machine = Machine {
-            ram: pages.iter().map(|pages| vec![0; pages * UNIT]).collect(),
-            dirty: pages
-                .iter()
-                .map(|pages| Bitmap::none(*pages as u64))
-                .collect(),
-            disks,
-            runs: true,
-            ended: false,
-            fails: 0,
-            stuck: 0,
-            throttle: 0,
-            saved: Vec::new(),
-            random,
-        };
-        for _ in 0..100 {
-            machine.run();
-        }
-        Arc::new(Mutex::new(machine))
-    }
-
-    /// The guest does something, if it runs.
-    fn run(&mut self) {
-        if !self.runs {
-            return;
-        }
-        let block = self
-            .random
-            .random_range(0..self.ram.len() + self.disks.len());
-        let zeros = self.random.random_bool(0.2);
-        let mut content = vec![0; self.random.random_range(1..12_000)];
-        if !zeros {
-            // Few values, so that pages become again what they were.
-            content.fill(self.random.random_range(0..4));
-            if self.random.random_bool(0.5) {
-                self.random.fill_bytes(&mut content);
-            }
-        }
-        let size = |bytes: usize, content: &mut Vec<u8>, at: usize| {
-            let at = at % bytes;
-            content.truncate(bytes - at);
-            at
-        };
-        let at = self.random.random_range(0..1 << 30);
-        if let Some(ram) = self.ram.get_mut(block) {
-            let mut at = size(ram.len(), &mut content, at);
-            if self.random.random_bool(0.5) {
-                at = at / UNIT * UNIT;
-            }
-            ram[at..at + content.len()].copy_from_slice(&content);
-            let (first, end) = (at / UNIT, (at + content.len()).div_ceil(UNIT));
-            self.dirty[block].set_run(first as u64, (end - first) as u64);
-        } else {
-            let disk = &self.disks[block - self.ram.len()];
-            let at = size(disk.bytes() as usize, &mut content, at);
-            disk.write(at as u64, &content).unwrap();
-        }
-    }
-
-    fn runs_a_while(&mut self) {
-        for _ in 0..self.random.random_range(0..3) {
-            self.run();
-        }
-    }
-
-    fn failure(&mut self, what: &str) -> Result<(), VmmError> {
-        if self.fails > 0 && self.random.random_range(0..self.fails) == 0 {
-            return Err(VmmError::State(format!("{what} fails")));
-        }
-        Ok(())
-    }
-
-    /// Every volume, padded to whole units.
-    fn everything(&self) -> Vec<Vec<u8>> {
-        let disk = |disk: &Arc<TrackedDisk>| {
-            let mut bytes = vec![0; disk.bytes() as usize];
-            disk.read(0, &mut bytes).unwrap();
-            bytes.resize(bytes.len().next_multiple_of(UNIT), 0);
-            bytes
-        };
-        self.ram
-            .iter()
-            .cloned()
-            .chain(self.disks.iter().map(disk))
-            .collect()
-    }
-}
-
-struct Below(Vec<u8>);
-
-impl BlockSource for Below {
-    fn size(&self) -> u64 {
-        self.0.len() as u64
-    }
-    fn read(&self, offset: u64, buf: &mut [u8]) -> io::Result<()> {
-        buf.copy_from_slice(&self.0[offset as usize..][..buf.len()]);
-        Ok(())
-    }
-    fn extents(&self, _: u64, length: u64) -> Vec<(u64, bool)> {
-        vec![(length, false)]
-    }
-}
-
-struct Monitor {
-    blocks: Vec<RamBlock>,
-    disks: Vec<Arc<TrackedDisk>>,
-    machine: Arc<Mutex<Machine>>,
-}
-
-impl Monitor {
-    fn of(machine: &Arc<Mutex<Machine>>) -> SharedVmm {
-        let held = machine.lock().unwrap();
-        let block = |(index, ram): (usize, &Vec<u8>)| RamBlock {
-            name: format!("ram{index}"),
-            bytes: ram.len() as u64,
-        };
-        Arc::new(Mutex::new(Monitor {
-            blocks: held.ram.iter().enumerate().map(block).collect(),
-            disks: held.disks.clone(),
-            machine: machine.clone(),
-        }))
-    }
-}
-
-impl Vmm for Monitor {
-    fn ram(&self) -> &[RamBlock] {
-        &self.blocks
-    }
-    fn disks(&self) -> &[Arc<TrackedDisk>] {
-        &self.disks
-    }
-    fn pause(&mut self) -> Result<(), VmmError> {
-        let mut machine = self.machine.lock().unwrap();
-        machine.runs_a_while();
-        machine.failure("pause")?;
-        machine.runs = false;
-        Ok(())
-    }
-    fn resume(&mut self) -> Result<(), VmmError> {
-        let mut machine = self.machine.lock().unwrap();
-        if machine.stuck > 0 {
-            machine.stuck -= 1;
-            return Err(VmmError::State("resume fails".to_owned()));
-        }
-        machine.runs = true;
-        machine.runs_a_while();
-        Ok(())
-    }
-    fn running(&self) -> Option<bool> {
-        let machine = self.machine.lock().unwrap();
-        (!machine.ended).then_some(machine.runs)
-    }
-    fn ended_because(&self) -> String {
-        "triple fault".to_owned()
-    }
-    fn dirty(&mut self, block: usize) -> Result<Bitmap, VmmError> {
-        let mut machine = self.machine.lock().unwrap();
-        machine.runs_a_while();
-        let dirty = machine.dirty[block].take();
-        // A log that fails is lost.
-        machine.failure("dirty")?;
-        machine.runs_a_while();
-        Ok(dirty)
-    }
-    fn read_ram(&self, block: usize, offset: u64, into: &mut [u8]) -> Result<(), VmmError> {
-        let mut machine = self.machine.lock().unwrap();
-        machine.runs_a_while();
-        machine.failure("read")?;
-        let (first, rest) = into.split_at_mut(into.len() / 2);
-        let offset = offset as usize;
-        first.copy_from_slice(&machine.ram[block][offset..offset + first.len()]);
-        machine.runs_a_while();
-        rest.copy_from_slice(&machine.ram[block][offset + first.len()..][..rest.len()]);
-        Ok(())
-    }
-    fn save(&mut self) -> Result<Vec<u8>, VmmError> {
-        let mut machine = self.machine.lock().unwrap();
-        assert!(!machine.runs, "saved while it runs");
-        machine.failure("save")?;
-        machine.saved = machine.everything();
-        Ok(vec![7; 100])
-    }
-    fn throttle(&mut self, percent: u8) -> Result<(), VmmError> {
-        self.machine.lock().unwrap().throttle = percent;
-        Ok(())
-    }
-    fn end(&mut self) {
-        let mut machine = self.machine.lock().unwrap();
-        (machine.runs, machine.ended) = (false, true);
-    }
-}
-
-enum Change {
-    Unit(VolumeIndex, u64, Vec<u8>),
-    Zeros(VolumeIndex, u64, u64),
-    /// Everything up to here is of this point.
-    Point(u64),
-}
-
-/// Takes changes while the guest writes on, until it refuses.
-struct Taker {
-    key: DigestKey,
-    machine: Arc<Mutex<Machine>>,
-    calls: u32,
-    taken: Vec<Change>,
-}
-
-impl Taker {
-    fn call(&mut self) -> Result<(), SinkError> {
-        self.machine.lock().unwrap().runs_a_while();
-        self.calls = self.calls.checked_sub(1).ok_or(SinkError::Stalled)?;
-        Ok(())
-    }
-}
-
-impl Sink for Taker {
-    fn units(
-        &mut self,
-        volume: VolumeIndex,
-        unit: u64,
-        bytes: &[u8],
-        digests: &[Digest],
-    ) -> Result<(), SinkError> {
-        self.call()?;
-        assert_eq!(bytes.len(), digests.len() * UNIT);
-        for ((unit, bytes), digest) in (unit..).zip(bytes.chunks(UNIT)).zip(digests) {
-            assert_eq!(self.key.of(bytes), *digest);
-            self.taken.push(Change::Unit(volume, unit, bytes.to_vec()));
-        }
-        Ok(())
-    }
-    fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
-        self.call()?;
-        self.taken.push(Change::Zeros(volume, unit, count));
-        Ok(())
-    }
-}
-
-/// What the peer holds: its newest sealed point, and what came since.
-struct Peer {
-    sealed: Vec<Vec<u8>>,
-    newest: u64,
-    pending: Vec<Change>,
-    truth: BTreeMap<u64, Vec<Vec<u8>>>,
-}
-
-impl Peer {
-    fn seal(&mut self, point: u64) {
-        let end = self
-            .pending
-            .iter()
-            .position(|change| matches!(change, Change::Point(p) if *p == point))
-            .unwrap();
-        for change in self.pending.drain(..=end) {
-            match change {
-                Change::Unit(volume, unit, bytes) => {
-                    self.sealed[usize::from(volume)][unit as usize * UNIT..][..UNIT]
-                        .copy_from_slice(&bytes);
-                }
-                Change::Zeros(volume, unit, count) => {
-                    self.sealed[usize::from(volume)][unit as usize * UNIT..]
-                        [..count as usize * UNIT]
-                        .fill(0);
-                }
-                Change::Point(_) => {}
-            }
-        }
-        self.newest = point;
-        let truth = self.truth.remove(&point).unwrap();
-        for (volume, (held, was)) in self.sealed.iter().zip(&truth).enumerate() {
-            let differs = held.iter().zip(was).position(|(a, b)| a != b);
-            assert_eq!(
-                (differs.map(|at| at / UNIT), held.len()),
-                (None, was.len()),
-                "volume {volume} of point {point}: first unit that differs"
-            );
-        }
-    }
-}
+mod model;
 
 struct Story {
     random: StdRng,
@@ -501,11 +189,23 @@ impl Story {
     }
 }
 
+/// Stories of 40 chapters.
+const SEEDS: u64 = 250;
+
+/// Images that are never synced need no disk.
+fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    match memory.is_dir() {
+        true => tempfile::tempdir_in(memory).unwrap(),
+        false => tempfile::tempdir().unwrap(),
+    }
+}
+
 #[test]
 fn every_sealed_point_is_what_the_guest_was() {
     let (mut sealed, mut failed) = (0, 0);
-    for seed in 0..1500 {
-        let directory = tempfile::tempdir().unwrap();
+    for seed in 0..SEEDS {
+        let directory = scratch();
         let mut story = Story::new(seed, directory.path());
         let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for _ in 0..40 {
@@ -520,7 +220,7 @@ fn every_sealed_point_is_what_the_guest_was() {
         failed += told.1;
     }
     assert!(
-        sealed > 3000 && failed > 1000,
+        sealed > 2 * SEEDS && failed > SEEDS,
         "{sealed} points, {failed} failed cuts"
     );
 }
@@ -656,6 +356,12 @@ fn a_guest_that_ended_is_told_as_gone_and_one_too_busy_is_not_stopped() {
     assert!(EmbeddedGuest::attach(vmm, key, 1).is_err());
 }
 
+/// What this thread used of a core: others may be busy too.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// Measured: the pause with 1,000 dirty pages, and a first round's speed.
 #[test]
 fn the_pause_grows_with_what_changed_and_not_with_memory() {
@@ -674,9 +380,9 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
         }
         let mut guest =
             EmbeddedGuest::attach(Monitor::of(&machine), key.clone(), 64 << 20).unwrap();
-        let begun = std::time::Instant::now();
+        let begun = cpu_time();
         guest.round(&mut Counter::default()).unwrap();
-        let rate = (megabytes << 20) as f64 / begun.elapsed().as_secs_f64() / 1e9;
+        let rate = (megabytes << 20) as f64 / (cpu_time() - begun).as_secs_f64() / 1e9;
         let mut pauses = Vec::new();
         for point in 1..20 {
             for dirty in 0..1000 {
@@ -693,10 +399,10 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
         }
         pauses.sort();
         println!(
-            "{megabytes} MiB: {rate:.2} GB/s, pause without state {:?}",
+            "{megabytes} MiB: {rate:.2} GB/s of a core, pause without state {:?}",
             pauses[9]
         );
         assert!(pauses[0] < Duration::from_millis(5), "{pauses:?}");
-        assert!(rate > 0.3, "{rate} GB/s");
+        assert!(rate > 1.0, "{rate} GB/s of a core");
     }
 }
