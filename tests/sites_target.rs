@@ -5,6 +5,8 @@
 
 mod support;
 
+#[path = "sites_target/drills.rs"]
+mod drills;
 #[path = "sites_target/moves.rs"]
 mod moves;
 #[path = "sites_target/stores.rs"]

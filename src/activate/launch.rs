@@ -175,6 +175,33 @@ impl Launched {
         }
     }
 
+    /// Ends a QEMU of that directory that was launched before, whatever it does.
+    pub fn end(qmp: &Path, run: &Path) {
+        if let Ok(left) = Qmp::connect(qmp, QUIT)
+            && let Ok(pid) = left.pid()
+        {
+            tracing::warn!(pid, "a QEMU that was left here is ended");
+            Launched {
+                qmp: left,
+                pid,
+                child: None,
+                run: run.to_owned(),
+                disks: Vec::new(),
+            }
+            .kill();
+        }
+        // It did not answer, or did not end.
+        let placement = Placement {
+            run: run.to_owned(),
+            qmp: qmp.to_owned(),
+            ..Placement::default()
+        };
+        let pid = left_running(&placement).and_then(|pid| i32::try_from(pid).ok());
+        if let Some(pid) = pid.and_then(Pid::from_raw) {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+        }
+    }
+
     /// Gives QEMU the device state; afterwards the guest is as it was at the
     /// cut, stopped. Memory is read from the RAM files from now on.
     ///

@@ -233,7 +233,7 @@ pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Out
 }
 
 /// Shows that something goes on while `work` does.
-async fn waiting<T>(what: String, work: impl Future<Output = T>) -> T {
+pub(super) async fn waiting<T>(what: String, work: impl Future<Output = T>) -> T {
     let bar = ProgressBar::new_spinner();
     if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
         bar.set_style(style);

@@ -1,6 +1,7 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
 //! through [`crate::client`]; only `site init`, `site run` and `demo` do not.
 
+mod drill;
 mod guests;
 pub(crate) mod show;
 mod site;
@@ -99,6 +100,8 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Run a guest here as a test, on no network, while it is protected on.
+    Test(drill::Test),
     /// Move a guest to its peer with nothing lost; run it where the guest runs.
     Move {
         /// The guest.
@@ -174,6 +177,7 @@ async fn run(cli: Cli) -> Outcome {
             force,
             json,
         } => guests::failover(&client, &name, point, force, json).await,
+        Verb::Test(test) => drill::run(&client, test).await,
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Demo(demo) => crate::demo::run(demo).await,

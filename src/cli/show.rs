@@ -69,13 +69,16 @@ fn whole(view: &SiteView) {
     }
 }
 
-fn table(header: &[&str]) -> Table {
+pub(crate) fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table
         .load_preset(UTF8_HORIZONTAL_ONLY)
         .set_content_arrangement(ContentArrangement::Dynamic)
         .set_header(header.to_vec());
-    table.remove_style(TableComponent::HorizontalLines);
+    // No lines between rows: neither theirs nor where columns would cross them.
+    table
+        .remove_style(TableComponent::HorizontalLines)
+        .remove_style(TableComponent::MiddleIntersections);
     table
 }
 
@@ -202,6 +205,17 @@ fn standbys(standbys: &[TargetView]) {
                 Color::Cyan,
             ),
         };
+        let (state, color) = match &standby.test {
+            Some(test) if test.running => (
+                format!("{state}, TEST of point {}", test.point),
+                Color::Yellow,
+            ),
+            Some(test) => (
+                format!("{state}, test of point {} starts", test.point),
+                Color::Yellow,
+            ),
+            None => (state, color),
+        };
         let number = |n: u64| {
             if n == 0 {
                 "-".to_owned()
@@ -317,6 +331,9 @@ pub(super) fn failover(report: &FailoverReport) {
     }
     if let Some(console) = &report.console {
         println!("  console               {}", console.socket.display());
+    }
+    if !report.note.is_empty() {
+        println!("! {}", report.note);
     }
     println!("Its disks come from the store and are copied out of it now: farhaven status");
 }

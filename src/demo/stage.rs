@@ -87,6 +87,29 @@ impl Daemon {
         }
     }
 
+    /// What it knows.
+    pub(super) async fn view(&self) -> Result<SiteView, String> {
+        let view = self.client.get("/v1/status").await;
+        view.map_err(|e| format!("{e}\n{}", self.last_words()))
+    }
+
+    /// Directories of what it ran, or is about to run, newest last.
+    pub(super) fn activations(&self) -> Vec<PathBuf> {
+        let within = |directory: &Path| {
+            let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+            let mut found: Vec<_> = entries.map(|e| e.path()).filter(|p| p.is_dir()).collect();
+            found.sort();
+            found
+        };
+        let guests = within(&self.directory.join("run"));
+        guests.iter().flat_map(|guest| within(guest)).collect()
+    }
+
+    /// Directory of its RAM files.
+    pub(super) fn ram(&self) -> &Path {
+        &self.ram
+    }
+
     /// The end of its log.
     pub(super) fn last_words(&self) -> String {
         let log = std::fs::read_to_string(self.directory.join("daemon.log")).unwrap_or_default();
@@ -138,21 +161,28 @@ impl Daemon {
 impl Drop for Daemon {
     fn drop(&mut self) {
         self.kill();
+        // A QEMU outlives the daemon that launched it, on purpose; not the demo.
+        for directory in self.activations() {
+            end_qemu(&directory);
+        }
         let _ = std::fs::remove_dir_all(&self.ram);
     }
 }
 
-/// A process of somebody else's that must not outlive the demo.
-pub(super) struct Foreign(pub(super) u32);
-
-impl Drop for Foreign {
-    fn drop(&mut self) {
-        if let Some(pid) = i32::try_from(self.0)
-            .ok()
-            .and_then(rustix::process::Pid::from_raw)
-        {
-            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
-        }
+/// Ends the QEMU that was launched in this directory, if it lives.
+fn end_qemu(directory: &Path) {
+    let noted = std::fs::read_to_string(directory.join("qemu.pid")).unwrap_or_default();
+    let line = std::fs::read(format!("/proc/{}/cmdline", noted.trim())).unwrap_or_default();
+    let path = directory.as_os_str().as_encoded_bytes();
+    // The number may be another's by now.
+    let ours = line.windows(path.len()).any(|window| window == path);
+    let pid = noted
+        .trim()
+        .parse()
+        .ok()
+        .and_then(rustix::process::Pid::from_raw);
+    if let Some(pid) = pid.filter(|_| ours) {
+        let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
     }
 }
 

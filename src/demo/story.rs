@@ -1,77 +1,126 @@
-//! What happens in the demo, from the first byte to the last check.
+//! The plot of a demo: two sites, a guest, its first copy, a while of
+//! protection; then what [`ending`](super::ending) or [`drill`](super::drill) tells.
 
-use std::path::Path;
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-
-use super::Demo;
-use super::guest::{Console, Heartbeat, Machine, image};
+use super::ending::Ending;
+use super::guest::Guest;
+use super::place::Place;
 use super::report::Report;
-use super::stage::{Daemon, Foreign, Stage};
+use super::screen::Screen;
+use super::settle::Settled;
+use super::stage::{Daemon, Stage};
+use super::{Demo, GuestKind, Scenario, drill, ending, qemu, verify};
 use crate::cli::show::{bytes, millis};
-use crate::site::api::{AddGuest, Done, Failover, Protect};
-use crate::site::records::GuestRecord;
-use crate::site::view::{ConsolePaths, FailoverReport, MoveReport, Phase, SiteView, SourceView};
+use crate::site::api::{Done, Protect};
+use crate::site::view::{Phase, SourceView};
+use tokio::signal::unix::{SignalKind, signal};
 
 /// The guest's name.
 pub(super) const NAME: &str = "demo";
 
-/// Boot, fill memory, first heartbeat: software emulation is slow.
-const BOOT: Duration = Duration::from_secs(180);
+/// A first copy that is hindered for so long does not end.
+const HINDERED: Duration = Duration::from_secs(600);
+
+/// How often the sites are asked.
+const LOOK: Duration = Duration::from_millis(50);
 
 /// Runs the whole demo; everything is ended when it returns.
 pub(super) async fn tell(demo: &Demo) -> Result<Report, String> {
+    let began = Instant::now();
+    let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
     tokio::select! {
-        told = told(demo) => told,
+        told = told(demo, began) => told,
         _ = tokio::signal::ctrl_c() => Err("interrupted; everything was ended".to_owned()),
+        _ = terminate.recv() => Err("terminated; everything was ended".to_owned()),
     }
 }
 
-async fn told(demo: &Demo) -> Result<Report, String> {
-    say("Preparing a Debian guest (kernel, busybox; made once) …");
+async fn told(demo: &Demo, began: Instant) -> Result<Report, String> {
+    let settled = Settled::of(demo)?;
+    let screen = Screen::new();
+    if let Some(note) = &settled.note {
+        screen.say(note);
+    }
+    let place = Place::make(demo.keep.as_deref())?;
+    let image = image(&settled, demo, &screen).await?;
+    screen.say(&format!(
+        "Two sites, east and west, over {} …",
+        settled.link
+    ));
+    let stage = Stage::set(place.path(), settled.link).await?;
+    let guest = Guest::start(&settled, &stage, place.path(), image.as_deref(), &screen).await?;
+    // Dropped in this order: guest, daemons, files.
+    let mut play = Play {
+        guest,
+        stage,
+        settled,
+        screen,
+    };
+    let first = first_copy(&mut play).await?;
+    let steady = protected(&mut play).await?;
+    let ending = match play.settled.scenario {
+        Scenario::Disaster => Ending::Runs(ending::disaster(&mut play).await?),
+        Scenario::Planned => Ending::Runs(ending::planned(&mut play).await?),
+        Scenario::Test => Ending::Tested(drill::test(&mut play).await?),
+    };
+    verify::verify(play, began, first, steady, ending).await
+}
+
+/// Kernel, initrd and disk of a QEMU guest.
+async fn image(settled: &Settled, demo: &Demo, screen: &Screen) -> Result<Option<PathBuf>, String> {
+    if settled.kind != GuestKind::Qemu {
+        return Ok(None);
+    }
+    screen.say("Preparing a Debian guest (kernel, busybox; made once) …");
     let wanted = demo.image.clone();
-    let image = tokio::task::spawn_blocking(move || image(wanted.as_deref()))
+    tokio::task::spawn_blocking(move || qemu::image(wanted.as_deref()).map(Some))
         .await
-        .map_err(|e| e.to_string())??;
-    let temporary;
-    let directory = match &demo.keep {
-        Some(directory) => {
-            std::fs::create_dir_all(directory)
-                .map_err(|e| format!("{}: {e}", directory.display()))?;
-            std::path::absolute(directory).map_err(|e| e.to_string())?
-        }
-        None => {
-            temporary = tempfile::Builder::new()
-                .prefix("farhaven-demo-")
-                .tempdir()
-                .map_err(|e| format!("no temporary directory: {e}"))?;
-            temporary.path().to_owned()
-        }
-    };
+        .map_err(|e| e.to_string())?
+}
 
-    say(&format!("Two sites, east and west, over {} …", demo.link));
-    let mut stage = Stage::set(&directory, demo.link).await?;
-    say("A guest boots at east (512 MiB, software emulation) …");
-    let ram = RamFile::new();
-    let source = directory.join("guest");
-    std::fs::create_dir_all(&source).map_err(|e| e.to_string())?;
-    let mut machine = Machine::start(&image, &source, &ram.0, &demo.load)?;
-    machine
-        .console
-        .wait("heartbeat", BOOT, |c| {
-            c.last.clone().filter(|b| b.number >= 20)
-        })
-        .await?;
+/// Everything on the stage.
+pub(super) struct Play {
+    pub(super) guest: Guest,
+    pub(super) stage: Stage,
+    pub(super) settled: Settled,
+    pub(super) screen: Screen,
+}
 
-    let first = first_copy(demo, &mut stage, &mut machine).await?;
-    let steady = protected(demo, &mut stage, &mut machine).await?;
-    let after = if demo.planned {
-        planned(&mut stage, &mut machine).await?
-    } else {
-        disaster(&mut stage, &mut machine).await?
-    };
-    super::verify::verify(demo, stage, machine, first, steady, after).await
+impl Play {
+    /// Looks at all of it once.
+    pub(super) async fn look(&mut self) -> Result<SourceView, String> {
+        let view = source_view(&self.stage.east).await?;
+        self.guest.console.poll();
+        self.stage.east.weigh();
+        self.stage.west.weigh();
+        if self.guest.ended() {
+            return Err("the guest ended by itself".to_owned());
+        }
+        Ok(view)
+    }
+
+    /// Shows how protection stands.
+    pub(super) fn show(&mut self, guest: &SourceView, news: bool) {
+        let mut words = format!(
+            "RPO {} of {}, point {}, pause {:.1} ms, sealed in {}",
+            guest.rpo_ms.map_or("-".to_owned(), millis),
+            self.settled.rpo,
+            guest.newest_point,
+            guest.last_pause_ms.unwrap_or_default(),
+            millis(guest.last_seal_ms.unwrap_or_default()),
+        );
+        if let Some(ratio) = guest.ratio {
+            words.push_str(&format!(", {ratio:.1}:1"));
+        }
+        words.push_str(&format!(", {}/s", bytes(guest.throughput_bytes_per_s)));
+        if let Some(beat) = &self.guest.console.last {
+            let health = if beat.is_sound() { "ok" } else { "BAD" };
+            words.push_str(&format!(", heartbeat {} {health}", beat.number));
+        }
+        self.screen.live(words, news);
+    }
 }
 
 /// The first copy.
@@ -80,66 +129,39 @@ pub(super) struct First {
     pub(super) wan_bytes: u64,
 }
 
-async fn first_copy(
-    demo: &Demo,
-    stage: &mut Stage,
-    machine: &mut Machine,
-) -> Result<First, String> {
-    let east = stage.east.client.clone();
-    let body = AddGuest {
-        name: NAME.to_owned(),
-        qmp: Some(machine.qmp.clone()),
-        start: None,
-    };
-    let _: GuestRecord = east
-        .post("/v1/guests", &body)
-        .await
-        .map_err(|e| e.to_string())?;
-    let before = sent(&stage.east).await?;
+async fn first_copy(play: &mut Play) -> Result<First, String> {
+    let before = sent(&play.stage.east).await?;
     let began = Instant::now();
     let body = Protect {
         to: "west".to_owned(),
-        rpo: Some(demo.rpo),
+        rpo: Some(play.settled.rpo),
     };
-    let _: Done = east
-        .post(&format!("/v1/guests/{NAME}/protect"), &body)
-        .await
-        .map_err(|e| e.to_string())?;
-    let bar = ProgressBar::new(1);
-    bar.set_draw_target(ProgressDrawTarget::stderr());
-    let style = "First copy  {bar:40} {percent:>3} %  {msg}";
-    bar.set_style(ProgressStyle::with_template(style).map_err(|e| e.to_string())?);
+    let path = format!("/v1/guests/{NAME}/protect");
+    let asked = play.stage.east.client.post::<Done>(&path, &body);
+    asked.await.map_err(|e| e.to_string())?;
+    play.screen.begin_copy();
     loop {
-        let guest = source_view(&stage.east).await?;
-        machine.console.poll();
-        stage.east.weigh();
-        stage.west.weigh();
-        if machine.ended() {
-            return Err("the guest ended during the first copy".to_owned());
-        }
-        if let Some((done, total)) = guest.progress {
-            bar.set_length(total);
-            bar.set_position(done);
-        }
-        bar.set_message(format!(
+        let guest = play.look().await?;
+        let words = format!(
             "{} of guest data, {} sent, {}/s",
             bytes(guest.guest_bytes),
             bytes(guest.wan_bytes),
             bytes(guest.throughput_bytes_per_s)
-        ));
+        );
+        play.screen.copy(guest.progress, words);
         if guest.points_sealed > 0 {
             break;
         }
-        if !guest.trouble.is_empty() && began.elapsed() > Duration::from_secs(600) {
+        if !guest.trouble.is_empty() && began.elapsed() > HINDERED {
             return Err(guest.trouble);
         }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        tokio::time::sleep(LOOK).await;
     }
     let took = began.elapsed();
-    bar.finish_and_clear();
-    let wan_bytes = sent(&stage.east).await? - before;
-    say(&format!(
-        "First copy done in {:.1} s: {} on the wire. Point 1 is sealed at west.",
+    play.screen.end();
+    let wan_bytes = sent(&play.stage.east).await? - before;
+    play.screen.say(&format!(
+        "First copy done in {:.1} s, {} on the wire. Point 1 is sealed at west.",
         took.as_secs_f64(),
         bytes(wan_bytes)
     ));
@@ -149,224 +171,54 @@ async fn first_copy(
 /// What was seen while the guest was protected.
 pub(super) struct Steady {
     pub(super) wan_bytes_per_s: f64,
+    /// The oldest that the newest sealed point ever was.
+    pub(super) rpo_ms_max: u64,
+    /// The daemons' word on bytes of guest data over bytes of batches.
+    pub(super) ratio: Option<f64>,
 }
 
-async fn protected(
-    demo: &Demo,
-    stage: &mut Stage,
-    machine: &mut Machine,
-) -> Result<Steady, String> {
-    let before = sent(&stage.east).await?;
+async fn protected(play: &mut Play) -> Result<Steady, String> {
+    let before = sent(&play.stage.east).await?;
     let began = Instant::now();
-    let mut shown = 1;
-    while began.elapsed() < demo.steady.duration() {
-        let guest = source_view(&stage.east).await?;
-        machine.console.poll();
-        stage.east.weigh();
-        stage.west.weigh();
-        if guest.newest_point > shown {
-            shown = guest.newest_point;
-            say(&format!(
-                "Point {shown} sealed: pause {:.1} ms, sealed {} after the cut; RPO {}; {}",
-                guest.last_pause_ms.unwrap_or_default(),
-                millis(guest.last_seal_ms.unwrap_or_default()),
-                millis(guest.rpo_ms.unwrap_or_default()),
-                machine.console.last.as_ref().map_or("", |b| &b.line),
-            ));
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
+    let mut steady = Steady {
+        wan_bytes_per_s: 0.0,
+        rpo_ms_max: 0,
+        ratio: None,
+    };
+    let mut shown = 0;
+    let length = play.settled.steady.duration();
+    play.screen.say(&format!(
+        "Protected for {}: a point every few seconds, RPO {} …",
+        play.settled.steady, play.settled.rpo
+    ));
+    play.screen.begin_live();
+    while began.elapsed() < length {
+        let guest = play.look().await?;
+        steady.rpo_ms_max = steady.rpo_ms_max.max(guest.rpo_ms.unwrap_or_default());
+        steady.ratio = guest.ratio;
+        let news = guest.newest_point > shown;
+        shown = guest.newest_point;
+        play.show(&guest, news);
+        tokio::time::sleep(LOOK).await;
     }
-    let wan_bytes_per_s =
-        (sent(&stage.east).await? - before) as f64 / began.elapsed().as_secs_f64();
-    Ok(Steady { wan_bytes_per_s })
+    play.screen.end();
+    let wan = sent(&play.stage.east).await? - before;
+    steady.wan_bytes_per_s = wan as f64 / began.elapsed().as_secs_f64();
+    Ok(steady)
 }
 
-/// The guest, on the other side.
-pub(super) struct After {
-    pub(super) console: Console,
-    pub(super) last: Heartbeat,
-    pub(super) process: Foreign,
-    pub(super) rpo_ms: f64,
-    pub(super) rto_ms: f64,
-    pub(super) hand_over_ms: Option<f64>,
+/// UDP bytes that a site has sent.
+async fn sent(site: &Daemon) -> Result<u64, String> {
+    Ok(site.view().await?.peers.iter().map(|p| p.sent_bytes).sum())
 }
 
-async fn disaster(stage: &mut Stage, machine: &mut Machine) -> Result<After, String> {
-    machine.console.poll();
-    say("DISASTER: east loses power. Its daemon and its guest are killed.");
-    stage.east.kill();
-    machine.kill();
-    machine.console.poll();
-    let last = machine
-        .console
-        .last
-        .clone()
-        .ok_or("the guest never had a heartbeat")?;
-    say(&format!("  last heartbeat there: {}", last.line));
-    while peer_is_alive(&stage.west).await? {
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    say("West hears nothing of east any more. Failover is declared there …");
-    let body = Failover {
-        point: None,
-        force: false,
-    };
-    let report: FailoverReport = stage
-        .west
-        .client
-        .post(&format!("/v1/guests/{NAME}/failover"), &body)
-        .await
-        .map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
-    let process = Foreign(report.pid.ok_or("west tells no process of it")?);
-    let mut console = console_at(report.console)?;
-    let first = console
-        .wait("heartbeat at west", Duration::from_secs(20), |c| {
-            c.first.clone()
-        })
-        .await?;
-    say(&format!("  {NAME} runs at west: {}", first.line));
-    Ok(After {
-        console,
-        last,
-        process,
-        rpo_ms: report.rpo_ms as f64,
-        rto_ms: report.rto_ms,
-        hand_over_ms: None,
-    })
-}
-
-async fn planned(stage: &mut Stage, machine: &mut Machine) -> Result<After, String> {
-    say("MAINTENANCE: the guest is moved to west, with nothing lost …");
-    let east = stage.east.client.clone();
-    let moving = tokio::spawn(async move {
-        east.post::<MoveReport>(&format!("/v1/guests/{NAME}/move"), &Done {})
-            .await
-    });
-    // The heartbeat goes on here until the last cut, and there after it.
-    let mut there: Option<Console> = None;
-    let report = loop {
-        machine.console.poll();
-        if there.is_none() {
-            there = moved_console(&stage.west);
-        }
-        if let Some(console) = &mut there {
-            console.poll();
-        }
-        if moving.is_finished() {
-            break moving.await.map_err(|e| e.to_string())?;
-        }
-        tokio::time::sleep(Duration::from_millis(2)).await;
-    };
-    let report = report.map_err(|e| format!("{e}\n{}", stage.west.last_words()))?;
-    machine.console.poll();
-    let last = machine
-        .console
-        .last
-        .clone()
-        .ok_or("the guest never had a heartbeat")?;
-    let view: SiteView = stage
-        .west
-        .client
-        .get("/v1/status")
-        .await
-        .map_err(|e| e.to_string())?;
-    let active = view
-        .standbys
-        .into_iter()
-        .find_map(|s| s.active)
-        .ok_or("west does not run it")?;
-    let process = Foreign(active.pid.ok_or("west tells no process of it")?);
-    let mut console = match there {
-        Some(console) => console,
-        None => console_at(active.console)?,
-    };
-    let first = console
-        .wait("heartbeat at west", Duration::from_secs(20), |c| {
-            c.first.clone()
-        })
-        .await?;
-    say(&format!("  last heartbeat at east:  {}", last.line));
-    say(&format!("  first heartbeat at west: {}", first.line));
-    Ok(After {
-        console,
-        last,
-        process,
-        rpo_ms: 0.0,
-        rto_ms: report.total_ms,
-        hand_over_ms: Some(report.blackout_ms),
-    })
-}
-
-/// The guest's console at the peer.
-fn console_at(paths: Option<ConsolePaths>) -> Result<Console, String> {
-    let paths = paths.ok_or("west tells no console of it")?;
-    Ok(Console::open(&paths.socket, &paths.log))
-}
-
-/// The same, while it is being made.
-fn moved_console(west: &Daemon) -> Option<Console> {
-    let run = west.directory.join("run");
-    let directories = std::fs::read_dir(run).ok()?.flatten();
-    let mut consoles = directories.filter_map(|e| ConsolePaths::beside(&e.path()));
-    console_at(consoles.next()).ok()
-}
-
-async fn sent(east: &Daemon) -> Result<u64, String> {
-    let view: SiteView = east
-        .client
-        .get("/v1/status")
-        .await
-        .map_err(|e| e.to_string())?;
-    Ok(view.peers.iter().map(|p| p.sent_bytes).sum())
-}
-
-async fn peer_is_alive(west: &Daemon) -> Result<bool, String> {
-    let view: SiteView = west
-        .client
-        .get("/v1/status")
-        .await
-        .map_err(|e| e.to_string())?;
-    Ok(view.peers.iter().any(|p| p.connected))
-}
-
-async fn source_view(east: &Daemon) -> Result<SourceView, String> {
-    let view: SiteView = east
-        .client
-        .get("/v1/status")
-        .await
-        .map_err(|e| e.to_string())?;
-    let guest = view
-        .guests
-        .into_iter()
-        .find(|g| g.name == NAME)
-        .ok_or("east does not know the guest")?;
+/// The guest, as its own site sees it.
+pub(super) async fn source_view(east: &Daemon) -> Result<SourceView, String> {
+    let guests = east.view().await?.guests;
+    let guest = guests.into_iter().find(|g| g.name == NAME);
+    let guest = guest.ok_or("east does not know the guest")?;
     if matches!(guest.phase, Phase::Lost | Phase::Fenced) {
         return Err(format!("{}\n{}", guest.trouble, east.last_words()));
     }
     Ok(guest)
-}
-
-/// The guest's RAM, in a file that goes with the demo.
-struct RamFile(std::path::PathBuf);
-
-impl RamFile {
-    fn new() -> Self {
-        let directory = Path::new("/dev/shm");
-        let name = format!("farhaven-demo-{}.ram", std::process::id());
-        if directory.is_dir() {
-            Self(directory.join(name))
-        } else {
-            Self(std::env::temp_dir().join(name))
-        }
-    }
-}
-
-impl Drop for RamFile {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-pub(super) fn say(line: &str) {
-    eprintln!("{line}");
 }

@@ -102,6 +102,14 @@ pub struct Failover {
     pub force: bool,
 }
 
+/// Body of `POST /v1/guests/{name}/test`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TestFailover {
+    /// The newest when absent.
+    pub point: Option<u64>,
+}
+
 /// Body of `POST /v1/guests/{name}/take-back`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -167,6 +175,7 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/v1/guests/{name}/resume", post(resume))
         .route("/v1/guests/{name}/points", get(points))
         .route("/v1/guests/{name}/failover", post(failover))
+        .route("/v1/guests/{name}/test", post(test).delete(end_test))
         .route("/v1/guests/{name}/move", post(move_guest))
         .route("/v1/guests/{name}/take-back", post(take_back))
         .fallback(async || {
@@ -368,6 +377,21 @@ async fn failover(
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
     whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+}
+
+async fn test(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<TestFailover>,
+) -> Answer<super::view::TestReport> {
+    whole(async move { site.test(&name, body.point).await }).await
+}
+
+async fn end_test(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::view::TestEnded> {
+    whole(async move { site.end_test(&name).await }).await
 }
 
 async fn move_guest(

@@ -263,7 +263,7 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
     for standby in standbys {
         let opening = standby.opening();
         // Hydrated or not: a daemon that starts anew finds its guest by the point.
-        let in_use = standby.active().map(|a| a.point);
+        let in_use = [standby.active().map(|a| a.point), standby.tested()];
         let headers = standby.points();
         let newest = headers.last().map(|p| p.point);
         let points: Vec<Point> = headers
@@ -271,7 +271,7 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
             .map(|p| Point {
                 number: p.point,
                 cut_at: SystemTime::UNIX_EPOCH + Duration::from_nanos(p.cut_at_unix_ns),
-                in_use: in_use == Some(p.point) || newest == Some(p.point),
+                in_use: in_use.contains(&Some(p.point)) || newest == Some(p.point),
             })
             .collect();
         let verdicts = retain::retain(&opening.retention, &points, SystemTime::now());
@@ -288,10 +288,10 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
     if past < WORTH_PRUNING {
         return Ok(());
     }
-    perform(remote, keep).await
+    perform(remote, keep, standbys).await
 }
 
-async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
+async fn perform(remote: &Remote, keep: Keep, standbys: &[Arc<Standby>]) -> Result<(), String> {
     let store = remote.incoming.store.clone();
     let planned = {
         let store = store.clone();
@@ -312,6 +312,15 @@ async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
             return Err(error.to_string());
         }
     }
+    // The peer was given minutes to answer: a test may have begun meanwhile.
+    let begun = |(guest, point): &(GuestId, u64)| {
+        let mut all = standbys.iter();
+        all.any(|s| s.guest == *guest && s.tested() == Some(*point))
+    };
+    if plan.dropped.iter().any(begun) {
+        store.give_up_prune(&plan);
+        return Ok(());
+    }
     let done = tokio::task::spawn_blocking(move || store.perform_prune(&plan)).await;
     let report = done
         .map_err(|e| e.to_string())?
@@ -328,6 +337,6 @@ async fn perform(remote: &Remote, keep: Keep) -> Result<(), String> {
 /// Drops every point of a guest that is given up, and frees what only they needed.
 pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
     let keep = Keep::from([(guest, std::collections::BTreeSet::new())]);
-    perform(remote, keep).await?;
+    perform(remote, keep, &[]).await?;
     Ok(())
 }

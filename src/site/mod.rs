@@ -14,7 +14,9 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod converge;
 mod cut;
+mod drill;
 mod driver;
 mod fencing;
 mod guests;
@@ -24,6 +26,7 @@ mod pairing;
 mod promote;
 mod protect;
 mod rebuild;
+mod sealed;
 mod standby;
 mod start;
 mod status;
@@ -57,16 +60,21 @@ use driver::{Driver, DriverHandle};
 pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
+use sealed::SealedTimes;
 use standby::Standby;
 
 /// Why a site does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SiteError {
     /// Its directory.
-    #[error("{path}: {source}")]
+    #[error(
+        "{path} cannot be written ({source}); give this user a directory of its own there, or name another in {key}"
+    )]
     Directory {
         /// Which.
         path: PathBuf,
+        /// What names it in the configuration.
+        key: &'static str,
         /// The system's reason.
         #[source]
         source: std::io::Error,
@@ -76,7 +84,19 @@ pub enum SiteError {
     Identity(#[from] IdentityError),
     /// Its network.
     #[error(transparent)]
-    Node(#[from] StartError),
+    Node(StartError),
+    /// Its port.
+    #[error(
+        "listen.address is {address}, but {source}; `ss -lunp 'sport = :{}'` shows who has the port. End that, or name another address",
+        address.port()
+    )]
+    Listen {
+        /// As configured.
+        address: std::net::SocketAddr,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// Its catalogue.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
@@ -89,6 +109,15 @@ pub enum SiteError {
     /// Its exports of points.
     #[error(transparent)]
     Exports(#[from] NbdError),
+}
+
+impl From<StartError> for SiteError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Listen { address, source } => Self::Listen { address, source },
+            other => Self::Node(other),
+        }
+    }
 }
 
 /// A running site.
@@ -105,7 +134,7 @@ pub struct Site {
     remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
-    sealed: RwLock<BTreeMap<GuestId, SystemTime>>,
+    sealed: SealedTimes,
     exports: Arc<NbdServer>,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
@@ -135,9 +164,15 @@ impl Site {
         builders: Builders,
     ) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
-        for directory in [&state, &config.run_dir(), &config.ram_dir()] {
-            files::private_directory(directory).map_err(|source| SiteError::Directory {
+        for (directory, key) in [
+            (&state, "site.state_dir"),
+            (&config.run_dir(), "site.state_dir"),
+            (&config.ram_dir(), "activate.ram_dir"),
+            (&config.store_dir(), "store.dir"),
+        ] {
+            files::usable_directory(directory).map_err(|source| SiteError::Directory {
                 path: directory.clone(),
+                key,
                 source,
             })?;
         }
@@ -159,7 +194,7 @@ impl Site {
             remotes: RwLock::default(),
             drivers: RwLock::default(),
             standbys: RwLock::default(),
-            sealed: RwLock::default(),
+            sealed: SealedTimes::open(&state.join("sealed")),
             exports,
             builders,
             naming: Mutex::default(),
@@ -208,6 +243,16 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        let standbys: Vec<_> = self
+            .standbys
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
+        for standby in standbys {
+            standby.stop_test().await;
+        }
         self.node.shutdown().await;
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
@@ -325,10 +370,7 @@ impl Site {
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
-        self.sealed
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(guest, cut_at);
+        self.sealed.note(guest, cut_at);
     }
 
     fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {

@@ -11,6 +11,7 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::watch;
 
+use super::drill::{Drill, TestSeen};
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
@@ -29,6 +30,8 @@ pub(super) struct Standby {
     opening: RwLock<Opening>,
     pub(super) state: tokio::sync::Mutex<State>,
     seen: Mutex<Seen>,
+    /// A test of it that runs here: apart from the state, whose lock it never takes.
+    pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
 }
@@ -61,6 +64,7 @@ pub(super) struct Seen {
     pub(super) warm_point: Option<u64>,
     pub(super) active: Option<Activation>,
     pub(super) hydration: Option<(u64, u64)>,
+    pub(super) test: Option<TestSeen>,
     pub(super) trouble: String,
 }
 
@@ -73,6 +77,7 @@ impl Standby {
             opening: RwLock::new(opening),
             state: tokio::sync::Mutex::default(),
             seen: Mutex::default(),
+            drill: Arc::default(),
             attempt: watch::Sender::new(0),
         }
     }
@@ -157,6 +162,7 @@ impl Standby {
                 hydration: seen.hydration,
                 times: a.times,
             }),
+            test: seen.test.map(TestSeen::view),
             trouble: seen.trouble,
         }
     }
@@ -231,6 +237,7 @@ impl Standby {
 
     /// Gets ready for a planned move.
     pub(super) async fn prepare(self: &Arc<Self>) -> Result<(), ActivateError> {
+        self.make_room().await;
         let mut state = self.state.lock().await;
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
@@ -281,6 +288,10 @@ impl Standby {
         let mut state = self.state.lock().await;
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
+        }
+        if discard {
+            // What it runs from goes.
+            self.stop_test().await;
         }
         self.discard(&mut state).await;
         let site = self.site()?;

@@ -81,6 +81,7 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(guest, standby.clone());
+        standby.clear_left_test().await;
         match self.activation(guest) {
             Ok(Some(activation)) => {
                 standby.find_again(activation).await;
@@ -165,7 +166,7 @@ impl Site {
         self.source_view(&record).peer
     }
 
-    fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
+    pub(super) fn standby_here(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
         self.standby_named(name)
             .ok_or_else(|| match self.points_are_at(name) {
                 Some(peer) => OperateError::Conflict(format!(
@@ -216,6 +217,7 @@ impl Site {
                 .find(|p| p.point == number)
                 .map(|p| p.cut_at_unix_ns)
         };
+        let note = standby.make_room().await;
         let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
         let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
         Ok(FailoverReport {
@@ -228,6 +230,7 @@ impl Site {
             qmp: active.qmp.map(|qmp| qmp.display().to_string()),
             pid: active.pid,
             times: active.times,
+            note,
         })
     }
 

@@ -127,6 +127,9 @@ pub struct TargetView {
     pub term: Option<u64>,
     /// Set when it was taken over and runs here.
     pub active: Option<ActiveView>,
+    /// Set while a test of it runs here, isolated.
+    #[serde(default)]
+    pub test: Option<TestView>,
     /// What hinders it, and what to do. Empty when nothing does.
     pub trouble: String,
 }
@@ -169,6 +172,23 @@ pub struct ActiveView {
     pub hydration: Option<(u64, u64)>,
     /// What taking it over took.
     pub times: ActivationTimes,
+}
+
+/// A guest that runs as a test, isolated.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestView {
+    /// From which point.
+    pub point: u64,
+    /// How long ago it was asked for.
+    pub since_ms: u64,
+    /// False while it is being started.
+    pub running: bool,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    pub console: Option<ConsolePaths>,
 }
 
 /// One paired site.
@@ -260,6 +280,47 @@ pub struct FailoverReport {
     pub console: Option<ConsolePaths>,
     /// Step by step.
     pub times: ActivationTimes,
+    /// What was done beside that; empty when nothing was.
+    #[serde(default)]
+    pub note: String,
+}
+
+/// What a test failover did.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestReport {
+    /// The guest's name.
+    pub guest: String,
+    /// From which point.
+    pub point: u64,
+    /// How old that point was: what a failover in its place would have lost.
+    pub age_ms: u64,
+    /// From the command until the guest ran.
+    pub rto_ms: f64,
+    /// Its QEMU's control socket; none for a guest inside of the daemon.
+    pub qmp: Option<String>,
+    /// Its QEMU's process; none for a guest inside of the daemon.
+    pub pid: Option<u32>,
+    /// Its serial console, where it is beside its other files.
+    pub console: Option<ConsolePaths>,
+    /// Step by step; no term was raised.
+    pub times: ActivationTimes,
+}
+
+/// What the end of a test freed.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct TestEnded {
+    /// The guest's name.
+    pub guest: String,
+    /// The point it ran from.
+    pub point: u64,
+    /// From the command until its end.
+    pub ran_ms: u64,
+    /// Bytes of memory that it held.
+    pub ram_bytes: u64,
+    /// Bytes of disk that it held: what it wrote, and its logs.
+    pub overlay_bytes: u64,
+    /// What was removed, for people.
+    pub removed: Vec<String>,
 }
 
 /// What a planned move did.

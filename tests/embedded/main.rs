@@ -4,6 +4,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod counter;
+mod drills;
 
 use std::net::UdpSocket;
 use std::path::Path;

@@ -153,7 +153,7 @@ fn parse_cpus(text: &str) -> Vec<String> {
     lines.filter_map(model).collect()
 }
 
-fn memory_available(text: &str) -> u64 {
+pub(crate) fn memory_available(text: &str) -> u64 {
     let line = text
         .lines()
         .find_map(|line| line.strip_prefix("MemAvailable:"));

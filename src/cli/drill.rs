@@ -1,0 +1,96 @@
+//! `farhaven test`: a failover that nobody notices.
+
+use clap::{Args, Subcommand};
+
+use super::show::{bytes, millis};
+use super::{Outcome, guest_path, print_json, told};
+use crate::client::Client;
+use crate::site::api::TestFailover;
+use crate::site::view::{TestEnded, TestReport};
+
+/// Without a verb: start one.
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
+pub(super) struct Test {
+    /// The guest.
+    #[arg(required = true)]
+    name: Option<String>,
+    /// From this point; the newest if not given.
+    #[arg(long, value_name = "NUMBER")]
+    point: Option<u64>,
+    /// As JSON.
+    #[arg(long)]
+    json: bool,
+    #[command(subcommand)]
+    verb: Option<TestVerb>,
+}
+
+#[derive(Debug, Subcommand)]
+enum TestVerb {
+    /// End a guest's test and remove all of it.
+    Cleanup {
+        /// The guest.
+        name: String,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+}
+
+pub(super) async fn run(client: &Client, test: Test) -> Outcome {
+    match (test.verb, test.name) {
+        (Some(TestVerb::Cleanup { name, json }), _) => cleanup(client, &name, json).await,
+        (None, Some(name)) => start(client, &name, test.point, test.json).await,
+        (None, None) => Err("name the guest: farhaven test NAME".to_owned()),
+    }
+}
+
+async fn start(client: &Client, name: &str, point: Option<u64>, json: bool) -> Outcome {
+    let path = guest_path(name, "/test");
+    let body = TestFailover { point };
+    let asked = client.post::<TestReport>(&path, &body);
+    let report = super::guests::waiting(format!("starting a test of '{name}'"), asked)
+        .await
+        .map_err(told)?;
+    if json {
+        return print_json(&report);
+    }
+    println!(
+        "A test of '{}' runs here, from point {}, on no network. Protection goes on.",
+        report.guest, report.point
+    );
+    println!("  age of that point     {}", millis(report.age_ms));
+    println!("  until it ran          {:.0} ms", report.rto_ms);
+    if let Some(qmp) = &report.qmp {
+        println!("  QMP                   {qmp}");
+    }
+    if let Some(console) = &report.console {
+        println!("  console               {}", console.log.display());
+        println!("    type into it        {}", console.socket.display());
+    }
+    println!("End it, and throw it away: farhaven test cleanup {name}");
+    Ok(())
+}
+
+async fn cleanup(client: &Client, name: &str, json: bool) -> Outcome {
+    let path = guest_path(name, "/test");
+    let ended: TestEnded = client.delete(&path).await.map_err(told)?;
+    if json {
+        return print_json(&ended);
+    }
+    println!(
+        "The test of '{}' from point {} has ended after {}. Removed:",
+        ended.guest,
+        ended.point,
+        millis(ended.ran_ms)
+    );
+    for what in &ended.removed {
+        println!("  {what}");
+    }
+    println!(
+        "That freed {} of memory and {} of disk.",
+        bytes(ended.ram_bytes),
+        bytes(ended.overlay_bytes)
+    );
+    Ok(())
+}

@@ -1,0 +1,478 @@
+//! Test failover: a guest of a peer runs here from one of its points, cut off
+//! from every network, while protection from its source goes on.
+//!
+//! A test takes no term and never raises one: it is a copy that nobody talks
+//! to, and it is thrown away. It has RAM files and overlays of its own
+//! (`{ram}/<guest>-test`, `{run}/<guest>/test`); the warm RAM of the newest
+//! point stays with protection, and its locks are not taken: points are sealed
+//! and a real failover begins as if there were no test. The tested point is
+//! pinned against pruning from before it is opened until all is removed.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant, SystemTime};
+
+use farhaven_storage_sync::replica::Replica;
+use farhaven_storage_sync::unit::GuestId;
+
+use super::operate::OperateError;
+use super::promote::ActivateError;
+use super::standby::{Standby, ground, step};
+use super::view::{ConsolePaths, TestEnded, TestReport, TestView};
+use super::{Site, age, unix_ns};
+use crate::activate::launch::Launched;
+use crate::activate::place::Ready;
+use crate::activate::warm::{Warm, ram_file};
+use crate::guest::Definition;
+use crate::guest::qemu::peer::{bytes_free, memory_available};
+use crate::replicate::message::ActivationTimes;
+
+/// Memory that is left to the host beside a guest's RAM.
+const BESIDE: u64 = 128 << 20;
+
+/// A test that runs.
+pub(super) struct Drill {
+    ready: Ready,
+    point: u64,
+    since: Instant,
+}
+
+/// What `status` and pruning know of a test.
+#[derive(Debug, Clone)]
+pub(super) struct TestSeen {
+    pub(super) point: u64,
+    /// Nanoseconds since 1970.
+    at: u64,
+    /// Set once it runs.
+    running: Option<(Option<PathBuf>, Option<u32>, Option<ConsolePaths>)>,
+}
+
+impl TestSeen {
+    /// For `status`.
+    pub(super) fn view(self) -> TestView {
+        let running = self.running.is_some();
+        let (qmp, pid, console) = self.running.unwrap_or_default();
+        TestView {
+            point: self.point,
+            since_ms: age(self.at).as_millis() as u64,
+            running,
+            qmp: qmp.map(|path| path.display().to_string()),
+            pid,
+            console,
+        }
+    }
+}
+
+/// Why a test was not begun, or not ended.
+#[derive(Debug, thiserror::Error)]
+pub enum TestError {
+    /// One at a time.
+    #[error(
+        "a test of '{0}' runs already, from point {1}; end it first: farhaven test cleanup {0}"
+    )]
+    Runs(String, u64),
+    /// One is being begun or ended.
+    #[error("a test of '{0}' is being started or ended just now; look again: farhaven status")]
+    Busy(String),
+    /// Nothing to end.
+    #[error("no test of '{0}' runs here; start one: farhaven test {0}")]
+    NoTest(String),
+    /// It was taken over.
+    #[error(
+        "'{0}' was taken over and runs here (term {1}); its points here are of before that. Protect it to its peer and test it there"
+    )]
+    Active(String, u64),
+    /// A network or device that cannot be cut off.
+    #[error("'{guest}' cannot be run isolated:\n  {}", reasons.join("\n  "))]
+    NotIsolated {
+        /// Who.
+        guest: String,
+        /// Options, each with its reason.
+        reasons: Vec<String>,
+    },
+    /// Its RAM does not fit beside what is here.
+    #[error(
+        "a test of '{guest}' needs {needed} MiB of memory, and {free} MiB are free in {directory}; end another test, or free memory"
+    )]
+    NoRoom {
+        /// Who.
+        guest: String,
+        /// MiB.
+        needed: u64,
+        /// MiB.
+        free: u64,
+        /// Where RAM files are.
+        directory: PathBuf,
+    },
+    /// The point, its files or its machine.
+    #[error(transparent)]
+    Activate(#[from] ActivateError),
+}
+
+impl From<TestError> for OperateError {
+    fn from(error: TestError) -> Self {
+        match error {
+            TestError::NoTest(_) | TestError::Activate(ActivateError::NoPoint(..)) => {
+                OperateError::Unknown(error.to_string())
+            }
+            TestError::Activate(_) => OperateError::Failed(error.to_string()),
+            _ => OperateError::Conflict(error.to_string()),
+        }
+    }
+}
+
+impl Site {
+    /// Runs a peer's guest here as a test, isolated, from its newest or a named
+    /// point. Protection goes on.
+    ///
+    /// # Errors
+    /// When one runs already, or it cannot be run; nothing is left behind then.
+    pub async fn test(
+        self: &Arc<Self>,
+        name: &str,
+        point: Option<u64>,
+    ) -> Result<TestReport, OperateError> {
+        let declared = Instant::now();
+        Ok(self.standby_here(name)?.test(point, declared).await?)
+    }
+
+    /// Ends a guest's test and removes all of it.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
+        Ok(self.standby_here(name)?.end_test().await?)
+    }
+}
+
+/// Where a test's files are.
+struct Places {
+    run: PathBuf,
+    ram: PathBuf,
+}
+
+impl Places {
+    fn of(site: &Site, guest: GuestId) -> Self {
+        Self {
+            run: site.config.run_dir().join(guest.to_string()).join("test"),
+            ram: site.config.ram_dir().join(format!("{guest}-test")),
+        }
+    }
+}
+
+impl Standby {
+    /// The point that a test runs from: it must stay.
+    pub(super) fn tested(&self) -> Option<u64> {
+        self.seen().test.map(|test| test.point)
+    }
+
+    async fn test(
+        self: &Arc<Self>,
+        point: Option<u64>,
+        declared: Instant,
+    ) -> Result<TestReport, TestError> {
+        let Ok(mut drill) = self.drill.try_lock() else {
+            return Err(TestError::Busy(self.name()));
+        };
+        if let Some(running) = &*drill {
+            return Err(TestError::Runs(self.name(), running.point));
+        }
+        if let Some(active) = self.active() {
+            return Err(TestError::Active(self.name(), active.term.number));
+        }
+        let newest = self.newest();
+        let point = point.unwrap_or(newest);
+        if newest == 0 {
+            let what = "recovery point".to_owned();
+            return Err(ActivateError::NoPoint(self.name(), what).into());
+        }
+        // Pinned first: whatever is pruned from here on, this point stays.
+        self.see(|s| {
+            s.test = Some(TestSeen {
+                point,
+                at: unix_ns(SystemTime::now()),
+                running: None,
+            });
+        });
+        match self.start_test(point, declared).await {
+            Ok((ready, report)) => {
+                self.see(|s| {
+                    if let Some(test) = &mut s.test {
+                        test.running = Some((ready.qmp(), ready.pid(), report.console.clone()));
+                    }
+                });
+                tracing::info!(guest = %self.name(), point, "a test runs here, isolated");
+                *drill = Some(Drill {
+                    ready,
+                    point,
+                    since: declared,
+                });
+                Ok(report)
+            }
+            Err(error) => {
+                if let Ok(site) = self.site() {
+                    let places = Places::of(&site, self.guest);
+                    let _ = step(move || remove(&places)).await;
+                }
+                self.see(|s| s.test = None);
+                Err(error)
+            }
+        }
+    }
+
+    async fn start_test(
+        self: &Arc<Self>,
+        point: u64,
+        declared: Instant,
+    ) -> Result<(Ready, TestReport), TestError> {
+        let site = self.site()?;
+        let Some(header) = self.points().into_iter().find(|p| p.point == point) else {
+            let what = format!("point {point}");
+            return Err(ActivateError::NoPoint(self.name(), what).into());
+        };
+        let (replica, context) = self.open(point)?;
+        let definition = isolated(&context.definition, self.guest).map_err(|reasons| {
+            TestError::NotIsolated {
+                guest: self.name(),
+                reasons,
+            }
+        })?;
+        let places = Places::of(&site, self.guest);
+        self.has_room(&places.ram, definition.ram_bytes())?;
+        let definition = Arc::new(definition);
+        // The RAM files must be there before they are mapped; then both go side by side.
+        let mut times = ActivationTimes::default();
+        let began = Instant::now();
+        let mut ram = Warm::default();
+        ram.make_files(&places.ram, &definition)
+            .map_err(|source| ActivateError::Io {
+                what: format!("making RAM files in {}", places.ram.display()),
+                source,
+            })?;
+        let filled = {
+            let (directory, replica, definition) =
+                (places.ram.clone(), replica.clone(), definition.clone());
+            step(move || ram.bring_to(&directory, &replica, &definition))
+        };
+        let launched = self.launch_test(&site, &replica, &definition);
+        let (launched, filled) = tokio::join!(launched, filled);
+        times.ram = began.elapsed();
+        let (ready, took) = launched?;
+        times.launch = took;
+        let filled = filled.and_then(|filled| filled);
+        let began = Instant::now();
+        let (ready, ran) = step(move || {
+            let ran = filled.and_then(|bytes| {
+                ready.restore_and_run(&replica)?;
+                Ok(bytes)
+            });
+            match ran {
+                Ok(bytes) => (Some(ready), Ok(bytes)),
+                Err(error) => {
+                    ready.discard();
+                    (None, Err(error))
+                }
+            }
+        })
+        .await?;
+        times.ram_bytes = ran?;
+        let ready = ready.ok_or_else(|| ActivateError::Step("the test ended".to_owned()))?;
+        times.restore = began.elapsed();
+        times.total = declared.elapsed();
+        let report = TestReport {
+            guest: self.name(),
+            point,
+            age_ms: age(header.cut_at_unix_ns).as_millis() as u64,
+            rto_ms: times.total.as_secs_f64() * 1e3,
+            qmp: ready.qmp().map(|path| path.display().to_string()),
+            pid: ready.pid(),
+            console: ConsolePaths::beside(ready.run_directory()),
+            times,
+        };
+        Ok((ready, report))
+    }
+
+    async fn launch_test(
+        &self,
+        site: &Arc<Site>,
+        replica: &Arc<Replica>,
+        definition: &Arc<Definition>,
+    ) -> Result<(Ready, Duration), ActivateError> {
+        let (site, guest) = (site.clone(), self.guest);
+        let (replica, definition) = (replica.clone(), definition.clone());
+        step(move || {
+            let began = Instant::now();
+            let places = Places::of(&site, guest);
+            // Never this site's networks.
+            let networks = BTreeMap::new();
+            let mut ground = ground(&site, guest, 0);
+            ground.run = places.run;
+            ground.ram = places.ram;
+            ground.networks = &networks;
+            let ready = Ready::launch(&ground, &replica, &definition)?;
+            Ok((ready, began.elapsed()))
+        })
+        .await?
+    }
+
+    fn has_room(&self, directory: &Path, needed: u64) -> Result<(), TestError> {
+        let free = free_memory(directory);
+        if needed.saturating_add(BESIDE) <= free {
+            return Ok(());
+        }
+        Err(TestError::NoRoom {
+            guest: self.name(),
+            needed: needed.div_ceil(1 << 20),
+            free: free >> 20,
+            directory: directory.to_owned(),
+        })
+    }
+
+    async fn end_test(self: &Arc<Self>) -> Result<TestEnded, TestError> {
+        let Ok(mut drill) = self.drill.try_lock() else {
+            return Err(TestError::Busy(self.name()));
+        };
+        let Some(running) = drill.take() else {
+            return Err(TestError::NoTest(self.name()));
+        };
+        self.throw_away(running).await
+    }
+
+    async fn throw_away(&self, running: Drill) -> Result<TestEnded, TestError> {
+        let site = self.site()?;
+        let places = Places::of(&site, self.guest);
+        let (point, since) = (running.point, running.since);
+        let (ram_bytes, overlay_bytes, removed) = step(move || {
+            let (ram, overlays) = (allocated(&places.ram), allocated(&places.run));
+            let process = running.ready.pid();
+            running.ready.end();
+            let mut removed = remove(&places);
+            removed.insert(
+                0,
+                match process {
+                    Some(pid) => format!("QEMU, process {pid}"),
+                    None => "the guest inside of the daemon".to_owned(),
+                },
+            );
+            (ram, overlays, removed)
+        })
+        .await?;
+        self.see(|s| s.test = None);
+        tracing::info!(guest = %self.name(), point, "the test was ended and thrown away");
+        Ok(TestEnded {
+            guest: self.name(),
+            point,
+            ran_ms: since.elapsed().as_millis() as u64,
+            ram_bytes,
+            overlay_bytes,
+            removed,
+        })
+    }
+
+    /// Before the guest is run in earnest: a test goes if its memory is needed.
+    /// Says so; empty when nothing had to go.
+    pub(super) async fn make_room(self: &Arc<Self>) -> String {
+        let (Ok(site), Some(_)) = (self.site(), self.tested()) else {
+            return String::new();
+        };
+        let ram = site.config.ram_dir().join(self.guest.to_string());
+        let definition = self.opening().definition;
+        // What is warm has its room already.
+        let files = definition.ram();
+        let has = |(name, bytes): &(&str, u64)| {
+            std::fs::metadata(ram_file(&ram, name)).map_or(0, |m| (m.blocks() * 512).min(*bytes))
+        };
+        let needed = files.iter().map(|file| file.1 - has(file)).sum::<u64>();
+        if needed.saturating_add(BESIDE) <= free_memory(&ram) {
+            return String::new();
+        }
+        let Some(running) = self.drill.lock().await.take() else {
+            return String::new();
+        };
+        let point = running.point;
+        let said = match self.throw_away(running).await {
+            Ok(_) => format!("the test of point {point} was ended first: its memory was needed"),
+            Err(error) => format!("the test of point {point} could not be ended: {error}"),
+        };
+        tracing::warn!(guest = %self.name(), "{said}");
+        said
+    }
+
+    /// At start: a test that an earlier daemon left is ended, and removed.
+    pub(super) async fn clear_left_test(self: &Arc<Self>) {
+        let Ok(site) = self.site() else { return };
+        let places = Places::of(&site, self.guest);
+        if !super::exists(&places.run) && !super::exists(&places.ram) {
+            return;
+        }
+        // Taken before anybody can ask for a new test.
+        let held = self.drill.clone().lock_owned().await;
+        let name = self.name();
+        tokio::task::spawn_blocking(move || {
+            Launched::end(&places.run.join("qmp.sock"), &places.run);
+            let removed = remove(&places);
+            tracing::warn!(
+                guest = name,
+                ?removed,
+                "a test that ran before a restart was thrown away"
+            );
+            drop(held);
+        });
+    }
+
+    /// The daemon stops: a test does not outlive it.
+    pub(super) async fn stop_test(self: &Arc<Self>) {
+        let running = self.drill.lock().await.take();
+        if let Some(running) = running
+            && let Err(error) = self.throw_away(running).await
+        {
+            tracing::warn!(guest = %self.name(), %error, "the test was not ended");
+        }
+    }
+}
+
+/// The same guest with nobody to talk to.
+fn isolated(definition: &Definition, guest: GuestId) -> Result<Definition, Vec<String>> {
+    match definition {
+        Definition::Qemu(qemu) => Ok(qemu.isolated(&guest.to_string())?.into()),
+        // Its monitor has no network at all.
+        Definition::Embedded(_) => Ok(definition.clone()),
+    }
+}
+
+/// Bytes that a new RAM file may still take.
+fn free_memory(directory: &Path) -> u64 {
+    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    bytes_free(directory).min(memory_available(&memory))
+}
+
+/// Bytes on their filesystem of a directory's files.
+fn allocated(directory: &Path) -> u64 {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    entries
+        .filter_map(|entry| Some(entry.metadata().ok()?.blocks() * 512))
+        .sum()
+}
+
+/// Removes what a test had; what was removed, for people.
+fn remove(places: &Places) -> Vec<String> {
+    let mut removed = Vec::new();
+    for (what, directory) in [
+        ("memory in", &places.ram),
+        ("disks and logs in", &places.run),
+    ] {
+        let there = super::exists(directory);
+        match std::fs::remove_dir_all(directory) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                tracing::warn!(%error, directory = %directory.display(), "stays behind");
+                removed.push(format!("NOT {}: {error}", directory.display()));
+            }
+            _ if there => removed.push(format!("{what} {}", directory.display())),
+            _ => {}
+        }
+    }
+    removed
+}
