@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use farhaven::activate::machine::{BuildPlan, Builder};
-use farhaven::guest::embedded::Vmm;
 use farhaven::guest::kvm::builder::KvmBuilder;
 use farhaven::guest::kvm::{KvmMachine, KvmOptions, Pace, Terminal, proof};
 use farhaven_storage_sync::PointStats;
@@ -22,8 +21,6 @@ use crate::Failure;
 
 /// Memory whose filling is measured.
 const FILL: u64 = 512 << 20;
-/// Units read, encoded or written at a time.
-const PIECE: usize = 64;
 /// Runs from a warm copy.
 const RUNS: usize = 9;
 
@@ -89,7 +86,7 @@ fn content(unit: u64, into: &mut [u8]) {
     match unit % 3 {
         0 => {
             for word in into.chunks_exact_mut(8) {
-                word.copy_from_slice(&unit.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+                word.copy_from_slice(&(unit + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
             }
         }
         1 => {
