@@ -3,7 +3,6 @@
 
 use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
 
-use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::GuestId;
 
@@ -117,11 +116,7 @@ impl Site {
             console: ConsolePaths::beside(&self.run_directory(id)),
             definition,
         };
-        let kept = self
-            .catalogue
-            .put(Table::Guests, &id.to_string(), &record)
-            .and_then(|()| self.catalogue.flush());
-        kept.map_err(failed)?;
+        self.keep_guest(&record)?;
         let mut hosted = self.hosted.write().unwrap_or_else(PoisonError::into_inner);
         hosted.insert(id, vmm);
         Ok(record)

@@ -34,7 +34,7 @@ mod takeover;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
 use farhaven_policies::site::SiteConfig;
@@ -110,6 +110,8 @@ pub struct Site {
     exports: Arc<NbdServer>,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
+    /// Held while a new guest is put into the catalogue: names are given once.
+    naming: Mutex<()>,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
 }
@@ -161,6 +163,7 @@ impl Site {
             sealed: RwLock::default(),
             exports,
             builders,
+            naming: Mutex::default(),
             hosted: RwLock::default(),
         });
         site.rebuild_peers()?;

@@ -108,11 +108,25 @@ impl Site {
             console: None,
             definition,
         };
-        self.catalogue
-            .put(Table::Guests, &record.id.to_string(), &record)
-            .map_err(failed)?;
-        self.catalogue.flush().map_err(failed)?;
+        self.keep_guest(&record)?;
         Ok(record)
+    }
+
+    /// Puts a guest into the catalogue, durably. Of two that came at once with
+    /// one name, one is refused.
+    pub(super) fn keep_guest(&self, record: &GuestRecord) -> Result<(), OperateError> {
+        let _one_at_a_time = self.naming.lock().unwrap_or_else(PoisonError::into_inner);
+        let name = &record.name;
+        let mut records = self.guest_records().into_iter();
+        if records.any(|r| r.name == *name && r.id != record.id) {
+            return Err(OperateError::Conflict(format!(
+                "guest '{name}' is known already"
+            )));
+        }
+        self.catalogue
+            .put(Table::Guests, &record.id.to_string(), record)
+            .map_err(failed)?;
+        self.catalogue.flush().map_err(failed)
     }
 
     /// Forgets a guest that is not protected; it runs on.

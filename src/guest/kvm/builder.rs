@@ -152,6 +152,19 @@ fn same_size(name: &str, bytes: u64, below: &dyn BlockSource) -> Result<(), Mach
     )))
 }
 
+impl KvmVmm {
+    /// Makes of a monitor's guest, whose vCPUs wait in their gates, the machine
+    /// that the monitor's own [`Builder`] answers: it takes a point's device
+    /// state, runs, and copies what its disks still read from the store.
+    pub fn into_machine(self) -> Box<dyn Machine> {
+        let disks = self.disks().to_vec();
+        Box::new(Built {
+            vmm: Arc::new(Mutex::new(self)),
+            disks,
+        })
+    }
+}
+
 impl Built {
     fn vmm(&self) -> MutexGuard<'_, KvmVmm> {
         self.vmm.lock().unwrap_or_else(PoisonError::into_inner)

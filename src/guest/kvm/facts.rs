@@ -60,6 +60,9 @@ pub struct KvmFacts {
     pub tsc_control: bool,
     /// CPUID leaves that a guest can be given.
     pub(super) cpuid: Vec<kvm_cpuid_entry2>,
+    /// What a guest finds that was given them: more, on a host whose KVM cannot
+    /// hide what its CPU has.
+    pub(super) found: Vec<kvm_cpuid_entry2>,
 }
 
 /// Why KVM is not to be used on this host.
@@ -153,6 +156,9 @@ pub fn facts_of(device: &Path) -> Result<KvmFacts, KvmUnusable> {
     let vm = kvm.create_vm().map_err(broken("KVM_CREATE_VM"))?;
     let vcpu = vm.create_vcpu(0).map_err(broken("KVM_CREATE_VCPU"))?;
     vcpu.set_cpuid2(&cpuid).map_err(broken("KVM_SET_CPUID2"))?;
+    let found = vcpu
+        .get_cpuid2(KVM_MAX_CPUID_ENTRIES)
+        .map_err(broken("KVM_GET_CPUID2"))?;
     let mut wanted = listed.as_slice().to_vec();
     let unlisted = UNLISTED.into_iter().flatten();
     let unlisted: Vec<_> = unlisted.filter(|index| !wanted.contains(index)).collect();
@@ -175,6 +181,7 @@ pub fn facts_of(device: &Path) -> Result<KvmFacts, KvmUnusable> {
             .filter(|_| kvm.check_extension(Cap::GetTscKhz)),
         tsc_control: kvm.check_extension(Cap::TscControl),
         cpuid: cpuid.as_slice().to_vec(),
+        found: found.as_slice().to_vec(),
     })
 }
 

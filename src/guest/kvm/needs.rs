@@ -140,7 +140,8 @@ fn features(needs: &KvmNeeds, here: &KvmFacts) -> Vec<Finding> {
         ));
     }
     for of in &FEATURES {
-        let lacking = register(&wanted, of) & !register(&here.cpuid, of) & !of.ignored;
+        let gives = register(&here.cpuid, of) | register(&here.found, of);
+        let lacking = register(&wanted, of) & !gives & !of.ignored;
         for bit in (0..32).filter(|bit| lacking >> bit & 1 == 1) {
             found.push(Finding::blocks(
                 "kvm-cpu-feature",

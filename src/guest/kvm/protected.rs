@@ -156,6 +156,11 @@ impl KvmVmm {
         Ok(())
     }
 
+    /// Where its vCPUs stop.
+    pub fn gates(&self) -> &Gates {
+        &self.parts.gates
+    }
+
     /// Refuses a state that this host's KVM would take, but could not honour.
     fn fits(&self, index: usize, needs: KvmNeeds) -> Result<(), VmmError> {
         let found = needs::check(&needs, &self.facts);

@@ -501,11 +501,23 @@ impl Story {
     }
 }
 
+/// Stories of 40 chapters.
+const SEEDS: u64 = 500;
+
+/// Images that are never synced need no disk.
+fn scratch() -> tempfile::TempDir {
+    let memory = Path::new("/dev/shm");
+    match memory.is_dir() {
+        true => tempfile::tempdir_in(memory).unwrap(),
+        false => tempfile::tempdir().unwrap(),
+    }
+}
+
 #[test]
 fn every_sealed_point_is_what_the_guest_was() {
     let (mut sealed, mut failed) = (0, 0);
-    for seed in 0..1500 {
-        let directory = tempfile::tempdir().unwrap();
+    for seed in 0..SEEDS {
+        let directory = scratch();
         let mut story = Story::new(seed, directory.path());
         let told = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             for _ in 0..40 {
@@ -520,7 +532,7 @@ fn every_sealed_point_is_what_the_guest_was() {
         failed += told.1;
     }
     assert!(
-        sealed > 3000 && failed > 1000,
+        sealed > 2 * SEEDS && failed > SEEDS,
         "{sealed} points, {failed} failed cuts"
     );
 }
@@ -656,6 +668,12 @@ fn a_guest_that_ended_is_told_as_gone_and_one_too_busy_is_not_stopped() {
     assert!(EmbeddedGuest::attach(vmm, key, 1).is_err());
 }
 
+/// What this thread used of a core: others may be busy too.
+fn cpu_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
+}
+
 /// Measured: the pause with 1,000 dirty pages, and a first round's speed.
 #[test]
 fn the_pause_grows_with_what_changed_and_not_with_memory() {
@@ -674,9 +692,9 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
         }
         let mut guest =
             EmbeddedGuest::attach(Monitor::of(&machine), key.clone(), 64 << 20).unwrap();
-        let begun = std::time::Instant::now();
+        let begun = cpu_time();
         guest.round(&mut Counter::default()).unwrap();
-        let rate = (megabytes << 20) as f64 / begun.elapsed().as_secs_f64() / 1e9;
+        let rate = (megabytes << 20) as f64 / (cpu_time() - begun).as_secs_f64() / 1e9;
         let mut pauses = Vec::new();
         for point in 1..20 {
             for dirty in 0..1000 {
@@ -693,10 +711,10 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
         }
         pauses.sort();
         println!(
-            "{megabytes} MiB: {rate:.2} GB/s, pause without state {:?}",
+            "{megabytes} MiB: {rate:.2} GB/s of a core, pause without state {:?}",
             pauses[9]
         );
         assert!(pauses[0] < Duration::from_millis(5), "{pauses:?}");
-        assert!(rate > 0.3, "{rate} GB/s");
+        assert!(rate > 1.0, "{rate} GB/s of a core");
     }
 }

@@ -1,7 +1,12 @@
 //! The guest on a real KVM, by programs of a few bytes. Where there is no KVM
 //! these tests say so and do nothing.
 
-mod kvm;
+mod building;
+mod figures;
+mod gates;
+mod machine;
+mod refusals;
+mod states;
 
 use std::collections::VecDeque;
 use std::fs::File;
@@ -12,6 +17,7 @@ use super::facts::facts;
 use super::machine::{Pace, Parts, Terminal, assemble};
 use super::protected::KvmVmm;
 use crate::guest::embedded::Vmm;
+use crate::guest::embedded::disk::TrackedDisk;
 
 /// A console on paper.
 #[derive(Default)]
@@ -84,20 +90,7 @@ struct Guest {
 impl Guest {
     fn assemble(shape: Shape, ram: File, program: Option<&[u8]>) -> Self {
         let paper = Arc::new(Paper::default());
-        let parts = Parts {
-            vcpus: shape.vcpus,
-            ram: shape.ram,
-            ram_file: ram.try_clone().unwrap(),
-            disk: None,
-            terminal: paper.clone(),
-            pace: Pace {
-                changes: 7,
-                pages: 8,
-                blocks: 9,
-            },
-            irqchip: shape.irqchip,
-        };
-        let vmm = assemble(parts, &facts().unwrap(), program).unwrap();
+        let vmm = machine(shape, &ram, program, paper.clone(), None);
         Self { vmm, paper, ram }
     }
 
@@ -123,17 +116,7 @@ impl Guest {
     }
 
     fn empty_twin(&self, shape: Shape) -> Self {
-        use std::os::unix::fs::FileExt;
-        let copy = tempfile::tempfile().unwrap();
-        copy.set_len(shape.ram).unwrap();
-        let mut piece = vec![0; MIB as usize];
-        for at in (0..shape.ram).step_by(MIB as usize) {
-            self.ram.read_exact_at(&mut piece, at).unwrap();
-            if piece.iter().any(|byte| *byte != 0) {
-                copy.write_all_at(&piece, at).unwrap();
-            }
-        }
-        Self::assemble(shape, copy, None)
+        Self::assemble(shape, copy(&self.ram, shape.ram), None)
     }
 
     fn word(&self, at: u64) -> u64 {
@@ -141,6 +124,50 @@ impl Guest {
         self.vmm.read_ram(0, at, &mut bytes).unwrap();
         u64::from_le_bytes(bytes)
     }
+}
+
+/// Another file with the same bytes.
+fn copy(ram: &File, bytes: u64) -> File {
+    use std::os::unix::fs::FileExt;
+    let copy = tempfile::tempfile().unwrap();
+    copy.set_len(bytes).unwrap();
+    let mut piece = vec![0; MIB as usize];
+    for at in (0..bytes).step_by(MIB as usize) {
+        ram.read_exact_at(&mut piece, at).unwrap();
+        if piece.iter().any(|byte| *byte != 0) {
+            copy.write_all_at(&piece, at).unwrap();
+        }
+    }
+    copy
+}
+
+const PACE: Pace = Pace {
+    changes: 7,
+    pages: 8,
+    blocks: 9,
+};
+
+fn machine(
+    shape: Shape,
+    ram: &File,
+    program: Option<&[u8]>,
+    terminal: Arc<dyn Terminal>,
+    disk: Option<Arc<TrackedDisk>>,
+) -> KvmVmm {
+    let parts = Parts {
+        vcpus: shape.vcpus,
+        ram: shape.ram,
+        ram_file: ram.try_clone().unwrap(),
+        disk,
+        terminal,
+        pace: if program.is_some() {
+            PACE
+        } else {
+            Pace::default()
+        },
+        irqchip: shape.irqchip,
+    };
+    assemble(parts, &facts().unwrap(), program).unwrap()
 }
 
 /// A few instructions, as bytes.
@@ -170,6 +197,20 @@ impl Code {
             .raw(&[0x66, 0xba])
             .raw(&port.to_le_bytes())
             .raw(&[0xef])
+    }
+
+    /// in eax, port; then mov [at], eax
+    fn keep(self, port: u16, at: u32) -> Self {
+        self.raw(&[0x66, 0xba])
+            .raw(&port.to_le_bytes())
+            .raw(&[0xed, 0x89, 0x04, 0x25])
+            .raw(&at.to_le_bytes())
+    }
+
+    /// Waits for a key.
+    fn key(self) -> Self {
+        self.raw(&[0x66, 0xba, 0xfd, 0x03, 0xec, 0xa8, 0x01, 0x74, 0xfb])
+            .raw(&[0x66, 0xba, 0xf8, 0x03, 0xec])
     }
 
     /// Writes a letter to the console.
