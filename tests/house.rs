@@ -27,7 +27,7 @@ const CONFINED: [(&str, &str, &[&str]); 4] = [
 /// Files that may hold `unsafe`: KVM's calls and guest RAM, as the design allows.
 const UNSAFE: [&str; 4] = [
     // Gets a vCPU out of KVM_RUN: a flag in KVM's mapping, a signal to a thread.
-    "src/guest/kvm/gate.rs",
+    "src/guest/kvm/place.rs",
     // Gives a mapping of guest memory to KVM.
     "src/guest/kvm/dirty.rs",
     // XSAVE areas, whose size KVM's calls trust.

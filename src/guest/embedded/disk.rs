@@ -301,10 +301,10 @@ impl TrackedDisk {
         }
         let unit = UNIT as u64;
         let mut partial = Vec::new();
-        if range.start % unit != 0 {
+        if !range.start.is_multiple_of(unit) {
             partial.push(range.start / unit);
         }
-        if range.end % unit != 0
+        if !range.end.is_multiple_of(unit)
             && range.end != self.bytes
             && partial.first() != Some(&(range.end / unit))
         {

@@ -66,7 +66,7 @@ pub(super) fn load(memory: &TrackedMemory, bytes: u64, program: &[u8]) -> Result
     for gib in 0..end.div_ceil(GIB) {
         let table = TABLES_AT + gib * 0x1000;
         write(GIB_TABLE_AT + gib * 8, &entry(table))?;
-        let pages = (0..512).flat_map(|page| entry(gib * GIB + (page << 21) | LARGE));
+        let pages = (0..512).flat_map(|page| entry((gib * GIB + (page << 21)) | LARGE));
         write(table, &pages.collect::<Vec<u8>>())?;
     }
     write(PROGRAM_AT, program)

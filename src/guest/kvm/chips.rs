@@ -49,7 +49,11 @@ pub(super) fn save(vm: &VmFd, has: Chips, state: &mut State) -> Result<(), VmmEr
         }
     }
     if has.pit {
-        let pit = vm.get_pit2().map_err(part("KVM_GET_PIT2".to_owned()))?;
+        let mut pit = vm.get_pit2().map_err(part("KVM_GET_PIT2".to_owned()))?;
+        // By this host's clock; elsewhere KVM begins to count anew.
+        for channel in &mut pit.channels {
+            channel.count_load_time = 0;
+        }
         state.pit = Some(Exact(pit));
     }
     state.clock = Some(Exact(clock(vm)?));

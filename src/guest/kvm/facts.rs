@@ -227,6 +227,7 @@ impl KvmFacts {
             xcrs: self.xcrs,
             tsc_khz: self.tsc_khz.is_some(),
             tsc_control: self.tsc_control,
+            nested: vm.check_extension(Cap::NestedState),
             lapic,
         }
     }

@@ -174,6 +174,7 @@ pub(super) const FEATURES: [FeatureRegister; 18] = [
 ];
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 

@@ -7,15 +7,14 @@
 //! first, then the thread is interrupted by a signal: before KVM looks at the
 //! flag the flag stops it, after that the signal does.
 
-use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::mpsc;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler, unblock_signal};
 
 use super::kvm_error;
+use super::place::{self, Place, Slot, hold, park, this_thread};
 use crate::guest::embedded::VmmError;
 
 /// The signal that kicks vCPUs is this many after `SIGRTMIN`. A program that
@@ -28,16 +27,6 @@ const WORK_LIMIT: Duration = Duration::from_secs(10);
 /// Kicked again after this time, should a monitor have its signals blocked for a while.
 const AGAIN: Duration = Duration::from_millis(5);
 
-/// Why a vCPU is held: bits, so that who lets go does not undo another's hold.
-pub(super) mod hold {
-    /// The guest is paused.
-    pub(in super::super) const PAUSE: u8 = 1;
-    /// It is being held back.
-    pub(in super::super) const THROTTLE: u8 = 2;
-    /// It has ended.
-    pub(in super::super) const END: u8 = 4;
-}
-
 /// What became of one [`VcpuGate::run`].
 #[derive(Debug)]
 pub enum Turn<'v> {
@@ -47,47 +36,6 @@ pub enum Turn<'v> {
     Again,
     /// The guest is ended: leave the thread.
     End,
-}
-
-type Work = Box<dyn FnOnce(&mut VcpuFd) + Send>;
-
-#[derive(Default)]
-struct Place {
-    holds: u8,
-    parked: bool,
-    gone: bool,
-    inside: Option<Inside>,
-    work: Option<Work>,
-}
-
-/// A thread that is about to enter KVM_RUN, is inside, or has just left it.
-struct Inside {
-    thread: libc::pthread_t,
-    immediate_exit: *mut u8,
-}
-
-// SAFETY: the pointer is only used while the entry stands, under the place's
-// lock; the vCPU's thread takes the entry out, under that lock, before the
-// mapping it points into can go.
-#[allow(unsafe_code)]
-unsafe impl Send for Inside {}
-
-#[derive(Default)]
-struct Slot {
-    place: Mutex<Place>,
-    changed: Condvar,
-}
-
-impl Slot {
-    fn lock(&self) -> MutexGuard<'_, Place> {
-        self.place.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn wait<'a>(&self, place: MutexGuard<'a, Place>) -> MutexGuard<'a, Place> {
-        self.changed
-            .wait(place)
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 struct Shared {
@@ -358,11 +306,7 @@ impl VcpuGate {
             park(slot, place, vcpu);
             return Ok(Turn::Again);
         }
-        vcpu.set_kvm_immediate_exit(0);
-        place.inside = Some(Inside {
-            thread: this_thread(),
-            immediate_exit: &raw mut vcpu.get_kvm_run().immediate_exit,
-        });
+        place.enter(vcpu);
         drop(place);
         let came = vcpu.run();
         slot.lock().inside = None;
@@ -402,11 +346,7 @@ impl VcpuGate {
         if self.thread == Some(thread) {
             return Ok(());
         }
-        let signal = kick_signal()?;
-        unblock_signal(signal).map_err(|error| VmmError::Kvm {
-            call: format!("unblocking signal {signal}"),
-            why: error.to_string(),
-        })?;
+        place::listen()?;
         self.thread = Some(thread);
         Ok(())
     }
@@ -425,65 +365,4 @@ impl Drop for VcpuGate {
             slot.changed.notify_all();
         }
     }
-}
-
-/// Waits until nothing holds the vCPU, and does what is asked meanwhile.
-fn park<'a>(slot: &'a Slot, mut place: MutexGuard<'a, Place>, vcpu: &mut VcpuFd) {
-    place.parked = true;
-    slot.changed.notify_all();
-    while place.holds != 0 && place.holds & hold::END == 0 {
-        if let Some(work) = place.work.take() {
-            drop(place);
-            work(vcpu);
-            place = slot.lock();
-        } else {
-            place = slot.wait(place);
-        }
-    }
-    place.parked = false;
-    place.work = None;
-}
-
-impl Place {
-    /// Gets the vCPU out of KVM_RUN, if it is there or about to be.
-    #[allow(unsafe_code)]
-    fn kick(&self) {
-        let (Some(inside), Some(Ok(signal))) = (&self.inside, SIGNAL.get()) else {
-            return;
-        };
-        if self.holds == 0 {
-            return;
-        }
-        // SAFETY: the entry stands, and we have the lock it is taken out under:
-        // the mapping is there, and the thread lives. The byte is KVM's to read
-        // and ours to write; the vCPU's thread does not touch it in KVM_RUN.
-        unsafe {
-            AtomicU8::from_ptr(inside.immediate_exit).store(1, Ordering::SeqCst);
-            libc::pthread_kill(inside.thread, *signal);
-        }
-    }
-}
-
-static SIGNAL: OnceLock<Result<i32, String>> = OnceLock::new();
-
-extern "C" fn nothing(_: i32, _: *mut libc::siginfo_t, _: *mut libc::c_void) {}
-
-/// The kick's signal, with its handler in place.
-fn kick_signal() -> Result<i32, VmmError> {
-    let signal = SIGNAL.get_or_init(|| {
-        let signal = SIGRTMIN() + KICK;
-        register_signal_handler(signal, nothing)
-            .map(|()| signal)
-            .map_err(|error| error.to_string())
-    });
-    signal.clone().map_err(|why| VmmError::Kvm {
-        call: "handling the signal that stops vCPUs".to_owned(),
-        why,
-    })
-}
-
-#[allow(unsafe_code)]
-fn this_thread() -> libc::pthread_t {
-    // SAFETY: it has no conditions.
-    unsafe { libc::pthread_self() }
 }

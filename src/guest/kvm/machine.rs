@@ -228,7 +228,7 @@ fn check_sizes(parts: &Parts) -> Result<(), VmmError> {
             boot::MOST_VCPUS
         )));
     }
-    if ram < boot::PROGRAM_AT || ram > boot::MOST_RAM || !ram.is_multiple_of(4096) {
+    if !(boot::PROGRAM_AT..=boot::MOST_RAM).contains(&ram) || !ram.is_multiple_of(4096) {
         return Err(VmmError::State(format!(
             "{ram} bytes of memory; such a machine has a whole number of 4 KiB pages between \
              1 MiB and {} GiB",

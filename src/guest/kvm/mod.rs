@@ -28,6 +28,7 @@ pub mod state;
 mod board;
 mod chips;
 mod features;
+mod place;
 mod throttle;
 mod vcpu;
 

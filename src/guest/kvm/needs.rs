@@ -101,9 +101,27 @@ pub fn check(needs: &KvmNeeds, here: &KvmFacts) -> Vec<Finding> {
             "use a host with the same CPU, or hide AMX from the guest",
         ));
     }
+    if register_has(needs, 1, |entry| entry.ecx >> 5 & 1 == 1)
+        || register_has(needs, 0x8000_0001, |entry| entry.ecx >> 2 & 1 == 1)
+    {
+        found.push(Finding::warns(
+            "kvm-nested",
+            "the guest can run virtual machines of its own, and cannot be protected while it does",
+            "hide VMX and SVM from the guest at its start",
+        ));
+    }
     tsc(needs, here, &mut found);
     msrs(needs, here, &mut found);
     found
+}
+
+fn register_has(needs: &KvmNeeds, leaf: u32, is: impl Fn(&kvm_cpuid_entry2) -> bool) -> bool {
+    let same = |entry: &&Exact<kvm_cpuid_entry2>| entry.0.function == leaf;
+    needs
+        .cpuid
+        .iter()
+        .find(same)
+        .is_some_and(|entry| is(&entry.0))
 }
 
 fn register(entries: &[kvm_cpuid_entry2], of: &FeatureRegister) -> u32 {

@@ -70,6 +70,8 @@ pub struct KvmVmm {
     throttle: Throttle,
     parts: KvmParts,
     paused: bool,
+    /// It has its state from elsewhere and has not run since.
+    restored: bool,
     /// The time at which the guest stands, since it was stopped.
     stands: Option<Time>,
     chips: Chips,
@@ -96,6 +98,7 @@ impl KvmVmm {
         Ok(Self {
             throttle: Throttle::new(parts.gates.clone()),
             paused: parts.gates.paused(),
+            restored: false,
             stands: None,
             chips,
             can: facts.abilities(&parts.vm, chips.irqchip),
@@ -153,6 +156,7 @@ impl KvmVmm {
         chips::restore(&self.parts.vm, self.chips, &state)?;
         self.parts.devices.restore(&state.devices)?;
         self.stands = Some(Time::of(&state));
+        self.restored = true;
         Ok(())
     }
 
@@ -222,6 +226,13 @@ impl Vmm for KvmVmm {
     fn resume(&mut self) -> Result<(), VmmError> {
         self.parts.gates.alive()?;
         if self.paused {
+            if std::mem::take(&mut self.restored) {
+                // So that a guest with a paravirtual clock takes the time that it
+                // missed for no hang of its own. One without refuses it.
+                self.parts
+                    .gates
+                    .on_each(|_| |fd: &mut kvm_ioctls::VcpuFd| fd.kvmclock_ctrl().is_ok())?;
+            }
             self.parts.devices.resume();
             self.stands = None;
             self.paused = false;

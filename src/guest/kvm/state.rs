@@ -215,7 +215,7 @@ impl State {
                 ));
             }
             let xsave = vcpu.xsave.len();
-            if xsave != 0 && (xsave < 4096 || xsave > MOST_XSAVE || xsave % 4 != 0) {
+            if xsave != 0 && (!(4096..=MOST_XSAVE).contains(&xsave) || !xsave.is_multiple_of(4)) {
                 return wrong(format!("vCPU {index} has an XSAVE area of {xsave} bytes"));
             }
             if vcpu.lapic.is_some() == self.chips.is_empty() {

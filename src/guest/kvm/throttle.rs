@@ -4,7 +4,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::gate::{Gates, hold};
+use super::gate::Gates;
+use super::place::hold;
 
 /// Shortest slice: a running part and a held part.
 const SLICE: Duration = Duration::from_millis(10);

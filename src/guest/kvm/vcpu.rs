@@ -14,7 +14,7 @@ use std::collections::BTreeSet;
 use kvm_bindings::{
     CpuId, KVM_MAX_CPUID_ENTRIES, Msrs, Xsave, kvm_msr_entry, kvm_xsave, kvm_xsave2,
 };
-use kvm_ioctls::VcpuFd;
+use kvm_ioctls::{KvmNestedStateBuffer, VcpuFd};
 
 use super::kvm_error;
 use super::state::{Exact, MOST_XSAVE, VcpuState};
@@ -42,15 +42,17 @@ pub(super) struct Abilities {
     pub(super) xcrs: bool,
     pub(super) tsc_khz: bool,
     pub(super) tsc_control: bool,
+    /// A guest may run guests of its own.
+    pub(super) nested: bool,
     /// The guest's local APICs are in the kernel.
     pub(super) lapic: bool,
 }
 
-/// Reads these MSRs. Those that cannot be read are in the second list.
-pub(super) fn read_msrs(
-    vcpu: &VcpuFd,
-    wanted: &[u32],
-) -> Result<(Vec<(u32, u64)>, Vec<u32>), VmmError> {
+/// Values of MSRs by index, and MSRs that cannot be read.
+pub(super) type ReadMsrs = (Vec<(u32, u64)>, Vec<u32>);
+
+/// Reads these MSRs.
+pub(super) fn read_msrs(vcpu: &VcpuFd, wanted: &[u32]) -> Result<ReadMsrs, VmmError> {
     let (mut values, mut unreadable) = (Vec::with_capacity(wanted.len()), Vec::new());
     let mut rest = wanted;
     while !rest.is_empty() {
@@ -83,6 +85,15 @@ pub(super) fn save(vcpu: &VcpuFd, can: &Abilities) -> Result<VcpuState, VmmError
     let failed = |call: &'static str| {
         move |error| kvm_error(call, error, "the vCPU's state cannot be read on this host")
     };
+    if can.nested
+        && let Ok(Some(_)) = vcpu.nested_state(&mut KvmNestedStateBuffer::empty())
+    {
+        return Err(VmmError::State(
+            "the guest runs virtual machines of its own, whose state is not carried; stop \
+             those, or hide VMX and SVM from the guest at its start"
+                .to_owned(),
+        ));
+    }
     let mp_state = vcpu
         .get_mp_state()
         .map_err(failed("KVM_GET_MP_STATE (whether it is halted)"))?;

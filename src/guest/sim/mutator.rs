@@ -147,8 +147,8 @@ impl Mutator {
     pub(super) fn step(&mut self, world: &mut dyn World) {
         let turn = self.registers.steps;
         let made = match self.workload {
-            Workload::Files(_) if turn % 8 != 0 => self.change_file(world),
-            Workload::Noise(_) if turn % 16 != 0 => self.make_noise(world),
+            Workload::Files(_) if !turn.is_multiple_of(8) => self.change_file(world),
+            Workload::Noise(_) if !turn.is_multiple_of(16) => self.make_noise(world),
             _ => self.transact(world),
         };
         self.registers.steps += 1;
@@ -175,7 +175,7 @@ impl Mutator {
                 let item = turn.wrapping_sub(1) & region.count.saturating_sub(1);
                 Some((Some(disk), region.first + item))
             }
-            Operation::Block if disks > 0 && number % CHECKPOINT == 0 => {
+            Operation::Block if disks > 0 && number.is_multiple_of(CHECKPOINT) => {
                 let number = number / CHECKPOINT;
                 let disk = (number % disks) as usize;
                 let region = self.layout.disks[disk].table;
@@ -346,10 +346,10 @@ impl Mutator {
                 .files
                 .last(file, turns(self.registers.files, number, disks))
         };
-        let deleted = blend(&[self.seed, 15, number, change]) % 4 == 0;
+        let deleted = blend(&[self.seed, 15, number, change]).is_multiple_of(4);
         if change == 0 || deleted {
             out.fill(0);
-        } else if blend(&[self.seed, 16, change]) % 4 == 0 {
+        } else if blend(&[self.seed, 16, change]).is_multiple_of(4) {
             noise(blend(&[self.seed, 17, number, change, block]), out);
         } else {
             text(blend(&[self.seed, 18, number, change, block]), out);
@@ -472,7 +472,7 @@ fn turns(done: u64, disk: u64, disks: u64) -> u64 {
 
 /// Does this step of a file's change write to the disk? Else to memory.
 fn on_disk(number: u64, phase: u8) -> bool {
-    (u64::from(phase) + number) % 2 == 0
+    (u64::from(phase) + number).is_multiple_of(2)
 }
 
 fn difference(what: &str, item: u64, wanted: &Content, found: &Content) -> Result<(), String> {

@@ -239,7 +239,7 @@ fn a_throttled_guest_does_less_and_still_stops() {
         return;
     }
     let mut guest = Guest::running(SMALL, &Code::default().count(2 * MIB).0);
-    let mut rate = |guest: &mut Guest| {
+    let rate = |guest: &mut Guest| {
         let (from, at) = (guest.word(2 * MIB), Instant::now());
         std::thread::sleep(Duration::from_millis(600));
         (guest.word(2 * MIB) - from) as f64 / at.elapsed().as_secs_f64()
