@@ -30,7 +30,11 @@ fn start(site: &TestSite, name: &str, kind: &str) -> Console {
 
 fn ok(console: &Console) {
     let beat = console.check(LONG);
-    assert!(beat.is_ok(), "{beat:?}");
+    let words = (beat.memory.as_str(), beat.disk.as_str());
+    assert!(
+        words == ("ok", "ok") && beat.pages > 0 && beat.blocks > 0,
+        "{beat:?}"
+    );
 }
 
 /// Failover of a lost site, restarts of both, and the end.
