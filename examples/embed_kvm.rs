@@ -3,7 +3,7 @@
 //! The monitor is [`monitor`]: it owns the `VmFd`, the guest's memory and a
 //! thread per vCPU. Three things make a guest of Farhaven of it: its memory is a
 //! `TrackedRam`, its vCPU threads call `VcpuGate::run` in place of `VcpuFd::run`,
-//! and a `DeviceState` saves its devices. Two sites run here in one process; the
+//! and a `DeviceState` saves its devices (here `()`: it has none). Two sites run here in one process; the
 //! first is lost, the guest counts on at the second.
 
 use std::error::Error;
@@ -15,8 +15,8 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use farhaven::activate::machine::{BuildPlan, Builder, Builders, Machine, MachineError};
-use farhaven::guest::embedded::{Definition, Vmm, VmmError};
-use farhaven::guest::kvm::{DeviceState, Gates, KvmParts, KvmVmm, TrackedMemory, TrackedRam, Turn};
+use farhaven::guest::embedded::{Definition, Vmm};
+use farhaven::guest::kvm::{Gates, KvmParts, KvmVmm, TrackedMemory, TrackedRam, Turn};
 use farhaven::guest::qemu::check::Finding;
 use farhaven::site::Site;
 use farhaven_policies::site::SiteConfig;
@@ -26,31 +26,12 @@ use vm_memory::{FileOffset, GuestAddress};
 type Failure = Box<dyn Error + Send + Sync>;
 
 const RAM: u64 = 16 << 20;
-/// Counts in memory and says the count at port 0x80, for ever.
-#[rustfmt::skip]
-const PROGRAM: [u8; 16] = [
-    0x66, 0xff, 0x06, 0x00, 0x20, // inc dword [0x2000]
-    0x66, 0xa1, 0x00, 0x20,       // mov eax, [0x2000]
-    0xba, 0x80, 0x00,             // mov dx, 0x80
-    0x66, 0xef,                   // out dx, eax
-    0xeb, 0xf0,                   // jmp to the start
-];
-
-/// This monitor's devices hold no state.
-struct NoDevices;
-
-impl DeviceState for NoDevices {
-    fn save(&mut self) -> Result<Vec<u8>, VmmError> {
-        Ok(Vec::new())
-    }
-
-    fn restore(&mut self, _: &[u8]) -> Result<(), VmmError> {
-        Ok(())
-    }
-}
+/// start: inc dword [0x2000]; mov eax, [0x2000]; mov dx, 0x80; out dx, eax; jmp start
+const PROGRAM: &[u8; 16] = b"\x66\xff\x06\x00\x20\x66\xa1\x00\x20\xba\x80\x00\x66\xef\xeb\xf0";
 
 /// Your monitor: a guest over a RAM file, held at its first instruction.
-fn monitor(ram: File, count: Arc<AtomicU32>) -> Result<KvmVmm, Failure> {
+fn monitor(ram: &Path, count: Arc<AtomicU32>) -> Result<KvmVmm, Failure> {
+    let ram = File::options().read(true).write(true).open(ram)?;
     let kvm = Kvm::new()?;
     let vm = Arc::new(kvm.create_vm()?);
     let file = Some(FileOffset::new(ram, 0));
@@ -66,28 +47,26 @@ fn monitor(ram: File, count: Arc<AtomicU32>) -> Result<KvmVmm, Failure> {
     let (gates, each) = Gates::new(1);
     let mut gate = each.into_iter().next().ok_or("no gate")?;
     // The monitor's own vCPU thread. The gate holds it while the guest is cut.
-    std::thread::spawn(move || {
-        loop {
-            match gate.run(&mut vcpu) {
-                Ok(Turn::Exit(VcpuExit::IoOut(0x80, &[a, b, c, d]))) => {
-                    count.store(u32::from_le_bytes([a, b, c, d]), Ordering::Relaxed);
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                Ok(Turn::Again) => {}
-                Ok(Turn::Exit(other)) => break gate.end(&format!("unexpected: {other:?}")),
-                Ok(Turn::End) => break,
-                Err(error) => break gate.end(&error.to_string()),
+    let vcpu_thread = move || loop {
+        match gate.run(&mut vcpu) {
+            Ok(Turn::Exit(VcpuExit::IoOut(0x80, &[a, b, c, d]))) => {
+                count.store(u32::from_le_bytes([a, b, c, d]), Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(1));
             }
+            Ok(Turn::Again) => {}
+            Ok(Turn::Exit(other)) => return gate.end(&format!("unexpected: {other:?}")),
+            Ok(Turn::End) => return,
+            Err(error) => return gate.end(&error.to_string()),
         }
-    });
+    };
+    std::thread::spawn(vcpu_thread);
     let ram = TrackedRam::register(vm.clone(), memory)?;
-    let (disks, devices) = (Vec::new(), Box::new(NoDevices));
     Ok(KvmVmm::new(KvmParts {
         vm,
         ram,
         gates,
-        disks,
-        devices,
+        disks: Vec::new(),
+        devices: Box::new(()),
     })?)
 }
 
@@ -96,15 +75,12 @@ struct CounterBuilder(Arc<AtomicU32>);
 
 impl Builder for CounterBuilder {
     fn build(&self, plan: BuildPlan<'_>) -> Result<Box<dyn Machine>, MachineError> {
-        let failed = |error: Failure| MachineError::Other(error.to_string());
-        let ram = plan
-            .ram
-            .first()
-            .ok_or("no RAM file")
-            .map_err(|e| failed(e.into()))?;
-        let ram = File::options().read(true).write(true).open(ram);
-        let guest = monitor(ram.map_err(|e| failed(e.into()))?, self.0.clone());
-        Ok(guest.map_err(failed)?.into_machine())
+        let [ram] = plan.ram.as_slice() else {
+            return Err(MachineError::Other("it has one block of RAM".to_owned()));
+        };
+        let guest = monitor(ram, self.0.clone());
+        let guest = guest.map_err(|error| MachineError::Other(error.to_string()))?;
+        Ok(guest.into_machine())
     }
 
     fn check(&self, _: &Definition) -> Vec<Finding> {
@@ -136,10 +112,10 @@ async fn main() -> Result<(), Failure> {
     .await?;
     east.pair(&west.invite(Duration::from_secs(60))?).await?;
 
-    let ram = tempfile::tempfile()?;
-    ram.set_len(RAM)?;
-    let mut guest = monitor(ram.try_clone()?, here.clone())?;
-    std::os::unix::fs::FileExt::write_all_at(&ram, &PROGRAM, 0x1000)?;
+    let (ram, mut memory) = (home.path().join("guest.ram"), vec![0; RAM as usize]);
+    memory[0x1000..][..PROGRAM.len()].copy_from_slice(PROGRAM);
+    std::fs::write(&ram, memory)?;
+    let mut guest = monitor(&ram, here.clone())?;
     guest.resume()?;
     let definition = Definition {
         kind: "counter".to_owned(),
@@ -164,12 +140,8 @@ async fn main() -> Result<(), Failure> {
     let lost_at = here.load(Ordering::Relaxed);
     let report = west.fail_over("counter", None, true).await?;
     tokio::time::sleep(Duration::from_millis(500)).await;
-    println!("it had counted to {lost_at} at east when east was lost");
-    println!(
-        "it runs at west from point {} and is at {}",
-        report.point,
-        there.load(Ordering::Relaxed)
-    );
+    let (point, now) = (report.point, there.load(Ordering::Relaxed));
+    println!("east was lost at {lost_at}; it runs at west from point {point} on, and is at {now}");
     west.end_guest("counter").await?;
     west.shutdown().await;
     Ok(())

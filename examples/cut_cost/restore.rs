@@ -7,7 +7,6 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use farhaven::activate::machine::{BuildPlan, Builder};
-use farhaven::guest::embedded::Vmm;
 use farhaven::guest::kvm::builder::KvmBuilder;
 use farhaven::guest::kvm::{KvmMachine, KvmOptions, Pace, Terminal, proof};
 use farhaven_storage_sync::PointStats;
@@ -22,8 +21,6 @@ use crate::Failure;
 
 /// Memory whose filling is measured.
 const FILL: u64 = 512 << 20;
-/// Units read, encoded or written at a time.
-const PIECE: usize = 64;
 /// Runs from a warm copy.
 const RUNS: usize = 9;
 
