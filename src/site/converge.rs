@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use farhaven_policies::decide::{MoveFacts, MoveStep, next_move_step};
+use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
 use farhaven_policies::policy::Policy;
 
 use super::driver::{Attached, DriveError, Driver};
@@ -44,10 +44,8 @@ pub(super) async fn converge(
         match step {
             MoveStep::Round => {}
             MoveStep::LastCut { within: true, .. } => return Ok(slowed(throttled)),
-            MoveStep::LastCut {
-                expected_blackout, ..
-            } => {
-                let told = too_long(&driver.protection.policy, expected_blackout, throttled);
+            MoveStep::LastCut { .. } => {
+                let told = too_long(&driver.protection.policy, &facts);
                 tracing::warn!(guest = %driver.record.name, "{told}");
                 driver.view.send_modify(|v| v.trouble.clone_from(&told));
                 return Ok(told);
@@ -72,14 +70,19 @@ fn slowed(percent: u8) -> String {
     }
 }
 
-fn too_long(policy: &Policy, expected: Duration, throttled: u8) -> String {
-    let throttled = match throttled {
+/// What to tell before a last cut that takes longer than the policy wants.
+fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
+    let throttled = match facts.throttle {
         0 => String::new(),
         percent => format!(", throttled by {percent} %"),
     };
+    let why = match facts.fixed >= policy.max_blackout.duration() {
+        true => "the hand-over alone takes long on this link".to_owned(),
+        false => format!("the guest{throttled} changes faster than the link carries"),
+    };
     format!(
-        "the guest{throttled} changes faster than the link carries: it will stand still for about {:.1} s, where protect.max_blackout is {}",
-        expected.as_secs_f64(),
+        "{why}: it will stand still for about {:.1} s, where protect.max_blackout is {}",
+        expected_blackout(facts).as_secs_f64(),
         policy.max_blackout
     )
 }
@@ -96,4 +99,39 @@ pub(super) async fn throttle(attached: &mut Attached, percent: u8) -> Result<(),
     .await?;
     attached.guest = Some(guest);
     Ok(throttled?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_blackout_that_cannot_be_kept_is_told_with_its_reason() {
+        let policy = Policy::default();
+        let mut facts = MoveFacts {
+            rounds: 9,
+            remaining_bytes: 4_000_000,
+            remaining_before: Some(4_000_000),
+            link_bytes_per_second: 1_000_000,
+            fixed: HAND_OVER,
+            throttle: 80,
+        };
+        let told = too_long(&policy, &facts);
+        for words in [
+            "throttled by 80 %",
+            "faster than the link",
+            "4.2 s",
+            "500ms",
+        ] {
+            assert!(told.contains(words), "no '{words}' in: {told}");
+        }
+        (facts.fixed, facts.throttle) = (Duration::from_secs(2), 0);
+        let told = too_long(&policy, &facts);
+        assert!(
+            told.contains("alone takes long") && told.contains("6.0 s"),
+            "{told}"
+        );
+        assert_eq!(slowed(0), "");
+        assert!(slowed(40).contains("40 %"));
+    }
 }

@@ -36,6 +36,8 @@ struct Options {
     /// `farhaven.load=`: idle, database, or noise:<MB/s>.
     database: bool,
     noise: u64,
+    /// `farhaven.noise=`: pages that the noise fills again and again.
+    noise_pages: u64,
     /// `farhaven.fill=`: MiB of memory filled at the start.
     fill: u64,
     /// `farhaven.pages=`: pages of the memory ledger.
@@ -65,6 +67,7 @@ impl Options {
             database: load == "database",
             noise,
             fill: number("farhaven.fill", 8),
+            noise_pages: number("farhaven.noise", 8192),
             pages: number("farhaven.pages", 2048),
             rate: number("farhaven.rate", 7),
             seed: number("farhaven.seed", 1),
@@ -171,7 +174,7 @@ impl Workload {
         };
         Ok(Workload {
             memory: Memory::new(seed, options.pages, false),
-            noise: (options.noise > 0).then(|| Memory::new(seed + 4, 8192, true)),
+            noise: (options.noise > 0).then(|| Memory::new(seed + 4, options.noise_pages, true)),
             fill: Fill::new(seed + 5, (options.fill << 20) as usize),
             options,
             disk,

@@ -229,16 +229,16 @@ fn a_move_of_a_guest_that_changes_faster_than_the_link_throttles_it() {
     let dir = tempfile::tempdir().unwrap();
     let options = GuestOptions {
         memory: 192,
-        cmdline: "farhaven.load=noise:5 farhaven.fill=8 farhaven.pages=1024".to_owned(),
+        cmdline: "farhaven.load=noise:10 farhaven.noise=2048 farhaven.fill=8 farhaven.pages=1024".to_owned(),
         extra: Vec::new(),
     };
     let Some(guest) = GuestVm::start(dir.path(), &options) else {
         return;
     };
-    let pair = Pair::start("24mbit,20ms", "[protect]\nmax_blackout = \"1s\"", "");
+    let pair = Pair::start(LINK, "[protect]\nmax_blackout = \"1s\"", "");
     pair.protect("web", &guest, "2s");
-    pair.east.until_sealed("web", 1, PATIENCE);
-    // Refused within the move, the guest gets all of its time again.
+    pair.east.until_sealed("web", 2, PATIENCE);
+    pair.link.set("24mbit,20ms".parse().unwrap());
     let moved = pair.east.cli(&["move", "web", "--json"]).good();
     println!("{}", moved.out);
     for line in pair
