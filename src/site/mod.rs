@@ -50,7 +50,7 @@ use farhaven_wan::peer::IdentityError;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
-use crate::activate::fence::{Fence, FenceError, Term};
+use crate::activate::fence::{Fence, FenceError};
 use crate::activate::machine::Builders;
 use crate::activate::nbd::{NbdError, NbdServer};
 use crate::guest::embedded::SharedVmm;
@@ -316,57 +316,6 @@ impl Site {
             .unwrap_or_else(PoisonError::into_inner)
             .insert(record.site, remote.clone());
         Ok(remote)
-    }
-
-    /// The terms of all groups shared with a peer.
-    fn terms_with(&self, peer: &str) -> Vec<Term> {
-        let remote = self.remote(peer);
-        self.fence
-            .all()
-            .into_iter()
-            .filter(|term| remote.as_ref().is_some_and(|r| self.shares(r, term.group)))
-            .collect()
-    }
-
-    /// Does this group concern that peer?
-    fn shares(&self, remote: &Remote, group: GuestId) -> bool {
-        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(standby) = standbys.get(&group) {
-            return standby.from() == remote.record.site;
-        }
-        drop(standbys);
-        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        drivers
-            .get(&group)
-            .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
-    }
-
-    /// Tells every connected peer the terms in force.
-    fn tell_terms(self: &Arc<Self>) {
-        let remotes: Vec<_> = self
-            .remotes
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .values()
-            .cloned()
-            .collect();
-        for remote in remotes.into_iter().filter(|r| r.connected()) {
-            let terms = self.terms_with(&remote.record.site);
-            tokio::spawn(async move {
-                remote
-                    .tell(crate::replicate::message::Message::Terms { terms })
-                    .await;
-            });
-        }
-    }
-
-    /// Was this group protected from here, to whomever? Its points may still be
-    /// there, and be run there. Its id is known only to sites that were told.
-    fn was_shared(&self, group: GuestId) -> bool {
-        let found = self
-            .catalogue
-            .find::<GuestRecord>(Table::Guests, &group.to_string());
-        found.is_ok_and(|record| record.is_some())
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
