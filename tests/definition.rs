@@ -3,14 +3,17 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may fail")]
 
+mod support;
+
 use std::path::Path;
 
 use farhaven::guest::qemu::check::{Finding, Severity, check};
 use farhaven::guest::qemu::definition::{Definition, HostFile, RamBlock};
 use farhaven::guest::qemu::facts::{BlockFact, Facts};
-use farhaven::guest::qemu::instantiate::{Backing, DiskPlacement, InstantiateError, Placement};
+use farhaven::guest::qemu::instantiate::InstantiateError;
 use farhaven::guest::qemu::options;
 use farhaven::guest::qemu::peer::{PeerFacts, check_peer};
+use support::place::place;
 
 /// Facts as a QEMU with this command line would give them.
 fn facts(line: &str) -> Facts {
@@ -55,30 +58,6 @@ fn codes(definition: &Definition, severity: Severity) -> Vec<String> {
 }
 
 const SOUND: &str = "-machine pc-q35-7.2,memory-backend=m0 -object memory-backend-file,id=m0,size=1G,mem-path=/dev/shm/vm.ram,share=on -qmp unix:qmp.sock,server=on,wait=off";
-
-fn place(definition: &Definition, directory: &Path) -> Placement {
-    let disk = |name: &String| {
-        let overlay = directory.join(format!("{}.overlay", name.replace(['#', '/'], "_")));
-        (
-            name.clone(),
-            DiskPlacement {
-                overlay,
-                backing: Backing::Nothing,
-            },
-        )
-    };
-    Placement {
-        run: directory.join("run"),
-        qmp: directory.join("run/q"),
-        ram: definition
-            .ram
-            .iter()
-            .map(|block| (block.id.clone(), directory.join("ram")))
-            .collect(),
-        disks: definition.disks.iter().map(|d| disk(&d.name)).collect(),
-        ..Placement::default()
-    }
-}
 
 fn launched_as(line: &str) -> String {
     let definition = define(line);
@@ -275,6 +254,7 @@ fn a_peer_is_compared() {
         memory_available: 2 << 30,
         files: vec![file("aa")],
         socket_buffers: (1 << 22, 1 << 22),
+        findings: Vec::new(),
     };
     assert_eq!(check_peer(&definition, &good, 0), []);
     let codes = |change: &dyn Fn(&mut PeerFacts, &mut Definition)| {

@@ -13,33 +13,9 @@ use std::time::{Duration, Instant};
 use farhaven::activate::launch::{LaunchPlan, Launched};
 use farhaven::guest::qemu::check::{Finding, Severity, check};
 use farhaven::guest::qemu::definition::Definition;
-use farhaven::guest::qemu::instantiate::{Backing, DiskPlacement, Placement};
 use farhaven::guest::qemu::options::Argument;
 use farhaven::guest::qemu::qmp::Qmp;
-
-fn place(definition: &Definition, directory: &Path) -> Placement {
-    let disk = |name: &String| {
-        let overlay = directory.join(format!("{}.overlay", name.replace(['#', '/'], "_")));
-        (
-            name.clone(),
-            DiskPlacement {
-                overlay,
-                backing: Backing::Nothing,
-            },
-        )
-    };
-    Placement {
-        run: directory.join("run"),
-        qmp: directory.join("run/q"),
-        ram: definition
-            .ram
-            .iter()
-            .map(|block| (block.id.clone(), directory.join("ram")))
-            .collect(),
-        disks: definition.disks.iter().map(|d| disk(&d.name)).collect(),
-        ..Placement::default()
-    }
-}
+use support::place::place;
 
 /// A QEMU that ends with the value.
 struct Running(Child);

@@ -86,7 +86,7 @@ fn content(unit: u64, into: &mut [u8]) {
     match unit % 3 {
         0 => {
             for word in into.chunks_exact_mut(8) {
-                word.copy_from_slice(&unit.wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
+                word.copy_from_slice(&(unit + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15).to_le_bytes());
             }
         }
         1 => {

@@ -1,18 +1,71 @@
-//! A guest that another site owns by now: its copy here is stopped and kept.
+//! Terms and their peers; a guest that another site owns by now: its copy here is stopped and kept.
 
 use std::sync::{Arc, PoisonError};
 
 use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
 use super::driver::{Command, Driver};
 use super::records::GuestRecord;
+use super::remote::Remote;
 use super::standby::{Standby, State, step};
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::Guest;
 
 impl Site {
+    /// The terms of all groups shared with a peer.
+    pub(super) fn terms_with(&self, peer: &str) -> Vec<Term> {
+        let remote = self.remote(peer);
+        self.fence
+            .all()
+            .into_iter()
+            .filter(|term| remote.as_ref().is_some_and(|r| self.shares(r, term.group)))
+            .collect()
+    }
+
+    /// Does this group concern that peer?
+    pub(super) fn shares(&self, remote: &Remote, group: GuestId) -> bool {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(standby) = standbys.get(&group) {
+            return standby.from() == remote.record.site;
+        }
+        drop(standbys);
+        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+        drivers
+            .get(&group)
+            .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
+    }
+
+    /// Tells every connected peer the terms in force.
+    pub(super) fn tell_terms(self: &Arc<Self>) {
+        let remotes: Vec<_> = self
+            .remotes
+            .read()
+            .unwrap_or_else(PoisonError::into_inner)
+            .values()
+            .cloned()
+            .collect();
+        for remote in remotes.into_iter().filter(|r| r.connected()) {
+            let terms = self.terms_with(&remote.record.site);
+            tokio::spawn(async move {
+                remote
+                    .tell(crate::replicate::message::Message::Terms { terms })
+                    .await;
+            });
+        }
+    }
+
+    /// Was this group protected from here, to whomever? Its points may still be
+    /// there, and be run there. Its id is known only to sites that were told.
+    pub(super) fn was_shared(&self, group: GuestId) -> bool {
+        let found = self
+            .catalogue
+            .find::<GuestRecord>(Table::Guests, &group.to_string());
+        found.is_ok_and(|record| record.is_some())
+    }
+
     /// Another site owns this group now: whatever runs of it here is stopped.
     /// Returns when it is.
     ///

@@ -13,6 +13,18 @@ pub fn private_directory(path: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
+/// Makes a directory as [`private_directory`] does, and makes sure that files
+/// can be made in it.
+///
+/// # Errors
+/// When it cannot be made or written.
+pub fn usable_directory(path: &Path) -> io::Result<()> {
+    private_directory(path)?;
+    let probe = path.join(".farhaven-writable");
+    File::create(&probe)?;
+    fs::remove_file(probe)
+}
+
 /// Replaces a small file: synced, renamed, directory synced.
 ///
 /// # Errors

@@ -9,8 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
-
+use super::converge::{converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
@@ -19,9 +18,6 @@ use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest, GuestError};
 use crate::replicate::message::{ActivationTimes, Message};
-
-/// What a last cut costs whatever is left: device state, sealing, restoring.
-const HAND_OVER: Duration = Duration::from_millis(150);
 
 /// The peer launches QEMU and fills RAM in this time, or the move is not begun.
 const PREPARATION: Duration = Duration::from_secs(120);
@@ -32,6 +28,15 @@ pub(super) async fn perform(
     driver: &mut Driver,
     attached: &mut Attached,
 ) -> Result<MoveReport, DriveError> {
+    let outcome = hand_over(driver, attached).await;
+    // However it ended: a guest that is still here gets all of its time.
+    throttle(attached, 0).await.unwrap_or_else(|error| {
+        tracing::warn!(guest = %driver.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
+    });
+    outcome
+}
+
+async fn hand_over(driver: &mut Driver, attached: &mut Attached) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
     let id = driver.record.id;
@@ -55,16 +60,19 @@ pub(super) async fn perform(
         .await?
         .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
     let ready = match (round, prepared) {
-        (Ok(()), Ok(Message::Prepared)) => Ok(()),
-        (Ok(()), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
-        (Ok(()), Err(error)) => Err(error.into()),
+        (Ok(converged), Ok(Message::Prepared)) => Ok(converged),
+        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+        (Ok(_), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error),
     };
-    if let Err(error) = ready {
-        // Nothing was stopped; the peer's word is not needed.
-        give_up(driver);
-        return Err(not_begun(driver, error));
-    }
+    let converged = match ready {
+        Ok(converged) => converged,
+        Err(error) => {
+            // Nothing was stopped; the peer's word is not needed.
+            give_up(driver);
+            return Err(not_begun(driver, error));
+        }
+    };
 
     // Without this on disk, a daemon that comes back would let the guest go on.
     driver.protection.moving = Some(term);
@@ -104,14 +112,14 @@ pub(super) async fn perform(
                 declared.elapsed(),
                 times,
                 term,
-                note,
+                join(converged, note),
             ))
         }
         Err(error) => {
             tracing::warn!(guest = %driver.record.name, %error, "the hand-over is in doubt");
             match how_it_ended(driver, attached.guest.take()).await? {
                 Some(times) => {
-                    let note = "the peer's word came late".to_owned();
+                    let note = join(converged, "the peer's word came late".to_owned());
                     Ok(report(
                         driver,
                         &made,
@@ -141,45 +149,17 @@ fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
     }
 }
 
-/// Points while the guest runs, until the last cut keeps within the policy or
-/// more of them would not help.
-async fn converge(driver: &mut Driver, attached: &mut Attached) -> Result<(), DriveError> {
-    let mut before = None;
-    for rounds in 1.. {
-        let sealed = driver.point(attached, After::Continue).await?;
-        let link = driver.remote.peer.status();
-        let rtt = link.rtt.unwrap_or_default();
-        let rate = link.congestion_window_bytes.unwrap_or(0) as f64 / rtt.as_secs_f64().max(1e-4);
-        let facts = MoveFacts {
-            rounds,
-            remaining_bytes: sealed.sent_bytes,
-            remaining_before: before,
-            link_bytes_per_second: rate as u64,
-            fixed: HAND_OVER + rtt * 2,
-            throttle: 0,
-        };
-        before = Some(sealed.sent_bytes);
-        match next_move_step(&driver.protection.policy, &facts) {
-            MoveStep::Round => {}
-            MoveStep::LastCut { .. } => return Ok(()),
-            MoveStep::Throttle { .. } => {
-                let expected = expected_blackout(&facts);
-                tracing::warn!(guest = %driver.record.name, ?expected,
-                    "the guest changes faster than the link carries; it will stand still for longer than protect.max_blackout");
-                return Ok(());
-            }
-            MoveStep::LinkDown => {
-                return Err(AskError::Unreachable(driver.protection.to.clone()).into());
-            }
-        }
-    }
-    Ok(())
-}
-
 /// Tells the peer that nothing comes of the move, without waiting for it.
 fn give_up(driver: &Driver) {
     let (remote, guest) = (driver.remote.clone(), driver.record.id);
     tokio::spawn(async move { remote.ask(Message::GiveUp { guest }).await });
+}
+
+fn join(first: String, then: String) -> String {
+    match first.is_empty() || then.is_empty() {
+        true => first + &then,
+        false => format!("{first}; {then}"),
+    }
 }
 
 fn report(

@@ -14,6 +14,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod converge;
 mod cut;
 mod drill;
 mod driver;
@@ -25,6 +26,7 @@ mod pairing;
 mod promote;
 mod protect;
 mod rebuild;
+mod sealed;
 mod standby;
 mod start;
 mod status;
@@ -48,7 +50,7 @@ use farhaven_wan::peer::IdentityError;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
-use crate::activate::fence::{Fence, FenceError, Term};
+use crate::activate::fence::{Fence, FenceError};
 use crate::activate::machine::Builders;
 use crate::activate::nbd::{NbdError, NbdServer};
 use crate::guest::embedded::SharedVmm;
@@ -58,16 +60,21 @@ use driver::{Driver, DriverHandle};
 pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
+use sealed::SealedTimes;
 use standby::Standby;
 
 /// Why a site does not start.
 #[derive(Debug, thiserror::Error)]
 pub enum SiteError {
     /// Its directory.
-    #[error("{path}: {source}")]
+    #[error(
+        "{path} cannot be written ({source}); give this user a directory of its own there, or name another in {key}"
+    )]
     Directory {
         /// Which.
         path: PathBuf,
+        /// What names it in the configuration.
+        key: &'static str,
         /// The system's reason.
         #[source]
         source: std::io::Error,
@@ -77,7 +84,19 @@ pub enum SiteError {
     Identity(#[from] IdentityError),
     /// Its network.
     #[error(transparent)]
-    Node(#[from] StartError),
+    Node(StartError),
+    /// Its port.
+    #[error(
+        "listen.address is {address}, but {source}; `ss -lunp 'sport = :{}'` shows who has the port. End that, or name another address",
+        address.port()
+    )]
+    Listen {
+        /// As configured.
+        address: std::net::SocketAddr,
+        /// The system's reason.
+        #[source]
+        source: std::io::Error,
+    },
     /// Its catalogue.
     #[error(transparent)]
     Catalogue(#[from] CatalogueError),
@@ -90,6 +109,15 @@ pub enum SiteError {
     /// Its exports of points.
     #[error(transparent)]
     Exports(#[from] NbdError),
+}
+
+impl From<StartError> for SiteError {
+    fn from(error: StartError) -> Self {
+        match error {
+            StartError::Listen { address, source } => Self::Listen { address, source },
+            other => Self::Node(other),
+        }
+    }
 }
 
 /// A running site.
@@ -106,7 +134,7 @@ pub struct Site {
     remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
-    sealed: RwLock<BTreeMap<GuestId, SystemTime>>,
+    sealed: SealedTimes,
     exports: Arc<NbdServer>,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
@@ -136,9 +164,15 @@ impl Site {
         builders: Builders,
     ) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
-        for directory in [&state, &config.run_dir(), &config.ram_dir()] {
-            files::private_directory(directory).map_err(|source| SiteError::Directory {
+        for (directory, key) in [
+            (&state, "site.state_dir"),
+            (&config.run_dir(), "site.state_dir"),
+            (&config.ram_dir(), "activate.ram_dir"),
+            (&config.store_dir(), "store.dir"),
+        ] {
+            files::usable_directory(directory).map_err(|source| SiteError::Directory {
                 path: directory.clone(),
+                key,
                 source,
             })?;
         }
@@ -160,7 +194,7 @@ impl Site {
             remotes: RwLock::default(),
             drivers: RwLock::default(),
             standbys: RwLock::default(),
-            sealed: RwLock::default(),
+            sealed: SealedTimes::open(&state.join("sealed")),
             exports,
             builders,
             naming: Mutex::default(),
@@ -284,62 +318,8 @@ impl Site {
         Ok(remote)
     }
 
-    /// The terms of all groups shared with a peer.
-    fn terms_with(&self, peer: &str) -> Vec<Term> {
-        let remote = self.remote(peer);
-        self.fence
-            .all()
-            .into_iter()
-            .filter(|term| remote.as_ref().is_some_and(|r| self.shares(r, term.group)))
-            .collect()
-    }
-
-    /// Does this group concern that peer?
-    fn shares(&self, remote: &Remote, group: GuestId) -> bool {
-        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(standby) = standbys.get(&group) {
-            return standby.from() == remote.record.site;
-        }
-        drop(standbys);
-        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        drivers
-            .get(&group)
-            .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
-    }
-
-    /// Tells every connected peer the terms in force.
-    fn tell_terms(self: &Arc<Self>) {
-        let remotes: Vec<_> = self
-            .remotes
-            .read()
-            .unwrap_or_else(PoisonError::into_inner)
-            .values()
-            .cloned()
-            .collect();
-        for remote in remotes.into_iter().filter(|r| r.connected()) {
-            let terms = self.terms_with(&remote.record.site);
-            tokio::spawn(async move {
-                remote
-                    .tell(crate::replicate::message::Message::Terms { terms })
-                    .await;
-            });
-        }
-    }
-
-    /// Was this group protected from here, to whomever? Its points may still be
-    /// there, and be run there. Its id is known only to sites that were told.
-    fn was_shared(&self, group: GuestId) -> bool {
-        let found = self
-            .catalogue
-            .find::<GuestRecord>(Table::Guests, &group.to_string());
-        found.is_ok_and(|record| record.is_some())
-    }
-
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
-        self.sealed
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(guest, cut_at);
+        self.sealed.note(guest, cut_at);
     }
 
     fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {

@@ -315,6 +315,7 @@ impl Site {
             .remove(Table::Protections, &record.id.to_string())
             .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
+        self.sealed.forget(record.id);
         if let Some(remote) = view.peer.as_deref().and_then(|p| self.remote(p)) {
             let closed = remote
                 .ask_within(

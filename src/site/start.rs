@@ -117,7 +117,7 @@ impl StartGuest {
             ("disk", self.disk.bytes(), LEAST_DISK),
         ];
         for (what, bytes, least) in sizes {
-            if bytes < least || bytes % PAGE != 0 {
+            if bytes < least || !bytes.is_multiple_of(PAGE) {
                 return Some(format!(
                     "{what} of {bytes} bytes: at least {} MiB are needed, in whole pages of 4 KiB",
                     least >> 20

@@ -65,8 +65,7 @@ impl Site {
         let (done, total) = (totals.done.load(Relaxed), totals.total.load(Relaxed));
         let copying = matches!(view.phase, Phase::FirstCopy | Phase::Resuming);
         view.progress = (copying && total > 0).then_some((done.min(total), total));
-        let sealed = self.sealed.read().unwrap_or_else(PoisonError::into_inner);
-        let cut_at = sealed.get(&record.id).copied();
+        let cut_at = self.sealed.of(record.id);
         let runs_elsewhere = matches!(view.phase, Phase::Moved | Phase::Fenced);
         view.rpo_ms = cut_at.filter(|_| !runs_elsewhere).map(|at| {
             SystemTime::now()

@@ -1,5 +1,6 @@
-//! A guest without an operating system that keeps writing, and a model of the
-//! peer that checks what it was given.
+//! A guest without an operating system that keeps writing.
+
+#![allow(dead_code, reason = "each test program uses a part of it")]
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -7,10 +8,10 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use farhaven::guest::qemu::{AttachOptions, QemuGuest};
-use farhaven::guest::{Sink, SinkError};
-use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeIndex};
+use farhaven_storage_sync::unit::UNIT;
 
-const KEY: [u8; 32] = [42; 32];
+use crate::support::model::KEY;
+
 pub(crate) const RAM: u64 = 64 << 20;
 const DISK_A: u64 = 16 << 20;
 /// No multiple of 4 KiB: the last unit is padded.
@@ -185,41 +186,24 @@ impl Vm {
         QemuGuest::attach(self.options("qmp.sock")).expect("attaches")
     }
 
-    pub(crate) fn disk(&self, name: &str, format: &str) -> Vec<u8> {
-        let out = self.path("copy.raw");
-        let (from, to) = (
-            self.path(name).display().to_string(),
-            out.display().to_string(),
-        );
-        qemu_img(&["convert", "-q", "-U", "-f", format, "-O", "raw", &from, &to]);
-        std::fs::read(out).expect("reads")
-    }
-
-    /// The stopped guest is what the model holds.
-    pub(crate) fn assert_is(&self, model: &Model) {
-        let ram = std::fs::read(&self.ram).expect("reads");
-        assert_same("RAM", &ram, &model.volumes[0]);
-        assert_same("disk a", &self.disk("a.raw", "raw"), &model.volumes[1]);
-        let mut b = self.disk("b.qcow2", "qcow2");
+    /// RAM and both disks, padded to whole units, of the stopped guest.
+    pub(crate) fn content(&self) -> Vec<Vec<u8>> {
+        let copy = self.path("copy.raw");
+        let mut b = raw(&self.path("b.qcow2"), "qcow2", &copy);
         b.resize(b.len().next_multiple_of(UNIT), 0);
-        assert_same("disk b", &b, &model.volumes[2]);
+        vec![
+            std::fs::read(&self.ram).expect("reads"),
+            raw(&self.path("a.raw"), "raw", &copy),
+            b,
+        ]
     }
 }
 
-pub(crate) fn assert_same(what: &str, is: &[u8], model: &[u8]) {
-    assert_eq!(is.len(), model.len(), "{what}");
-    let differ: Vec<usize> = is
-        .chunks(UNIT)
-        .zip(model.chunks(UNIT))
-        .enumerate()
-        .filter_map(|(i, (a, b))| (a != b).then_some(i))
-        .collect();
-    assert!(
-        differ.is_empty(),
-        "{what}: {} units differ, first {:?}",
-        differ.len(),
-        &differ[..differ.len().min(5)]
-    );
+/// What a disk image holds, by way of a copy.
+pub(crate) fn raw(image: &Path, format: &str, copy: &Path) -> Vec<u8> {
+    let (from, to) = (image.display().to_string(), copy.display().to_string());
+    qemu_img(&["convert", "-q", "-U", "-f", format, "-O", "raw", &from, &to]);
+    std::fs::read(copy).expect("reads")
 }
 
 pub(crate) fn word(bytes: &[u8], at: usize) -> u32 {
@@ -228,101 +212,43 @@ pub(crate) fn word(bytes: &[u8], at: usize) -> u32 {
         .map_or(0, |w| u32::from_le_bytes(w.try_into().expect("four")))
 }
 
-/// The peer: what was handed over is what it holds.
-#[derive(Clone)]
-pub(crate) struct Model {
-    pub(crate) volumes: Vec<Vec<u8>>,
-    pub(crate) units: u64,
-    pub(crate) refuse_after: u64,
-}
-
-impl Model {
-    pub(crate) fn new(volumes: &[Volume]) -> Self {
-        let bytes = |v: &Volume| vec![0; (v.units() as usize) * UNIT];
-        Self {
-            volumes: volumes.iter().map(bytes).collect(),
-            units: 0,
-            refuse_after: u64::MAX,
-        }
-    }
-
-    pub(crate) fn digests(&self, volume: usize) -> Vec<Digest> {
-        let digest = |unit: &[u8]| {
-            if unit.iter().all(|b| *b == 0) {
-                return Digest::ZERO_UNIT;
-            }
-            let mut digest = Digest::default();
-            digest
-                .0
-                .copy_from_slice(&blake3::keyed_hash(&KEY, unit).as_bytes()[..16]);
-            digest
+/// Disk and RAM are of one instant: RAM says up to which count disks were
+/// written; at most the one write under way is ahead of it.
+pub(crate) fn assert_one_instant(volumes: &[Vec<u8>]) {
+    let ram = &volumes[0];
+    let (now, confirmed) = (word(ram, 0x600), word(ram, 0x604));
+    assert!(
+        confirmed <= now && now < confirmed + 128,
+        "{confirmed} {now}"
+    );
+    let slot = |count: u32| {
+        let which = count >> 6;
+        let at = (64 + 8 * ((which >> 1 & 511) as usize)) * 512;
+        (1 + (which & 1) as usize, at)
+    };
+    for back in 1..100 {
+        let Some(count) = confirmed.checked_sub(64 * back).filter(|c| *c >= 64) else {
+            break;
         };
-        self.volumes[volume].chunks(UNIT).map(digest).collect()
-    }
-
-    /// Disk and RAM are of one instant: RAM says up to which count disks were
-    /// written; at most the one write under way is ahead of it.
-    pub(crate) fn assert_one_instant(&self) {
-        let ram = &self.volumes[0];
-        let (now, confirmed) = (word(ram, 0x600), word(ram, 0x604));
-        assert!(
-            confirmed <= now && now < confirmed + 128,
-            "{confirmed} {now}"
+        let (volume, at) = slot(count);
+        let disk = &volumes[volume];
+        assert_eq!(
+            (word(disk, at), word(disk, at + 0xffc)),
+            (count, count),
+            "confirmed, {back} back"
         );
-        let slot = |count: u32| {
-            let which = count >> 6;
-            let at = (64 + 8 * ((which >> 1 & 511) as usize)) * 512;
-            (1 + (which & 1) as usize, at)
-        };
-        for back in 1..100 {
-            let Some(count) = confirmed.checked_sub(64 * back).filter(|c| *c >= 64) else {
-                break;
-            };
-            let (volume, at) = slot(count);
-            let disk = &self.volumes[volume];
-            assert_eq!(
-                (word(disk, at), word(disk, at + 0xffc)),
-                (count, count),
-                "confirmed, {back} back"
-            );
-        }
-        let newest = (0..512)
-            .flat_map(|s| [1, 2].map(|v| word(&self.volumes[v], (64 + 8 * s) * 512)))
-            .filter(|count| count % 64 == 0 && *count < 1 << 30)
-            .max()
-            .expect("slots");
-        assert!(newest <= now, "a disk is ahead of RAM: {newest} {now}");
-        let mut pages = BTreeMap::new();
-        for page in 0..128_u32 {
-            let at = 0x10000 + page as usize * UNIT;
-            pages.insert(word(ram, at), page);
-        }
-        let last = *pages.keys().next_back().expect("pages");
-        assert!(last <= now && now <= last + 1, "RAM is torn: {last} {now}");
     }
-}
-
-impl Sink for Model {
-    fn units(
-        &mut self,
-        volume: VolumeIndex,
-        unit: u64,
-        bytes: &[u8],
-        digests: &[Digest],
-    ) -> Result<(), SinkError> {
-        assert_eq!(bytes.len(), digests.len() * UNIT);
-        self.units += digests.len() as u64;
-        if self.units > self.refuse_after {
-            return Err(SinkError::Full);
-        }
-        let at = unit as usize * UNIT;
-        self.volumes[usize::from(volume)][at..at + bytes.len()].copy_from_slice(bytes);
-        Ok(())
+    let newest = (0..512)
+        .flat_map(|s| [1, 2].map(|v| word(&volumes[v], (64 + 8 * s) * 512)))
+        .filter(|count| count % 64 == 0 && *count < 1 << 30)
+        .max()
+        .expect("slots");
+    assert!(newest <= now, "a disk is ahead of RAM: {newest} {now}");
+    let mut pages = BTreeMap::new();
+    for page in 0..128_u32 {
+        let at = 0x10000 + page as usize * UNIT;
+        pages.insert(word(ram, at), page);
     }
-
-    fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
-        let at = unit as usize * UNIT;
-        self.volumes[usize::from(volume)][at..at + count as usize * UNIT].fill(0);
-        Ok(())
-    }
+    let last = *pages.keys().next_back().expect("pages");
+    assert!(last <= now && now <= last + 1, "RAM is torn: {last} {now}");
 }

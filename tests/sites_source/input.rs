@@ -128,6 +128,17 @@ fn guests_that_cannot_be_protected(pair: &Pair, guest: &GuestVm) {
     println!("protect while busy: {}", busy.err.trim());
     assert!(!busy.ok && busy.err.contains("qmp.sock"));
     drop(other_client);
+    // A file that the peer's QEMU would look for.
+    let aside = guest.kernel.with_extension("aside");
+    fs::rename(&guest.kernel, &aside).unwrap();
+    let checked = east
+        .cli(&["guest", "check", "web", "--to", "west"])
+        .bad("protection");
+    assert!(checked.out.contains("vmlinuz"), "{}", checked.out);
+    let refused = east.cli(&["protect", "web", "--to", "west"]).bad("vmlinuz");
+    println!("no kernel: {}", refused.err.trim());
+    assert!(refused.err.contains("copy it there"));
+    fs::rename(&aside, &guest.kernel).unwrap();
     assert!(east.source("web").peer.is_none());
 
     // RAM that nobody else can read.
@@ -252,8 +263,19 @@ fn a_daemon_that_cannot_start_tells_why() {
     bad(&good);
     let taken = UdpSocket::bind(site.listen).unwrap();
     let listen = site.listen.to_string();
-    ends(&mut site, &[&listen]);
+    ends(&mut site, &["listen.address", &listen, "ss -lunp"]);
     drop(taken);
+
+    // Memory files where nobody can make a directory.
+    fs::write(dir.path().join("file"), "").unwrap();
+    let nowhere = dir.path().join("file/ram");
+    let ram = good.lines().find(|l| l.starts_with("ram_dir")).unwrap();
+    bad(&good.replace(ram, &format!("ram_dir = \"{}\"", nowhere.display())));
+    ends(
+        &mut site,
+        &["activate.ram_dir", nowhere.to_str().unwrap(), "written"],
+    );
+    bad(&good);
 
     // A second daemon on the same directory, with its own port.
     site.start();

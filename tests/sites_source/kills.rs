@@ -22,14 +22,7 @@ fn the_source_s_daemon_dies_at_any_moment() {
         return;
     };
     let mut pair = Pair::start("100mbit,40ms,0.1%", "", "");
-    guest.console.await_beat(20, COPY);
-    let qmp = guest.qmp.to_str().unwrap().to_owned();
-    pair.east
-        .cli(&["guest", "add", "web", "--qmp", &qmp])
-        .good();
-    pair.east
-        .cli(&["protect", "web", "--to", "west", "--rpo", "1s"])
-        .good();
+    pair.protect("web", &guest, "1s");
 
     killed_in_the_first_copy(&mut pair);
     killed_in_steady_state(&mut pair, &guest);

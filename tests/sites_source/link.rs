@@ -20,14 +20,7 @@ fn the_link_and_the_target_fail_and_protection_goes_on() {
         return;
     };
     let mut pair = Pair::start("100mbit,80ms,0.1%", "", "");
-    guest.console.await_beat(20, COPY);
-    let qmp = guest.qmp.to_str().unwrap().to_owned();
-    pair.east
-        .cli(&["guest", "add", "web", "--qmp", &qmp])
-        .good();
-    pair.east
-        .cli(&["protect", "web", "--to", "west", "--rpo", "2s"])
-        .good();
+    pair.protect("web", &guest, "2s");
 
     first_copy_is_interrupted(&mut pair);
     link_is_cut_in_steady_state(&mut pair, &guest);
@@ -59,9 +52,14 @@ fn first_copy_is_interrupted(pair: &mut Pair) {
         sealed.wan_bytes, peer.resent_bytes, peer.sent_bytes
     );
     // What was on its way at the cut and at the kill: the link's product is
-    // 1 MB, its queue as much. (`resent_bytes` counts what waited in QUIC's queues, too.)
+    // 1 MB, its queue as much. What waited in QUIC's queues was not sent yet.
     assert!(
         peer.sent_bytes < sealed.wan_bytes * 11 / 10,
+        "{peer:?} {sealed:?}"
+    );
+    let again = peer.sent_bytes.saturating_sub(sealed.wan_bytes);
+    assert!(
+        peer.resent_bytes < again.max(MIB) + 2 * MIB,
         "{peer:?} {sealed:?}"
     );
 }
@@ -94,6 +92,12 @@ fn link_is_cut_in_steady_state(pair: &mut Pair, guest: &GuestVm) {
             (web.phase == Phase::Connecting && web.trouble.contains("west"))
                 .then(|| web.trouble.clone())
         });
+    // And how old the newest point is, which it has not heard from the peer.
+    let web = pair.east.source("web");
+    assert!(
+        web.rpo_ms > Some(8000) && web.rpo_health.as_deref() == Some("critical"),
+        "{web:?}"
+    );
     println!("told after a restart: {told}");
     beats_on(&guest.console);
     let before = pair.east.source("web").points_sealed;

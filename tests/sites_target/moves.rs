@@ -177,3 +177,80 @@ fn a_move_cut_short_at_any_moment_leaves_one_guest() {
     }
     println!("{ends:?}");
 }
+
+#[test]
+fn a_guest_taken_back_by_force_ends_the_one_that_runs_at_the_peer() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    // The peer's word takes long enough to be lost.
+    let pair = Pair::start("200mbit,800ms", "", "");
+    protect(&pair, "web", &guest);
+    sealed(&pair.east, "web");
+    std::thread::scope(|scope| {
+        let answer = scope.spawn(|| pair.east.cli(&["move", "web"]));
+        pair.west.until("it runs at west", PATIENCE, |view| {
+            view.standbys[0].active.as_ref().map(drop)
+        });
+        pair.link.cut(true);
+        let there = runs_at(&pair.west, "web");
+        let told = phase(&pair.east, "web", Phase::Held);
+        assert!(!beats(&guest.console), "held until the peer's word comes");
+        let trouble = pair.east.until("it says how to go on", PATIENCE, |view| {
+            let trouble = view.guests[0].trouble.clone();
+            trouble.contains("take-back web --force").then_some(trouble)
+        });
+        println!("{told} / {trouble}");
+
+        // The operator says that west is lost for good. It is not.
+        pair.east.cli(&["take-back", "web"]).bad("--force");
+        pair.east.cli(&["take-back", "web", "--force"]).good();
+        answer.join().unwrap().bad("not known");
+        assert!(beats(&guest.console), "it runs here again");
+        whole(&guest.console);
+        assert!(beats(&there), "west has not heard of it");
+        pair.link.cut(false);
+        let fenced = pair.west.until("west's copy is stopped", PATIENCE, |view| {
+            let web = &view.standbys[0];
+            (web.active.is_none() && web.trouble.contains("fenced")).then(|| web.trouble.clone())
+        });
+        println!("{fenced}");
+        assert!(!beats(&there), "the older term runs no more");
+        assert!(beats(&guest.console));
+    });
+    pair.west.cli(&["failover", "web"]).bad("is alive");
+    sealed(&pair.east, "web");
+}
+
+/// More changes than the link carries: only a slower guest can be moved in time.
+#[test]
+fn a_move_of_a_guest_that_changes_faster_than_the_link_throttles_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.load=noise:5 farhaven.fill=8 farhaven.pages=1024".to_owned(),
+        extra: Vec::new(),
+    };
+    let Some(guest) = GuestVm::start(dir.path(), &options) else {
+        return;
+    };
+    let pair = Pair::start("24mbit,20ms", "[protect]\nmax_blackout = \"1s\"", "");
+    pair.protect("web", &guest, "2s");
+    pair.east.until_sealed("web", 1, PATIENCE);
+    // Refused within the move, the guest gets all of its time again.
+    let moved = pair.east.cli(&["move", "web", "--json"]).good();
+    println!("{}", moved.out);
+    for line in pair
+        .east
+        .log()
+        .lines()
+        .filter(|l| l.contains("a round of the move"))
+    {
+        println!("{line}");
+    }
+    let report: farhaven::site::view::MoveReport = serde_json::from_str(&moved.out).unwrap();
+    assert!(report.note.contains("throttled"), "{}", report.note);
+    let console = runs_at(&pair.west, "web");
+    whole(&console);
+}

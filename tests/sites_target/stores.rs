@@ -34,6 +34,21 @@ impl Tmpfs {
     }
 }
 
+impl Tmpfs {
+    fn read_only(&self, read_only: bool) {
+        let how = if read_only {
+            "remount,ro"
+        } else {
+            "remount,rw"
+        };
+        let run = Command::new("mount")
+            .args(["-o", how])
+            .arg(&self.0)
+            .status();
+        assert!(run.unwrap().success());
+    }
+}
+
 impl Drop for Tmpfs {
     fn drop(&mut self) {
         let _ = Command::new("umount").arg("-l").arg(&self.0).status();
@@ -115,6 +130,62 @@ fn old_points_go_and_a_lost_catalogue_is_made_again() {
     pair.west.start();
     let points = pair.west.target("web").points;
     assert!(points >= 2, "{points}");
+    // A file that its command line names is gone: told, and nothing is lost by it.
+    let aside = guest.kernel.with_extension("aside");
+    std::fs::rename(&guest.kernel, &aside).unwrap();
+    let refused = pair.west.cli(&["failover", "web"]).bad("vmlinuz");
+    println!("no kernel: {}", refused.err.trim());
+    std::fs::rename(&aside, &guest.kernel).unwrap();
     pair.west.cli(&["failover", "web"]).good();
     whole(&runs_at(&pair.west, "web"));
+}
+
+#[test]
+fn a_store_that_cannot_be_written_is_told_and_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(disk) = Tmpfs::mount(&dir.path().join("disk"), "64m") else {
+        return;
+    };
+    let store = disk.0.join("store");
+    let more = format!("[store]\ndir = \"{}\"\nmin_free = \"0B\"", store.display());
+    let at = support::site::free_udp();
+    let mut site = TestSite::new(dir.path(), "east", at, at, &more);
+    site.start();
+    assert!(site.terminate());
+    disk.read_only(true);
+    site.start_silently();
+    let ended = site.exit_status(PATIENCE).expect("it does not start");
+    let log = site.log();
+    println!("{}", log.lines().last().unwrap_or_default());
+    assert!(!ended.success());
+    for words in ["store.dir", store.to_str().unwrap(), "Read-only"] {
+        assert!(log.contains(words), "no '{words}' in {log}");
+    }
+    disk.read_only(false);
+    site.start();
+}
+
+#[test]
+fn a_failover_before_the_first_point_is_refused_and_stops_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    let pair = Pair::start("4mbit,20ms", "", "");
+    pair.protect("web", &guest, "5s");
+    pair.west.until("the guest is known", PATIENCE, |view| {
+        view.standbys.first().map(drop)
+    });
+    assert_eq!(pair.east.source("web").phase, Phase::FirstCopy);
+    for force in [&["failover", "web"][..], &["failover", "web", "--force"]] {
+        let told = pair.west.cli(force);
+        println!("{}", told.err.trim());
+        assert!(!told.ok);
+    }
+    pair.west
+        .cli(&["failover", "web", "--force"])
+        .bad("no recovery point of 'web'");
+    assert!(pair.west.target("web").active.is_none());
+    assert!(beats(&guest.console), "refusals stop nothing");
+    assert_eq!(pair.east.source("web").phase, Phase::FirstCopy);
 }

@@ -9,6 +9,8 @@
 )]
 
 pub mod cut;
+pub mod model;
+pub mod place;
 pub mod site;
 
 use std::io::Write;
@@ -221,6 +223,8 @@ pub struct GuestVm {
     pub root_disk: PathBuf,
     /// Raw; the guest's vdb.
     pub data_disk: PathBuf,
+    /// Its own copy of the kernel.
+    pub kernel: PathBuf,
     child: Child,
 }
 
@@ -260,6 +264,8 @@ impl GuestVm {
         std::fs::File::create(&data_disk)
             .and_then(|file| file.set_len(64 << 20))
             .expect("a data disk");
+        let kernel = directory.join("vmlinuz");
+        std::fs::copy(images.join("vmlinuz"), &kernel).expect("a kernel");
         let (memory, cmdline) = (options.memory, &options.cmdline);
         let path = |path: &Path| path.display().to_string();
         let mut arguments: Vec<String> = Vec::new();
@@ -276,7 +282,7 @@ impl GuestVm {
             ),
         );
         add("display", "none".into());
-        add("kernel", path(&images.join("vmlinuz")));
+        add("kernel", path(&kernel));
         add("initrd", path(&images.join("initrd")));
         add("append", format!("console=ttyS0 quiet panic=-1 {cmdline}"));
         add(
@@ -319,6 +325,7 @@ impl GuestVm {
             ram,
             root_disk,
             data_disk,
+            kernel,
             child,
         })
     }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use farhaven::site::view::{ActiveView, PeerView, SiteView, SourceView, TargetView};
 use farhaven_wan::emulate::{Emulator, EmulatorOptions, LinkShape};
 
-use super::Console;
+use super::{Console, GuestVm};
 
 /// What a command printed.
 #[derive(Debug)]
@@ -328,5 +328,16 @@ impl Pair {
             link,
             dir,
         }
+    }
+
+    /// Adds a guest at east, once it works, and protects it to west.
+    #[track_caller]
+    pub fn protect(&self, name: &str, guest: &GuestVm, rpo: &str) {
+        guest.console.await_beat(20, Duration::from_secs(120));
+        let qmp = guest.qmp.to_str().unwrap();
+        self.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
+        self.east
+            .cli(&["protect", name, "--to", "west", "--rpo", rpo])
+            .good();
     }
 }

@@ -86,6 +86,20 @@ async fn an_invitation_is_for_one_site_once() {
     assert!(refused.to_string().contains("not open"), "{refused}");
 }
 
+/// The reason must not be overtaken by the end of the streams of before it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_refused_site_always_hears_why() {
+    let (west, south) = (Site::start("west"), Site::start("south"));
+    for _ in 0..200 {
+        let east = Site::start("east");
+        let invitation = east.invitation(60);
+        east.node.invite(&invitation).expect("opened");
+        west.accept(&invitation).await.expect("paired");
+        let refused = south.accept(&invitation).await.expect_err("used");
+        assert!(refused.to_string().contains("not open"), "{refused}");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn wrong_invitations_are_refused_with_a_sentence() {
     let (east, west) = (Site::start("east"), Site::start("west"));

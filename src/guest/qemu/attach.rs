@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::super::GuestError;
 use super::qmp::{Qmp, QmpError};
 use super::scan::RamBlock;
+use super::throttle::THROTTLE_MARK;
 use super::tracking::PREFIX;
 
 /// In the work directory while a cut has the guest stopped.
@@ -53,8 +54,8 @@ pub(super) struct Before {
 /// Runs the guest on that a dead daemon of ours had stopped, and removes what
 /// else it left but bitmaps.
 pub(super) fn recover(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> {
-    let mark = work_dir.join(CUT_MARK);
-    if mark.exists() && !work_dir.join(HELD_MARK).exists() {
+    let marks = [CUT_MARK, THROTTLE_MARK].map(|name| work_dir.join(name));
+    if marks.iter().any(|mark| mark.exists()) && !work_dir.join(HELD_MARK).exists() {
         // A migration to the dead daemon's socket fails by itself, but takes a moment.
         let deadline = Instant::now() + Duration::from_secs(10);
         loop {
@@ -64,7 +65,7 @@ pub(super) fn recover(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> 
                 // stream went to us and nobody else, so the guest is only here.
                 // `cont` takes its disks back.
                 "paused" | "postmigrate" => {
-                    tracing::warn!(qmp = %qmp.path().display(), "the guest was left stopped by a daemon that died in a cut; it is resumed");
+                    tracing::warn!(qmp = %qmp.path().display(), "the guest was left stopped by a daemon that died in a cut, or while it throttled the guest; it is resumed");
                     match qmp.execute("cont", json!({})) {
                         Ok(_) => break,
                         Err(QmpError::Refused { .. }) if Instant::now() < deadline => {}
@@ -77,7 +78,9 @@ pub(super) fn recover(qmp: &mut Qmp, work_dir: &Path) -> Result<(), GuestError> 
             std::thread::sleep(Duration::from_millis(5));
         }
     }
-    let _ = std::fs::remove_file(&mark);
+    for mark in marks {
+        let _ = std::fs::remove_file(mark);
+    }
     sweep(qmp, work_dir)
 }
 
@@ -310,7 +313,7 @@ pub(super) fn restore(qmp: &mut Qmp, before: &Before, work_dir: &Path) {
             json!({"max-bandwidth": bandwidth}),
         );
     }
-    for name in ["nbd.sock", CUT_MARK, HELD_MARK] {
+    for name in ["nbd.sock", CUT_MARK, HELD_MARK, THROTTLE_MARK] {
         let _ = std::fs::remove_file(work_dir.join(name));
     }
 }

@@ -168,6 +168,7 @@ impl QemuGuest {
             cut_handed: bits,
             unsealed: Vec::new(),
             outstanding: None,
+            throttle: None,
             newest_sealed: None,
             given_back: false,
             must_sweep: false,

@@ -17,6 +17,7 @@
 //! fails after the stop, the guest is resumed first; then bitmaps and RAM table
 //! are put back, so that the next cut is exact.
 
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_storage_sync::unit::VolumeKind;
@@ -29,6 +30,7 @@ use super::disk::{self, Disk};
 use super::fleece::prepare_fleece;
 use super::qmp::{Qmp, QmpError};
 use super::stream::Inlet;
+use super::throttle::lives;
 use super::tracking::transaction;
 
 /// A cut whose disks are being read.
@@ -252,39 +254,8 @@ impl QemuGuest {
 
     /// `cont`, and proof that it worked.
     pub(super) fn go_on(&mut self) -> Result<(), GuestError> {
-        let mut last = match self.qmp.execute("cont", json!({})) {
-            Ok(_) => {
-                let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
-                return Ok(());
-            }
-            Err(error) => error,
-        };
-        // A migration that was not refused properly ends when its socket does;
-        // a connection that broke is made anew.
-        let deadline = Instant::now() + Duration::from_secs(10);
-        while Instant::now() < deadline {
-            if !self.process_lives() {
-                return Err(GuestError::Gone(format!(
-                    "{last}. If the guest should run, restart it, or fail it over at the peer"
-                )));
-            }
-            if matches!(last, QmpError::Closed { .. } | QmpError::Protocol { .. })
-                && let Err(error) = self.qmp.reconnect(Duration::from_secs(2))
-            {
-                tracing::warn!(%error, "no new connection to QEMU yet, with the guest stopped");
-                std::thread::sleep(Duration::from_millis(20));
-                continue;
-            }
-            match self.qmp.execute("cont", json!({})) {
-                Ok(_) => {
-                    let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
-                    return Ok(());
-                }
-                Err(error) => last = error,
-            }
-            std::thread::sleep(Duration::from_millis(5));
-        }
-        Err(left_stopped(&self.qmp, &last.into()))
+        let process = self.process.as_ref();
+        go_on(&mut self.qmp, &self.work_dir, || lives(process))
     }
 
     /// Leaves a mark for whoever attaches next, before the guest is stopped.
@@ -314,6 +285,47 @@ impl QemuGuest {
             other => other,
         }
     }
+}
+
+/// `cont`, and proof that it worked.
+pub(super) fn go_on(
+    qmp: &mut Qmp,
+    work_dir: &Path,
+    lives: impl Fn() -> bool,
+) -> Result<(), GuestError> {
+    let mut last = match qmp.execute("cont", json!({})) {
+        Ok(_) => {
+            let _ = std::fs::remove_file(work_dir.join(CUT_MARK));
+            return Ok(());
+        }
+        Err(error) => error,
+    };
+    // A migration that was not refused properly ends when its socket does;
+    // a connection that broke is made anew.
+    let deadline = Instant::now() + Duration::from_secs(10);
+    while Instant::now() < deadline {
+        if !lives() {
+            return Err(GuestError::Gone(format!(
+                "{last}. If the guest should run, restart it, or fail it over at the peer"
+            )));
+        }
+        if matches!(last, QmpError::Closed { .. } | QmpError::Protocol { .. })
+            && let Err(error) = qmp.reconnect(Duration::from_secs(2))
+        {
+            tracing::warn!(%error, "no new connection to QEMU yet, with the guest stopped");
+            std::thread::sleep(Duration::from_millis(20));
+            continue;
+        }
+        match qmp.execute("cont", json!({})) {
+            Ok(_) => {
+                let _ = std::fs::remove_file(work_dir.join(CUT_MARK));
+                return Ok(());
+            }
+            Err(error) => last = error,
+        }
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    Err(left_stopped(qmp, &last.into()))
 }
 
 /// What to tell when a guest stays stopped.

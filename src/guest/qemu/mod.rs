@@ -18,6 +18,7 @@ pub use attach_options::AttachOptions;
 use disk::{Disk, View};
 use qmp::Qmp;
 use scan::RamBlock;
+use throttle::{THROTTLE_MARK, Throttle};
 use tracking::Bits;
 
 mod attach;
@@ -30,6 +31,7 @@ pub mod facts;
 mod fleece;
 pub mod instantiate;
 mod isolate;
+mod mapping;
 pub mod nbd_client;
 mod nbd_wire;
 pub mod options;
@@ -38,6 +40,7 @@ pub mod qmp;
 mod scan;
 mod stream;
 mod template;
+mod throttle;
 mod tracking;
 mod unfit;
 pub(super) mod units;
@@ -65,6 +68,7 @@ pub struct QemuGuest {
     /// Units that went with cuts which are not sealed yet.
     unsealed: Vec<(u64, Vec<Bits>)>,
     outstanding: Option<cut::Outstanding>,
+    throttle: Option<Throttle>,
     newest_sealed: Option<u64>,
     given_back: bool,
     must_sweep: bool,
@@ -130,10 +134,7 @@ impl QemuGuest {
     }
 
     fn process_lives(&self) -> bool {
-        match &self.process {
-            Some((pid, start)) => attach::started(*pid).as_ref() == Some(start),
-            None => true,
-        }
+        throttle::lives(self.process.as_ref())
     }
 }
 
@@ -207,8 +208,15 @@ impl Guest for QemuGuest {
     }
 
     fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
-        self.make_cut(point, after, sink)
-            .map_err(|e| self.explain(e))
+        // What is not cut from a running guest would stay stopped with it.
+        let rested = self.throttle.as_ref().map_or(Ok(()), Throttle::rest);
+        let made = rested.and_then(|()| self.make_cut(point, after, sink));
+        if let Some(throttle) = &self.throttle
+            && (after == After::Continue || made.is_err())
+        {
+            throttle.go_on();
+        }
+        made.map_err(|e| self.explain(e))
     }
 
     fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError> {
@@ -241,16 +249,21 @@ impl Guest for QemuGuest {
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {
-        if attach::status(&mut self.qmp).map_err(|e| self.explain(e))? != "running" {
+        // A connection that broke meanwhile must not keep the guest stopped.
+        if !matches!(attach::status(&mut self.qmp).as_deref(), Ok("running")) {
             self.go_on()?;
         }
         for mark in [HELD_MARK, CUT_MARK] {
             let _ = std::fs::remove_file(self.work_dir.join(mark));
         }
+        if let Some(throttle) = &self.throttle {
+            throttle.go_on();
+        }
         Ok(())
     }
 
     fn stop(&mut self) -> Result<(), GuestError> {
+        self.throttle = None;
         self.mark(HELD_MARK, 0, true)?;
         self.qmp
             .execute("stop", json!({}))
@@ -260,6 +273,7 @@ impl Guest for QemuGuest {
 
     fn let_go(&mut self) -> Result<(), GuestError> {
         self.outstanding = None;
+        self.throttle = None;
         match self.qmp.execute("quit", json!({})) {
             Ok(_) | Err(qmp::QmpError::Closed { .. }) => {}
             Err(error) => return Err(error.into()),
@@ -270,32 +284,54 @@ impl Guest for QemuGuest {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.detached = true;
-        for name in ["nbd.sock", "state.sock", CUT_MARK, HELD_MARK] {
+        for name in ["nbd.sock", "state.sock", CUT_MARK, HELD_MARK, THROTTLE_MARK] {
             let _ = std::fs::remove_file(self.work_dir.join(name));
         }
         Ok(())
     }
 
-    fn throttle(&mut self, _percent: u8) -> Result<(), GuestError> {
-        Err(GuestError::State("not yet".to_owned()))
+    fn throttle(&mut self, percent: u8) -> Result<(), GuestError> {
+        if percent == 0 {
+            self.throttle = None;
+            return Ok(());
+        }
+        attach::status(&mut self.qmp).map_err(|e| self.explain(e))?;
+        match &self.throttle {
+            Some(throttle) => throttle.set(percent),
+            None => {
+                let (qmp, process) = (self.qmp.clone(), self.process.clone());
+                let throttle = Throttle::begin(percent, qmp, &self.work_dir, process)?;
+                self.throttle = Some(throttle);
+            }
+        }
+        Ok(())
     }
 
     fn running(&mut self) -> Option<bool> {
-        match attach::status(&mut self.qmp) {
-            Ok(status) => Some(status == "running"),
+        let mut qmp = self.qmp.clone();
+        let mut runs = move |stands: bool| {
+            attach::status(&mut qmp).map(|status| status == "running" || stands)
+        };
+        let mut ask = || match &self.throttle {
+            // A guest that stands for its throttle runs, slowly.
+            Some(throttle) => throttle.look(&mut runs),
+            None => runs(false),
+        };
+        match ask() {
+            Ok(runs) => Some(runs),
             Err(_) if !self.process_lives() => None,
             // The socket broke, the process lives: ask over a new one.
             Err(_) => {
-                self.qmp.reconnect(self.options.qmp_timeout).ok()?;
-                attach::status(&mut self.qmp)
-                    .ok()
-                    .map(|status| status == "running")
+                let mut qmp = self.qmp.clone();
+                qmp.reconnect(self.options.qmp_timeout).ok()?;
+                ask().ok()
             }
         }
     }
 
     fn detach(&mut self) {
         self.outstanding = None;
+        self.throttle = None;
         let swept = attach::sweep(&mut self.qmp, &self.work_dir);
         let removed = (|| {
             for disk in &mut self.disks {
@@ -317,12 +353,13 @@ impl Guest for QemuGuest {
 
 impl Drop for QemuGuest {
     fn drop(&mut self) {
+        self.throttle = None;
         if self.detached {
             return;
         }
         if !self.process_lives() {
             attach::remove_fleeces(&self.work_dir);
-            for name in ["nbd.sock", "state.sock", CUT_MARK] {
+            for name in ["nbd.sock", "state.sock", CUT_MARK, THROTTLE_MARK] {
                 let _ = std::fs::remove_file(self.work_dir.join(name));
             }
         } else if let Err(error) = self.end_cut(false).and_then(|()| match self.must_sweep {

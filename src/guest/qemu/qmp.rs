@@ -10,6 +10,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
@@ -79,8 +80,97 @@ pub enum QmpError {
     },
 }
 
-/// A connection to one QEMU.
+/// A connection to one QEMU. A clone is the same connection: each command and
+/// its reply go as a whole, whichever thread they come from.
+#[derive(Clone)]
 pub struct Qmp {
+    path: PathBuf,
+    connection: Arc<Mutex<Connection>>,
+}
+
+impl Qmp {
+    /// Connects and negotiates. `timeout` bounds the greeting and every later reply.
+    ///
+    /// # Errors
+    /// [`QmpError::Connect`], [`QmpError::Busy`], [`QmpError::Protocol`].
+    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        Ok(Self {
+            path: path.to_owned(),
+            connection: Arc::new(Mutex::new(Connection::open(path, timeout)?)),
+        })
+    }
+
+    /// Gives the connection up and makes a new one. The old one ends first:
+    /// QEMU serves one client at a time.
+    ///
+    /// # Errors
+    /// As for [`Qmp::connect`].
+    pub fn reconnect(&mut self, timeout: Duration) -> Result<(), QmpError> {
+        let mut connection = self.connection();
+        let _ = connection.stream.shutdown(std::net::Shutdown::Both);
+        let mut fresh = Connection::open(&self.path, timeout)?;
+        fresh.timeout = connection.timeout;
+        *connection = fresh;
+        Ok(())
+    }
+
+    /// QEMU's version: major, minor, micro.
+    pub fn version(&self) -> (u64, u64, u64) {
+        self.connection().version
+    }
+
+    /// The socket's path.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The process that listens on the socket, as the kernel tells it.
+    ///
+    /// # Errors
+    /// When the kernel does not tell.
+    pub fn pid(&self) -> std::io::Result<u32> {
+        let credentials = rustix::net::sockopt::socket_peercred(self.connection().stream.as_fd())?;
+        Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
+    }
+
+    /// Runs a command and returns its `return` value. Events that arrive
+    /// meanwhile are kept for [`Qmp::take_event`].
+    ///
+    /// # Errors
+    /// Every variant of [`QmpError`] but `Connect` and `Busy`.
+    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+        self.connection().execute(command, &arguments)
+    }
+
+    /// Takes the oldest kept event of that name, without waiting.
+    pub fn take_event(&mut self, name: &str) -> Option<Value> {
+        let mut connection = self.connection();
+        let at = connection.events.iter().position(|e| e["event"] == name)?;
+        connection.events.remove(at)
+    }
+
+    /// Waits for an event of that name whose `data` satisfies `wanted`.
+    ///
+    /// # Errors
+    /// [`QmpError::TimedOut`] after `timeout`, or the connection's end.
+    pub fn wait_event(
+        &mut self,
+        name: &str,
+        timeout: Duration,
+        wanted: impl Fn(&Value) -> bool,
+    ) -> Result<Value, QmpError> {
+        self.connection().wait_event(name, timeout, wanted)
+    }
+
+    fn connection(&self) -> MutexGuard<'_, Connection> {
+        // Whoever panicked in a command left at worst an unread reply, which is skipped by its id.
+        self.connection
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+struct Connection {
     path: PathBuf,
     stream: UnixStream,
     reader: BufReader<UnixStream>,
@@ -90,12 +180,8 @@ pub struct Qmp {
     commands: u64,
 }
 
-impl Qmp {
-    /// Connects and negotiates. `timeout` bounds the greeting and every later reply.
-    ///
-    /// # Errors
-    /// [`QmpError::Connect`], [`QmpError::Busy`], [`QmpError::Protocol`].
-    pub fn connect(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+impl Connection {
+    fn open(path: &Path, timeout: Duration) -> Result<Self, QmpError> {
         let failed = |source| QmpError::Connect {
             path: path.to_owned(),
             source,
@@ -126,48 +212,11 @@ impl Qmp {
             (Some(major), Some(minor), Some(micro)) => (major, minor, micro),
             _ => return Err(qmp.protocol("its first line is no QMP greeting")),
         };
-        qmp.execute("qmp_capabilities", json!({}))?;
+        qmp.execute("qmp_capabilities", &json!({}))?;
         Ok(qmp)
     }
 
-    /// Gives the connection up and makes a new one. The old one ends first:
-    /// QEMU serves one client at a time.
-    ///
-    /// # Errors
-    /// As for [`Qmp::connect`].
-    pub fn reconnect(&mut self, timeout: Duration) -> Result<(), QmpError> {
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
-        let mut fresh = Self::connect(&self.path, timeout)?;
-        fresh.timeout = self.timeout;
-        *self = fresh;
-        Ok(())
-    }
-
-    /// QEMU's version: major, minor, micro.
-    pub fn version(&self) -> (u64, u64, u64) {
-        self.version
-    }
-
-    /// The socket's path.
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// The process that listens on the socket, as the kernel tells it.
-    ///
-    /// # Errors
-    /// When the kernel does not tell.
-    pub fn pid(&self) -> std::io::Result<u32> {
-        let credentials = rustix::net::sockopt::socket_peercred(self.stream.as_fd())?;
-        Ok(credentials.pid.as_raw_nonzero().get().unsigned_abs())
-    }
-
-    /// Runs a command and returns its `return` value. Events that arrive
-    /// meanwhile are kept for [`Qmp::take_event`].
-    ///
-    /// # Errors
-    /// Every variant of [`QmpError`] but `Connect` and `Busy`.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, QmpError> {
+    fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
         // The id ties a reply to its command: the late answer to a command that
         // timed out must not pass for the answer to the next one.
         self.commands += 1;
@@ -203,17 +252,7 @@ impl Qmp {
         }
     }
 
-    /// Takes the oldest kept event of that name, without waiting.
-    pub fn take_event(&mut self, name: &str) -> Option<Value> {
-        let at = self.events.iter().position(|e| e["event"] == name)?;
-        self.events.remove(at)
-    }
-
-    /// Waits for an event of that name whose `data` satisfies `wanted`.
-    ///
-    /// # Errors
-    /// [`QmpError::TimedOut`] after `timeout`, or the connection's end.
-    pub fn wait_event(
+    fn wait_event(
         &mut self,
         name: &str,
         timeout: Duration,

@@ -226,8 +226,8 @@ fn an_endless_line_and_endless_events_stay_bounded() {
             }
         }
     });
-    qmp.timeout = Duration::from_secs(20);
+    qmp.connection().timeout = Duration::from_secs(20);
     let error = qmp.execute("stop", json!({})).expect_err("too long");
     assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
-    assert!(qmp.events.len() <= 1024);
+    assert!(qmp.connection().events.len() <= 1024);
 }

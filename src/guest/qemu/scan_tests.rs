@@ -1,5 +1,6 @@
 use super::*;
 use std::io::Write;
+use std::os::unix::fs::FileExt;
 
 const KEY: [u8; 32] = [7; 32];
 
@@ -126,6 +127,45 @@ fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
     block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
     assert_eq!(model.zeros, 700, "told once");
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig::with_cases(40))]
+
+    /// Whatever is data and whatever a hole, what the peer has is the file,
+    /// and looking at it allocates nothing.
+    #[test]
+    fn any_pattern_of_holes_is_read_as_it_is_and_left_as_it_is(
+        rounds in proptest::collection::vec(
+            proptest::collection::vec((0usize..700, 1usize..200, 0u8..3), 1..12), 1..4),
+    ) {
+        use std::os::unix::fs::MetadataExt;
+        let units = 700;
+        let (file, mut block) = ram(units);
+        let mut model = Model::new(units);
+        let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
+        for (round, changes) in rounds.iter().enumerate() {
+            for (first, count, kind) in changes {
+                let end = (first + count).min(units);
+                let (at, bytes) = ((first * UNIT) as u64, (end - first) * UNIT);
+                match kind {
+                    0 => rustix::fs::fallocate(file.as_file(), flags, at, bytes as u64).expect("punches"),
+                    1 => file.as_file().write_all_at(&vec![0; bytes], at).expect("writes"),
+                    _ => {
+                        for unit in *first..end {
+                            file.as_file()
+                                .write_all_at(&page(unit + round * 1000), (unit * UNIT) as u64)
+                                .expect("writes");
+                        }
+                    }
+                }
+            }
+            let held = file.as_file().metadata().expect("facts").blocks();
+            block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+            proptest::prop_assert_eq!(file.as_file().metadata().expect("facts").blocks(), held);
+            proptest::prop_assert!(std::fs::read(file.path()).expect("reads") == model.bytes);
+        }
+    }
 }
 
 #[test]

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use quinn::Connection;
+use quinn::{Connection, RecvStream, SendStream};
 use tokio::time::timeout;
 
 use super::close::{CloseCode, describe, refused_key};
@@ -163,7 +163,10 @@ async fn ask(
 pub(crate) async fn answer(site: Arc<Site>, connection: Connection, invitee: SiteKey) {
     let limit = site.options.link.handshake_timeout;
     let address = connection.remote_address();
-    match timeout(limit, judge(&site, &connection, invitee)).await {
+    // Held until the connection is closed: a stream that is dropped before
+    // ends at the other side, which might never hear the reason.
+    let mut streams = None;
+    match timeout(limit, judge(&site, &connection, invitee, &mut streams)).await {
         Ok(Ok(Ok(introduction))) => {
             tracing::info!(site = introduction.site(), key = %invitee, %address, "paired");
             let _ = timeout(FAREWELL, connection.closed()).await;
@@ -184,14 +187,16 @@ async fn judge(
     site: &Site,
     connection: &Connection,
     invitee: SiteKey,
+    streams: &mut Option<(SendStream, RecvStream)>,
 ) -> Result<Result<Introduction, Refusal>, Fault> {
     let session = Session {
         exported: exported(connection)?,
         inviter: site.key,
         invitee,
     };
-    let (mut send, mut receive) = connection.accept_bi().await.map_err(|_| Fault::Gone)?;
-    let request: PairProof = match streams::read_frame(&mut receive).await? {
+    let accepted = connection.accept_bi().await.map_err(|_| Fault::Gone)?;
+    let (send, receive) = streams.insert(accepted);
+    let request: PairProof = match streams::read_frame(receive).await? {
         Frame::PairRequest(request) => request,
         other => return Err(other.unexpected("a pairing request").into()),
     };
@@ -210,7 +215,7 @@ async fn judge(
         Ok(accepted) => accepted,
         Err(refusal) => return Ok(Err(refusal)),
     };
-    streams::write(&mut send, &Frame::PairAccept(accepted.answer)).await?;
+    streams::write(send, &Frame::PairAccept(accepted.answer)).await?;
     let introduction = request.introduction;
     if accepted.first {
         site.paired(Pairing {

@@ -58,7 +58,7 @@ pub struct LinkStatus {
     pub unacknowledged_batches: usize,
     /// Batch bytes put on streams, repeats included.
     pub data_sent_bytes: u64,
-    /// Batch bytes put on streams a second time, after a lost connection.
+    /// Batch bytes that left a second time, after a lost connection, at most.
     pub data_resent_bytes: u64,
     /// When the peer was last heard of.
     pub last_heard: Option<Instant>,

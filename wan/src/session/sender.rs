@@ -83,6 +83,10 @@ pub struct Sender {
     resets: u64,
     sent_bytes: u64,
     resent_bytes: u64,
+    /// Bytes acknowledged over the present connection.
+    acknowledged_bytes: u64,
+    /// Of what must leave again, at most so many bytes had left before.
+    had_left: u64,
 }
 
 impl Sender {
@@ -98,6 +102,8 @@ impl Sender {
             resets: 0,
             sent_bytes: 0,
             resent_bytes: 0,
+            acknowledged_bytes: 0,
+            had_left: 0,
         }
     }
 
@@ -145,7 +151,9 @@ impl Sender {
         let length = kept.bytes.len() as u64;
         self.sent_bytes += length;
         if kept.sent {
-            self.resent_bytes += length;
+            let again = length.min(self.had_left);
+            self.resent_bytes += again;
+            self.had_left -= again;
         }
         kept.sent = true;
         Some(Outgoing {
@@ -164,6 +172,7 @@ impl Sender {
         for seq in &durable {
             if let Some(kept) = self.kept.remove(seq) {
                 self.unacknowledged_bytes -= kept.bytes.len() as u64;
+                self.acknowledged_bytes += kept.bytes.len() as u64;
                 self.acknowledged_batches += 1;
             }
             self.pending.remove(seq);
@@ -179,15 +188,26 @@ impl Sender {
     pub fn resume(&mut self, resume: &Resume) -> Result<(), SenderError> {
         let held = self.sent_within(&resume.held)?;
         self.acknowledged(&resume.durable)?;
+        // What arrived over the last connection had left, and does not leave again.
+        self.had_left = self.had_left.saturating_sub(self.acknowledged_bytes);
+        self.acknowledged_bytes = 0;
         for seq in held {
-            self.pending.remove(&seq);
+            if self.pending.remove(&seq)
+                && let Some(kept) = self.kept.get(&seq)
+            {
+                self.had_left = self.had_left.saturating_sub(kept.bytes.len() as u64);
+            }
         }
         Ok(())
     }
 
-    /// The connection is gone: what was not acknowledged must leave again, in order.
-    pub fn disconnected(&mut self) {
+    /// The connection is gone: what was not acknowledged must leave again, in
+    /// order. At most `left` bytes of batches went out over it: what still
+    /// waited in its queues is not sent a second time when it leaves.
+    pub fn disconnected(&mut self, left: u64) {
         self.pending = self.kept.keys().copied().collect();
+        self.had_left = left.saturating_sub(self.acknowledged_bytes);
+        self.acknowledged_bytes = 0;
     }
 
     /// Forgets everything unacknowledged. The numbers stay used.
@@ -214,7 +234,8 @@ impl Sender {
         self.sent_bytes
     }
 
-    /// Payload bytes put on streams a second time.
+    /// Payload bytes that left a second time, at most: which of them waited in
+    /// a lost connection's queues is known by their sum only.
     pub fn resent_bytes(&self) -> u64 {
         self.resent_bytes
     }

@@ -94,7 +94,7 @@ impl Pair {
         self.connected = false;
         self.batches.clear();
         self.acknowledgements.clear();
-        self.sender.disconnected();
+        self.sender.disconnected(u64::MAX);
     }
 
     fn note_told(&mut self, ranges: &Ranges) {
@@ -370,4 +370,44 @@ fn another_incarnation_starts_anew() {
         "handed over by another incarnation"
     );
     assert_eq!(receiver.arrived(0), Ok(Arrival::New));
+}
+
+#[test]
+fn only_what_had_left_counts_as_sent_again() {
+    let batch = || Bytes::from_static(&[7; 100]);
+    let mut sender = Sender::new(10_000);
+    for seq in 0..10 {
+        sender.submit(seq, batch()).expect("room");
+    }
+    while sender.next().is_some() {}
+    assert_eq!(sender.acknowledged(&[(0, 2)]), Ok(3));
+    // Ten were put on streams, four and a half left the machine, three arrived
+    // and one is held.
+    sender.disconnected(450);
+    let resume = Resume {
+        durable: vec![(0, 2)],
+        held: vec![(3, 3)],
+    };
+    sender.resume(&resume).expect("it was sent");
+    let mut again = 0;
+    while sender.next().is_some() {
+        again += 1;
+    }
+    assert_eq!((again, sender.resent_bytes()), (6, 50));
+
+    // What the resume tells as durable is not sent again either.
+    sender.disconnected(300);
+    let resume = Resume {
+        durable: vec![(3, 5)],
+        held: vec![],
+    };
+    sender.resume(&resume).expect("it was sent");
+    while sender.next().is_some() {}
+    assert_eq!(sender.resent_bytes(), 50);
+
+    // More than was left is never counted.
+    sender.disconnected(u64::MAX);
+    sender.resume(&Resume::default()).expect("nothing new");
+    while sender.next().is_some() {}
+    assert_eq!(sender.resent_bytes(), 50 + 400);
 }

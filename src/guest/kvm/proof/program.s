@@ -658,6 +658,7 @@ farhaven_proof_start:
     test qword ptr [rbp + C_BLOCK_WRITES], 63
     jnz 2f
     mov edi, 3
+    mov rsi, rbx
     call .Lpf_disk
     test eax, eax
     jz 2f
