@@ -9,7 +9,6 @@
 //! pinned against pruning from before it is opened until all is removed.
 
 use std::collections::BTreeMap;
-use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,6 +17,11 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
 
+mod error;
+mod place;
+
+use self::error::TestError;
+use self::place::{Places, allocated, free_memory, remove};
 use super::operate::OperateError;
 use super::promote::ActivateError;
 use super::standby::{Standby, ground, step};
@@ -27,7 +31,6 @@ use crate::activate::launch::Launched;
 use crate::activate::place::Ready;
 use crate::activate::warm::{Warm, ram_file};
 use crate::guest::Definition;
-use crate::guest::qemu::peer::{bytes_free, memory_available};
 use crate::replicate::message::ActivationTimes;
 
 /// Memory that is left to the host beside a guest's RAM.
@@ -66,64 +69,6 @@ impl TestSeen {
     }
 }
 
-/// Why a test was not begun, or not ended.
-#[derive(Debug, thiserror::Error)]
-pub enum TestError {
-    /// One at a time.
-    #[error(
-        "a test of '{0}' runs already, from point {1}; end it first: farhaven test cleanup {0}"
-    )]
-    Runs(String, u64),
-    /// One is being begun or ended.
-    #[error("a test of '{0}' is being started or ended just now; look again: farhaven status")]
-    Busy(String),
-    /// Nothing to end.
-    #[error("no test of '{0}' runs here; start one: farhaven test {0}")]
-    NoTest(String),
-    /// It was taken over.
-    #[error(
-        "'{0}' was taken over and runs here (term {1}); its points here are of before that. Protect it to its peer and test it there"
-    )]
-    Active(String, u64),
-    /// A network or device that cannot be cut off.
-    #[error("'{guest}' cannot be run isolated:\n  {}", reasons.join("\n  "))]
-    NotIsolated {
-        /// Who.
-        guest: String,
-        /// Options, each with its reason.
-        reasons: Vec<String>,
-    },
-    /// Its RAM does not fit beside what is here.
-    #[error(
-        "a test of '{guest}' needs {needed} MiB of memory, and {free} MiB are free in {directory}; end another test, or free memory"
-    )]
-    NoRoom {
-        /// Who.
-        guest: String,
-        /// MiB.
-        needed: u64,
-        /// MiB.
-        free: u64,
-        /// Where RAM files are.
-        directory: PathBuf,
-    },
-    /// The point, its files or its machine.
-    #[error(transparent)]
-    Activate(#[from] ActivateError),
-}
-
-impl From<TestError> for OperateError {
-    fn from(error: TestError) -> Self {
-        match error {
-            TestError::NoTest(_) | TestError::Activate(ActivateError::NoPoint(..)) => {
-                OperateError::Unknown(error.to_string())
-            }
-            TestError::Activate(_) => OperateError::Failed(error.to_string()),
-            _ => OperateError::Conflict(error.to_string()),
-        }
-    }
-}
-
 impl Site {
     /// Runs a peer's guest here as a test, isolated, from its newest or a named
     /// point. Protection goes on.
@@ -145,21 +90,6 @@ impl Site {
     /// When none runs.
     pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
         Ok(self.standby_here(name)?.end_test().await?)
-    }
-}
-
-/// Where a test's files are.
-struct Places {
-    run: PathBuf,
-    ram: PathBuf,
-}
-
-impl Places {
-    fn of(site: &Site, guest: GuestId) -> Self {
-        Self {
-            run: site.config.run_dir().join(guest.to_string()).join("test"),
-            ram: site.config.ram_dir().join(format!("{guest}-test")),
-        }
     }
 }
 
@@ -441,38 +371,4 @@ fn isolated(definition: &Definition, guest: GuestId) -> Result<Definition, Vec<S
         // Its monitor has no network at all.
         Definition::Embedded(_) => Ok(definition.clone()),
     }
-}
-
-/// Bytes that a new RAM file may still take.
-fn free_memory(directory: &Path) -> u64 {
-    let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    bytes_free(directory).min(memory_available(&memory))
-}
-
-/// Bytes on their filesystem of a directory's files.
-fn allocated(directory: &Path) -> u64 {
-    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
-    entries
-        .filter_map(|entry| Some(entry.metadata().ok()?.blocks() * 512))
-        .sum()
-}
-
-/// Removes what a test had; what was removed, for people.
-fn remove(places: &Places) -> Vec<String> {
-    let mut removed = Vec::new();
-    for (what, directory) in [
-        ("memory in", &places.ram),
-        ("disks and logs in", &places.run),
-    ] {
-        let there = super::exists(directory);
-        match std::fs::remove_dir_all(directory) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                tracing::warn!(%error, directory = %directory.display(), "stays behind");
-                removed.push(format!("NOT {}: {error}", directory.display()));
-            }
-            _ if there => removed.push(format!("{what} {}", directory.display())),
-            _ => {}
-        }
-    }
-    removed
 }
