@@ -17,7 +17,7 @@ use crate::guest::kvm::protected::KvmVmm;
 const RAM: u64 = 16 << 20;
 const VCPUS: u32 = 2;
 const PACE: Pace = Pace {
-    changes: 1000,
+    changes: 300,
     pages: 48,
     blocks: 24,
 };
