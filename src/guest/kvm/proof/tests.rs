@@ -16,8 +16,10 @@ use crate::guest::kvm::protected::KvmVmm;
 
 const RAM: u64 = 16 << 20;
 const VCPUS: u32 = 2;
+/// A host may be busy.
+const PATIENCE: Duration = Duration::from_secs(180);
 const PACE: Pace = Pace {
-    changes: 1000,
+    changes: 300,
     pages: 48,
     blocks: 24,
 };
@@ -97,14 +99,18 @@ impl Running {
 
     /// The first whole line that begins so and comes after so many bytes.
     fn line(&self, after: usize, begins: &str) -> String {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + PATIENCE;
         loop {
             let text = self.text();
             let mut lines = text[after..].split_inclusive('\n');
             if let Some(line) = lines.find(|l| l.starts_with(begins) && l.ends_with('\n')) {
                 return line.trim().to_owned();
             }
-            assert!(Instant::now() < end, "no {begins} came: {text}");
+            assert!(
+                Instant::now() < end && self.vmm.running().is_some(),
+                "no {begins} came ({}): {text}",
+                self.vmm.ended_because()
+            );
             std::thread::sleep(Duration::from_millis(5));
         }
     }
@@ -130,7 +136,7 @@ impl Running {
 
     /// Waits for so many page writes.
     fn wait_for_writes(&self, wanted: u64) {
-        let end = Instant::now() + Duration::from_secs(60);
+        let end = Instant::now() + PATIENCE;
         let writes = || -> Option<u64> {
             let text = self.text();
             let last = text.rsplit_once(" seq=")?.1;
@@ -283,10 +289,6 @@ fn every_planted_fault_is_found_from_inside_and_outside() {
             format!("block-{block}-"),
         ),
         (
-            plant(&|i| copy(&mut i.disk, &new.disk, block_at, 0)),
-            String::new(),
-        ),
-        (
             plant(&|i| i.disk[block_at as usize + 2048] ^= 4),
             format!("block-{block}-torn"),
         ),
@@ -330,6 +332,8 @@ fn every_planted_fault_is_found_from_inside_and_outside() {
     let mut torn_in_time = new.clone();
     torn_in_time.ram.clone_from(&old.ram);
     torn_in_time.disk.clone_from(&old.disk);
+    // Their stacks stay theirs: with others the guest would just fault.
+    copy(&mut torn_in_time.ram, &new.ram, 0, 1 << 20);
     assert!(outside(&torn_in_time).is_ok());
     let check = Running::new(Some(&torn_in_time)).check();
     assert!(check.contains("mem=BAD:"), "{check}");
