@@ -254,6 +254,7 @@ fn a_peer_is_compared() {
         memory_available: 2 << 30,
         files: vec![file("aa")],
         socket_buffers: (1 << 22, 1 << 22),
+        findings: Vec::new(),
     };
     assert_eq!(check_peer(&definition, &good, 0), []);
     let codes = |change: &dyn Fn(&mut PeerFacts, &mut Definition)| {

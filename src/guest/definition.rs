@@ -174,7 +174,11 @@ impl embedded::Definition {
         if all().any(|(name, bytes)| name.len() > 255 || *bytes == 0 || *bytes > LARGEST) {
             return Some("a block of memory or a disk has no workable name or size");
         }
-        if self.ram.iter().any(|(_, bytes)| bytes % UNIT != 0) {
+        if self
+            .ram
+            .iter()
+            .any(|(_, bytes)| !bytes.is_multiple_of(UNIT))
+        {
             return Some("a block of memory is no whole number of 4 KiB pages");
         }
         if self.ram.is_empty() || twice(&self.ram) || twice(&self.disks) {
@@ -185,6 +189,7 @@ impl embedded::Definition {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
 
