@@ -74,7 +74,7 @@ fn slowed(percent: u8) -> String {
 fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
     let throttled = match facts.throttle {
         0 => String::new(),
-        percent => format!(", throttled by {percent} %"),
+        percent => format!(" (throttled by {percent} %)"),
     };
     let why = match facts.fixed >= policy.max_blackout.duration() {
         true => "the hand-over alone takes long on this link".to_owned(),

@@ -29,7 +29,7 @@ pub struct Embedded {
     pub builder: Arc<dyn Builder>,
     pub console: Console,
     /// Ends after the guest.
-    pub dir: tempfile::TempDir,
+    pub _dir: tempfile::TempDir,
     /// Least work that shows that it goes on.
     pub some: Work,
     pub calls: Arc<AtomicI64>,

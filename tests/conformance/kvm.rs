@@ -41,8 +41,8 @@ fn start() -> Option<Embedded> {
         terminal: Arc::new(Console::open(&run).unwrap()),
         pace: Pace {
             changes: 2000,
-            pages: 1024,
-            blocks: 512,
+            pages: 512,
+            blocks: 256,
         },
         irqchip: false,
     })
@@ -54,10 +54,10 @@ fn start() -> Option<Embedded> {
         definition,
         builder: Arc::new(KvmBuilder),
         console,
-        dir,
+        _dir: dir,
         some: Work {
-            memory: 60,
-            disk: 10,
+            memory: 24,
+            disk: 5,
         },
         calls: Arc::new(AtomicI64::new(i64::MAX)),
         judge: sound,

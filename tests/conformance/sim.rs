@@ -31,7 +31,7 @@ fn start() -> Option<Embedded> {
         definition,
         builder: Arc::new(SimBuilder),
         console,
-        dir,
+        _dir: dir,
         some: Work {
             memory: 60,
             disk: 20,
