@@ -314,8 +314,10 @@ fn exactly(number: &str, factor: u64) -> Option<u64> {
 
 fn largest_exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) -> fmt::Result {
     // Sizes name both powers of two and of ten: the shortest number reads best.
+    // Of several names of a unit the first is its full one.
     let best = units
         .iter()
+        .rev()
         .filter(|(_, factor)| value != 0 && value.is_multiple_of(*factor))
         .max_by_key(|(_, factor)| *factor);
     match best {

@@ -127,6 +127,10 @@ pub(super) fn peers(peers: &[PeerView]) {
 }
 
 pub(super) fn guests(guests: &[SourceView]) {
+    if guests.is_empty() {
+        println!("No guests run here. Those of peers that are kept here: farhaven status");
+        return;
+    }
     let mut rows = table(&[
         "Guest",
         "Phase",
@@ -216,12 +220,9 @@ fn standbys(standbys: &[TargetView]) {
             ),
             None => (state, color),
         };
-        let number = |n: u64| {
-            if n == 0 {
-                "-".to_owned()
-            } else {
-                n.to_string()
-            }
+        let number = |n: u64| match n {
+            0 => "-".to_owned(),
+            n => n.to_string(),
         };
         rows.add_row(vec![
             Cell::new(&standby.name),

@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 const SPARSE: Duration = Duration::from_secs(2);
 
 /// The bar of a first copy.
-const COPY: &str = "  First copy  {bar:30} {percent:>3} %  {wide_msg}";
+const COPY: &str = "  First copy{prefix}  {bar:30} {percent:>3} %  {wide_msg}";
 
 /// The running line of a protected guest.
 const LIVE: &str = "  {spinner} {wide_msg}";
@@ -21,6 +21,29 @@ pub(super) struct Screen {
     colours: bool,
     bar: Option<ProgressBar>,
     told: Option<Instant>,
+    pass: Pass,
+}
+
+/// The first copy goes over the guest again and again, each time over what
+/// changed meanwhile, and over its disks: a bar that falls back is a new pass.
+#[derive(Debug, Default)]
+struct Pass {
+    number: u32,
+    done: u64,
+}
+
+impl Pass {
+    /// What follows the words `First copy`, so far into it.
+    fn suffix(&mut self, done: u64) -> String {
+        if done < self.done || self.number == 0 {
+            self.number += 1;
+        }
+        self.done = done;
+        match self.number {
+            1 => String::new(),
+            number => format!(", pass {number}"),
+        }
+    }
 }
 
 impl Screen {
@@ -31,6 +54,7 @@ impl Screen {
             colours: terminal && std::env::var_os("NO_COLOR").is_none(),
             bar: None,
             told: None,
+            pass: Pass::default(),
         }
     }
 
@@ -76,9 +100,14 @@ impl Screen {
 
     /// How far the copy is.
     pub(super) fn copy(&mut self, progress: Option<(u64, u64)>, words: String) {
+        let suffix = match progress {
+            Some((done, _)) => self.pass.suffix(done),
+            None => String::new(),
+        };
         match &self.bar {
             Some(bar) => {
                 if let Some((done, total)) = progress {
+                    bar.set_prefix(suffix);
                     bar.set_length(total.max(1));
                     bar.set_position(done.min(total));
                 }
@@ -88,7 +117,7 @@ impl Screen {
                 if self.told.is_none_or(|told| told.elapsed() >= SPARSE) {
                     self.told = Some(Instant::now());
                     let share = progress.map_or(0, |(done, total)| done * 100 / total.max(1));
-                    eprintln!("  First copy {share:>3} %, {words}");
+                    eprintln!("  First copy{suffix} {share:>3} %, {words}");
                 }
             }
         }
@@ -106,6 +135,7 @@ impl Screen {
     /// The bar goes.
     pub(super) fn end(&mut self) {
         self.told = None;
+        self.pass = Pass::default();
         if let Some(bar) = self.bar.take() {
             bar.finish_and_clear();
         }
@@ -115,5 +145,18 @@ impl Screen {
 impl Drop for Screen {
     fn drop(&mut self) {
         self.end();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bar_that_falls_back_is_a_new_pass() {
+        let mut pass = Pass::default();
+        let seen: Vec<_> = [0, 5, 5, 9, 2, 3, 1].map(|done| pass.suffix(done)).into();
+        assert_eq!(seen[..4], ["", "", "", ""]);
+        assert_eq!(seen[4..], [", pass 2", ", pass 2", ", pass 3"]);
     }
 }

@@ -30,10 +30,13 @@ const LOOK: Duration = Duration::from_millis(50);
 pub(super) async fn tell(demo: &Demo) -> Result<Report, String> {
     let began = Instant::now();
     let mut terminate = signal(SignalKind::terminate()).map_err(|e| e.to_string())?;
+    let mut hang_up = signal(SignalKind::hangup()).map_err(|e| e.to_string())?;
     tokio::select! {
         told = told(demo, began) => told,
         _ = tokio::signal::ctrl_c() => Err("interrupted; everything was ended".to_owned()),
         _ = terminate.recv() => Err("terminated; everything was ended".to_owned()),
+        // Its terminal was closed: nothing that it started may stay behind.
+        _ = hang_up.recv() => Err("hung up; everything was ended".to_owned()),
     }
 }
 

@@ -6,3 +6,4 @@
 pub mod message;
 pub mod receive;
 pub mod send;
+pub mod totals;

@@ -18,6 +18,7 @@ use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
+pub use super::totals::Totals;
 use crate::guest::{Sink, SinkError};
 
 /// zstd level of bulk data: what the measured floor is defined by.
@@ -142,41 +143,6 @@ pub struct Shipment {
     runtime: Handle,
     patience: Option<Duration>,
     cap: Option<Arc<Mutex<TokenBucket>>>,
-}
-
-/// Progress of a guest's data, readable while a shipment works.
-#[derive(Debug, Default)]
-pub struct Totals {
-    /// Bytes looked at in the round under way.
-    pub done: AtomicU64,
-    /// Bytes to look at in the round under way.
-    pub total: AtomicU64,
-    /// Guest bytes handed over since protection began.
-    pub changed_bytes: AtomicU64,
-    /// Bytes of batches since protection began.
-    pub sent_bytes: AtomicU64,
-    /// When `sent_bytes` was last looked at, what it was, and the rate up to then.
-    seen: Mutex<Option<(Instant, u64, u64)>>,
-}
-
-impl Totals {
-    /// Batch bytes a second, over the last second or more between two calls.
-    pub fn throughput(&self) -> u64 {
-        const SPAN: Duration = Duration::from_secs(1);
-        let now = (Instant::now(), self.sent_bytes.load(Ordering::Relaxed));
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
-        let (at, bytes, rate) = seen.unwrap_or((now.0, now.1, 0));
-        let span = now.0.duration_since(at);
-        if seen.is_some() && span < SPAN {
-            return rate;
-        }
-        let rate = match span {
-            Duration::ZERO => 0,
-            span => ((now.1 - bytes) as f64 / span.as_secs_f64()) as u64,
-        };
-        *seen = Some((now.0, now.1, rate));
-        rate
-    }
 }
 
 impl Shipment {

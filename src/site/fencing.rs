@@ -134,6 +134,7 @@ impl Driver {
     ) -> Result<(), String> {
         let owner = self.site.name_of(&term.owner);
         let (site, record) = (self.site.clone(), self.record.clone());
+        let gone = record.definition.is_embedded() && site.hosted(record.id).is_none();
         let stopped = tokio::task::spawn_blocking(move || match guest {
             Some(mut guest) => guest.stop().map_err(|e| e.to_string()),
             None => super::guests::stop_guest(&site, &record).map_err(|e| e.to_string()),
@@ -141,6 +142,7 @@ impl Driver {
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
         let done = match &stopped {
+            Ok(()) if gone => "its copy here ended with the daemon that it lived in".to_owned(),
             Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),
             Err(error) => format!(
                 "ITS COPY HERE COULD NOT BE STOPPED and is tried again; end it by hand: {error}"

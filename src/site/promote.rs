@@ -275,7 +275,7 @@ impl Standby {
 
     /// Announces the guest, then copies its disks out of the store.
     pub(super) async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
-        let standby = self.clone();
+        let (standby, mine) = (self.clone(), ready.clone());
         let rate = self
             .site
             .upgrade()
@@ -288,19 +288,22 @@ impl Standby {
             })
         })
         .await;
+        let mut state = self.state.lock().await;
+        // It was ended or fenced meanwhile, or taken over anew: nothing is to be told.
+        let active = state.active.as_mut();
+        let Some((active, _)) = active.filter(|(_, ready)| Arc::ptr_eq(ready, &mine)) else {
+            return;
+        };
         match done {
             Ok(Ok(())) => {
-                let mut state = self.state.lock().await;
-                if let Some((active, _)) = &mut state.active {
-                    active.hydrated = true;
-                    let active = active.clone();
-                    if let Ok(site) = self.site()
-                        && let Err(error) = site.keep_activation(&active)
-                    {
-                        tracing::error!(%error, "the catalogue cannot be written");
-                    }
-                    self.see(|s| s.active = Some(active));
+                active.hydrated = true;
+                let active = active.clone();
+                if let Ok(site) = self.site()
+                    && let Err(error) = site.keep_activation(&active)
+                {
+                    tracing::error!(%error, "the catalogue cannot be written");
                 }
+                self.see(|s| s.active = Some(active));
                 tracing::info!(guest = %self.name(), "its disks need the store no longer");
             }
             Ok(Err(error)) => {

@@ -37,7 +37,7 @@ impl fmt::Display for Workload {
 /// Text that names no workload.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "'{0}' is no workload of a sim guest; they are idle, database[:CHANGES/S], files[:MB/S] and noise[:MB/S], with rates from 1 to 100000"
+    "'{0}' is no workload of such a guest; they are idle, database[:CHANGES/S], files[:MB/S] and noise[:MB/S], with rates from 1 to 100000"
 )]
 pub struct WorkloadError(String);
 
