@@ -1,16 +1,14 @@
 //! Changed RAM by content: each page's digest against the digest the peer is
 //! known to hold.
 //!
-//! A block of guest memory is a file; it is read, never mapped: a read of a
-//! hole allocates nothing, a file that shrinks gives an error and no SIGBUS,
-//! and what was hashed is the very copy that is handed over, though the guest
-//! may write meanwhile. Worker threads take chunks of [`CHUNK`] bytes from the
-//! file's data ranges, hash them and send only changed units to the calling
-//! thread, which hands them to the sink and only then notes their digests.
+//! A block of guest memory is a file. Worker threads copy chunks of [`CHUNK`]
+//! bytes of the file's data ranges ([`Mapping`] says how), hash the copies and
+//! send only changed units to the calling thread, which hands them to the sink
+//! and only then notes their digests. What was hashed is the very copy that is
+//! handed over, though the guest may write meanwhile.
 
 use std::fs::File;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -18,8 +16,12 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
 
 use super::super::{GuestError, Sink, SinkError};
+use super::mapping::Mapping;
 use super::tracking::Bits;
 use super::units::{Hasher, hand_over};
+
+/// Ranges of bytes, ascending.
+type Ranges = Vec<Range<u64>>;
 
 /// Bytes read and hashed at a time: fits a core's second-level cache.
 const CHUNK: u64 = 256 << 10;
@@ -31,12 +33,20 @@ const WAITING: usize = 8;
 
 /// A block of guest memory and what the peer is known to hold of it.
 pub(super) struct RamBlock {
-    file: File,
+    ram: Mapping,
     path: PathBuf,
     volume: VolumeIndex,
     table: Vec<Digest>,
     /// Units handed over in the scan under way, or the last one.
     pub(super) handed: Bits,
+}
+
+/// A piece of a block for one worker at a time.
+struct Chunk {
+    /// Its first unit.
+    first: u64,
+    /// Bytes of the file at or after it that are data.
+    data: Range<u64>,
 }
 
 /// What a worker found in one chunk: runs of changed units, one after another.
@@ -70,7 +80,7 @@ impl RamBlock {
         let units = usize::try_from(bytes / UNIT as u64)
             .map_err(|_| GuestError::State(format!("{} is too large", path.display())))?;
         Ok(Self {
-            file,
+            ram: Mapping::new(file, bytes),
             path: path.to_owned(),
             volume,
             table: vec![Digest::ZERO_UNIT; units],
@@ -84,7 +94,9 @@ impl RamBlock {
 
     /// Device and inode of the file.
     pub(super) fn inode(&self) -> std::io::Result<u64> {
-        Ok(std::os::unix::fs::MetadataExt::ino(&self.file.metadata()?))
+        Ok(std::os::unix::fs::MetadataExt::ino(
+            &self.ram.file().metadata()?,
+        ))
     }
 
     /// Replaces the table: what the peer holds.
@@ -121,25 +133,36 @@ impl RamBlock {
     ) -> Result<u64, GuestError> {
         self.handed.clear();
         let total = self.bytes();
-        let data = self.data_ranges()?;
+        let (data, exact) = self.data_ranges()?;
         self.holes(&data, sink)?;
-        let chunks: Vec<u64> = data
+        let mut exact = exact.into_iter().peekable();
+        let chunks: Vec<Chunk> = data
             .iter()
             .flat_map(|r| r.clone().step_by(CHUNK_UNITS as usize))
+            .map(|first| {
+                let at = first * UNIT as u64;
+                while exact.next_if(|data| data.end <= at).is_some() {}
+                Chunk {
+                    first,
+                    data: exact.peek().cloned().unwrap_or_default(),
+                }
+            })
             .collect();
         for pass in chunks.chunks(PASS) {
             self.pass(pass, hasher, threads, sink)?;
             let done = pass
                 .last()
-                .map_or(0, |last| (last + CHUNK_UNITS) * UNIT as u64);
+                .map_or(0, |last| (last.first + CHUNK_UNITS) * UNIT as u64);
             sink.progress(done.min(total), total);
         }
         Ok(data.iter().map(|r| (r.end - r.start) * UNIT as u64).sum())
     }
 
-    /// The file's data, as ranges of units in whole chunks. Each step moves on
-    /// by a chunk at least, so that a file of many small holes stays cheap.
-    fn data_ranges(&self) -> Result<Vec<Range<u64>>, GuestError> {
+    /// The file's data, as ranges of units in whole chunks, and the ranges of
+    /// bytes that are data themselves. Each step moves on by a chunk at least,
+    /// so that a file of many small holes stays cheap: the second list is then
+    /// not whole.
+    fn data_ranges(&self) -> Result<(Ranges, Ranges), GuestError> {
         use rustix::fs::{SeekFrom, seek};
         let failed = |e: rustix::io::Errno| GuestError::Io {
             what: format!("looking for data in the RAM file {}", self.path.display()),
@@ -147,22 +170,25 @@ impl RamBlock {
         };
         let end = self.bytes();
         let mut ranges: Vec<Range<u64>> = Vec::new();
+        let mut exact = Vec::new();
+        let file = self.ram.file();
         let mut at = 0;
         while at < end {
-            let start = match seek(&self.file, SeekFrom::Data(at)) {
-                Ok(start) => start / CHUNK * CHUNK,
+            let found = match seek(file, SeekFrom::Data(at)) {
+                Ok(found) => found,
                 Err(rustix::io::Errno::NXIO) => break,
                 // A filesystem without SEEK_DATA: everything is data.
                 Err(rustix::io::Errno::INVAL) => {
                     let everything = 0..end / UNIT as u64;
-                    return Ok(std::iter::once(everything).collect());
+                    return Ok((std::iter::once(everything).collect(), Vec::new()));
                 }
                 Err(e) => return Err(failed(e)),
             };
-            let hole = seek(&self.file, SeekFrom::Hole(start.max(at))).map_err(failed)?;
-            // The guest may have touched the page between the two calls, and
-            // `start` may round down to before the data: never stand still.
-            let stop = hole.max(start + 1).next_multiple_of(CHUNK).min(end);
+            let start = found / CHUNK * CHUNK;
+            let hole = seek(file, SeekFrom::Hole(found)).map_err(failed)?;
+            exact.push(found..hole);
+            // A page may be given back between the two calls: never stand still.
+            let stop = hole.max(found + 1).next_multiple_of(CHUNK).min(end);
             let units = start / UNIT as u64..stop / UNIT as u64;
             match ranges.last_mut() {
                 Some(last) if last.end >= units.start => last.end = units.end.max(last.end),
@@ -170,7 +196,7 @@ impl RamBlock {
             }
             at = stop.max(at + 1);
         }
-        Ok(ranges)
+        Ok((ranges, exact))
     }
 
     /// Units between the data ranges read as zeros.
@@ -201,10 +227,10 @@ impl RamBlock {
         Ok(())
     }
 
-    /// One pass of the workers over the chunks that start at these units.
+    /// One pass of the workers over these chunks.
     fn pass(
         &mut self,
-        chunks: &[u64],
+        chunks: &[Chunk],
         hasher: &Hasher,
         threads: usize,
         sink: &mut dyn Sink,
@@ -214,7 +240,7 @@ impl RamBlock {
         let mut taken: Vec<(u64, Digest)> = Vec::new();
         let (table, volume) = (&self.table, self.volume);
         let work = Work {
-            file: &self.file,
+            ram: &self.ram,
             path: &self.path,
             table,
             hasher,
@@ -297,11 +323,11 @@ fn deliver(
 
 /// What the workers of a pass share.
 struct Work<'a> {
-    file: &'a File,
+    ram: &'a Mapping,
     path: &'a Path,
     table: &'a [Digest],
     hasher: &'a Hasher,
-    chunks: &'a [u64],
+    chunks: &'a [Chunk],
     next: AtomicUsize,
     stop: AtomicBool,
 }
@@ -311,14 +337,15 @@ impl Work<'_> {
         let mut buffer = vec![0; CHUNK as usize];
         let mut digests = Vec::with_capacity(CHUNK_UNITS as usize);
         while !self.stop.load(Ordering::Relaxed) {
-            let Some(&first) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
+            let Some(chunk) = self.chunks.get(self.next.fetch_add(1, Ordering::Relaxed)) else {
                 return Ok(());
             };
+            let first = chunk.first;
             let known = &self.table[first as usize..];
             let known = &known[..known.len().min(CHUNK_UNITS as usize)];
             let bytes = &mut buffer[..known.len() * UNIT];
-            self.file
-                .read_exact_at(bytes, first * UNIT as u64)
+            self.ram
+                .copy(first * UNIT as u64, bytes, &chunk.data)
                 .map_err(|source| {
                     self.stop.store(true, Ordering::Relaxed);
                     let what = format!("reading the guest's RAM file {}", self.path.display());
