@@ -200,7 +200,7 @@ impl Subject {
         let keys = Arc::new(Keys::default());
         // What lies above the hole below 4 GiB is left alone.
         let room = bytes.min(3 << 30) - 2 * MIB;
-        let stride = u32::try_from(room / u64::from(PAGES) & !4095)?;
+        let stride = u32::try_from((room / u64::from(PAGES)) & !4095)?;
         let (inner, _) = KvmMachine::start(KvmOptions {
             vcpus: 1,
             ram: bytes,
