@@ -123,6 +123,32 @@ fn a_move_loses_no_heartbeat_and_ends_the_source() {
 }
 
 #[test]
+fn an_end_amid_hydration_is_no_trouble() {
+    let pair = Pair::start(LINK, "", "hydrate_rate = \"4mbit\"");
+    let console = start(&pair.east, "trial", "sim");
+    console.await_beat(3, LONG);
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "1s"])
+        .good();
+    pair.east.until_sealed("trial", 1, LONG);
+    pair.east.cli(&["move", "trial"]).good();
+    let active = pair.west.target("trial").active.unwrap();
+    assert!(!active.hydrated, "too quick to be ended amid it");
+    pair.west.cli(&["guest", "end", "trial"]).good();
+    // The copying notices within a step of it.
+    for _ in 0..20 {
+        std::thread::sleep(Duration::from_millis(100));
+        let view = pair.west.target("trial");
+        assert!(view.active.is_none());
+        assert!(
+            view.trouble.contains("ended by an operator"),
+            "{}",
+            view.trouble
+        );
+    }
+}
+
+#[test]
 fn what_cannot_be_started_is_said_and_leaves_nothing() {
     let pair = Pair::start(LINK, "", "");
     let bad = |more: &[&str], words: &str| {

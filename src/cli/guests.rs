@@ -175,7 +175,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
         }
         GuestVerb::Remove { name } => {
             let _: Done = client.delete(&guest_path(&name, "")).await.map_err(told)?;
-            println!("'{name}' is known here no more; a QEMU runs on.");
+            println!("'{name}' is known here no more. If it is a QEMU, that runs on.");
         }
     }
     Ok(())
@@ -228,7 +228,9 @@ pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Out
     } else {
         "stay until their time is over"
     };
-    println!("'{name}' is protected no more; it runs on. Its points at the peer {points}.");
+    println!(
+        "'{name}' is protected no more; where it runs, it runs on. Its points at the peer {points}."
+    );
     Ok(())
 }
 

@@ -135,6 +135,7 @@ type Outcome = Result<(), String>;
 
 /// Runs what was typed.
 pub fn main() -> ExitCode {
+    quiet_when_unread();
     let cli = Cli::parse();
     let runtime = match tokio::runtime::Builder::new_multi_thread()
         .enable_all()
@@ -156,6 +157,18 @@ pub fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// When whoever reads the output has gone (`| head`), the command ends; that is
+/// no fault to tell of. Everything that it holds is dropped as ever.
+fn quiet_when_unread() {
+    let told = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        let words = panic.payload().downcast_ref::<String>();
+        if !words.is_some_and(|words| words.starts_with("failed printing to std")) {
+            told(panic);
+        }
+    }));
 }
 
 async fn run(cli: Cli) -> Outcome {

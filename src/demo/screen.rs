@@ -1,7 +1,7 @@
 //! What a person sees while a demo runs: a bar, one running line, sentences.
 //! Where stderr is no terminal: plain lines, few of them.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -14,6 +14,11 @@ const COPY: &str = "  First copy{prefix}  {bar:30} {percent:>3} %  {wide_msg}";
 
 /// The running line of a protected guest.
 const LIVE: &str = "  {spinner} {wide_msg}";
+
+/// A line on stderr. If nobody reads it any more, the demo goes on and ends in order.
+fn tell(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
 
 /// Stderr.
 pub(super) struct Screen {
@@ -61,8 +66,8 @@ impl Screen {
     /// A sentence.
     pub(super) fn say(&self, line: &str) {
         match &self.bar {
-            Some(bar) => bar.suspend(|| eprintln!("{line}")),
-            None => eprintln!("{line}"),
+            Some(bar) => bar.suspend(|| tell(line)),
+            None => tell(line),
         }
     }
 
@@ -117,7 +122,7 @@ impl Screen {
                 if self.told.is_none_or(|told| told.elapsed() >= SPARSE) {
                     self.told = Some(Instant::now());
                     let share = progress.map_or(0, |(done, total)| done * 100 / total.max(1));
-                    eprintln!("  First copy{suffix} {share:>3} %, {words}");
+                    tell(&format!("  First copy{suffix} {share:>3} %, {words}"));
                 }
             }
         }
@@ -127,7 +132,7 @@ impl Screen {
     pub(super) fn live(&mut self, words: String, news: bool) {
         match &self.bar {
             Some(bar) => bar.set_message(words),
-            None if news => eprintln!("  {words}"),
+            None if news => tell(&format!("  {words}")),
             None => {}
         }
     }

@@ -258,7 +258,7 @@ mod tests {
             .fits_ram(plenty, 400 << 20)
             .unwrap_err();
         assert!(why.contains("in /dev/shm"), "{why}");
-        let why = settled(u64::MAX >> 21, Scenario::Test)
+        let why = settled((u64::MAX >> 21) - 1, Scenario::Test)
             .fits_ram(plenty, plenty)
             .unwrap_err();
         assert!(why.contains("are free"), "{why}");

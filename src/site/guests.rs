@@ -57,7 +57,7 @@ fn qmp_of(record: &GuestRecord) -> Result<&Path, GuestError> {
 /// What people are told of a guest that has ended with the daemon it was in.
 pub(super) fn ended_with_daemon(name: &str) -> String {
     format!(
-        "'{name}' ran inside this daemon and ended with it; run it at the peer from its newest point (there: farhaven failover {name}), or forget it: farhaven unprotect {name}, farhaven guest remove {name}"
+        "'{name}' ran inside this daemon and ended with it; run it at the peer from its newest point (there: farhaven failover {name} --force), or drop it and its points: farhaven unprotect {name} --discard, farhaven guest remove {name}"
     )
 }
 

@@ -45,7 +45,7 @@ impl Site {
             && other.record().opening.guest != guest
         {
             return Err(format!(
-                "another guest named '{}' is known at that site; unprotect or rename one",
+                "another guest named '{}' has points at that site, until their time is over; give this one another name",
                 opening.name
             ));
         }
