@@ -22,6 +22,7 @@ use crate::guest::Definition;
 use crate::guest::embedded::{self, SharedVmm};
 use crate::guest::qemu::peer::bytes_free;
 use crate::site::ActivateError;
+use crate::site::exists;
 use crate::site::files::private_directory;
 
 /// How often the copying of disks is looked at.
@@ -50,6 +51,7 @@ pub struct Ready {
     machine: Mutex<Option<Box<dyn Machine>>>,
     /// Volume and size, in the definition's order.
     disks: Vec<(VolumeIndex, u64)>,
+    definition: Definition,
     run: PathBuf,
     qmp: Option<PathBuf>,
     pid: Option<u32>,
@@ -66,15 +68,9 @@ impl Ready {
         replica: &Arc<Replica>,
         definition: &Definition,
     ) -> Result<Self, ActivateError> {
-        // Left by an attempt under the same term that came to nothing, or by a
-        // daemon that ended before it ran anything.
+        // Left by a daemon that ended before it ran anything.
         Launched::end_left(&ground.run.join("qmp.sock"), &ground.run);
-        match std::fs::remove_dir_all(&ground.run) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(file(&ground.run)(error));
-            }
-            _ => {}
-        }
+        set_aside(&ground.run).map_err(file(&ground.run))?;
         private_directory(&ground.run).map_err(file(&ground.run))?;
         let built = build(ground, replica, definition);
         if built.is_err() {
@@ -100,15 +96,21 @@ impl Ready {
         let disks = disks(replica, &definition.disks())?;
         let served = (!hydrated).then(|| sources(replica, &disks));
         let found = QemuMachine::adopt(ground, qemu, served.as_deref())?;
-        Ok(found.map(|machine| Self::of_qemu(machine, disks, ground)))
+        Ok(found.map(|machine| Self::of_qemu(machine, disks, ground, definition)))
     }
 
-    fn of_qemu(machine: QemuMachine, disks: Vec<(VolumeIndex, u64)>, ground: &Ground<'_>) -> Self {
+    fn of_qemu(
+        machine: QemuMachine,
+        disks: Vec<(VolumeIndex, u64)>,
+        ground: &Ground<'_>,
+        definition: &Definition,
+    ) -> Self {
         Self {
             qmp: Some(machine.qmp.clone()),
             pid: Some(machine.pid()),
             machine: Mutex::new(Some(Box::new(machine))),
             disks,
+            definition: definition.clone(),
             run: ground.run.clone(),
         }
     }
@@ -119,6 +121,11 @@ impl Ready {
     /// When its machine does not answer.
     pub fn runs(&self) -> Result<bool, ActivateError> {
         self.with(|machine| machine.is_running())
+    }
+
+    /// Was it built by this definition?
+    pub fn is_of(&self, definition: &Definition) -> bool {
+        self.definition == *definition
     }
 
     /// Directory of its overlays, consoles and logs.
@@ -240,6 +247,25 @@ impl Ready {
     }
 }
 
+/// Makes a path free for a new directory. What ran from the one that is there
+/// wrote its disks into it, and nobody else may have that data: it is kept.
+fn set_aside(run: &Path) -> io::Result<()> {
+    match std::fs::remove_dir(run) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => return Ok(()),
+    }
+    let aside = |n: u32| {
+        let mut name = run.as_os_str().to_owned();
+        name.push(format!(".before{n}"));
+        PathBuf::from(name)
+    };
+    let free = (1..=u32::MAX).map(aside).find(|path| !exists(path));
+    let free = free.ok_or_else(|| io::Error::other("too many directories were set aside"))?;
+    tracing::warn!(directory = %run.display(), aside = %free.display(), "what an earlier machine left is kept");
+    std::fs::rename(run, free)
+}
+
 /// Nobody at this site builds guests of that kind.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}; {mend}")]
@@ -285,7 +311,7 @@ fn build(
     match definition {
         Definition::Qemu(qemu) => {
             let machine = QemuMachine::launch(ground, qemu, &served)?;
-            Ok(Ready::of_qemu(machine, disks, ground))
+            Ok(Ready::of_qemu(machine, disks, ground, definition))
         }
         Definition::Embedded(embedded) => {
             let builder = builder(ground.builders, &embedded.kind).map_err(MachineError::from)?;
@@ -299,6 +325,7 @@ fn build(
             Ok(Ready {
                 machine: Mutex::new(Some(machine)),
                 disks,
+                definition: definition.clone(),
                 run: ground.run.clone(),
                 qmp: None,
                 pid: None,

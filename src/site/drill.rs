@@ -315,11 +315,14 @@ impl Standby {
         let has = |(name, bytes): &(&str, u64)| {
             std::fs::metadata(ram_file(&ram, name)).map_or(0, |m| (m.blocks() * 512).min(*bytes))
         };
-        let needed = files.iter().map(|file| file.1 - has(file)).sum::<u64>();
+        let missing = files.iter().map(|file| file.1 - has(file));
+        let needed = missing.fold(0, u64::saturating_add);
         if needed.saturating_add(BESIDE) <= free_memory(&ram) {
             return String::new();
         }
-        let Some(running) = self.drill.lock().await.take() else {
+        // Held until all of it is gone: none begins meanwhile.
+        let mut drill = self.drill.lock().await;
+        let Some(running) = drill.take() else {
             return String::new();
         };
         let point = running.point;
@@ -355,8 +358,12 @@ impl Standby {
 
     /// The daemon stops: a test does not outlive it.
     pub(super) async fn stop_test(self: &Arc<Self>) {
-        let running = self.drill.lock().await.take();
-        if let Some(running) = running
+        self.stop_test_of(&mut *self.drill.lock().await).await;
+    }
+
+    /// As [`Standby::stop_test`], for who holds the lock; none begins meanwhile.
+    pub(super) async fn stop_test_of(&self, drill: &mut Option<Drill>) {
+        if let Some(running) = drill.take()
             && let Err(error) = self.throw_away(running).await
         {
             tracing::warn!(guest = %self.name(), %error, "the test was not ended");

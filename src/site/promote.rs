@@ -9,7 +9,7 @@ use farhaven_storage_sync::PointHeader;
 use super::records::Activation;
 use super::standby::{Standby, State, step};
 use super::unix_ns;
-use crate::activate::fence::Term;
+use crate::activate::fence::{OVERRULES, Term};
 use crate::activate::place::Ready;
 use crate::activate::warm::Warm;
 use crate::replicate::message::ActivationTimes;
@@ -139,8 +139,9 @@ impl Standby {
         };
         if self.remote().alive() && state.ready.is_none() {
             // The source will stop its guest: what can fail is done before that.
+            let number = site.fence.current(self.guest).map_or(0, |t| t.number) + OVERRULES;
             self.fill(&mut state, point).await?;
-            state.ready = Some(self.launch(point).await?);
+            state.ready = Some(self.launch(point, number).await?);
         }
         let mut times = ActivationTimes::default();
         let began = Instant::now();
@@ -190,6 +191,7 @@ impl Standby {
     ) -> Result<(), ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
+        self.discard_unless_of(state, &context.definition).await;
         // Until it runs, what was launched stays where a failure finds and ends it.
         match &state.ready {
             Some(_) => {
@@ -207,8 +209,10 @@ impl Standby {
                         source,
                     })?;
                 let began = Instant::now();
-                let (launched, filled) =
-                    tokio::join!(self.timed(self.launch(point)), self.fill(state, point));
+                let (launched, filled) = tokio::join!(
+                    self.timed(self.launch(point, term.number)),
+                    self.fill(state, point)
+                );
                 times.ram = began.elapsed();
                 let (launched, took) = launched;
                 times.launch = took;
@@ -275,7 +279,7 @@ impl Standby {
 
     /// Announces the guest, then copies its disks out of the store.
     pub(super) async fn hydrate(self: Arc<Self>, ready: Arc<Ready>) {
-        let standby = self.clone();
+        let (standby, hydrated) = (self.clone(), ready.clone());
         let rate = self
             .site
             .upgrade()
@@ -291,6 +295,9 @@ impl Standby {
         match done {
             Ok(Ok(())) => {
                 let mut state = self.state.lock().await;
+                if !state.is_active(&hydrated) {
+                    return;
+                }
                 if let Some((active, _)) = &mut state.active {
                     active.hydrated = true;
                     let active = active.clone();
@@ -304,6 +311,11 @@ impl Standby {
                 tracing::info!(guest = %self.name(), "its disks need the store no longer");
             }
             Ok(Err(error)) => {
+                // One that was ended or stopped meanwhile has its own sentence.
+                let state = self.state.lock().await;
+                if !state.is_active(&hydrated) {
+                    return;
+                }
                 tracing::error!(guest = %self.name(), %error, "its disks stay on the store");
                 self.see(|s| s.trouble = format!("its disks stay on the store: {error}"));
             }

@@ -28,6 +28,8 @@ struct Inner {
     dirty: Bitmap,
     /// The first thing that was not as it must be.
     bad: Option<String>,
+    /// So many stops, and so many tries to go on, fail from here on.
+    failing: (u32, u32),
 }
 
 struct Shared {
@@ -119,6 +121,7 @@ impl Counter {
                 running: Some(running),
                 dirty: Bitmap::none(PAGES),
                 bad: None,
+                failing: (0, 0),
             }),
             turned: Condvar::new(),
             ram: file,
@@ -153,6 +156,24 @@ impl Counter {
     pub fn fault(&self) -> Option<String> {
         let inner = self.shared.inner.lock().unwrap();
         inner.bad.clone().or_else(|| self.shared.check(inner.n))
+    }
+
+    /// So many stops, and so many tries to go on, fail from here on.
+    pub fn fail(&self, stops: u32, goings_on: u32) {
+        self.shared.inner.lock().unwrap().failing = (stops, goings_on);
+    }
+
+    fn may_fail(&self, which: impl Fn(&mut (u32, u32)) -> &mut u32) -> Result<(), VmmError> {
+        let mut inner = self.shared.inner.lock().unwrap();
+        let left = which(&mut inner.failing);
+        if *left == 0 {
+            return Ok(());
+        }
+        *left -= 1;
+        Err(VmmError::Io {
+            what: "as the test asked".to_owned(),
+            source: std::io::ErrorKind::Other.into(),
+        })
     }
 
     fn turn(&self, to: Option<bool>) {
@@ -190,11 +211,13 @@ impl Vmm for Counter {
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {
+        self.may_fail(|(stops, _)| stops)?;
         self.turn(Some(false));
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
+        self.may_fail(|(_, goings_on)| goings_on)?;
         self.turn(Some(true));
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 mod counter;
 mod drills;
+mod mended;
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -230,10 +231,14 @@ async fn a_lost_site_s_guest_runs_on_and_a_restart_says_what_became_of_it() {
 
 /// A site on a directory that was a site's before.
 async fn site_again(directory: &Path, name: &str, builders: Builders) -> Arc<Site> {
+    started_again(config(directory, name), builders).await
+}
+
+async fn started_again(config: SiteConfig, builders: Builders) -> Arc<Site> {
     // Its database is closed when the last task of the one before has ended.
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match Site::start_with(config(directory, name), builders.clone()).await {
+        match Site::start_with(config.clone(), builders.clone()).await {
             Ok(site) => return site,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }
