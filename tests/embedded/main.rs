@@ -80,12 +80,25 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
+        Self::set_paired(false).await
+    }
+
+    /// One that is started again has another address: it must be the one that dials.
+    async fn set_paired(west_dials: bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at_west = CounterBuilder::default();
         let east = site(dir.path(), "east", Builders::new()).await;
         let west = site(dir.path(), "west", builders(&at_west)).await;
-        let invitation = west.invite(Duration::from_secs(60)).unwrap();
-        east.pair(&invitation).await.unwrap();
+        let (host, dials) = match west_dials {
+            true => (&east, &west),
+            false => (&west, &east),
+        };
+        let invitation = host.invite(Duration::from_secs(60)).unwrap();
+        dials.pair(&invitation).await.unwrap();
+        until("the pairing", || {
+            (!east.view().peers.is_empty()).then_some(())
+        })
+        .await;
         until("the link", || east.view().peers[0].connected.then_some(())).await;
         let (guest, definition) = Counter::start(dir.path());
         Self {
@@ -104,7 +117,11 @@ impl Stage {
 
     /// Protected, with some points.
     async fn protected() -> Self {
-        let stage = Self::set().await;
+        Self::set().await.protect().await
+    }
+
+    async fn protect(self) -> Self {
+        let stage = self;
         let embedded = stage
             .east
             .embed("web", stage.vmm(), stage.definition.clone());
@@ -231,14 +248,10 @@ async fn a_lost_site_s_guest_runs_on_and_a_restart_says_what_became_of_it() {
 
 /// A site on a directory that was a site's before.
 async fn site_again(directory: &Path, name: &str, builders: Builders) -> Arc<Site> {
-    started_again(config(directory, name), builders).await
-}
-
-async fn started_again(config: SiteConfig, builders: Builders) -> Arc<Site> {
     // Its database is closed when the last task of the one before has ended.
     let deadline = Instant::now() + PATIENCE;
     loop {
-        match Site::start_with(config.clone(), builders.clone()).await {
+        match Site::start_with(config(directory, name), builders.clone()).await {
             Ok(site) => return site,
             Err(error) => assert!(Instant::now() < deadline, "{error}"),
         }

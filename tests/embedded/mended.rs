@@ -17,17 +17,9 @@ fn images(stage: &Path, site: &str, id: &str) -> Vec<(PathBuf, u64)> {
     images.collect()
 }
 
-/// Where its peer knows it to be.
-async fn west_again(root: &Path, at: std::net::SocketAddr, builder: &CounterBuilder) -> Arc<Site> {
-    let mut config = config(root, "west");
-    config.listen.address = at;
-    config.listen.advertise = vec![at.to_string()];
-    started_again(config, builders(builder)).await
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_takeover_keeps_the_disks_of_the_first() {
-    let stage = Stage::protected().await;
+    let stage = Stage::set_paired(true).await.protect().await;
     let id = source(&stage.east, "web").id;
     let root = stage.dir.path();
     stage.east.move_guest("web").await.unwrap();
@@ -43,9 +35,8 @@ async fn a_second_takeover_keeps_the_disks_of_the_first() {
         None,
         "it ended with its site"
     );
-    let at = stage.west.local_addr();
     drop(stage.west);
-    let west = west_again(root, at, &stage.at_west).await;
+    let west = site_again(root, "west", builders(&stage.at_west)).await;
     until("the link", || west.view().peers[0].connected.then_some(())).await;
     assert!(target(&west, "web").trouble.contains("ended with it"));
     west.fail_over("web", None, true).await.unwrap();
@@ -94,7 +85,7 @@ async fn a_guest_whose_move_is_in_doubt_is_not_brought_back() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stop_that_failed_is_tried_again_at_the_same_term() {
-    let stage = Stage::protected().await;
+    let stage = Stage::set_paired(true).await.protect().await;
     stage.east.unprotect("web", false).await.unwrap();
     stage.guest.lock().unwrap().fail(1, 0);
     let refused = stage.west.fail_over("web", None, true).await.unwrap_err();
@@ -105,9 +96,10 @@ async fn a_stop_that_failed_is_tried_again_at_the_same_term() {
     assert_eq!(stage.guest.lock().unwrap().running(), Some(true));
     // The next connection tells the same term again.
     stage.west.shutdown().await;
-    let at = stage.west.local_addr();
+    // What was made ready there holds on to the store.
+    stage.at_west.built.lock().unwrap().clear();
     drop(stage.west);
-    let west = west_again(stage.dir.path(), at, &stage.at_west).await;
+    let west = site_again(stage.dir.path(), "west", builders(&stage.at_west)).await;
     until("it is stopped", || {
         (stage.guest.lock().unwrap().running() == Some(false)).then_some(())
     })
