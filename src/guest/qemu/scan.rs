@@ -20,6 +20,9 @@ use super::mapping::Mapping;
 use super::tracking::Bits;
 use super::units::{Hasher, hand_over};
 
+/// Ranges of bytes, ascending.
+type Ranges = Vec<Range<u64>>;
+
 /// Bytes read and hashed at a time: fits a core's second-level cache.
 const CHUNK: u64 = 256 << 10;
 const CHUNK_UNITS: u64 = CHUNK / UNIT as u64;
@@ -159,7 +162,7 @@ impl RamBlock {
     /// bytes that are data themselves. Each step moves on by a chunk at least,
     /// so that a file of many small holes stays cheap: the second list is then
     /// not whole.
-    fn data_ranges(&self) -> Result<(Vec<Range<u64>>, Vec<Range<u64>>), GuestError> {
+    fn data_ranges(&self) -> Result<(Ranges, Ranges), GuestError> {
         use rustix::fs::{SeekFrom, seek};
         let failed = |e: rustix::io::Errno| GuestError::Io {
             what: format!("looking for data in the RAM file {}", self.path.display()),
