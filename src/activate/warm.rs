@@ -143,7 +143,7 @@ fn empty(file: &File) -> io::Result<()> {
     if length == 0 || fallocate(file, flags, 0, length).is_ok() {
         return Ok(());
     }
-    const ZEROS: [u8; 16 * UNIT] = [0; 16 * UNIT];
+    static ZEROS: [u8; 16 * UNIT] = [0; 16 * UNIT];
     let mut at = 0;
     while at < length {
         let piece = (length - at).min(ZEROS.len() as u64);
