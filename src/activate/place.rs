@@ -44,6 +44,8 @@ pub struct Ground<'a> {
     pub qemu: &'a Path,
     /// Who builds embedded guests here.
     pub builders: &'a Builders,
+    /// An embedded guest is to reach nobody: [`BuildPlan::isolated`].
+    pub isolated: bool,
 }
 
 /// A machine with a point's parts: waiting for its device state, or running.
@@ -52,6 +54,8 @@ pub struct Ready {
     /// Volume and size, in the definition's order.
     disks: Vec<(VolumeIndex, u64)>,
     definition: Definition,
+    /// RAM files that this process maps, and their sizes.
+    ram: Vec<(PathBuf, u64)>,
     run: PathBuf,
     qmp: Option<PathBuf>,
     pid: Option<u32>,
@@ -111,6 +115,7 @@ impl Ready {
             machine: Mutex::new(Some(Box::new(machine))),
             disks,
             definition: definition.clone(),
+            ram: Vec::new(),
             run: ground.run.clone(),
         }
     }
@@ -162,6 +167,8 @@ impl Ready {
     /// # Errors
     /// When the machine refuses; the guest does not run then.
     pub fn restore_and_run(&self, replica: &Replica) -> Result<(), ActivateError> {
+        // Filling them may have made holes of what was reserved for them.
+        reserve_all(&self.ram)?;
         let state = device_state(replica)?;
         self.with(|machine| {
             machine.restore(&state)?;
@@ -319,13 +326,15 @@ fn build(
             let machine = builder.build(BuildPlan {
                 definition: embedded,
                 run: ground.run.clone(),
-                ram,
+                ram: ram.iter().map(|(path, _)| path.clone()).collect(),
                 disks: served,
+                isolated: ground.isolated,
             })?;
             Ok(Ready {
                 machine: Mutex::new(Some(machine)),
                 disks,
                 definition: definition.clone(),
+                ram,
                 run: ground.run.clone(),
                 qmp: None,
                 pid: None,
@@ -339,13 +348,13 @@ fn build(
 fn ram_files(
     ground: &Ground<'_>,
     definition: &embedded::Definition,
-) -> Result<Vec<PathBuf>, ActivateError> {
+) -> Result<Vec<(PathBuf, u64)>, ActivateError> {
     let (mut files, mut missing) = (Vec::new(), 0u64);
     for (name, bytes) in &definition.ram {
         let path = ram_file(&ground.ram, name);
         let held = std::fs::metadata(&path).map_err(file(&path))?.blocks() * 512;
         missing = missing.saturating_add(bytes.saturating_sub(held));
-        files.push(path);
+        files.push((path, *bytes));
     }
     let free = bytes_free(&ground.ram);
     if free < missing {
@@ -354,7 +363,18 @@ fn ram_files(
             ground.ram.display()
         )));
     }
+    // It was asked and not taken so far, and whoever else asks is told the same.
+    reserve_all(&files)?;
     Ok(files)
+}
+
+fn reserve_all(files: &[(PathBuf, u64)]) -> Result<(), ActivateError> {
+    for (path, bytes) in files {
+        let opened = std::fs::File::options().write(true).open(path);
+        let reserved = opened.and_then(|ram| embedded::reserve(&ram, *bytes));
+        reserved.map_err(file(path))?;
+    }
+    Ok(())
 }
 
 fn file(path: &Path) -> impl Fn(io::Error) -> ActivateError {

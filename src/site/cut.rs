@@ -9,6 +9,7 @@ use super::remote::AskError;
 use super::steps::{blocking, take};
 use crate::activate::fence::Term;
 use crate::capture::CaptureBuffer;
+use crate::guest::embedded::VmmError;
 use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
 use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
 use crate::replicate::send::{Shipment, Shipped};
@@ -86,7 +87,11 @@ fn ship(
         let stopped = Instant::now();
         match guest.cut(point, after, &mut buffer) {
             Ok(cut) => break (cut, buffer, stopped),
-            Err(GuestError::Sink(SinkError::Full)) if rounds < ROUNDS => {
+            // Or a vCPU waits for its disk: the guest went on, and comes to an
+            // end of that.
+            Err(
+                GuestError::Sink(SinkError::Full) | GuestError::Vmm(VmmError::DoesNotStop { .. }),
+            ) if rounds < ROUNDS => {
                 rounds += 1;
                 guest.round(shipment)?;
             }

@@ -28,7 +28,8 @@ use super::standby::{Standby, ground, step};
 use super::view::{ConsolePaths, TestEnded, TestReport, TestView};
 use super::{Site, age, unix_ns};
 use crate::activate::launch::Launched;
-use crate::activate::place::Ready;
+use crate::activate::machine::Builders;
+use crate::activate::place::{Ready, builder};
 use crate::activate::warm::{Warm, ram_file};
 use crate::guest::Definition;
 use crate::replicate::message::ActivationTimes;
@@ -164,11 +165,10 @@ impl Standby {
             return Err(ActivateError::NoPoint(self.name(), what).into());
         };
         let (replica, context) = self.open(point)?;
-        let definition = isolated(&context.definition, self.guest).map_err(|reasons| {
-            TestError::NotIsolated {
-                guest: self.name(),
-                reasons,
-            }
+        let definition = isolated(&context.definition, self.guest, &site.builders);
+        let definition = definition.map_err(|reasons| TestError::NotIsolated {
+            guest: self.name(),
+            reasons,
         })?;
         let places = Places::of(&site, self.guest);
         self.has_room(&places.ram, definition.ram_bytes())?;
@@ -242,6 +242,7 @@ impl Standby {
             ground.run = places.run;
             ground.ram = places.ram;
             ground.networks = &networks;
+            ground.isolated = true;
             let ready = Ready::launch(&ground, &replica, &definition)?;
             Ok((ready, began.elapsed()))
         })
@@ -372,10 +373,22 @@ impl Standby {
 }
 
 /// The same guest with nobody to talk to.
-fn isolated(definition: &Definition, guest: GuestId) -> Result<Definition, Vec<String>> {
-    match definition {
-        Definition::Qemu(qemu) => Ok(qemu.isolated(&guest.to_string())?.into()),
-        // Its monitor has no network at all.
-        Definition::Embedded(_) => Ok(definition.clone()),
+fn isolated(
+    definition: &Definition,
+    guest: GuestId,
+    builders: &Builders,
+) -> Result<Definition, Vec<String>> {
+    let embedded = match definition {
+        Definition::Qemu(qemu) => return Ok(qemu.isolated(&guest.to_string())?.into()),
+        Definition::Embedded(embedded) => embedded,
+    };
+    let builder = builder(builders, &embedded.kind).map_err(|none| vec![none.to_string()])?;
+    match builder.can_isolate() {
+        // Its builder sees to that.
+        true => Ok(definition.clone()),
+        false => Err(vec![format!(
+            "the builder of its kind, '{}', does not say that it can build a guest that reaches nobody; its author gives it Builder::can_isolate",
+            embedded.kind.escape_default()
+        )]),
     }
 }

@@ -189,6 +189,23 @@ impl Site {
         }
     }
 
+    /// The record with what the guest asks of a host by now; a running guest is
+    /// stopped for a moment.
+    pub(super) fn as_it_is(&self, mut record: GuestRecord) -> GuestRecord {
+        if let Definition::Embedded(definition) = &mut record.definition
+            && let Some(vmm) = self.hosted(record.id)
+        {
+            match lock(&vmm).config() {
+                Ok(Some(config)) => definition.config = config,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(guest = %record.name, %error, "checked by what it asked of a host when it was started");
+                }
+            }
+        }
+        record
+    }
+
     /// Why such a guest does not run here any more, without waiting for it;
     /// empty while it does, or may.
     pub(super) fn hosted_lost(&self, record: &GuestRecord) -> String {
@@ -224,11 +241,7 @@ impl Site {
         let Some(vmm) = self.hosted(record.id) else {
             return Ok(());
         };
-        let mut vmm = lock(&vmm);
-        match vmm.running() {
-            None => Ok(()),
-            Some(_) => Ok(vmm.pause()?),
-        }
+        Ok(embedded::stop(&mut *lock(&vmm), embedded::STOP_WITHIN)?)
     }
 
     /// Lets it run on; it was held.

@@ -179,6 +179,7 @@ impl Site {
                 source,
             })?;
         }
+        start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
         if report.rebuilt || report.journal_rebuilt {

@@ -363,6 +363,7 @@ pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
         networks: &site.config.networks,
         qemu: &site.config.activate.qemu,
         builders: &site.builders,
+        isolated: false,
     }
 }
 

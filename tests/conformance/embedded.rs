@@ -128,6 +128,7 @@ impl Subject for Embedded {
             run: run.clone(),
             ram,
             disks: disks.collect(),
+            isolated: false,
         };
         let findings = self.builder.check(&self.definition);
         assert!(findings.is_empty(), "{findings:?}");

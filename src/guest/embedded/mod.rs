@@ -9,7 +9,10 @@
 //! At the peer a [`Builder`](crate::activate::machine::Builder) makes the same
 //! machine from a recovery point.
 
+use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +24,7 @@ pub mod vmm;
 
 pub use bitmap::Bitmap;
 pub use engine::EmbeddedGuest;
-pub use vmm::{RamBlock, Vmm, VmmError};
+pub use vmm::{RamBlock, Vmm, VmmError, stop};
 
 /// A monitor's guest, shared by its own threads, the engine and the daemon.
 /// Held only for one call: the guest's threads never wait for it.
@@ -43,6 +46,36 @@ pub struct Definition {
     /// host's KVM. Bytes of a peer: checked by the builder before use.
     #[serde(with = "serde_bytes")]
     pub config: Vec<u8>,
+}
+
+/// How long a guest that is to stop for good, because it runs elsewhere now, is
+/// tried to be stopped. Shorter than whoever asks for it waits.
+pub const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// Gives a file of guest memory all of its room, whatever is in it. A page that
+/// its filesystem has no room for, or the host no memory, would end the process
+/// that touches its mapping (SIGBUS), with every guest in it.
+///
+/// # Errors
+/// When there is not so much; the message says what to do.
+pub fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    if bytes == 0 || file.metadata()?.blocks().saturating_mul(512) >= bytes {
+        return Ok(());
+    }
+    let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, 0, bytes) {
+        // A filesystem that cannot reserve; a tmpfs can.
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => {
+            let error = io::Error::from(error);
+            let why = format!(
+                "{} MiB of guest memory cannot be reserved ({error}); free memory there, or keep it elsewhere (activate.ram_dir)",
+                bytes >> 20
+            );
+            Err(io::Error::new(error.kind(), why))
+        }
+    }
 }
 
 /// Longest [`Definition::config`].

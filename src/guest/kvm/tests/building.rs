@@ -67,6 +67,7 @@ fn build(definition: &Definition, run: &Path, ram: &Path) -> Box<dyn Machine> {
         run: run.to_owned(),
         ram: vec![ram.to_owned()],
         disks: vec![Arc::new(Point(MIB))],
+        isolated: false,
     };
     KvmBuilder.build(plan).unwrap()
 }
@@ -151,6 +152,7 @@ fn definitions_that_lie_are_refused() {
                 .iter()
                 .map(|_| Arc::new(Point(MIB)) as _)
                 .collect(),
+            isolated: false,
         };
         let Err(error) = KvmBuilder.build(plan) else {
             panic!("{wanted}: built");
@@ -168,6 +170,7 @@ fn definitions_that_lie_are_refused() {
     refused(&|d| d.ram.clear(), "0 blocks");
     refused(&|d| d.disks.push(("more".into(), MIB)), "2 disks");
     refused(&|d| d.disks[0].1 = 7, "7 bytes");
+    refused(&|d| d.disks[0].1 = 1 << 50, "more than 4096 GiB");
     refused(&|d| d.config.truncate(20), "damaged");
     refused(&|d| d.config = vec![0; 300 << 10], "more than");
     let mut odd = good.clone();
