@@ -323,6 +323,23 @@ mod tests {
     }
 
     #[test]
+    fn memory_left_by_a_killed_daemon_goes_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let left = path(&format!("{}{SOURCE_RAM}", GuestId::random()));
+        let others = [
+            path("mine-source.ram"),
+            path(&GuestId::random().to_string()),
+        ];
+        for file in others.iter().chain([&left]) {
+            std::fs::write(file, "x").unwrap();
+        }
+        clear_left_memory(directory.path());
+        clear_left_memory(&path("missing"));
+        assert!(!left.exists() && others.iter().all(|file| file.exists()));
+    }
+
+    #[test]
     fn what_cannot_be_is_said_before_anything_is_made() {
         for (json, words) in [
             ("{\"kind\": \"kwm\"}", "did you mean 'kvm'?"),

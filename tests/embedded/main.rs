@@ -5,6 +5,7 @@
 
 mod counter;
 mod drills;
+mod limits;
 mod mended;
 
 use std::net::UdpSocket;
@@ -85,8 +86,11 @@ impl Stage {
 
     /// One that is started again has another address: it must be the one that dials.
     async fn set_paired(west_dials: bool) -> Self {
+        Self::set_with(west_dials, CounterBuilder::default()).await
+    }
+
+    async fn set_with(west_dials: bool, at_west: CounterBuilder) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let at_west = CounterBuilder::default();
         let east = site(dir.path(), "east", Builders::new()).await;
         let west = site(dir.path(), "west", builders(&at_west)).await;
         let (host, dials) = match west_dials {

@@ -80,3 +80,27 @@ pub fn reserve(file: &File, bytes: u64) -> io::Result<()> {
 
 /// Longest [`Definition::config`].
 pub const MOST_CONFIG: usize = 256 << 10;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn memory_is_reserved_or_refused_and_never_half() {
+        let directory = ["/dev/shm", "/tmp"].map(std::path::Path::new);
+        let directory = directory.into_iter().find(|path| path.is_dir()).unwrap();
+        let file = tempfile::tempfile_in(directory).unwrap();
+        let bytes = 1 << 20;
+        file.set_len(bytes).unwrap();
+        reserve(&file, bytes).unwrap();
+        assert!(file.metadata().unwrap().blocks() * 512 >= bytes);
+        reserve(&file, bytes).unwrap();
+        // More than any host has.
+        let error = reserve(&file, 1 << 60).unwrap_err();
+        assert!(error.to_string().contains("cannot be reserved"), "{error}");
+        assert_eq!(file.metadata().unwrap().len(), bytes);
+    }
+}

@@ -139,8 +139,7 @@ impl KvmVmm {
         if ran {
             self.resume()?;
         }
-        KvmNeeds::of_all(&state?.vcpus)
-            .ok_or_else(|| VmmError::State("it has no vCPU".to_owned()))
+        KvmNeeds::of_all(&state?.vcpus).ok_or_else(|| VmmError::State("it has no vCPU".to_owned()))
     }
 
     /// A machine of our own monitor.

@@ -451,6 +451,9 @@ fn definitions_and_states_of_no_sim_guest_are_refused() {
         + 5;
     state[phase] = 9;
     assert!(machine.restore(&state).is_err());
+    // One that has ended is stopped.
+    vmm.lock().unwrap().end();
+    machine.stop().unwrap();
     // A plan that fails leaves nothing.
     let run = directory.path().join("other");
     std::fs::create_dir(&run).unwrap();
