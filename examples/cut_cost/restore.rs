@@ -214,6 +214,7 @@ fn run() -> Result<(f64, f64), Failure> {
             run: directory.clone(),
             ram: vec![warm.clone()],
             disks: Vec::new(),
+            isolated: false,
         })?;
         built.push(begun.elapsed());
         let begun = Instant::now();

@@ -26,6 +26,8 @@ pub struct Policy {
     pub bandwidth: RateLimit,
     /// Memory for changes that were captured and are not yet sent. When it is
     /// full the cut is given up and the RPO stretches; the guest never waits.
+    /// For a guest inside of the daemon there may be three times as much for
+    /// the moment of a cut.
     pub capture_buffer: ByteSize,
     /// Keep the newest point's memory ready in RAM at the peer: a faster
     /// failover for as much memory as the guest has.

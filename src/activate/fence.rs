@@ -31,6 +31,9 @@ pub struct Term {
 /// No group is ever promoted so often; a larger number is an attack or a fault.
 const MOST: u64 = 1 << 60;
 
+/// How far beyond the term in force [`Fence::overrule`] goes.
+pub const OVERRULES: u64 = 2;
+
 /// Why a term could not be read or kept.
 #[derive(Debug, thiserror::Error)]
 pub enum FenceError {
@@ -166,7 +169,7 @@ impl Fence {
     /// # Errors
     /// When it could not be made durable: it is not in force then.
     pub fn overrule(&self, group: GuestId, owner: SiteKey) -> Result<Term, FenceError> {
-        self.take(group, owner, 2)
+        self.take(group, owner, OVERRULES)
     }
 
     fn take(&self, group: GuestId, owner: SiteKey, step: u64) -> Result<Term, FenceError> {

@@ -86,6 +86,10 @@ pub struct BuildPlan<'a> {
     pub ram: Vec<PathBuf>,
     /// Each disk at the point, in the definition's order.
     pub disks: Vec<Arc<dyn BlockSource>>,
+    /// A copy that is to reach nobody and to be thrown away, for a test, while
+    /// the guest itself runs on: no network, no device or directory shared with
+    /// anybody. Set only for a builder that [can do so](Builder::can_isolate).
+    pub isolated: bool,
 }
 
 /// Builds machines of one kind.
@@ -99,6 +103,12 @@ pub trait Builder: Send + Sync {
     /// What would stop such a guest from running here, asked by its source
     /// before it is protected or moved.
     fn check(&self, definition: &Definition) -> Vec<Finding>;
+
+    /// Does it honour [`BuildPlan::isolated`]? Guests of one that does not
+    /// cannot be run as a test.
+    fn can_isolate(&self) -> bool {
+        false
+    }
 }
 
 /// Builders by [`Definition::kind`].

@@ -22,6 +22,7 @@ use crate::guest::Definition;
 use crate::guest::embedded::{self, SharedVmm};
 use crate::guest::qemu::peer::bytes_free;
 use crate::site::ActivateError;
+use crate::site::exists;
 use crate::site::files::private_directory;
 
 /// How often the copying of disks is looked at.
@@ -43,6 +44,8 @@ pub struct Ground<'a> {
     pub qemu: &'a Path,
     /// Who builds embedded guests here.
     pub builders: &'a Builders,
+    /// An embedded guest is to reach nobody: [`BuildPlan::isolated`].
+    pub isolated: bool,
 }
 
 /// A machine with a point's parts: waiting for its device state, or running.
@@ -50,6 +53,9 @@ pub struct Ready {
     machine: Mutex<Option<Box<dyn Machine>>>,
     /// Volume and size, in the definition's order.
     disks: Vec<(VolumeIndex, u64)>,
+    definition: Definition,
+    /// RAM files that this process maps, and their sizes.
+    ram: Vec<(PathBuf, u64)>,
     run: PathBuf,
     qmp: Option<PathBuf>,
     pid: Option<u32>,
@@ -66,15 +72,9 @@ impl Ready {
         replica: &Arc<Replica>,
         definition: &Definition,
     ) -> Result<Self, ActivateError> {
-        // Left by an attempt under the same term that came to nothing, or by a
-        // daemon that ended before it ran anything.
+        // Left by a daemon that ended before it ran anything.
         Launched::end_left(&ground.run.join("qmp.sock"), &ground.run);
-        match std::fs::remove_dir_all(&ground.run) {
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(file(&ground.run)(error));
-            }
-            _ => {}
-        }
+        set_aside(&ground.run).map_err(file(&ground.run))?;
         private_directory(&ground.run).map_err(file(&ground.run))?;
         let built = build(ground, replica, definition);
         if built.is_err() {
@@ -100,15 +100,22 @@ impl Ready {
         let disks = disks(replica, &definition.disks())?;
         let served = (!hydrated).then(|| sources(replica, &disks));
         let found = QemuMachine::adopt(ground, qemu, served.as_deref())?;
-        Ok(found.map(|machine| Self::of_qemu(machine, disks, ground)))
+        Ok(found.map(|machine| Self::of_qemu(machine, disks, ground, definition)))
     }
 
-    fn of_qemu(machine: QemuMachine, disks: Vec<(VolumeIndex, u64)>, ground: &Ground<'_>) -> Self {
+    fn of_qemu(
+        machine: QemuMachine,
+        disks: Vec<(VolumeIndex, u64)>,
+        ground: &Ground<'_>,
+        definition: &Definition,
+    ) -> Self {
         Self {
             qmp: Some(machine.qmp.clone()),
             pid: Some(machine.pid()),
             machine: Mutex::new(Some(Box::new(machine))),
             disks,
+            definition: definition.clone(),
+            ram: Vec::new(),
             run: ground.run.clone(),
         }
     }
@@ -119,6 +126,11 @@ impl Ready {
     /// When its machine does not answer.
     pub fn runs(&self) -> Result<bool, ActivateError> {
         self.with(|machine| machine.is_running())
+    }
+
+    /// Was it built by this definition?
+    pub fn is_of(&self, definition: &Definition) -> bool {
+        self.definition == *definition
     }
 
     /// Directory of its overlays, consoles and logs.
@@ -155,6 +167,8 @@ impl Ready {
     /// # Errors
     /// When the machine refuses; the guest does not run then.
     pub fn restore_and_run(&self, replica: &Replica) -> Result<(), ActivateError> {
+        // Filling them may have made holes of what was reserved for them.
+        reserve_all(&self.ram)?;
         let state = device_state(replica)?;
         self.with(|machine| {
             machine.restore(&state)?;
@@ -240,6 +254,25 @@ impl Ready {
     }
 }
 
+/// Makes a path free for a new directory. What ran from the one that is there
+/// wrote its disks into it, and nobody else may have that data: it is kept.
+fn set_aside(run: &Path) -> io::Result<()> {
+    match std::fs::remove_dir(run) {
+        Err(error) if error.kind() == io::ErrorKind::DirectoryNotEmpty => {}
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+        _ => return Ok(()),
+    }
+    let aside = |n: u32| {
+        let mut name = run.as_os_str().to_owned();
+        name.push(format!(".before{n}"));
+        PathBuf::from(name)
+    };
+    let free = (1..=u32::MAX).map(aside).find(|path| !exists(path));
+    let free = free.ok_or_else(|| io::Error::other("too many directories were set aside"))?;
+    tracing::warn!(directory = %run.display(), aside = %free.display(), "what an earlier machine left is kept");
+    std::fs::rename(run, free)
+}
+
 /// Nobody at this site builds guests of that kind.
 #[derive(Debug, thiserror::Error)]
 #[error("{what}; {mend}")]
@@ -285,7 +318,7 @@ fn build(
     match definition {
         Definition::Qemu(qemu) => {
             let machine = QemuMachine::launch(ground, qemu, &served)?;
-            Ok(Ready::of_qemu(machine, disks, ground))
+            Ok(Ready::of_qemu(machine, disks, ground, definition))
         }
         Definition::Embedded(embedded) => {
             let builder = builder(ground.builders, &embedded.kind).map_err(MachineError::from)?;
@@ -293,12 +326,15 @@ fn build(
             let machine = builder.build(BuildPlan {
                 definition: embedded,
                 run: ground.run.clone(),
-                ram,
+                ram: ram.iter().map(|(path, _)| path.clone()).collect(),
                 disks: served,
+                isolated: ground.isolated,
             })?;
             Ok(Ready {
                 machine: Mutex::new(Some(machine)),
                 disks,
+                definition: definition.clone(),
+                ram,
                 run: ground.run.clone(),
                 qmp: None,
                 pid: None,
@@ -312,13 +348,13 @@ fn build(
 fn ram_files(
     ground: &Ground<'_>,
     definition: &embedded::Definition,
-) -> Result<Vec<PathBuf>, ActivateError> {
+) -> Result<Vec<(PathBuf, u64)>, ActivateError> {
     let (mut files, mut missing) = (Vec::new(), 0u64);
     for (name, bytes) in &definition.ram {
         let path = ram_file(&ground.ram, name);
         let held = std::fs::metadata(&path).map_err(file(&path))?.blocks() * 512;
         missing = missing.saturating_add(bytes.saturating_sub(held));
-        files.push(path);
+        files.push((path, *bytes));
     }
     let free = bytes_free(&ground.ram);
     if free < missing {
@@ -327,7 +363,18 @@ fn ram_files(
             ground.ram.display()
         )));
     }
+    // It was asked and not taken so far, and whoever else asks is told the same.
+    reserve_all(&files)?;
     Ok(files)
+}
+
+fn reserve_all(files: &[(PathBuf, u64)]) -> Result<(), ActivateError> {
+    for (path, bytes) in files {
+        let opened = std::fs::File::options().write(true).open(path);
+        let reserved = opened.and_then(|ram| embedded::reserve(&ram, *bytes));
+        reserved.map_err(file(path))?;
+    }
+    Ok(())
 }
 
 fn file(path: &Path) -> impl Fn(io::Error) -> ActivateError {

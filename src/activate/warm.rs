@@ -44,14 +44,25 @@ impl Warm {
         self.at.as_ref().map(|r| r.header().point)
     }
 
-    /// Makes the RAM files, at their full size, with whatever they hold.
+    /// Makes the RAM files, at their full size, with whatever they hold. One
+    /// that is larger may be mapped by a machine: it is left to that, and
+    /// another takes its name.
     ///
     /// # Errors
     /// When they cannot be made.
     pub fn make_files(&self, directory: &Path, definition: &Definition) -> io::Result<()> {
         private_directory(directory)?;
         for (name, bytes) in definition.ram() {
-            open(&ram_file(directory, name))?.set_len(bytes)?;
+            let path = ram_file(directory, name);
+            let file = open(&path)?;
+            let file = match file.metadata()?.len() > bytes {
+                true => {
+                    std::fs::remove_file(&path)?;
+                    open(&path)?
+                }
+                false => file,
+            };
+            file.set_len(bytes)?;
         }
         Ok(())
     }
@@ -86,7 +97,7 @@ impl Warm {
             bytes += match same.as_ref().filter(|_| filled) {
                 Some(from) => differences(&file, index, from, replica).map_err(|e| e.or(io))?,
                 None => {
-                    empty(&file, volume.bytes).map_err(io)?;
+                    empty(&file).map_err(io)?;
                     whole(&file, index, replica).map_err(|e| e.or(io))?
                 }
             };
@@ -124,15 +135,22 @@ impl FillError {
 }
 
 /// Makes it all zero: a hole is the quickest. The file does not shrink on the
-/// way, where that can be: a machine may have it mapped already.
-fn empty(file: &File, bytes: u64) -> io::Result<()> {
+/// way: a machine may have it mapped already.
+fn empty(file: &File) -> io::Result<()> {
     use rustix::fs::{FallocateFlags, fallocate};
     let length = file.metadata()?.len();
     let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-    if length > 0 && fallocate(file, flags, 0, length).is_err() {
-        file.set_len(0)?;
+    if length == 0 || fallocate(file, flags, 0, length).is_ok() {
+        return Ok(());
     }
-    file.set_len(bytes)
+    static ZEROS: [u8; 16 * UNIT] = [0; 16 * UNIT];
+    let mut at = 0;
+    while at < length {
+        let piece = (length - at).min(ZEROS.len() as u64);
+        file.write_all_at(ZEROS.get(..piece as usize).unwrap_or(&ZEROS), at)?;
+        at += piece;
+    }
+    Ok(())
 }
 
 fn same_ram(a: &Volume, b: &Volume) -> bool {
@@ -195,4 +213,50 @@ fn differences(
         }
     }
     Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may fail")]
+
+    use super::*;
+    use crate::guest::embedded;
+
+    fn definition(bytes: u64) -> Definition {
+        Definition::from(embedded::Definition {
+            kind: "any".to_owned(),
+            vcpus: 1,
+            ram: vec![("ram".to_owned(), bytes)],
+            disks: Vec::new(),
+            config: Vec::new(),
+        })
+    }
+
+    #[test]
+    fn a_file_never_shrinks_under_a_machine() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = ram_file(directory.path(), "ram");
+        let warm = Warm::default();
+        let large = 64 * UNIT as u64;
+        warm.make_files(directory.path(), &definition(large))
+            .unwrap();
+        let mapped = open(&path).unwrap();
+        mapped.write_all_at(&[7; UNIT], 63 * UNIT as u64).unwrap();
+        warm.make_files(directory.path(), &definition(large))
+            .unwrap();
+        assert_eq!(
+            mapped.metadata().unwrap().ino(),
+            path.metadata().unwrap().ino()
+        );
+
+        warm.make_files(directory.path(), &definition(UNIT as u64))
+            .unwrap();
+        assert_eq!(path.metadata().unwrap().len(), UNIT as u64);
+        assert_eq!(mapped.metadata().unwrap().len(), large);
+        empty(&mapped).unwrap();
+        assert_eq!(mapped.metadata().unwrap().len(), large);
+        let mut last = [1; UNIT];
+        mapped.read_exact_at(&mut last, 63 * UNIT as u64).unwrap();
+        assert_eq!(last, [0; UNIT]);
+    }
 }

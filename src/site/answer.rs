@@ -118,9 +118,13 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
         return Ok(());
     }
     let before = site.fence.current(term.group);
-    match site.fence.adopt(term) {
-        Ok(now) if Some(now) != before && now.owner != own => site.fenced(now).await,
-        Ok(_) => Ok(()),
+    match site.adopt_heard(term) {
+        Ok(Some(now)) => {
+            site.fenced(now).await?;
+            site.has_stopped(now);
+            Ok(())
+        }
+        Ok(None) => Ok(()),
         Err(error) => {
             // Not durable, but heard: obey it all the same.
             tracing::error!(%error, "a newer term cannot be kept");

@@ -9,6 +9,7 @@ use super::remote::AskError;
 use super::steps::{blocking, take};
 use crate::activate::fence::Term;
 use crate::capture::CaptureBuffer;
+use crate::guest::embedded::VmmError;
 use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
 use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
 use crate::replicate::send::{Shipment, Shipped};
@@ -59,6 +60,9 @@ pub(super) async fn make(
     attached.guest = Some(guest);
     attached.shipment = Some(shipment);
     attached.state_known = known;
+    if matches!(made, Err(GuestError::LeftStopped { .. })) {
+        driver.left_stopped = true;
+    }
     let made = driver.interrupted_or(made)?;
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     driver.view.send_modify(|v| {
@@ -83,7 +87,11 @@ fn ship(
         let stopped = Instant::now();
         match guest.cut(point, after, &mut buffer) {
             Ok(cut) => break (cut, buffer, stopped),
-            Err(GuestError::Sink(SinkError::Full)) if rounds < ROUNDS => {
+            // Or a vCPU waits for its disk: the guest went on, and comes to an
+            // end of that.
+            Err(
+                GuestError::Sink(SinkError::Full) | GuestError::Vmm(VmmError::DoesNotStop { .. }),
+            ) if rounds < ROUNDS => {
                 rounds += 1;
                 guest.round(shipment)?;
             }
@@ -186,16 +194,18 @@ pub(super) async fn seal(
     }
     let took = made.stopped.elapsed();
     attached.shipment = None;
+    let mut stands = false;
     if let Some(mut guest) = attached.guest.take() {
         // Its clearing up talks to QEMU.
         let point = made.point;
-        attached.guest = Some(
-            blocking(move || {
-                guest.sealed(point);
-                guest
-            })
-            .await?,
-        );
+        let (guest, running) = blocking(move || {
+            guest.sealed(point);
+            let running = guest.running();
+            (guest, running)
+        })
+        .await?;
+        attached.guest = Some(guest);
+        stands = running == Some(false);
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
@@ -206,6 +216,12 @@ pub(super) async fn seal(
             v.trouble = format!(
                 "the last cut stopped the guest for {:.0} ms; protect.max_pause is {allowed}",
                 made.times.pause.as_secs_f64() * 1e3
+            );
+        }
+        if stands {
+            v.trouble = format!(
+                "'{}' is stopped here, and was before its last cut; its points go on, all of the instant at which it stopped. If it should run, let it go on where it was stopped",
+                driver.record.name
             );
         }
         v.points_sealed += 1;

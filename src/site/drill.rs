@@ -28,7 +28,8 @@ use super::standby::{Standby, ground, step};
 use super::view::{ConsolePaths, TestEnded, TestReport, TestView};
 use super::{Site, age, unix_ns};
 use crate::activate::launch::Launched;
-use crate::activate::place::Ready;
+use crate::activate::machine::Builders;
+use crate::activate::place::{Ready, builder};
 use crate::activate::warm::{Warm, ram_file};
 use crate::guest::Definition;
 use crate::replicate::message::ActivationTimes;
@@ -164,11 +165,10 @@ impl Standby {
             return Err(ActivateError::NoPoint(self.name(), what).into());
         };
         let (replica, context) = self.open(point)?;
-        let definition = isolated(&context.definition, self.guest).map_err(|reasons| {
-            TestError::NotIsolated {
-                guest: self.name(),
-                reasons,
-            }
+        let definition = isolated(&context.definition, self.guest, &site.builders);
+        let definition = definition.map_err(|reasons| TestError::NotIsolated {
+            guest: self.name(),
+            reasons,
         })?;
         let places = Places::of(&site, self.guest);
         self.has_room(&places.ram, definition.ram_bytes())?;
@@ -242,6 +242,7 @@ impl Standby {
             ground.run = places.run;
             ground.ram = places.ram;
             ground.networks = &networks;
+            ground.isolated = true;
             let ready = Ready::launch(&ground, &replica, &definition)?;
             Ok((ready, began.elapsed()))
         })
@@ -315,11 +316,14 @@ impl Standby {
         let has = |(name, bytes): &(&str, u64)| {
             std::fs::metadata(ram_file(&ram, name)).map_or(0, |m| (m.blocks() * 512).min(*bytes))
         };
-        let needed = files.iter().map(|file| file.1 - has(file)).sum::<u64>();
+        let missing = files.iter().map(|file| file.1 - has(file));
+        let needed = missing.fold(0, u64::saturating_add);
         if needed.saturating_add(BESIDE) <= free_memory(&ram) {
             return String::new();
         }
-        let Some(running) = self.drill.lock().await.take() else {
+        // Held until all of it is gone: none begins meanwhile.
+        let mut drill = self.drill.lock().await;
+        let Some(running) = drill.take() else {
             return String::new();
         };
         let point = running.point;
@@ -355,8 +359,12 @@ impl Standby {
 
     /// The daemon stops: a test does not outlive it.
     pub(super) async fn stop_test(self: &Arc<Self>) {
-        let running = self.drill.lock().await.take();
-        if let Some(running) = running
+        self.stop_test_of(&mut *self.drill.lock().await).await;
+    }
+
+    /// As [`Standby::stop_test`], for who holds the lock; none begins meanwhile.
+    pub(super) async fn stop_test_of(&self, drill: &mut Option<Drill>) {
+        if let Some(running) = drill.take()
             && let Err(error) = self.throw_away(running).await
         {
             tracing::warn!(guest = %self.name(), %error, "the test was not ended");
@@ -365,10 +373,22 @@ impl Standby {
 }
 
 /// The same guest with nobody to talk to.
-fn isolated(definition: &Definition, guest: GuestId) -> Result<Definition, Vec<String>> {
-    match definition {
-        Definition::Qemu(qemu) => Ok(qemu.isolated(&guest.to_string())?.into()),
-        // Its monitor has no network at all.
-        Definition::Embedded(_) => Ok(definition.clone()),
+fn isolated(
+    definition: &Definition,
+    guest: GuestId,
+    builders: &Builders,
+) -> Result<Definition, Vec<String>> {
+    let embedded = match definition {
+        Definition::Qemu(qemu) => return Ok(qemu.isolated(&guest.to_string())?.into()),
+        Definition::Embedded(embedded) => embedded,
+    };
+    let builder = builder(builders, &embedded.kind).map_err(|none| vec![none.to_string()])?;
+    match builder.can_isolate() {
+        // Its builder sees to that.
+        true => Ok(definition.clone()),
+        false => Err(vec![format!(
+            "the builder of its kind, '{}', does not say that it can build a guest that reaches nobody; its author gives it Builder::can_isolate",
+            embedded.kind.escape_default()
+        )]),
     }
 }

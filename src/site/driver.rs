@@ -90,6 +90,8 @@ pub(super) struct Driver {
     pub(super) cap: Option<Arc<Mutex<TokenBucket>>>,
     /// The largest number of any point of this process: none is used twice.
     pub(super) last_point: u64,
+    /// A cut of ours stopped it and could not let it go on.
+    pub(super) left_stopped: bool,
     sealing: Measured,
     pausing: Measured,
 }
@@ -144,6 +146,7 @@ impl Driver {
             waiting: VecDeque::new(),
             cap,
             last_point: 0,
+            left_stopped: false,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -273,6 +276,7 @@ impl Driver {
             self.phase(Phase::Attaching);
         }
         let guest = self.attach().await?;
+        let guest = self.let_go_on(guest).await?;
         self.phase(Phase::Connecting);
         let remote = self.remote.clone();
         if !remote.connected() {

@@ -11,7 +11,7 @@ use super::records::GuestRecord;
 use super::remote::Remote;
 use super::standby::{Standby, State, step};
 use super::view::Phase;
-use crate::activate::fence::Term;
+use crate::activate::fence::{FenceError, Term};
 use crate::guest::Guest;
 
 impl Site {
@@ -66,6 +66,41 @@ impl Site {
         found.is_ok_and(|record| record.is_some())
     }
 
+    /// Takes over a term heard from a peer. Answers the one in force when
+    /// something may run here against it: because it is new, or because the
+    /// stop that it asked for before is under way, or failed.
+    ///
+    /// # Errors
+    /// When it could not be made durable.
+    pub(super) fn adopt_heard(&self, term: Term) -> Result<Option<Term>, FenceError> {
+        // Held over both: whoever hears the same term at once must find it here.
+        let mut unstopped = self
+            .unstopped
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let before = self.fence.current(term.group);
+        let now = self.fence.adopt(term)?;
+        if now.owner == self.key() {
+            unstopped.remove(&now.group);
+            return Ok(None);
+        }
+        if Some(now) != before {
+            unstopped.insert(now.group, now);
+        }
+        Ok(unstopped.contains_key(&now.group).then_some(now))
+    }
+
+    /// What that term owns runs here no more.
+    pub(super) fn has_stopped(&self, term: Term) {
+        let mut unstopped = self
+            .unstopped
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        if unstopped.get(&term.group) == Some(&term) {
+            unstopped.remove(&term.group);
+        }
+    }
+
     /// Another site owns this group now: whatever runs of it here is stopped.
     /// Returns when it is.
     ///
@@ -79,14 +114,12 @@ impl Site {
         match driver {
             Some(driver) => {
                 let (done, stopped) = tokio::sync::oneshot::channel();
-                if driver
-                    .commands
-                    .send(Command::Fence(term, done))
-                    .await
-                    .is_ok()
-                    && let Ok(stopped) = stopped.await
-                {
-                    stopped?;
+                // A driver that ended meanwhile, or ends before it answers, stops nothing.
+                // What cannot be sent is dropped with its way to answer.
+                let _ = driver.commands.send(Command::Fence(term, done)).await;
+                match stopped.await {
+                    Ok(stopped) => stopped?,
+                    Err(_) => self.stop_unprotected(term).await?,
                 }
             }
             None => self.stop_unprotected(term).await?,

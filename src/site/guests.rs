@@ -128,6 +128,20 @@ pub(super) async fn check_at_peer(record: &GuestRecord, remote: &Remote) -> Vec<
     }
 }
 
+/// What would keep its builder at the peer from running such a guest; asked
+/// before it is stopped for a move. Nothing is known without an answer.
+pub(super) async fn refused_by_builder(record: &GuestRecord, remote: &Remote) -> Vec<Finding> {
+    let definition = record.definition.clone();
+    match remote.ask(Message::Facts { definition }).await {
+        Ok(Message::FactsKnown { facts }) => {
+            let mut findings = facts.findings;
+            findings.retain(|finding| finding.severity == check::Severity::Blocks);
+            findings
+        }
+        _ => Vec::new(),
+    }
+}
+
 /// Twice what is on the way at the rate seen, as far as that is known.
 fn wanted_buffer(remote: &Remote) -> u64 {
     let link = remote.peer.status();

@@ -47,6 +47,16 @@ async fn hand_over(driver: &mut Driver, attached: &mut Attached) -> Result<MoveR
         owner: driver.remote.record.key,
     };
 
+    if driver.record.definition.is_embedded() {
+        // What it asks of a host may be more than when it was started.
+        let (site, record) = (driver.site.clone(), driver.record.clone());
+        let record = blocking(move || site.as_it_is(record)).await?;
+        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
+        if let Some(finding) = refused.first() {
+            let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
+            return Err(not_begun(driver, why));
+        }
+    }
     // The peer gets ready while one more point keeps the last cut small.
     let remote = driver.remote.clone();
     let preparing = tokio::spawn(async move {

@@ -2,14 +2,16 @@
 //! drivers, ended. They end with the daemon; their records stay, and say so.
 
 use std::sync::{Arc, MutexGuard, PoisonError, TryLockError};
+use std::time::Duration;
 
+use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
 use super::guests::ended_with_daemon;
 use super::operate::{OperateError, failed};
-use super::records::GuestRecord;
+use super::records::{GuestRecord, Protection};
 use super::standby::{Standby, step};
 use super::view::ConsolePaths;
 use crate::activate::machine::Builders;
@@ -18,6 +20,9 @@ use crate::guest::embedded::{self, SharedVmm, Vmm};
 use crate::guest::qemu::check::Finding;
 use crate::guest::sim::{self, SimBuilder};
 use crate::guest::{Definition, Guest, GuestError};
+
+/// A step with a machine is waited for that long when the daemon stops.
+const SHUTDOWN: Duration = Duration::from_secs(10);
 
 /// Builders of the guests that this crate brings, by their kind.
 pub fn builders() -> Builders {
@@ -74,6 +79,18 @@ impl Site {
         }
         if let Err(error) = self.fence.may_run(record.id, self.key()) {
             return conflict(error.to_string());
+        }
+        // Its term is written down before the peer runs it: until the peer's word
+        // comes, the fence alone does not tell.
+        let kept = self
+            .catalogue
+            .find::<Protection>(Table::Protections, &record.id.to_string())
+            .map_err(failed)?;
+        if let Some(held) = kept.filter(|kept| kept.moving.is_some()) {
+            return conflict(format!(
+                "'{name}' was stopped for a move to '{0}', and may run there: its word is waited for (see farhaven status). If that site is lost for good: farhaven take-back {name} --force, then start it again",
+                held.to
+            ));
         }
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         if drivers.contains_key(&record.id) && before != definition {
@@ -172,6 +189,23 @@ impl Site {
         }
     }
 
+    /// The record with what the guest asks of a host by now; a running guest is
+    /// stopped for a moment.
+    pub(super) fn as_it_is(&self, mut record: GuestRecord) -> GuestRecord {
+        if let Definition::Embedded(definition) = &mut record.definition
+            && let Some(vmm) = self.hosted(record.id)
+        {
+            match lock(&vmm).config() {
+                Ok(Some(config)) => definition.config = config,
+                Ok(None) => {}
+                Err(error) => {
+                    tracing::warn!(guest = %record.name, %error, "checked by what it asked of a host when it was started");
+                }
+            }
+        }
+        record
+    }
+
     /// Why such a guest does not run here any more, without waiting for it;
     /// empty while it does, or may.
     pub(super) fn hosted_lost(&self, record: &GuestRecord) -> String {
@@ -207,11 +241,7 @@ impl Site {
         let Some(vmm) = self.hosted(record.id) else {
             return Ok(());
         };
-        let mut vmm = lock(&vmm);
-        match vmm.running() {
-            None => Ok(()),
-            Some(_) => Ok(vmm.pause()?),
-        }
+        Ok(embedded::stop(&mut *lock(&vmm), embedded::STOP_WITHIN)?)
     }
 
     /// Lets it run on; it was held.
@@ -277,6 +307,26 @@ impl Site {
 }
 
 impl Standby {
+    /// The daemon stops. What was taken over and runs inside of it ends here,
+    /// not at some later moment, when another site of this process may run it
+    /// again. Its record stays and tells the next daemon.
+    pub(super) async fn end_with_daemon(self: &Arc<Self>) {
+        let Ok(mut state) = tokio::time::timeout(SHUTDOWN, self.state.lock()).await else {
+            tracing::warn!(guest = %self.name(), "a step under way is not waited for any longer; its machine ends with this process");
+            return;
+        };
+        self.discard(&mut state).await;
+        self.end_evidence(&mut state).await;
+        let inside = state.active.take_if(|(_, ready)| ready.pid().is_none());
+        if let Some((_, ready)) = inside {
+            let _ = step(move || ready.end()).await;
+            self.see(|s| {
+                s.active = None;
+                s.trouble = "it ran inside this daemon and ended with it".to_owned();
+            });
+        }
+    }
+
     /// An operator ends a guest that was taken over and runs inside of this
     /// daemon. Its points stay, and it can be taken over again.
     ///

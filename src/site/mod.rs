@@ -50,7 +50,7 @@ use farhaven_wan::peer::IdentityError;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
-use crate::activate::fence::{Fence, FenceError};
+use crate::activate::fence::{Fence, FenceError, Term};
 use crate::activate::machine::Builders;
 use crate::activate::nbd::{NbdError, NbdServer};
 use crate::guest::embedded::SharedVmm;
@@ -142,6 +142,9 @@ pub struct Site {
     naming: Mutex<()>,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
+    /// Terms of other sites that were heard while something ran here, until it
+    /// is stopped.
+    unstopped: Mutex<BTreeMap<GuestId, Term>>,
 }
 
 impl Site {
@@ -176,6 +179,7 @@ impl Site {
                 source,
             })?;
         }
+        start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
         if report.rebuilt || report.journal_rebuilt {
@@ -199,6 +203,7 @@ impl Site {
             builders,
             naming: Mutex::default(),
             hosted: RwLock::default(),
+            unstopped: Mutex::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -231,8 +236,9 @@ impl Site {
         Ok(site)
     }
 
-    /// Ends the sessions and leaves every guest as it is. Guests inside of this
-    /// process end when it does.
+    /// Ends the sessions and leaves every guest as it is, but for those that were
+    /// taken over and run inside of this process: they end here. Its own end
+    /// when it does.
     pub async fn shutdown(&self) {
         let guests = self.hosted_count();
         if guests > 0 {
@@ -250,10 +256,14 @@ impl Site {
             .values()
             .cloned()
             .collect();
-        for standby in standbys {
+        for standby in &standbys {
             standby.stop_test().await;
         }
         self.node.shutdown().await;
+        // No source is told any more how its move ended.
+        for standby in &standbys {
+            standby.end_with_daemon().await;
+        }
         let catalogue = self.catalogue.clone();
         let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
     }

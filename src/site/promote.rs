@@ -9,7 +9,7 @@ use farhaven_storage_sync::PointHeader;
 use super::records::Activation;
 use super::standby::{Standby, State, step};
 use super::unix_ns;
-use crate::activate::fence::Term;
+use crate::activate::fence::{OVERRULES, Term};
 use crate::activate::place::Ready;
 use crate::activate::warm::Warm;
 use crate::replicate::message::ActivationTimes;
@@ -139,8 +139,9 @@ impl Standby {
         };
         if self.remote().alive() && state.ready.is_none() {
             // The source will stop its guest: what can fail is done before that.
+            let number = site.fence.current(self.guest).map_or(0, |t| t.number) + OVERRULES;
             self.fill(&mut state, point).await?;
-            state.ready = Some(self.launch(point).await?);
+            state.ready = Some(self.launch(point, number).await?);
         }
         let mut times = ActivationTimes::default();
         let began = Instant::now();
@@ -190,6 +191,7 @@ impl Standby {
     ) -> Result<(), ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
+        self.discard_unless_of(state, &context.definition).await;
         // Until it runs, what was launched stays where a failure finds and ends it.
         match &state.ready {
             Some(_) => {
@@ -207,8 +209,10 @@ impl Standby {
                         source,
                     })?;
                 let began = Instant::now();
-                let (launched, filled) =
-                    tokio::join!(self.timed(self.launch(point)), self.fill(state, point));
+                let (launched, filled) = tokio::join!(
+                    self.timed(self.launch(point, term.number)),
+                    self.fill(state, point)
+                );
                 times.ram = began.elapsed();
                 let (launched, took) = launched;
                 times.launch = took;
@@ -290,12 +294,14 @@ impl Standby {
         .await;
         let mut state = self.state.lock().await;
         // It was ended or fenced meanwhile, or taken over anew: nothing is to be told.
-        let active = state.active.as_mut();
-        let Some((active, _)) = active.filter(|(_, ready)| Arc::ptr_eq(ready, &mine)) else {
+        if !state.is_active(&mine) {
             return;
-        };
+        }
         match done {
             Ok(Ok(())) => {
+                let Some((active, _)) = &mut state.active else {
+                    return;
+                };
                 active.hydrated = true;
                 let active = active.clone();
                 if let Ok(site) = self.site()

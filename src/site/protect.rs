@@ -185,6 +185,10 @@ impl Site {
         let mut findings = local;
         if let Some(peer) = to.map(str::to_owned).or(protected_to).or(only) {
             let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
+            let site = self.clone();
+            let record = tokio::task::spawn_blocking(move || site.as_it_is(record))
+                .await
+                .map_err(failed)?;
             findings.extend(super::guests::check_at_peer(&record, &remote).await);
         }
         Ok(findings)

@@ -18,8 +18,10 @@ use super::remote::Remote;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
 use crate::activate::fence::Term;
+use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
 use crate::activate::warm::Warm;
+use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, Opening, PointContext};
 
 /// A guest that a peer sends here.
@@ -51,6 +53,12 @@ pub(super) struct State {
 }
 
 impl State {
+    /// Is this the copy that runs here, still?
+    pub(super) fn is_active(&self, ready: &Arc<Ready>) -> bool {
+        let active = self.active.as_ref();
+        active.is_some_and(|(_, active)| Arc::ptr_eq(active, ready))
+    }
+
     /// What runs here, or may run here.
     pub(super) fn runs(&self) -> Option<&Activation> {
         let watched = self.active.as_ref().map(|(active, _)| active);
@@ -204,6 +212,7 @@ impl Standby {
     pub(super) async fn fill(&self, state: &mut State, point: u64) -> Result<u64, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
+        self.discard_unless_of(state, &context.definition).await;
         let directory = site.config.ram_dir().join(self.guest.to_string());
         let mut warm = std::mem::take(&mut state.warm);
         let (warm, filled) = step(move || {
@@ -222,17 +231,20 @@ impl Standby {
             .ok_or_else(|| ActivateError::Step("the site is shutting down".to_owned()))
     }
 
-    /// Builds the machine of `point` without running anything.
-    pub(super) async fn launch(&self, point: u64) -> Result<Ready, ActivateError> {
+    /// Builds the machine of `point` without running anything, to run under
+    /// the term of this number. Each has a directory of its own: what an earlier
+    /// one left there is evidence, and may be all that is left of its disks.
+    pub(super) async fn launch(&self, point: u64, number: u64) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
-        let (guest, term) = (self.guest, site.fence.current(self.guest));
-        // Each activation has a directory of its own: what an earlier one left is evidence.
-        let term = term
-            .filter(|t| t.owner == site.key())
-            .map_or_else(|| term.map_or(1, |t| t.number + 1), |own| own.number);
-        step(move || Ready::launch(&ground(&site, guest, term), &replica, &context.definition))
-            .await?
+        let guest = self.guest;
+        step(move || {
+            // Made ready for a hand-over, by a daemon that ended before it.
+            let before = ground(&site, guest, number.saturating_sub(1)).run;
+            Launched::end_left(&before.join("qmp.sock"), &before);
+            Ready::launch(&ground(&site, guest, number), &replica, &context.definition)
+        })
+        .await?
     }
 
     /// Gets ready for a planned move.
@@ -253,7 +265,9 @@ impl Standby {
         self.end_evidence(&mut state).await;
         // The RAM files must be there before the machine maps them; their content may come later.
         self.fill(&mut state, newest).await?;
-        state.ready = Some(self.launch(newest).await?);
+        let known = self.site()?.fence.current(self.guest);
+        let number = known.map_or(0, |t| t.number) + 1;
+        state.ready = Some(self.launch(newest, number).await?);
         Ok(())
     }
 
@@ -261,6 +275,16 @@ impl Standby {
     pub(super) async fn discard(&self, state: &mut State) {
         if let Some(ready) = state.ready.take() {
             let _ = tokio::task::spawn_blocking(move || ready.discard()).await;
+        }
+    }
+
+    /// A machine that was made ready for a point of another definition is of
+    /// no use, and its RAM files change: it goes before they do.
+    pub(super) async fn discard_unless_of(&self, state: &mut State, definition: &Definition) {
+        let ready = state.ready.as_ref();
+        if ready.is_some_and(|ready| !ready.is_of(definition)) {
+            tracing::warn!(guest = %self.name(), "its source tells of another machine than was made ready");
+            self.discard(state).await;
         }
     }
 
@@ -289,10 +313,15 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
-        if discard {
-            // What it runs from goes.
-            self.stop_test().await;
-        }
+        // What a test runs from goes, and none may begin until all is gone.
+        let _no_test = match discard {
+            true => {
+                let mut drill = self.drill.clone().lock_owned().await;
+                self.stop_test_of(&mut drill).await;
+                Some(drill)
+            }
+            false => None,
+        };
         self.discard(&mut state).await;
         let site = self.site()?;
         state
@@ -334,6 +363,7 @@ pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
         networks: &site.config.networks,
         qemu: &site.config.activate.qemu,
         builders: &site.builders,
+        isolated: false,
     }
 }
 

@@ -42,6 +42,9 @@ const PAGE: u64 = 4096;
 const LEAST_RAM: u64 = 16 << 20;
 const LEAST_DISK: u64 = 1 << 20;
 
+/// How the name of a started guest's memory ends, until it is mapped.
+const SOURCE_RAM: &str = "-source.ram";
+
 /// Most vCPUs.
 const MOST_VCPUS: u32 = 64;
 
@@ -145,6 +148,20 @@ impl StartGuest {
     }
 }
 
+/// Removes the memory of guests that a daemon was starting when it was killed.
+pub(super) fn clear_left_memory(directory: &Path) {
+    let entries = std::fs::read_dir(directory).into_iter().flatten().flatten();
+    for entry in entries {
+        let name = entry.file_name();
+        let id = name.to_str().and_then(|name| name.strip_suffix(SOURCE_RAM));
+        if id.is_some_and(|id| id.parse::<GuestId>().is_ok()) {
+            let path = entry.path();
+            let removed = std::fs::remove_file(&path);
+            tracing::warn!(path = %path.display(), ?removed, "memory of a guest that was being started when a daemon was killed");
+        }
+    }
+}
+
 impl Site {
     /// Starts a guest and hosts it. It is known from then on, and not protected.
     ///
@@ -165,7 +182,7 @@ impl Site {
         let id = GuestId::random();
         let place = Place {
             run: self.run_directory(id),
-            ram: self.config.ram_dir().join(format!("{id}-source.ram")),
+            ram: self.config.ram_dir().join(format!("{id}{SOURCE_RAM}")),
         };
         let room = host_facts(&self.config.ram_dir(), &self.config.run_dir());
         if let Some(mistake) = start.mistake(&room) {
@@ -246,6 +263,8 @@ fn launch_kvm(
         .mode(0o600)
         .open(&place.ram)
         .map_err(failed(&place.ram))?;
+    // It is open, and that is enough: a daemon that dies now leaves nothing.
+    std::fs::remove_file(&place.ram).map_err(failed(&place.ram))?;
     let terminal = Console::open(&place.run).map_err(failed(&place.run))?;
     // The program knows no kinds of work, only how much of it.
     let changes = match workload {
@@ -301,6 +320,23 @@ mod tests {
         assert_eq!((start.vcpus, start.workload.as_str()), (1, "database"));
         assert_eq!(start.mistake(&room()), None);
         assert!(serde_json::from_str::<StartGuest>("{\"kind\": \"sim\", \"cpus\": 2}").is_err());
+    }
+
+    #[test]
+    fn memory_left_by_a_killed_daemon_goes_and_nothing_else() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let left = path(&format!("{}{SOURCE_RAM}", GuestId::random()));
+        let others = [
+            path("mine-source.ram"),
+            path(&GuestId::random().to_string()),
+        ];
+        for file in others.iter().chain([&left]) {
+            std::fs::write(file, "x").unwrap();
+        }
+        clear_left_memory(directory.path());
+        clear_left_memory(&path("missing"));
+        assert!(!left.exists() && others.iter().all(|file| file.exists()));
     }
 
     #[test]

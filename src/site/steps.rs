@@ -24,6 +24,29 @@ impl Driver {
         Ok(attached?)
     }
 
+    /// A guest that a cut of ours left stopped goes on before anything else: a
+    /// stopped guest would be protected as one that its operator had stopped.
+    pub(super) async fn let_go_on(
+        &mut self,
+        mut guest: Box<dyn Guest>,
+    ) -> Result<Box<dyn Guest>, DriveError> {
+        if !self.left_stopped {
+            return Ok(guest);
+        }
+        let (guest, resumed) = blocking(move || {
+            let resumed = match guest.running() {
+                Some(false) => guest.resume(),
+                _ => Ok(()),
+            };
+            (guest, resumed)
+        })
+        .await?;
+        resumed?;
+        self.left_stopped = false;
+        tracing::warn!(guest = %self.record.name, "it was left stopped by a cut, and runs on now");
+        Ok(guest)
+    }
+
     /// Protection ends while nobody is attached: what it left in QEMU, like
     /// dirty bitmaps, goes now, or every write of the guest would pay for it.
     pub(super) async fn clear_away(&self) {

@@ -2,7 +2,7 @@
 //! themselves on their console. Their monitor fails a call when it is told to.
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicI64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -33,6 +33,8 @@ pub struct Embedded {
     /// Least work that shows that it goes on.
     pub some: Work,
     pub calls: Arc<AtomicI64>,
+    /// So often it does not go on.
+    pub stuck: Arc<AtomicU64>,
     /// Panics unless memory and disks are of one instant.
     pub judge: fn(&[Vec<u8>]),
 }
@@ -59,6 +61,7 @@ impl Subject for Embedded {
             disks: vmm.disks().to_vec(),
             inner: self.vmm.clone(),
             calls: self.calls.clone(),
+            stuck: self.stuck.clone(),
             reads: AtomicI64::new(0),
         };
         drop(vmm);
@@ -128,6 +131,7 @@ impl Subject for Embedded {
             run: run.clone(),
             ram,
             disks: disks.collect(),
+            isolated: false,
         };
         let findings = self.builder.check(&self.definition);
         assert!(findings.is_empty(), "{findings:?}");
@@ -182,8 +186,13 @@ impl Subject for Embedded {
         self.calls.swap(i64::MAX, Ordering::SeqCst) == MET
     }
 
+    fn fail_to_go_on(&mut self, times: u64) -> bool {
+        self.stuck.store(times, Ordering::SeqCst);
+        true
+    }
+
     fn every(&self) -> usize {
-        2
+        1
     }
 }
 
@@ -214,6 +223,7 @@ struct Faulty {
     disks: Vec<Arc<TrackedDisk>>,
     inner: SharedVmm,
     calls: Arc<AtomicI64>,
+    stuck: Arc<AtomicU64>,
     reads: AtomicI64,
 }
 
@@ -252,6 +262,11 @@ impl Vmm for Faulty {
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
+        let less = |left: u64| left.checked_sub(1);
+        let order = Ordering::SeqCst;
+        if self.stuck.fetch_update(order, order, less).is_ok() {
+            return Err(VmmError::State("planted".to_owned()));
+        }
         self.call("resume", |vmm| vmm.resume())
     }
 

@@ -25,7 +25,8 @@ pub fn a_sink_may_fail_at_every_step(subject: &mut dyn Subject) {
     for with in [SinkError::Full, SinkError::Stalled, SinkError::Closed] {
         // A cut before there was a copy: pages that never change again must
         // come with a later point all the same.
-        let mut thrown = model.refusing(4, with);
+        works_on(subject);
+        let mut thrown = model.refusing(3, with);
         refused(with, guest.cut(number, After::Continue, &mut thrown));
         assert_eq!(guest.running(), Some(true));
         // What a round handed over before the refusal stays handed over.
@@ -198,6 +199,44 @@ pub fn a_hypervisor_may_fail_any_request(subject: &mut dyn Subject) {
     guest.detach();
     drop(guest);
     assert_eq!(subject.traces(), [""; 0]);
+}
+
+pub fn a_guest_that_does_not_go_on_is_told_as_that(subject: &mut dyn Subject) {
+    let mut guest = subject.attach();
+    let mut model = Model::new(guest.volumes());
+    guest.round(&mut model).expect("first copy");
+    point(&mut *guest, 1, &mut model);
+    works_on(subject);
+    if !subject.fail_to_go_on(u64::MAX) {
+        guest.detach();
+        return;
+    }
+    let stopped = |result: Result<(), GuestError>| match result {
+        Err(GuestError::LeftStopped { why, .. }) => assert!(why.contains("planted"), "{why}"),
+        other => panic!("{other:?}"),
+    };
+    let cut = guest.cut(2, After::Continue, &mut model.clone());
+    stopped(cut.map(drop));
+    assert_eq!(guest.running(), Some(false));
+    assert!(!subject.runs());
+    let content = subject.content();
+    stopped(guest.resume());
+    assert!(content == subject.content(), "a stopped guest changes");
+
+    // A sink that refuses the copies of a held cut is no reason to leave it so.
+    subject.fail_to_go_on(2);
+    guest.resume().expect("goes on at the third time");
+    works_on(subject);
+    subject.fail_to_go_on(u64::MAX);
+    let mut refusing = model.refusing(0, SinkError::Stalled);
+    let cut = guest.cut(3, After::Hold, &mut refusing);
+    stopped(cut.map(drop));
+    subject.fail_to_go_on(0);
+    guest.resume().expect("goes on");
+    guest.give_back();
+    works_on(subject);
+    held_point(subject, &mut *guest, 4, &mut model);
+    guest.detach();
 }
 
 pub fn a_guest_that_ends_is_told_as_that(subject: &mut dyn Subject) {

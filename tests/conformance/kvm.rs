@@ -60,6 +60,7 @@ fn start() -> Option<Embedded> {
             disk: 5,
         },
         calls: Arc::new(AtomicI64::new(i64::MAX)),
+        stuck: Arc::default(),
         judge: sound,
     })
 }

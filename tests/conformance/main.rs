@@ -28,6 +28,7 @@ macro_rules! conforms {
             faults::a_sink_may_fail_at_every_step,
             faults::what_was_lost_unsealed_comes_again,
             faults::a_hypervisor_may_fail_any_request,
+            faults::a_guest_that_does_not_go_on_is_told_as_that,
             faults::a_guest_that_ends_is_told_as_that,
             faults::a_guest_that_ends_in_a_cut_is_told_as_that,
         }

@@ -37,6 +37,7 @@ fn start() -> Option<Embedded> {
             disk: 20,
         },
         calls: Arc::new(AtomicI64::new(i64::MAX)),
+        stuck: Arc::default(),
         // Only the guest knows, when it checks itself elsewhere.
         judge: |_| {},
     })

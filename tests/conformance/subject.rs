@@ -55,6 +55,12 @@ pub trait Subject {
     /// Nothing fails any more. Was there such a request?
     fn mend(&mut self) -> bool;
 
+    /// It does not go on so many times from here on. False: it cannot be made to.
+    fn fail_to_go_on(&mut self, times: u64) -> bool {
+        let _ = times;
+        false
+    }
+
     /// Of how many requests one is made to fail.
     fn every(&self) -> usize;
 }

@@ -28,6 +28,12 @@ struct Inner {
     dirty: Bitmap,
     /// The first thing that was not as it must be.
     bad: Option<String>,
+    /// So many stops, and so many tries to go on, fail from here on.
+    failing: (u32, u32),
+    /// So many stops take too long from here on.
+    slow: u32,
+    /// What its config is by now.
+    config: Option<Vec<u8>>,
 }
 
 struct Shared {
@@ -119,6 +125,9 @@ impl Counter {
                 running: Some(running),
                 dirty: Bitmap::none(PAGES),
                 bad: None,
+                failing: (0, 0),
+                slow: 0,
+                config: None,
             }),
             turned: Condvar::new(),
             ram: file,
@@ -153,6 +162,39 @@ impl Counter {
     pub fn fault(&self) -> Option<String> {
         let inner = self.shared.inner.lock().unwrap();
         inner.bad.clone().or_else(|| self.shared.check(inner.n))
+    }
+
+    /// So many stops, and so many tries to go on, fail from here on.
+    pub fn fail(&self, stops: u32, goings_on: u32) {
+        self.shared.inner.lock().unwrap().failing = (stops, goings_on);
+    }
+
+    /// So many stops take too long from here on.
+    pub fn slow_to_stop(&self, stops: u32) {
+        self.shared.inner.lock().unwrap().slow = stops;
+    }
+
+    /// Of those, how many are still to come.
+    pub fn slow_stops_left(&self) -> u32 {
+        self.shared.inner.lock().unwrap().slow
+    }
+
+    /// Asks for something else of a host from here on.
+    pub fn ask_for(&self, config: &[u8]) {
+        self.shared.inner.lock().unwrap().config = Some(config.to_vec());
+    }
+
+    fn may_fail(&self, which: impl Fn(&mut (u32, u32)) -> &mut u32) -> Result<(), VmmError> {
+        let mut inner = self.shared.inner.lock().unwrap();
+        let left = which(&mut inner.failing);
+        if *left == 0 {
+            return Ok(());
+        }
+        *left -= 1;
+        Err(VmmError::Io {
+            what: "as the test asked".to_owned(),
+            source: std::io::ErrorKind::Other.into(),
+        })
     }
 
     fn turn(&self, to: Option<bool>) {
@@ -190,11 +232,22 @@ impl Vmm for Counter {
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {
+        self.may_fail(|(stops, _)| stops)?;
+        let mut inner = self.shared.inner.lock().unwrap();
+        if inner.slow > 0 {
+            inner.slow -= 1;
+            return Err(VmmError::DoesNotStop {
+                what: "its only vCPU".to_owned(),
+                within: Duration::from_millis(1),
+            });
+        }
+        drop(inner);
         self.turn(Some(false));
         Ok(())
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
+        self.may_fail(|(_, goings_on)| goings_on)?;
         self.turn(Some(true));
         Ok(())
     }
@@ -224,6 +277,10 @@ impl Vmm for Counter {
         Ok(self.count().to_le_bytes().to_vec())
     }
 
+    fn config(&mut self) -> Result<Option<Vec<u8>>, VmmError> {
+        Ok(self.shared.inner.lock().unwrap().config.clone())
+    }
+
     fn throttle(&mut self, _percent: u8) -> Result<(), VmmError> {
         Ok(())
     }
@@ -237,6 +294,8 @@ impl Vmm for Counter {
 #[derive(Default, Clone)]
 pub struct CounterBuilder {
     pub built: Arc<Mutex<Vec<Arc<Mutex<Counter>>>>>,
+    /// Its guests may reach others, whatever is asked.
+    pub reaches_out: bool,
 }
 
 impl CounterBuilder {
@@ -253,6 +312,7 @@ struct CounterMachine {
 
 impl Builder for CounterBuilder {
     fn build(&self, plan: BuildPlan<'_>) -> Result<Box<dyn Machine>, MachineError> {
+        assert!(!(plan.isolated && self.reaches_out));
         let failed = |e: std::io::Error| MachineError::Other(e.to_string());
         let image: PathBuf = plan.run.join("disk.img");
         let disk = TrackedDisk::above("disk", &image, plan.disks[0].clone()).map_err(failed)?;
@@ -260,6 +320,10 @@ impl Builder for CounterBuilder {
         let counter = Arc::new(Mutex::new(counter));
         self.built.lock().unwrap().push(counter.clone());
         Ok(Box::new(CounterMachine { counter, disk }))
+    }
+
+    fn can_isolate(&self) -> bool {
+        !self.reaches_out
     }
 
     fn check(&self, definition: &Definition) -> Vec<Finding> {

@@ -5,6 +5,8 @@
 
 mod counter;
 mod drills;
+mod limits;
+mod mended;
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -79,12 +81,28 @@ struct Stage {
 
 impl Stage {
     async fn set() -> Self {
+        Self::set_paired(false).await
+    }
+
+    /// One that is started again has another address: it must be the one that dials.
+    async fn set_paired(west_dials: bool) -> Self {
+        Self::set_with(west_dials, CounterBuilder::default()).await
+    }
+
+    async fn set_with(west_dials: bool, at_west: CounterBuilder) -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let at_west = CounterBuilder::default();
         let east = site(dir.path(), "east", Builders::new()).await;
         let west = site(dir.path(), "west", builders(&at_west)).await;
-        let invitation = west.invite(Duration::from_secs(60)).unwrap();
-        east.pair(&invitation).await.unwrap();
+        let (host, dials) = match west_dials {
+            true => (&east, &west),
+            false => (&west, &east),
+        };
+        let invitation = host.invite(Duration::from_secs(60)).unwrap();
+        dials.pair(&invitation).await.unwrap();
+        until("the pairing", || {
+            (!east.view().peers.is_empty()).then_some(())
+        })
+        .await;
         until("the link", || east.view().peers[0].connected.then_some(())).await;
         let (guest, definition) = Counter::start(dir.path());
         Self {
@@ -103,7 +121,11 @@ impl Stage {
 
     /// Protected, with some points.
     async fn protected() -> Self {
-        let stage = Self::set().await;
+        Self::set().await.protect().await
+    }
+
+    async fn protect(self) -> Self {
+        let stage = self;
         let embedded = stage
             .east
             .embed("web", stage.vmm(), stage.definition.clone());

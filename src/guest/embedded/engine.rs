@@ -12,7 +12,7 @@ use std::sync::{MutexGuard, PoisonError};
 use farhaven_storage_sync::digest::{DigestKey, is_zero};
 use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeIndex, VolumeKind};
 
-use super::{Bitmap, SharedVmm, Vmm, VmmError};
+use super::{Bitmap, STOP_WITHIN, SharedVmm, Vmm, VmmError, stop};
 use crate::guest::qemu::units::hand_over;
 use crate::guest::{After, Cut, Guest, GuestError, Sink};
 use owed::Owed;
@@ -220,7 +220,7 @@ impl Guest for EmbeddedGuest {
     }
 
     fn stop(&mut self) -> Result<(), GuestError> {
-        lock(&self.vmm).pause().map_err(explain)
+        Ok(stop(&mut *lock(&self.vmm), STOP_WITHIN)?)
     }
 
     fn let_go(&mut self) -> Result<(), GuestError> {

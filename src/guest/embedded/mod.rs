@@ -9,7 +9,10 @@
 //! At the peer a [`Builder`](crate::activate::machine::Builder) makes the same
 //! machine from a recovery point.
 
+use std::fs::File;
+use std::io;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
@@ -21,7 +24,7 @@ pub mod vmm;
 
 pub use bitmap::Bitmap;
 pub use engine::EmbeddedGuest;
-pub use vmm::{RamBlock, Vmm, VmmError};
+pub use vmm::{RamBlock, Vmm, VmmError, stop};
 
 /// A monitor's guest, shared by its own threads, the engine and the daemon.
 /// Held only for one call: the guest's threads never wait for it.
@@ -45,5 +48,59 @@ pub struct Definition {
     pub config: Vec<u8>,
 }
 
+/// How long a guest that is to stop for good, because it runs elsewhere now, is
+/// tried to be stopped. Shorter than whoever asks for it waits.
+pub const STOP_WITHIN: Duration = Duration::from_secs(20);
+
+/// Gives a file of guest memory all of its room, whatever is in it. A page that
+/// its filesystem has no room for, or the host no memory, would end the process
+/// that touches its mapping (SIGBUS), with every guest in it.
+///
+/// # Errors
+/// When there is not so much; the message says what to do.
+pub fn reserve(file: &File, bytes: u64) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    if bytes == 0 || file.metadata()?.blocks().saturating_mul(512) >= bytes {
+        return Ok(());
+    }
+    let flags = rustix::fs::FallocateFlags::KEEP_SIZE;
+    match rustix::fs::fallocate(file, flags, 0, bytes) {
+        // A filesystem that cannot reserve; a tmpfs can.
+        Ok(()) | Err(rustix::io::Errno::OPNOTSUPP) => Ok(()),
+        Err(error) => {
+            let error = io::Error::from(error);
+            let why = format!(
+                "{} MiB of guest memory cannot be reserved ({error}); free memory there, or keep it elsewhere (activate.ram_dir)",
+                bytes >> 20
+            );
+            Err(io::Error::new(error.kind(), why))
+        }
+    }
+}
+
 /// Longest [`Definition::config`].
 pub const MOST_CONFIG: usize = 256 << 10;
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::MetadataExt;
+
+    use super::*;
+
+    #[test]
+    fn memory_is_reserved_or_refused_and_never_half() {
+        let directory = ["/dev/shm", "/tmp"].map(std::path::Path::new);
+        let directory = directory.into_iter().find(|path| path.is_dir()).unwrap();
+        let file = tempfile::tempfile_in(directory).unwrap();
+        let bytes = 1 << 20;
+        file.set_len(bytes).unwrap();
+        reserve(&file, bytes).unwrap();
+        assert!(file.metadata().unwrap().blocks() * 512 >= bytes);
+        reserve(&file, bytes).unwrap();
+        // More than any host has.
+        let error = reserve(&file, 1 << 60).unwrap_err();
+        assert!(error.to_string().contains("cannot be reserved"), "{error}");
+        assert_eq!(file.metadata().unwrap().len(), bytes);
+    }
+}

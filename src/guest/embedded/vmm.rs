@@ -1,6 +1,7 @@
 //! What a monitor gives, so that its guest can be protected.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use super::Bitmap;
 use super::disk::TrackedDisk;
@@ -30,7 +31,8 @@ pub trait Vmm: Send {
     /// memory or disks. Stopping a stopped guest does nothing.
     ///
     /// # Errors
-    /// When it could not be stopped; it runs then.
+    /// When it could not be stopped; it runs then. With
+    /// [`VmmError::DoesNotStop`] it is soon asked again.
     fn pause(&mut self) -> Result<(), VmmError>;
 
     /// Lets a paused guest go on. Letting go of a running one does nothing.
@@ -68,6 +70,16 @@ pub trait Vmm: Send {
     /// When a part cannot be read; the message names it.
     fn save(&mut self) -> Result<Vec<u8>, VmmError>;
 
+    /// [`Definition::config`](super::Definition::config) as it is by now, where
+    /// that changes while a guest runs: what its state asks of a host. A running
+    /// guest may be stopped for a moment.
+    ///
+    /// # Errors
+    /// When it cannot be found out.
+    fn config(&mut self) -> Result<Option<Vec<u8>>, VmmError> {
+        Ok(None)
+    }
+
     /// Holds the guest back: it runs `100 - percent` of the time. 0 lets it
     /// run freely, 99 is the most.
     ///
@@ -77,6 +89,25 @@ pub trait Vmm: Send {
 
     /// Ends the guest for good.
     fn end(&mut self);
+}
+
+/// Stops a guest for good: tries for as long as `within` when it does not stop
+/// at once, as while it waits for a slow disk. One that has ended does not run.
+///
+/// # Errors
+/// When it could not be stopped; it runs on.
+pub fn stop(vmm: &mut dyn Vmm, within: Duration) -> Result<(), VmmError> {
+    let until = Instant::now() + within;
+    while vmm.running().is_some() {
+        match vmm.pause() {
+            Ok(()) | Err(VmmError::Ended(_)) => break,
+            Err(VmmError::DoesNotStop { .. }) if Instant::now() < until => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
 }
 
 /// Why a monitor could not do what it was asked.
@@ -91,7 +122,7 @@ pub enum VmmError {
         /// Which, as "vCPU 3".
         what: String,
         /// How long it was waited for.
-        within: std::time::Duration,
+        within: Duration,
     },
     /// KVM refused a call.
     #[error("KVM: {call}: {why}")]

@@ -6,7 +6,7 @@
 //! 0x3f8..0x400  16550 serial console
 //! OUT 0x600     disk: number of a 4 KiB block
 //! OUT 0x604     disk: guest address of a 4 KiB buffer
-//! OUT 0x608     disk: 1 read, 2 write, 3 flush; done when it returns
+//! OUT 0x608     disk: 1 read, 2 write, 3 flush, one at a time; done when it returns
 //! IN  0x608     disk: 0 when the last command went well, else 1
 //! IN  0x60c     disk: number of blocks; 0 where there is none
 //! IN  0x610     clock: milliseconds the guest has been running
@@ -153,8 +153,14 @@ impl Board {
         })))
     }
 
-    /// The guest writes a port. Several accesses of a string instruction come at once.
+    /// The guest writes a port. Several accesses of a string instruction come at
+    /// once; but a command is one access: a vCPU that does a thousand for one
+    /// exit could not be stopped in between.
     pub(super) fn write(&self, port: u16, data: &[u8]) -> Asked {
+        if port == 0x608 {
+            self.command(data);
+            return Asked::Nothing;
+        }
         let mut devices = self.lock();
         if let Some(offset) = serial_register(port) {
             for byte in data {
@@ -172,7 +178,6 @@ impl Board {
             match port {
                 0x600 => devices.registers.block = value,
                 0x604 => devices.registers.buffer = value,
-                0x608 => devices.registers.failed = devices.command(value).is_none(),
                 0x620 => return Asked::Shutdown,
                 _ => {}
             }
@@ -207,6 +212,20 @@ impl Board {
         }
     }
 
+    /// Does what the disk is told. Takes as long as the disk does, and nobody
+    /// waits for that but the vCPU that asked.
+    fn command(&self, data: &[u8]) {
+        let done = match data.as_chunks::<4>() {
+            ([], _) => return,
+            ([command], _) => {
+                let order = self.lock().order(u32::from_le_bytes(*command));
+                order.and_then(Order::perform)
+            }
+            _ => None,
+        };
+        self.lock().registers.failed = done.is_none();
+    }
+
     fn lock(&self) -> MutexGuard<'_, Devices> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -237,32 +256,49 @@ impl Devices {
         u32::try_from(blocks).unwrap_or(u32::MAX)
     }
 
-    /// Does what the disk is told; nothing when that fails.
-    fn command(&self, command: u32) -> Option<()> {
-        let disk = self.disk.as_ref()?;
-        if self.registers.block >= self.blocks() {
-            return None;
-        }
-        let offset = u64::from(self.registers.block) * BLOCK as u64;
-        let buffer = GuestAddress(u64::from(self.registers.buffer));
-        let mut block = [0; BLOCK];
-        match command {
-            1 => {
-                disk.read(offset, &mut block).ok()?;
-                self.memory.write_slice(&block, buffer).ok()
-            }
-            2 => {
-                self.memory.read_slice(&mut block, buffer).ok()?;
-                disk.write(offset, &block).ok()
-            }
-            3 => disk.flush().ok(),
-            _ => None,
-        }
+    /// A command with all it needs; nothing when it cannot be done.
+    fn order(&self, command: u32) -> Option<Order> {
+        let disk = self.disk.clone()?;
+        (self.registers.block < self.blocks()).then(|| Order {
+            command,
+            disk,
+            memory: self.memory.clone(),
+            offset: u64::from(self.registers.block) * BLOCK as u64,
+            buffer: GuestAddress(u64::from(self.registers.buffer)),
+        })
     }
 
     fn ran(&self) -> Duration {
         let now = self.since.map_or(Duration::ZERO, |since| since.elapsed());
         Duration::from_nanos(self.registers.ran) + now
+    }
+}
+
+/// A command for the disk.
+struct Order {
+    command: u32,
+    disk: Arc<TrackedDisk>,
+    memory: TrackedMemory,
+    offset: u64,
+    buffer: GuestAddress,
+}
+
+impl Order {
+    /// Nothing when it fails.
+    fn perform(self) -> Option<()> {
+        let mut block = [0; BLOCK];
+        match self.command {
+            1 => {
+                self.disk.read(self.offset, &mut block).ok()?;
+                self.memory.write_slice(&block, self.buffer).ok()
+            }
+            2 => {
+                self.memory.read_slice(&mut block, self.buffer).ok()?;
+                self.disk.write(self.offset, &block).ok()
+            }
+            3 => self.disk.flush().ok(),
+            _ => None,
+        }
     }
 }
 

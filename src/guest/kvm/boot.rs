@@ -24,6 +24,9 @@ pub const PROGRAM_AT: u64 = 0x10_0000;
 pub const MOST_VCPUS: u32 = ((PROGRAM_AT - STACKS_AT) / STACK) as u32;
 /// Most memory: as many page tables as there is room for, the hole below 4 GiB counted.
 pub const MOST_RAM: u64 = (STACKS_AT - TABLES_AT) / 0x1000 * GIB - GIB;
+/// Most bytes of its disk. A block's number has 32 bits; what is known of each
+/// block takes memory of the host, and the size comes from a peer.
+pub const MOST_DISK: u64 = 1 << 42;
 /// Where memory leaves a hole for devices, up to 4 GiB.
 pub const HOLE_AT: u64 = 3 * GIB;
 /// Where memory goes on behind the hole.
@@ -146,15 +149,21 @@ fn long_mode(sregs: &mut kvm_sregs) {
     sregs.efer = 1 << 8 | 1 << 10;
 }
 
-/// All that the host can give, but for virtualization: the state of a guest's
-/// own guests is not carried.
-fn cpuid(facts: &KvmFacts, index: u32) -> Result<CpuId, VmmError> {
+/// All that the host can give, but for what [`vcpu::save`](super::vcpu::save)
+/// refuses: guests of the guest's own, and control-flow enforcement.
+pub(super) fn cpuid(facts: &KvmFacts, index: u32) -> Result<CpuId, VmmError> {
     let mut cpuid = facts.supported_cpuid()?;
     for entry in cpuid.as_mut_slice() {
         match entry.function {
             1 => {
                 entry.ecx &= !(1 << 5);
                 entry.ebx = entry.ebx & 0x00ff_ffff | index << 24;
+            }
+            // Shadow stacks and indirect branch tracking: KVM does not give their
+            // pointers by the calls that save a vCPU.
+            7 if entry.index == 0 => {
+                entry.ecx &= !(1 << 7);
+                entry.edx &= !(1 << 20);
             }
             0xb | 0x1f => entry.edx = index,
             0x8000_0001 => entry.ecx &= !(1 << 2),

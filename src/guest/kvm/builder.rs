@@ -4,7 +4,7 @@
 use std::fs::OpenOptions;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use super::boot::{MOST_RAM, MOST_VCPUS};
+use super::boot::{MOST_DISK, MOST_RAM, MOST_VCPUS};
 use super::facts::facts;
 use super::machine::{Config, KIND, Pace, Parts, assemble};
 use super::needs;
@@ -14,7 +14,7 @@ use crate::activate::machine::{BuildPlan, Builder, Machine, MachineError};
 use crate::activate::nbd::BlockSource;
 use crate::guest::embedded::console::Console;
 use crate::guest::embedded::disk::TrackedDisk;
-use crate::guest::embedded::{Definition, SharedVmm, Vmm, VmmError};
+use crate::guest::embedded::{Definition, STOP_WITHIN, SharedVmm, Vmm, VmmError, stop};
 use crate::guest::qemu::check::Finding;
 
 /// The one block of memory.
@@ -89,6 +89,11 @@ impl Builder for KvmBuilder {
         }))
     }
 
+    /// Such a guest is always: it has no network.
+    fn can_isolate(&self) -> bool {
+        true
+    }
+
     fn check(&self, definition: &Definition) -> Vec<Finding> {
         let config = match checked(definition) {
             Ok(config) => config,
@@ -137,6 +142,12 @@ fn checked(definition: &Definition) -> Result<Config, VmmError> {
         return refused(format!(
             "it has {} disks; such a machine has one at most",
             definition.disks.len()
+        ));
+    }
+    if let Some((_, bytes)) = definition.disks.iter().find(|disk| disk.1 > MOST_DISK) {
+        return refused(format!(
+            "its disk has {bytes} bytes, more than {} GiB",
+            MOST_DISK >> 30
         ));
     }
     Config::of(definition)
@@ -218,11 +229,7 @@ impl Machine for Built {
     }
 
     fn stop(&mut self) -> Result<(), MachineError> {
-        match self.vmm().pause() {
-            // What has ended does not run either.
-            Ok(()) | Err(VmmError::Ended(_)) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
+        Ok(stop(&mut *self.vmm(), STOP_WITHIN)?)
     }
 
     fn is_running(&mut self) -> Result<bool, MachineError> {

@@ -64,6 +64,17 @@ impl TrackedRam {
     /// addresses, exist already and were made with `KVM_MEM_LOG_DIRTY_PAGES`.
     /// They are one block, `ram`.
     ///
+    /// Who else writes guest memory is in neither log, and such writes would be
+    /// missing from points: a vhost device in the kernel or in another process,
+    /// a VFIO device, or a monitor's own code that writes past `memory`. Such
+    /// devices must be stopped in [`DeviceState::pause`], and their writes told
+    /// through the bitmap of `memory` before it returns.
+    ///
+    /// A page that its file's filesystem has no room for kills the process that
+    /// touches it: [`reserve`](crate::guest::embedded::reserve) memory in files.
+    ///
+    /// [`DeviceState::pause`]: super::protected::DeviceState::pause
+    ///
     /// # Errors
     /// When a region is not a whole number of 4 KiB pages.
     pub fn adopt(vm: Arc<VmFd>, memory: TrackedMemory) -> Result<Self, VmmError> {

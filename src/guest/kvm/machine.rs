@@ -20,7 +20,7 @@ use super::kvm_error;
 use super::needs::KvmNeeds;
 use super::protected::{KvmParts, KvmVmm};
 use crate::guest::embedded::disk::TrackedDisk;
-use crate::guest::embedded::{Definition, MOST_CONFIG, SharedVmm, Vmm, VmmError};
+use crate::guest::embedded::{Definition, MOST_CONFIG, SharedVmm, Vmm, VmmError, reserve};
 
 pub use super::board::{Pace, Terminal};
 
@@ -77,6 +77,7 @@ impl KvmMachine {
             .ram_file
             .set_len(0)
             .and_then(|()| options.ram_file.set_len(options.ram))
+            .and_then(|()| reserve(&options.ram_file, options.ram))
             .map_err(|source| VmmError::Io {
                 what: format!("making a memory file of {} bytes", options.ram),
                 source,
@@ -97,8 +98,8 @@ impl KvmMachine {
     }
 }
 
-/// How to build such a guest elsewhere.
-fn definition(vmm: &mut KvmVmm, vcpus: u32) -> Result<Definition, VmmError> {
+/// The builder's part of the definition, as of now.
+pub(super) fn config(vmm: &mut KvmVmm) -> Result<Vec<u8>, VmmError> {
     let config = Config {
         version: CONFIG_VERSION,
         needs: vmm.needs()?,
@@ -106,6 +107,12 @@ fn definition(vmm: &mut KvmVmm, vcpus: u32) -> Result<Definition, VmmError> {
     let mut bytes = Vec::new();
     ciborium::into_writer(&config, &mut bytes)
         .map_err(|error| VmmError::State(format!("the definition: {error}")))?;
+    Ok(bytes)
+}
+
+/// How to build such a guest elsewhere.
+fn definition(vmm: &mut KvmVmm, vcpus: u32) -> Result<Definition, VmmError> {
+    let bytes = config(vmm)?;
     let ram = vmm.ram().iter().map(|ram| (ram.name.clone(), ram.bytes));
     let disks = vmm.disks().iter();
     Ok(Definition {
@@ -218,6 +225,7 @@ pub(super) fn assemble(
         disks: parts.disk.into_iter().collect(),
         devices: Box::new(board),
     })
+    .map(KvmVmm::of_our_own)
 }
 
 fn check_sizes(parts: &Parts) -> Result<(), VmmError> {
@@ -233,6 +241,13 @@ fn check_sizes(parts: &Parts) -> Result<(), VmmError> {
             "{ram} bytes of memory; such a machine has a whole number of 4 KiB pages between \
              1 MiB and {} GiB",
             boot::MOST_RAM >> 30
+        )));
+    }
+    let disk = parts.disk.as_ref().map_or(0, |disk| disk.bytes());
+    if disk > boot::MOST_DISK {
+        return Err(VmmError::State(format!(
+            "a disk of {disk} bytes; such a machine has one of at most {} GiB",
+            boot::MOST_DISK >> 30
         )));
     }
     Ok(())

@@ -42,6 +42,18 @@ impl KvmNeeds {
         }
     }
 
+    /// Of a guest with these vCPUs: an MSR that one of them uses is used.
+    pub(super) fn of_all(vcpus: &[VcpuState]) -> Option<Self> {
+        let mut all = Self::of(vcpus.len(), vcpus.first()?);
+        for vcpu in vcpus {
+            let values = all.msrs.iter_mut().zip(&vcpu.msrs);
+            for (msr, (_, value)) in values.filter(|(msr, (index, _))| msr.0 == *index) {
+                msr.1 |= *value != 0;
+            }
+        }
+        Some(all)
+    }
+
     /// Refuses what no guest needs.
     ///
     /// # Errors

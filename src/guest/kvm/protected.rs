@@ -11,6 +11,7 @@ use super::chips::{self, Chips};
 use super::dirty::TrackedRam;
 use super::facts::{self, KvmFacts};
 use super::gate::Gates;
+use super::machine;
 use super::needs::{self, KvmNeeds};
 use super::state::{State, VcpuState};
 use super::throttle::Throttle;
@@ -90,6 +91,8 @@ pub struct KvmVmm {
     restored: bool,
     /// The time at which the guest stands, since it was stopped.
     stands: Option<Time>,
+    /// It is of our own monitor, whose config tells its needs.
+    ours: bool,
     chips: Chips,
     facts: KvmFacts,
     can: Abilities,
@@ -116,6 +119,7 @@ impl KvmVmm {
             paused: parts.gates.paused(),
             restored: false,
             stands: None,
+            ours: false,
             chips,
             can: facts.abilities(&parts.vm, chips.irqchip),
             facts,
@@ -131,12 +135,17 @@ impl KvmVmm {
     pub fn needs(&mut self) -> Result<KvmNeeds, VmmError> {
         let ran = !self.paused;
         self.pause()?;
-        let can = self.can.clone();
-        let first = self.parts.gates.on(0, move |fd| vcpu::save(fd, &can));
+        let state = self.take();
         if ran {
             self.resume()?;
         }
-        Ok(KvmNeeds::of(self.parts.gates.vcpus(), &first??))
+        KvmNeeds::of_all(&state?.vcpus).ok_or_else(|| VmmError::State("it has no vCPU".to_owned()))
+    }
+
+    /// A machine of our own monitor.
+    pub(super) fn of_our_own(mut self) -> Self {
+        self.ours = true;
+        self
     }
 
     /// Gives a guest that has never run the state of another, whose memory its
@@ -288,6 +297,13 @@ impl Vmm for KvmVmm {
             .put(&mut state);
         state.devices = self.parts.devices.save()?;
         state.encode()
+    }
+
+    fn config(&mut self) -> Result<Option<Vec<u8>>, VmmError> {
+        match self.ours {
+            true => machine::config(self).map(Some),
+            false => Ok(None),
+        }
     }
 
     fn throttle(&mut self, percent: u8) -> Result<(), VmmError> {

@@ -26,6 +26,8 @@ pub(super) const TSC: u32 = 0x10;
 const TSC_DEADLINE: u32 = 0x6e0;
 /// What a KVM_GET_MSRS or KVM_SET_MSRS takes at a time.
 const MSRS_AT_ONCE: usize = 200;
+/// CR4's bit of control-flow enforcement: shadow stacks, indirect branch tracking.
+const CR4_CET: u64 = 1 << 23;
 /// Bytes of an XSAVE area without dynamic features.
 const PLAIN_XSAVE: usize = size_of::<kvm_xsave>();
 /// How far two time stamp counters may differ in frequency and count as the
@@ -99,6 +101,7 @@ pub(super) fn save(vcpu: &VcpuFd, can: &Abilities) -> Result<VcpuState, VmmError
         .map_err(failed("KVM_GET_MP_STATE (whether it is halted)"))?;
     let regs = vcpu.get_regs().map_err(failed("KVM_GET_REGS"))?;
     let sregs = vcpu.get_sregs().map_err(failed("KVM_GET_SREGS"))?;
+    without_cet(sregs.cr4)?;
     let fpu = match can.xsave_bytes {
         0 => Some(vcpu.get_fpu().map_err(failed("KVM_GET_FPU"))?.into()),
         _ => None,
@@ -138,6 +141,19 @@ pub(super) fn save(vcpu: &VcpuFd, can: &Abilities) -> Result<VcpuState, VmmError
         debug: Exact(debug),
         mp_state: Exact(mp_state),
     })
+}
+
+/// Refuses a guest that uses shadow stacks: their pointer is in no MSR of KVM's
+/// list, and a guest that went on with another would die of it.
+pub(super) fn without_cet(cr4: u64) -> Result<(), VmmError> {
+    match cr4 & CR4_CET {
+        0 => Ok(()),
+        _ => Err(VmmError::State(
+            "the guest uses control-flow enforcement (CET), whose shadow stack pointer is not \
+             carried; hide SHSTK and IBT from the guest at its start"
+                .to_owned(),
+        )),
+    }
 }
 
 /// Gives a vCPU that has never run all that another was.

@@ -11,7 +11,7 @@ use crate::activate::machine::{BuildPlan, Builder, Machine, MachineError};
 use crate::activate::nbd::BlockSource;
 use crate::guest::embedded::console::Console;
 use crate::guest::embedded::disk::TrackedDisk;
-use crate::guest::embedded::{Definition, SharedVmm, Vmm};
+use crate::guest::embedded::{Definition, STOP_WITHIN, SharedVmm, Vmm, stop};
 use crate::guest::qemu::check::Finding;
 
 /// Builds sim guests.
@@ -29,6 +29,11 @@ impl Builder for SimBuilder {
             }
         }
         Ok(Box::new(built?))
+    }
+
+    /// Such a guest is always: it has no network.
+    fn can_isolate(&self) -> bool {
+        true
     }
 
     fn check(&self, definition: &Definition) -> Vec<Finding> {
@@ -167,7 +172,7 @@ impl Machine for SimMachine {
     }
 
     fn stop(&mut self) -> Result<(), MachineError> {
-        Ok(self.with(|vmm| vmm.pause())?)
+        Ok(self.with(|vmm| stop(vmm, STOP_WITHIN))?)
     }
 
     fn is_running(&mut self) -> Result<bool, MachineError> {

@@ -259,6 +259,7 @@ fn build(definition: &Definition, directory: &Path, held: &Held) -> Box<dyn Mach
         run,
         ram: vec![ram.clone()],
         disks,
+        isolated: false,
     };
     let machine = SimBuilder.build(plan).unwrap();
     std::fs::write(ram, &held.0[0]).unwrap();
@@ -415,6 +416,7 @@ fn definitions_and_states_of_no_sim_guest_are_refused() {
             run: directory.path().to_owned(),
             ram: vec![directory.path().join("none")],
             disks: Vec::new(),
+            isolated: false,
         };
         assert!(SimBuilder.build(plan).is_err());
     };
@@ -449,6 +451,9 @@ fn definitions_and_states_of_no_sim_guest_are_refused() {
         + 5;
     state[phase] = 9;
     assert!(machine.restore(&state).is_err());
+    // One that has ended is stopped.
+    vmm.lock().unwrap().end();
+    machine.stop().unwrap();
     // A plan that fails leaves nothing.
     let run = directory.path().join("other");
     std::fs::create_dir(&run).unwrap();
@@ -460,6 +465,7 @@ fn definitions_and_states_of_no_sim_guest_are_refused() {
             Arc::new(Point(vec![0; 6 << 20])),
             Arc::new(Point(vec![0; 5])),
         ],
+        isolated: false,
     };
     assert!(SimBuilder.build(plan).is_err());
     assert_eq!(std::fs::read_dir(run).unwrap().count(), 0);

@@ -406,3 +406,14 @@ fn the_pause_grows_with_what_changed_and_not_with_memory() {
         );
     }
 }
+
+/// A fence of a guest that has ended has nothing to stop.
+#[test]
+fn a_guest_that_has_ended_is_stopped() {
+    let directory = tempfile::tempdir().unwrap();
+    let machine = Machine::new(5, directory.path());
+    let key = DigestKey::new([1; 32]);
+    let mut guest = EmbeddedGuest::attach(Monitor::of(&machine), key, 1 << 20).unwrap();
+    machine.lock().unwrap().ended = true;
+    guest.stop().unwrap();
+}

@@ -9,7 +9,7 @@ use crate::activate::machine::{BuildPlan, Builder, Machine};
 use crate::activate::nbd::BlockSource;
 use crate::guest::embedded::{Definition, SharedVmm};
 use crate::guest::kvm::builder::KvmBuilder;
-use crate::guest::kvm::machine::{KvmMachine, KvmOptions};
+use crate::guest::kvm::machine::{Config, KvmMachine, KvmOptions};
 
 /// A disk at a point: every byte tells its block.
 struct Point(u64);
@@ -67,6 +67,7 @@ fn build(definition: &Definition, run: &Path, ram: &Path) -> Box<dyn Machine> {
         run: run.to_owned(),
         ram: vec![ram.to_owned()],
         disks: vec![Arc::new(Point(MIB))],
+        isolated: false,
     };
     KvmBuilder.build(plan).unwrap()
 }
@@ -151,6 +152,7 @@ fn definitions_that_lie_are_refused() {
                 .iter()
                 .map(|_| Arc::new(Point(MIB)) as _)
                 .collect(),
+            isolated: false,
         };
         let Err(error) = KvmBuilder.build(plan) else {
             panic!("{wanted}: built");
@@ -168,9 +170,64 @@ fn definitions_that_lie_are_refused() {
     refused(&|d| d.ram.clear(), "0 blocks");
     refused(&|d| d.disks.push(("more".into(), MIB)), "2 disks");
     refused(&|d| d.disks[0].1 = 7, "7 bytes");
+    refused(&|d| d.disks[0].1 = 1 << 50, "more than 4096 GiB");
     refused(&|d| d.config.truncate(20), "damaged");
     refused(&|d| d.config = vec![0; 300 << 10], "more than");
     let mut odd = good.clone();
     odd.config.clear();
     assert_eq!(KvmBuilder.check(&odd)[0].code, "kvm-definition");
+}
+
+#[test]
+fn memory_is_reserved_before_it_is_mapped() {
+    if !here() {
+        return;
+    }
+    use std::os::unix::fs::MetadataExt;
+    let dir = tempfile::tempdir().unwrap();
+    let (vmm, _, memory) = start(dir.path(), false);
+    // A page that lacked room would kill this process.
+    assert!(memory.metadata().unwrap().blocks() * 512 >= SMALL.ram);
+    vmm.lock().unwrap().end();
+}
+
+#[test]
+fn what_a_guest_began_to_use_is_told() {
+    if !here() {
+        return;
+    }
+    const LSTAR: u32 = 0xc000_0082;
+    // mov ecx, LSTAR; mov eax, 0x1000; xor edx, edx; wrmsr
+    let program = Code::default()
+        .key()
+        .raw(&[
+            0xb9, 0x82, 0, 0, 0xc0, 0xb8, 0, 0x10, 0, 0, 0x31, 0xd2, 0x0f, 0x30,
+        ])
+        .say(b'u')
+        .spin();
+    let paper = Arc::new(Paper::default());
+    let options = KvmOptions {
+        vcpus: 2,
+        ram: SMALL.ram,
+        ram_file: tempfile::tempfile().unwrap(),
+        program: program.0,
+        disk: None,
+        terminal: paper.clone(),
+        pace: PACE,
+        irqchip: false,
+    };
+    let (vmm, mut definition) = KvmMachine::start(options).unwrap();
+    let uses = |definition: &Definition| {
+        let needs = Config::of(definition).unwrap().needs;
+        needs.msrs.iter().any(|msr| *msr == (LSTAR, true))
+    };
+    assert!(!uses(&definition));
+    // One of the two vCPUs takes the key.
+    paper.keys.lock().unwrap().push_back(b'x');
+    paper.wait_for("u");
+    let mut vmm = vmm.lock().unwrap();
+    definition.config = vmm.config().unwrap().unwrap();
+    assert!(uses(&definition));
+    assert_eq!(vmm.running(), Some(true));
+    vmm.end();
 }

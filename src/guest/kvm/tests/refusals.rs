@@ -160,3 +160,52 @@ fn sizes_out_of_range_are_refused() {
         assert!(error.to_string().contains(wanted), "{error}");
     }
 }
+
+#[test]
+fn control_flow_enforcement_is_hidden_and_refused() {
+    use crate::guest::kvm::{boot, vcpu};
+    assert!(vcpu::without_cet(0x7_06f0).is_ok());
+    let error = vcpu::without_cet(1 << 23 | 0x6f0).unwrap_err();
+    assert!(error.to_string().contains("hide SHSTK and IBT"), "{error}");
+    if !here() {
+        return;
+    }
+    let mut facts = facts().unwrap();
+    // As on a host that has both.
+    for entry in &mut facts.cpuid {
+        if entry.function == 7 && entry.index == 0 {
+            entry.ecx |= 1 << 7;
+            entry.edx |= 1 << 20;
+        }
+    }
+    let given = boot::cpuid(&facts, 0).unwrap();
+    let mut leaves = given.as_slice().iter();
+    let leaf = leaves.find(|entry| entry.function == 7 && entry.index == 0);
+    let Some(leaf) = leaf else { return };
+    assert_eq!((leaf.ecx >> 7 & 1, leaf.edx >> 20 & 1), (0, 0));
+}
+
+#[test]
+fn a_string_of_commands_is_refused() {
+    use crate::guest::kvm::board::Board;
+    use crate::guest::kvm::dirty::TrackedMemory;
+    let directory = tempfile::tempdir().unwrap();
+    let disk = TrackedDisk::open("disk", &directory.path().join("image"), MIB).unwrap();
+    let memory = TrackedMemory::from_ranges(&[(vm_memory::GuestAddress(0), MIB as usize)]);
+    let terminal = Arc::new(Paper::default());
+    let board = Board::new(memory.unwrap(), Some(disk.clone()), terminal, PACE);
+    let status = || {
+        let mut status = [0; 4];
+        board.read(0x608, &mut status);
+        u32::from_le_bytes(status)
+    };
+    let written = || !disk.take_changed().is_empty();
+    let write = 2u32.to_le_bytes();
+    board.write(0x608, &write);
+    assert_eq!((status(), written()), (0, true));
+    // A vCPU that does so many for one exit could not be stopped meanwhile.
+    board.write(0x608, &write.repeat(1024));
+    assert_eq!((status(), written()), (1, false));
+    board.write(0x608, &3u32.to_le_bytes());
+    assert_eq!(status(), 0);
+}

@@ -177,6 +177,9 @@ impl Vmm for Monitor {
     }
     fn pause(&mut self) -> Result<(), VmmError> {
         let mut machine = self.machine.lock().unwrap();
+        if machine.ended {
+            return Err(VmmError::Ended("triple fault".to_owned()));
+        }
         machine.runs_a_while();
         machine.failure("pause")?;
         machine.runs = false;

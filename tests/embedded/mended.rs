@@ -1,0 +1,185 @@
+//! Faults that a review found, each as it was: see docs/reliability.md.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use farhaven_storage_sync::catalogue::{Catalogue, Table};
+use serde_json::{Value, json};
+
+use super::*;
+
+/// Every disk image below a site's run directory: path and inode.
+fn images(stage: &Path, site: &str, id: &str) -> Vec<(PathBuf, u64)> {
+    let runs = std::fs::read_dir(stage.join(site).join("run").join(id)).unwrap();
+    let images = runs.map(|run| run.unwrap().path().join("disk.img"));
+    let images = images.filter_map(|path| Some((path.clone(), path.metadata().ok()?.ino())));
+    images.collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_takeover_keeps_the_disks_of_the_first() {
+    let stage = Stage::set_paired(true).await.protect().await;
+    let id = source(&stage.east, "web").id;
+    let root = stage.dir.path();
+    stage.east.move_guest("web").await.unwrap();
+    let first = stage.at_west.newest();
+    counts_on(&first).await;
+    let before = images(root, "west", &id);
+    assert_eq!(before.len(), 1);
+
+    // West's daemon begins anew, without its guest; east lives.
+    stage.west.shutdown().await;
+    assert_eq!(
+        first.lock().unwrap().running(),
+        None,
+        "it ended with its site"
+    );
+    drop(stage.west);
+    let west = site_again(root, "west", builders(&stage.at_west)).await;
+    until("the link", || west.view().peers[0].connected.then_some(())).await;
+    assert!(target(&west, "web").trouble.contains("ended with it"));
+    west.fail_over("web", None, true).await.unwrap();
+    let second = stage.at_west.newest();
+    assert!(!Arc::ptr_eq(&first, &second));
+    counts_on(&second).await;
+    let after = images(root, "west", &id);
+    assert_eq!(after.len(), 2, "{after:?}");
+    let kept = after.iter().find(|(_, inode)| *inode == before[0].1);
+    assert!(kept.is_some(), "{before:?} is gone: {after:?}");
+    west.shutdown().await;
+    stage.east.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_whose_move_is_in_doubt_is_not_brought_back() {
+    let stage = Stage::protected().await;
+    let (id, root) = (source(&stage.east, "web").id, stage.dir.path());
+    let west = serde_json::to_value(stage.west.key()).unwrap();
+    stage.east.shutdown().await;
+    stage.west.shutdown().await;
+    drop((stage.east, stage.west));
+    stage.guest.lock().unwrap().end();
+    // As a daemon leaves it that is killed while it waits for the peer's word.
+    let catalogue = until("the catalogue", || {
+        Catalogue::open(&root.join("east").join("catalogue")).ok()
+    });
+    let (catalogue, _) = catalogue.await;
+    let mut kept: Value = catalogue.find(Table::Protections, &id).unwrap().unwrap();
+    kept["moving"] = json!({"group": id, "number": 2, "owner": west});
+    catalogue.put(Table::Protections, &id, &kept).unwrap();
+    catalogue.flush().unwrap();
+    drop(catalogue);
+
+    let east = site_again(root, "east", Builders::new()).await;
+    let (again, definition) = Counter::start(&root.join("again"));
+    let refused = east.embed("web", again.clone(), definition.clone());
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("take-back web --force"), "{refused}");
+    // There is no guest to let go on; but the doubt is over.
+    let gone = east.take_back("web", true).await.unwrap_err();
+    assert!(gone.to_string().contains("ended with it"), "{gone}");
+    east.embed("web", again, definition).unwrap();
+    east.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stop_that_failed_is_tried_again_at_the_same_term() {
+    let stage = Stage::set_paired(true).await.protect().await;
+    stage.east.unprotect("web", false).await.unwrap();
+    stage.guest.lock().unwrap().fail(1, 0);
+    let refused = stage.west.fail_over("web", None, true).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("did not say that it stopped"),
+        "{refused}"
+    );
+    assert_eq!(stage.guest.lock().unwrap().running(), Some(true));
+    // The next connection tells the same term again.
+    stage.west.shutdown().await;
+    // What was made ready there holds on to the store.
+    stage.at_west.built.lock().unwrap().clear();
+    drop(stage.west);
+    let west = site_again(stage.dir.path(), "west", builders(&stage.at_west)).await;
+    until("it is stopped", || {
+        (stage.guest.lock().unwrap().running() == Some(false)).then_some(())
+    })
+    .await;
+    west.shutdown().await;
+    stage.east.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_a_cut_left_stopped_goes_on_when_it_can() {
+    let stage = Stage::protected().await;
+    // More often than a cut tries.
+    stage.guest.lock().unwrap().fail(0, 25);
+    let east = stage.east.clone();
+    let told = until("it is told", || {
+        Some(source(&east, "web").trouble).filter(|trouble| !trouble.is_empty())
+    })
+    .await;
+    assert!(told.contains("as the test asked"), "{told}");
+    counts_on(&stage.guest).await;
+    until("protected again", || {
+        let view = source(&east, "web");
+        (view.trouble.is_empty() && view.phase == Phase::Protected).then_some(())
+    })
+    .await;
+
+    // One that somebody else stopped stays so, and that is said.
+    stage.guest.lock().unwrap().pause().unwrap();
+    until("that is said", || {
+        let view = source(&east, "web");
+        view.trouble.contains("is stopped here").then_some(())
+    })
+    .await;
+    assert_eq!(stage.guest.lock().unwrap().running(), Some(false));
+    stage.guest.lock().unwrap().resume().unwrap();
+    until("no more", || {
+        source(&east, "web").trouble.is_empty().then_some(())
+    })
+    .await;
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_test_begins_while_its_points_are_dropped() {
+    let stage = Stage::protected().await;
+    let id = source(&stage.east, "web").id;
+    stage.west.test("web", None).await.unwrap();
+    let over = Arc::new(AtomicBool::new(false));
+    let (west, done) = (stage.west.clone(), over.clone());
+    let tests = tokio::spawn(async move {
+        while !done.load(Ordering::Relaxed) {
+            let _ = west.test("web", None).await;
+            tokio::task::yield_now().await;
+        }
+    });
+    stage.east.unprotect("web", true).await.unwrap();
+    over.store(true, Ordering::Relaxed);
+    tests.await.unwrap();
+    assert!(stage.west.view().standbys.is_empty());
+    for built in stage.at_west.built.lock().unwrap().iter() {
+        assert_eq!(
+            built.lock().unwrap().running(),
+            None,
+            "a test nobody can end"
+        );
+    }
+    let west = stage.dir.path().join("west");
+    assert!(!west.join("ram").join(format!("{id}-test")).exists());
+    assert!(!west.join("run").join(&id).join("test").exists());
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_became_of_an_ended_guest_is_not_written_over() {
+    let stage = Stage::protected().await;
+    stage.east.move_guest("web").await.unwrap();
+    // Its disks are being copied, which ends with it.
+    stage.west.end_guest("web").await.unwrap();
+    tokio::time::sleep(Duration::from_millis(1200)).await;
+    let view = target(&stage.west, "web");
+    assert!(view.trouble.contains("by an operator"), "{}", view.trouble);
+    stage.end().await;
+}
