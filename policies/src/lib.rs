@@ -7,6 +7,7 @@
 //! Except for [`load::load`], nothing here knows a clock, a file or a guest.
 
 pub mod decide;
+pub mod evacuate;
 pub mod load;
 mod mistake;
 pub mod policy;
