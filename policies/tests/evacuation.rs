@@ -276,3 +276,15 @@ fn extremes_are_planned() {
         }
     }
 }
+#[test]
+fn debugging() {
+    for seed in 0..3000 {
+        let made = make(1 + (seed % 40) as usize, seed);
+        let (p, h) = performed(&made);
+        let d = made.facts.deadline.unwrap().as_secs_f64();
+        let mut free = made.facts.clone(); free.deadline = None;
+        if !p.left.is_empty() || h.finish > d { 
+        let q = plan(&free).unwrap();
+            println!("seed {seed} n {} left {} plan {:.1} everything {:.1} sim {:.1} deadline {d:.1} hidden {:.1} bounds {:?}", made.facts.groups.len(), p.left.len(), p.finish.as_secs_f64(), q.finish.as_secs_f64(), h.finish, made.hidden, p.bound); }
+    }
+}

@@ -2,13 +2,13 @@
 //!
 //! A guest writes to its working set, evenly, at its dirty rate. A write to what
 //! is dirty already adds nothing, so the dirty part nears the whole working set
-//! ever more slowly. The rest of what is left, the cold part, is copied once and
-//! first, as nobody writes to it.
+//! ever more slowly. What is dirty when copying begins is copied first, as the
+//! cold part; what is written meanwhile comes after it, as in the engine's rounds.
 
 /// Bytes to copy, and how they grow.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(super) struct Load {
-    /// Written by nobody any more.
+    /// Copied before the rest: nothing is added to it.
     pub(super) cold: f64,
     /// Dirty part of the working set.
     pub(super) hot: f64,
@@ -28,6 +28,12 @@ impl Load {
         self.hot += hot as f64;
         self.set += set as f64;
         self.dirty += if set == 0 { 0.0 } else { dirty_rate as f64 };
+    }
+
+    /// Copying begins: a first round takes all that is dirty.
+    pub(super) fn begin(&mut self) {
+        self.cold += self.hot;
+        self.hot = 0.0;
     }
 
     /// All that is to be copied.

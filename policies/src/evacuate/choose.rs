@@ -23,15 +23,30 @@ pub(super) enum First {
     Growth,
     /// What is waited for longest.
     Rest,
+    /// What may not use the whole link, the longest first: alone it would waste
+    /// the rest of it. Then as by growth.
+    Narrow,
 }
 
 /// How an order came about: with the same, a site that differs little gets a like run.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Way {
     first: First,
-    /// Finish aimed at, over the lower bound; `None`: the deadline itself.
+    /// Finish aimed at, over the lower bound; infinite: nothing is ever urgent; `None`: the deadline itself.
     aim: Option<f64>,
 }
+
+/// A finish so near the lower bound needs no other tries...
+const NEAR: f64 = 1.01;
+/// ...and so near at sites of more groups than this, where tries cost time.
+const NEAR_AT_LARGE: f64 = 1.04;
+const LARGE: usize = 1000;
+/// Up to so many groups, single ones are moved to other turns as long as that helps.
+const SMALL: usize = 25;
+/// Moves that are tried at most.
+const MOST_MOVES: usize = 600;
+/// Finishes that are aimed at where nothing comes near the bound, over the bound.
+const AIMS: [f64; 5] = [1.01, 1.04, 1.1, 1.3, f64::INFINITY];
 
 const WAYS: [Way; 5] = [
     Way {
@@ -68,7 +83,40 @@ pub(super) fn best(site: &Site<'_>, deadline: Option<f64>) -> (Way, Run) {
     let ways = WAYS
         .iter()
         .filter(|way| way.aim.is_some() || deadline.is_some());
-    let runs: Vec<_> = ways.map(|way| (*way, by(site, *way, deadline))).collect();
+    let mut runs: Vec<_> = ways.map(|way| (*way, by(site, *way, deadline))).collect();
+    // Where nothing comes near the bound, groups that are capped and groups that are
+    // waited for are in each other's way: a later finish, aimed at, balances them.
+    let over = if site.units.len() > LARGE {
+        NEAR_AT_LARGE
+    } else {
+        NEAR
+    };
+    let near = (bound::least(site) * over).min(limit);
+    let earliest = |runs: &[(Way, Run)]| {
+        let finishes = runs.iter().map(|(_, run)| run.finish);
+        finishes.fold(NEVER, f64::min)
+    };
+    if earliest(&runs) > near {
+        for aim in AIMS {
+            for first in [First::Priority, First::Growth, First::Narrow] {
+                let way = Way {
+                    first,
+                    aim: Some(aim),
+                };
+                runs.push((way, by(site, way, deadline)));
+            }
+        }
+        if site.units.len() <= SMALL && earliest(&runs) > near {
+            let fastest = runs
+                .iter()
+                .min_by(|a, b| a.1.finish.total_cmp(&b.1.finish))
+                .cloned();
+            if let Some((way, run)) = fastest {
+                let moved = moved(site, &run.order);
+                runs.push((way, moved));
+            }
+        }
+    }
     let fewest = runs.iter().map(|(_, run)| late(run)).min().unwrap_or(0);
     let earliest = runs
         .iter()
@@ -83,12 +131,62 @@ pub(super) fn best(site: &Site<'_>, deadline: Option<f64>) -> (Way, Run) {
     })
 }
 
+/// A way again, for a site that differs little; a small one is worth all tries.
+pub(super) fn again(site: &Site<'_>, way: Way, deadline: f64) -> Run {
+    if site.units.len() <= SMALL {
+        best(site, Some(deadline)).1
+    } else {
+        by(site, way, Some(deadline))
+    }
+}
+
+/// Single groups moved to other turns, and out of urgency, while that ends earlier.
+fn moved(site: &Site<'_>, start: &Order) -> Run {
+    let count = site.units.len();
+    let calm = Order {
+        turn: start.turn.clone(),
+        urgent_from: vec![NEVER; count],
+    };
+    let mut fastest = run(site, start.clone());
+    for start in [start.clone(), calm] {
+        let (mut here, mut tries) = (run(site, start), 0);
+        while tries < MOST_MOVES {
+            let before = here.finish;
+            for unit in 0..count {
+                for place in 0..count {
+                    tries += 1;
+                    let mut order = here.order.clone();
+                    let from = order.turn[unit];
+                    for turn in &mut order.turn {
+                        // Out of its place, and into the other.
+                        *turn -= usize::from(*turn > from);
+                        *turn += usize::from(*turn >= place);
+                    }
+                    order.turn[unit] = place;
+                    let tried = run(site, order);
+                    if tried.finish < here.finish {
+                        here = tried;
+                    }
+                }
+            }
+            if here.finish >= before * 0.999 {
+                break;
+            }
+        }
+        if here.finish < fastest.finish {
+            fastest = here;
+        }
+    }
+    fastest
+}
+
 /// One way.
 pub(super) fn by(site: &Site<'_>, way: Way, deadline: Option<f64>) -> Run {
     let least = bound::least(site);
     let finish = match (way.aim, deadline) {
-        (Some(over), Some(deadline)) => (least * over).min(deadline),
-        (Some(over), None) => least * over,
+        (Some(over), Some(deadline)) if over.is_finite() => (least * over).min(deadline),
+        (Some(over), _) if over.is_infinite() => NEVER,
+        (Some(over), _) => least * over,
         (None, deadline) => deadline.unwrap_or(least) * 0.995,
     };
     let turn = turns(site, way.first);
@@ -105,10 +203,13 @@ fn turns(site: &Site<'_>, first: First) -> Vec<usize> {
         .map(|unit| {
             let (left, growth) = (unit.load.left(), unit.load.growth());
             let by_growth = if growth > 0.0 { left / growth } else { NEVER };
+            let narrow = unit.cap < 0.999 * site.rates[unit.link];
             match first {
                 First::Priority => (-f64::from(unit.priority), by_growth, left),
                 First::Growth => (by_growth, left, 0.0),
                 First::Rest => (-unit.rest, by_growth, left),
+                First::Narrow if narrow => (-1.0, -left / unit.cap - unit.rest, left),
+                First::Narrow => (0.0, by_growth, left),
             }
         })
         .collect();
@@ -136,6 +237,9 @@ fn turns(site: &Site<'_>, first: First) -> Vec<usize> {
 /// From when each unit must go first for everything to be done at `finish`.
 fn urgent_from(site: &Site<'_>, turn: &[usize], finish: f64) -> Vec<f64> {
     let mut from = vec![NEVER; site.units.len()];
+    if finish >= NEVER {
+        return from;
+    }
     // Laid from the end: the latest due first, of those the last in turn.
     let mut sorted: Vec<usize> = (0..site.units.len()).collect();
     sorted.sort_by(|a, b| {

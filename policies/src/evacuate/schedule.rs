@@ -9,6 +9,10 @@ use std::collections::{BTreeSet, BinaryHeap};
 use super::bytes::Load;
 use super::units::{NEVER, Site};
 
+/// Where writes are faster than this part of the rate, rounds hardly shrink: a move
+/// throttles the guest then, as [`crate::decide::next_move_step`] does.
+const SLOW: f64 = 0.8;
+
 /// An order to try.
 #[derive(Debug, Clone)]
 pub(super) struct Order {
@@ -257,10 +261,16 @@ impl<'a> Running<'a> {
             free -= rate;
             state.bring(now);
             state.rate = rate;
-            state.outcome.copy_from = state.outcome.copy_from.min(now);
+            if state.outcome.copy_from >= NEVER {
+                state.outcome.copy_from = now;
+                if state.load.left() > state.tail {
+                    state.load.begin();
+                }
+            }
             link.served.push(*index);
             let mut left = state.time_left();
-            if left.is_none() && rate > 0.99 * most {
+            let hardly = state.load.dirty > SLOW * rate && state.load.set > state.tail;
+            if (left.is_none() || hardly) && rate > 0.99 * most && !state.outcome.throttled {
                 state.throttle(unit.throttle);
                 left = state.time_left();
             }

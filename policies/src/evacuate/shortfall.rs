@@ -2,7 +2,7 @@
 //! would make it fit.
 
 use super::bound;
-use super::choose::{Way, best, by};
+use super::choose::{Way, again, best};
 use super::schedule::Run;
 use super::units::{NEVER, Site, span};
 use super::{Left, LeftReason, WouldDo};
@@ -50,7 +50,7 @@ pub(super) fn fit(site: &Site<'_>, deadline: Option<f64>) -> Fit {
     let run = if run.finish <= limit {
         run
     } else {
-        by(&site.only(&keep), way, Some(limit))
+        again(&site.only(&keep), way, limit)
     };
     let mut kept = vec![false; site.units.len()];
     keep.iter().for_each(|unit| kept[*unit] = true);
@@ -115,7 +115,7 @@ fn most(site: &Site<'_>, candidates: &[usize], way: Way, limit: f64) -> Vec<usiz
     let fits = |units: &[usize]| {
         let mut units = units.to_vec();
         units.sort_unstable();
-        by(&site.only(&units), way, Some(limit)).finish <= limit
+        again(&site.only(&units), way, limit).finish <= limit
     };
     let (mut fit, mut too_many) = (0, candidates.len() + 1);
     while too_many - fit > 1 {
@@ -197,7 +197,7 @@ fn left(site: &Site<'_>, kept: &[bool], reasons: &[Option<LeftReason>]) -> Vec<L
 
 fn would_do(site: &Site<'_>, way: Way, deadline: Option<f64>, everything: f64) -> WouldDo {
     let rate_percent = deadline.and_then(|deadline| {
-        let enough = |factor: f64| by(&site.faster(factor), way, Some(deadline)).finish <= deadline;
+        let enough = |factor: f64| again(&site.faster(factor), way, deadline).finish <= deadline;
         if !enough(FASTEST) {
             return None;
         }
