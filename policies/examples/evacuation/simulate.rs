@@ -107,9 +107,7 @@ impl Rule {
 pub(crate) struct Happened {
     /// When everything that has a turn ran and was healthy; infinite if something never did.
     pub(crate) finish: f64,
-    /// When each group was cut and healthy.
-    pub(crate) cut_at: Vec<f64>,
-    pub(crate) healthy_at: Vec<f64>,
+    /// Bytes that crossed.
     pub(crate) bytes: f64,
     /// Guests that ran nowhere for longer than their policy says.
     pub(crate) blackouts_over: usize,
@@ -432,6 +430,8 @@ impl<'a> Simulation<'a> {
         if little || group.rounds >= MOST_ROUNDS || (stuck && group.slowed < 1.0) {
             if !free {
                 group.phase = Phase::Holding;
+                // What is written while it waits says nothing about its rounds.
+                group.taken_last = f64::INFINITY;
                 return;
             }
             group.phase = Phase::Cutting { left };
@@ -471,8 +471,6 @@ impl<'a> Simulation<'a> {
         let turns = (0..self.groups.len()).filter(|index| self.rule.turn[*index] != usize::MAX);
         Happened {
             finish: turns.map(|index| healthy_at[index]).fold(0.0, f64::max),
-            cut_at: self.groups.iter().map(|group| group.cut_at).collect(),
-            healthy_at,
             bytes: self.bytes,
             blackouts_over,
             out_of_order,

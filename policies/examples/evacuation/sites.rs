@@ -170,9 +170,11 @@ fn rates(random: &mut Random, facts: &mut Facts, links: usize, target: f64) {
             if random.chance(0.1) {
                 group.rate_cap = Some((rate * random.between(0.1, 0.9)) as u64);
             }
-            // One guest that outruns the link is another test's.
+            // Guests that outrun what they may use of the link are another test's.
+            let share = rate * f64::from(group.share) / 100.0;
+            let cap = group.rate_cap.map_or(share, |cap| share.min(cap as f64));
             for guest in &mut group.guests {
-                guest.dirty_rate = guest.dirty_rate.min((rate * 0.02) as u64).max(1);
+                guest.dirty_rate = guest.dirty_rate.min((cap * 0.02) as u64).max(1);
                 guest.remaining = guest.remaining.max(1);
             }
         }

@@ -30,6 +30,33 @@ impl Load {
         self.dirty += if set == 0 { 0.0 } else { dirty_rate as f64 };
     }
 
+    /// Fits one curve of growth to several guests' (dirty rate, working set): a small set
+    /// fills up while a large one still grows. The curve starts as steeply as
+    /// theirs together and meets them again after `time`.
+    pub(super) fn fit(&mut self, guests: &[(f64, f64)], time: f64) {
+        if guests.len() < 2 || self.dirty * time <= 0.0 {
+            return;
+        }
+        let grown = |dirty: f64, set: f64| {
+            if set > 0.0 {
+                set * (1.0 - (-dirty * time / set).exp())
+            } else {
+                0.0
+            }
+        };
+        let wanted: f64 = guests.iter().map(|(dirty, set)| grown(*dirty, *set)).sum();
+        let (mut low, mut high) = (0.0, self.set);
+        for _ in 0..40 {
+            let middle = f64::midpoint(low, high);
+            if grown(self.dirty, middle) < wanted {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        self.set = high.max(self.hot);
+    }
+
     /// Copying begins: a first round takes all that is dirty.
     pub(super) fn begin(&mut self) {
         self.cold += self.hot;

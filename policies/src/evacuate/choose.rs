@@ -44,7 +44,7 @@ const LARGE: usize = 1000;
 /// Up to so many groups, single ones are moved to other turns as long as that helps.
 const SMALL: usize = 25;
 /// Moves that are tried at most.
-const MOST_MOVES: usize = 600;
+const MOST_MOVES: usize = 800;
 /// Finishes that are aimed at where nothing comes near the bound, over the bound.
 const AIMS: [f64; 5] = [1.01, 1.04, 1.1, 1.3, f64::INFINITY];
 
@@ -147,8 +147,13 @@ fn moved(site: &Site<'_>, start: &Order) -> Run {
         turn: start.turn.clone(),
         urgent_from: vec![NEVER; count],
     };
+    // From the other end, too: what is best is often near one of them.
+    let mut reversed = calm.clone();
+    for turn in &mut reversed.turn {
+        *turn = count - 1 - *turn;
+    }
     let mut fastest = run(site, start.clone());
-    for start in [start.clone(), calm] {
+    for start in [start.clone(), calm, reversed] {
         let (mut here, mut tries) = (run(site, start), 0);
         while tries < MOST_MOVES {
             let before = here.finish;

@@ -13,6 +13,11 @@ use super::units::{NEVER, Site};
 /// throttles the guest then, as [`crate::decide::next_move_step`] does.
 const SLOW: f64 = 0.8;
 
+/// A group that holds is copied again when so many times what it may be cut with is left...
+const TOP_UP: f64 = 2.0;
+/// ...where no more than this hold.
+const MOST_TOPPED_UP: usize = 64;
+
 /// An order to try.
 #[derive(Debug, Clone)]
 pub(super) struct Order {
@@ -121,6 +126,8 @@ struct Running<'a> {
     states: Vec<State>,
     links: Vec<Link>,
     events: BinaryHeap<Event>,
+    /// Units that hold.
+    holding: BTreeSet<usize>,
     now: f64,
 }
 
@@ -129,7 +136,7 @@ pub(super) fn run(site: &Site<'_>, order: Order) -> Run {
     let mut running = Running::new(site, &order);
     // Each unit starts, is urgent, holds, is cut and ends once; each releases its followers.
     let edges: usize = site.units.iter().map(|unit| unit.followers.len()).sum();
-    let limit = 64 * (site.units.len() + edges) + 64;
+    let limit = 128 * (site.units.len() + edges) + 64;
     for _ in 0..limit {
         if !running.step() {
             break;
@@ -187,6 +194,7 @@ impl<'a> Running<'a> {
             states: states.collect(),
             links: links.collect(),
             events: BinaryHeap::new(),
+            holding: BTreeSet::new(),
             now: 0.0,
         };
         for unit in 0..site.units.len() {
@@ -291,7 +299,10 @@ impl<'a> Running<'a> {
         let state = &mut self.states[unit];
         state.bring(at);
         match state.phase {
-            Phase::Copying if state.waits > 0 => state.phase = Phase::Holding,
+            Phase::Copying if state.waits > 0 => {
+                state.phase = Phase::Holding;
+                self.holding.insert(unit);
+            }
             Phase::Copying => self.cut(unit),
             Phase::Cutting => {
                 state.phase = Phase::Over;
@@ -321,6 +332,28 @@ impl<'a> Running<'a> {
         link.changed = true;
     }
 
+    fn copy_again(&mut self, unit: usize) {
+        self.states[unit].phase = Phase::Copying;
+        let (place, link) = (self.place(unit), self.site.units[unit].link);
+        self.links[link].queue.insert(place);
+        self.links[link].changed = true;
+    }
+
+    /// Whoever holds is copied again now and then, so that little is left when its time comes.
+    fn top_up(&mut self) {
+        if self.holding.len() > MOST_TOPPED_UP {
+            return;
+        }
+        for unit in self.holding.clone() {
+            let state = &mut self.states[unit];
+            state.bring(self.now);
+            if state.load.left() > TOP_UP * state.tail {
+                self.holding.remove(&unit);
+                self.copy_again(unit);
+            }
+        }
+    }
+
     fn happened(&mut self, event: Event) {
         self.now = event.at;
         let unit = event.unit;
@@ -329,17 +362,15 @@ impl<'a> Running<'a> {
             Kind::Healthy => {
                 let state = &mut self.states[unit];
                 state.waits = state.waits.saturating_sub(1);
-                if state.waits == 0 && state.phase == Phase::Holding {
+                if state.waits == 0 && self.holding.remove(&unit) {
                     state.bring(event.at);
                     if state.load.left() <= state.tail {
                         self.cut(unit);
                     } else {
-                        state.phase = Phase::Copying;
-                        let place = self.place(unit);
-                        self.links[link].queue.insert(place);
-                        self.links[link].changed = true;
+                        self.copy_again(unit);
                     }
                 }
+                self.top_up();
             }
             Kind::Urgent => {
                 let place = self.place(unit);

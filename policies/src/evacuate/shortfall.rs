@@ -16,6 +16,8 @@ const TRIES: u32 = 12;
 /// rates are not measured more exactly than that, and last in turn is what
 /// matters least.
 pub(super) const TIGHT: f64 = 0.02;
+/// The same in seconds, where that is more.
+const TIGHT_SECONDS: f64 = 0.5;
 
 /// What is done, and what is not.
 pub(super) struct Fit {
@@ -32,7 +34,7 @@ pub(super) struct Fit {
 pub(super) fn fit(site: &Site<'_>, deadline: Option<f64>) -> Fit {
     let (way, run) = best(site, deadline);
     let everything = run.finish;
-    let limit = deadline.map_or(NEVER * 0.99, |deadline| deadline * (1.0 + TIGHT));
+    let limit = deadline.map_or(NEVER * 0.99, |deadline| deadline + (deadline * TIGHT).max(TIGHT_SECONDS));
     if run.finish <= limit || site.units.is_empty() {
         return Fit {
             keep: (0..site.units.len()).collect(),

@@ -189,6 +189,13 @@ fn unit(index: usize, group: &GroupFacts, link: usize, rate: f64, starts: &[(f64
         (span, runs) = (span.max(*healthy), runs.max(*running));
         throttle = guest.max_throttle.min(throttle);
     }
+    let guests: Vec<_> = group
+        .guests
+        .iter()
+        .filter(|guest| guest.dirty_rate > 0)
+        .map(|guest| (guest.dirty_rate as f64, guest.working_set as f64))
+        .collect();
+    load.fit(&guests, load.left() / cap.max(1.0));
     // Half of the budget: the other half is for what a round finds too late.
     let tail = cap * (budget.clamp(0.0, 3600.0) / 2.0).max(SHORTEST_TAIL);
     Unit {
