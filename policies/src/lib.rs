@@ -8,6 +8,8 @@
 
 pub mod decide;
 pub mod evacuate;
+pub mod files;
+pub mod keep;
 pub mod load;
 mod mistake;
 pub mod policy;
@@ -15,3 +17,4 @@ pub mod retain;
 pub mod shape;
 pub mod site;
 pub mod units;
+pub mod week;
