@@ -53,13 +53,18 @@ fn main() -> ExitCode {
     let (mut guests, mut seed, mut json, mut show) = (1000, 1, false, false);
     while let Some(argument) = arguments.next() {
         let mut number = || arguments.next().and_then(|text| text.parse::<u64>().ok());
-        match (argument.as_str(), number_wanted(&argument).then(&mut number).flatten()) {
+        match (
+            argument.as_str(),
+            number_wanted(&argument).then(&mut number).flatten(),
+        ) {
             ("--guests", Some(count)) if (1..=100_000).contains(&count) => guests = count as usize,
             ("--seed", Some(value)) => seed = value,
             ("--json", _) => json = true,
             ("--plan", _) => show = true,
             _ => {
-                eprintln!("usage: evacuation [--guests 1..100000] [--seed NUMBER] [--json] [--plan]");
+                eprintln!(
+                    "usage: evacuation [--guests 1..100000] [--seed NUMBER] [--json] [--plan]"
+                );
                 return ExitCode::from(2);
             }
         }
@@ -78,7 +83,11 @@ fn main() -> ExitCode {
     let deadline = made.facts.deadline.unwrap_or_default().as_secs_f64();
     let bytes = planned.bound.writes.as_secs_f64();
     let chain = planned.bound.chain.as_secs_f64();
-    let bound = if guests >= MANY { bytes.max(chain) } else { planned.bound.least.as_secs_f64() };
+    let bound = if guests >= MANY {
+        bytes.max(chain)
+    } else {
+        planned.bound.least.as_secs_f64()
+    };
     let over_bound = happened.finish / bound.max(1e-9);
 
     let mut violations = Vec::new();
@@ -87,11 +96,20 @@ fn main() -> ExitCode {
             violations.push(what);
         }
     };
-    require(planning < LONGEST_PLANNING, format!("planning took {planning:.2} s"));
-    require(planned.left.is_empty(), format!("{} groups left", planned.left.len()));
+    require(
+        planning < LONGEST_PLANNING,
+        format!("planning took {planning:.2} s"),
+    );
+    require(
+        planned.left.is_empty(),
+        format!("{} groups left", planned.left.len()),
+    );
     require(
         happened.finish <= deadline,
-        format!("ended at {:.1} s, the deadline was {deadline:.1} s", happened.finish),
+        format!(
+            "ended at {:.1} s, the deadline was {deadline:.1} s",
+            happened.finish
+        ),
     );
     require(
         over_bound <= OVER_BOUND,
@@ -122,7 +140,11 @@ fn main() -> ExitCode {
         violations,
     };
     print(&report, &planned, json, show);
-    if report.violations.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    if report.violations.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
 }
 
 fn number_wanted(argument: &str) -> bool {
@@ -147,14 +169,23 @@ fn print(report: &Report, planned: &Plan, json: bool, show: bool) {
     );
     println!(
         "lower bounds: bytes {:.1} s, with writes {:.1} s, chain {:.1} s, least {:.1} s: {:.3} times",
-        report.bound_bytes, report.bound_writes, report.bound_chain, report.bound_least,
+        report.bound_bytes,
+        report.bound_writes,
+        report.bound_chain,
+        report.bound_least,
         report.over_bound
     );
-    println!("{} guests ran nowhere for longer than their policy says", report.blackouts_over_policy);
+    println!(
+        "{} guests ran nowhere for longer than their policy says",
+        report.blackouts_over_policy
+    );
     for wave in planned.waves.iter().filter(|_| show) {
         println!(
             "wave {:>3}: {:>8.1} s to {:>8.1} s, {} groups",
-            wave.number, wave.from.as_secs_f64(), wave.until.as_secs_f64(), wave.groups.len()
+            wave.number,
+            wave.from.as_secs_f64(),
+            wave.until.as_secs_f64(),
+            wave.groups.len()
         );
     }
     for violation in &report.violations {

@@ -98,7 +98,8 @@ pub struct LinkFacts {
 ///
 /// Whoever performs it serves each link by this rule: first groups that are being
 /// cut; then those whose `urgent_from` has come, the earliest first; then the
-/// rest by `turn`; each as far as its cap goes, then the next.
+/// rest by `turn`; each as far as its cap goes, then the next. A group that must
+/// wait for others with little left is copied again now and then meanwhile.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Plan {
     /// Waves in order. No group depends on another of its own wave.
@@ -262,7 +263,9 @@ pub enum PlanError {
         names: Vec<String>,
     },
     /// More than can be planned at once.
-    #[error("{guests} guests are more than the {MOST_GUESTS} that are planned at once; plan by group")]
+    #[error(
+        "{guests} guests are more than the {MOST_GUESTS} that are planned at once; plan by group"
+    )]
     TooMany {
         /// So many.
         guests: usize,

@@ -205,6 +205,7 @@ as_text!(
 );
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used)]
 mod tests {
     use super::*;
     use proptest::prelude::*;
@@ -218,7 +219,15 @@ mod tests {
         assert_eq!((schedule.steps.len(), schedule.problem()), (3, None));
         let usual: Schedule = "all for 1h,hourly for 24h,  daily for 7d".parse().unwrap();
         assert_eq!(usual, Schedule::default());
-        for bad in ["", "all", "all for", "hourly for 1d, ,", "all for 1h, all for 2h", "yearly for 1d", "newest -1"] {
+        for bad in [
+            "",
+            "all",
+            "all for",
+            "hourly for 1d, ,",
+            "all for 1h, all for 2h",
+            "yearly for 1d",
+            "newest -1",
+        ] {
             assert!(bad.parse::<Schedule>().is_err(), "{bad}");
         }
         for (unsound, told) in [
@@ -246,17 +255,32 @@ mod tests {
                 in_use: false,
             });
             let verdicts = schedule.retain(&points, now);
-            points.retain(|point| verdicts.iter().any(|of| of.number == point.number && of.keep));
+            points.retain(|point| {
+                verdicts
+                    .iter()
+                    .any(|of| of.number == point.number && of.keep)
+            });
         }
         // Six of the last hour, one for each of 23 hours and for six days before.
         let now = at(10 * 86_400 - 600);
         let aged = |from: u64, until: u64| {
             let age = |point: &&Point| now.duration_since(point.cut_at).unwrap().as_secs();
-            points.iter().filter(|point| (from..until).contains(&age(point))).count()
+            points
+                .iter()
+                .filter(|point| (from..until).contains(&age(point)))
+                .count()
         };
         assert_eq!(aged(0, 3600), 6);
-        assert!((22..=24).contains(&aged(3600, 86_400)), "{}", aged(3600, 86_400));
-        assert!((6..=7).contains(&aged(86_400, 8 * 86_400)), "{}", aged(86_400, 8 * 86_400));
+        assert!(
+            (22..=24).contains(&aged(3600, 86_400)),
+            "{}",
+            aged(3600, 86_400)
+        );
+        assert!(
+            (6..=7).contains(&aged(86_400, 8 * 86_400)),
+            "{}",
+            aged(86_400, 8 * 86_400)
+        );
     }
 
     proptest! {

@@ -12,6 +12,12 @@ use config::{Config, ConfigError, Source, Value, ValueKind};
 use serde::de::DeserializeOwned;
 use toml::de::{DeTable, DeValue};
 
+mod files;
+mod origins;
+
+pub use self::files::files_of;
+use self::files::read;
+pub use self::origins::{Loaded, Origins};
 pub use crate::mistake::{LoadError, Mistake, Origin, Problem};
 use crate::mistake::{expectation, nearest, shortened};
 use crate::shape::Shape;
@@ -76,54 +82,6 @@ pub fn load_files<T: Checked>(
         .map(|(path, text)| (path.as_path(), text.as_str()))
         .collect();
     load_layers(&texts, env_prefix, variables, overrides)
-}
-
-/// The files that `path` stands for: itself, or what ends in `.toml` in it, in
-/// order of names.
-///
-/// # Errors
-/// The directory cannot be read, or holds no such file, or more than [`MOST_FILES`].
-pub fn files_of(path: &Path, help: &'static str) -> Result<Vec<PathBuf>, LoadError> {
-    let failed = |source| LoadError::Read {
-        help,
-        path: path.to_owned(),
-        source,
-    };
-    if !std::fs::metadata(path).map_err(failed)?.is_dir() {
-        return Ok(vec![path.to_owned()]);
-    }
-    let mut files = Vec::new();
-    for entry in std::fs::read_dir(path).map_err(failed)? {
-        let file = entry.map_err(failed)?.path();
-        let name = file.file_name().unwrap_or_default().to_string_lossy();
-        if name.ends_with(".toml") && !name.starts_with('.') && file.is_file() {
-            files.push(file);
-        }
-    }
-    if !(1..=MOST_FILES).contains(&files.len()) {
-        return Err(LoadError::Files {
-            path: path.to_owned(),
-            files: files.len(),
-        });
-    }
-    files.sort();
-    Ok(files)
-}
-
-fn read(path: &Path, help: &'static str) -> Result<String, LoadError> {
-    let failed = |source| LoadError::Read {
-        help,
-        path: path.to_owned(),
-        source,
-    };
-    let bytes = std::fs::metadata(path).map_err(failed)?.len();
-    if bytes > LARGEST_FILE {
-        return Err(LoadError::TooLarge {
-            path: path.to_owned(),
-            bytes,
-        });
-    }
-    std::fs::read_to_string(path).map_err(failed)
 }
 
 /// [`load`], with the file's text and the environment as arguments.
@@ -191,12 +149,24 @@ pub fn load_layers<T: Checked>(
         }
         Err(_) => return Err(LoadError::Mistakes(inputs.mistakes)),
     };
-    let origins = Origins::of(&inputs, files);
+    let origins = Origins::new(
+        inputs
+            .given
+            .iter()
+            .map(|given| (given.key(), given.origin.clone())),
+        std::mem::take(&mut inputs.tables),
+        files
+            .first()
+            .map(|(path, _)| Origin::Path((*path).to_owned())),
+    );
     let told = std::mem::take(&mut inputs.mistakes);
     let follows = |problem: &Problem| {
         told.iter().any(|mistake| {
             let under = |key: &str| {
-                problem.key.strip_prefix(key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
+                problem
+                    .key
+                    .strip_prefix(key)
+                    .is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
             };
             under(&mistake.key) || mistake.meant.as_deref().is_some_and(under)
         })
@@ -214,64 +184,6 @@ pub fn load_layers<T: Checked>(
         Ok(Loaded { value, origins })
     } else {
         Err(LoadError::Mistakes(mistakes))
-    }
-}
-
-/// What was loaded, and where each value comes from.
-#[derive(Debug, Clone)]
-pub struct Loaded<T> {
-    /// What is in force.
-    pub value: T,
-    /// Where from.
-    pub origins: Origins,
-}
-
-/// Where each value that was given comes from.
-#[derive(Debug, Clone, Default)]
-pub struct Origins {
-    keys: HashMap<String, Origin>,
-    tables: HashMap<String, Origin>,
-    fallback: Option<Origin>,
-}
-
-impl Origins {
-    fn of(inputs: &Inputs, files: &[(&Path, &str)]) -> Origins {
-        let keys = inputs.given.iter();
-        Origins {
-            keys: keys.map(|given| (given.key(), given.origin.clone())).collect(),
-            tables: inputs.tables.clone(),
-            fallback: files.first().map(|(path, _)| Origin::Path((*path).to_owned())),
-        }
-    }
-
-    /// Where this key's value was given; `None` if it has its default.
-    pub fn of_key(&self, key: &str) -> Option<&Origin> {
-        self.keys.get(key)
-    }
-
-    /// Whether a file names something by this key, or in it.
-    pub fn in_file(&self, key: &str) -> bool {
-        self.tables.contains_key(key)
-    }
-
-    /// Whether any file was loaded.
-    pub fn any_file(&self) -> bool {
-        self.fallback.is_some()
-    }
-
-    /// Where to look for a key: where it was given, or else the table around it.
-    fn nearest(&self, key: &str) -> Origin {
-        let mut around = key;
-        loop {
-            let found = self.keys.get(around).or_else(|| self.tables.get(around));
-            if let Some(origin) = found {
-                return origin.clone();
-            }
-            match around.rsplit_once('.') {
-                Some((table, _)) => around = table,
-                None => return self.fallback.clone().unwrap_or(Origin::Defaults),
-            }
-        }
     }
 }
 

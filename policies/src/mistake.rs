@@ -148,7 +148,9 @@ fn list(mistakes: &[Mistake]) -> String {
 pub(crate) fn expectation(shape: Option<&Shape>, shown: &str, complaint: &str) -> String {
     match shape {
         Some(Shape::Table(_) | Shape::Map(_)) => return "expected a table".to_owned(),
-        Some(Shape::List) if !shown.starts_with('[') => return "expected a list, like [\"one\", \"two\"]".to_owned(),
+        Some(Shape::List) if !shown.starts_with('[') => {
+            return "expected a list, like [\"one\", \"two\"]".to_owned();
+        }
         Some(Shape::Choice(words)) => {
             let one_of = format!("expected one of {}", words.join(", "));
             let shown = shown.trim_matches(['"', '\'']);
@@ -208,10 +210,13 @@ pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
     // Where the operator chooses keys, theirs is the valid one.
     let parts: Vec<&str> = key.split('.').collect();
     let keys = root.keys().into_iter().map(|valid| {
-        let filled = valid.split('.').enumerate().map(|(place, part)| match part {
-            ANY_KEY => parts.get(place).copied().unwrap_or(ANY_KEY),
-            part => part,
-        });
+        let filled = valid
+            .split('.')
+            .enumerate()
+            .map(|(place, part)| match part {
+                ANY_KEY => parts.get(place).copied().unwrap_or(ANY_KEY),
+                part => part,
+            });
         filled.collect::<Vec<_>>().join(".")
     });
     let best = keys
@@ -222,11 +227,17 @@ pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
 }
 
 /// The word most like `word`, if one is like it at all.
-pub(crate) fn nearest_of<'a>(words: impl IntoIterator<Item = &'a str>, word: &str) -> Option<&'a str> {
-    let likeness = |known: &str| strsim::normalized_damerau_levenshtein(&word.to_lowercase(), known);
+pub(crate) fn nearest_of<'a>(
+    words: impl IntoIterator<Item = &'a str>,
+    word: &str,
+) -> Option<&'a str> {
+    let likeness =
+        |known: &str| strsim::normalized_damerau_levenshtein(&word.to_lowercase(), known);
     if word.len() > 200 {
         return None;
     }
-    let best = words.into_iter().max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    let best = words
+        .into_iter()
+        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
     (likeness(best) >= 0.6).then_some(best)
 }

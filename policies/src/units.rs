@@ -370,8 +370,16 @@ macro_rules! as_text {
 pub(crate) use as_text;
 
 as_text!(Period, PERIOD, r"^ *([0-9]+(\.[0-9]+)? *(d|h|m|s|ms) *)+$");
-as_text!(ByteSize, SIZE, r"^ *[0-9]+(\.[0-9]+)? *([KMGT]?B?|kB|[KMGT]iB) *$");
-as_text!(Rate, RATE, r"^ *[0-9]+(\.[0-9]+)? *[kmgt]?(bit)?(/s|ps)? *$");
+as_text!(
+    ByteSize,
+    SIZE,
+    r"^ *[0-9]+(\.[0-9]+)? *([KMGT]?B?|kB|[KMGT]iB) *$"
+);
+as_text!(
+    Rate,
+    RATE,
+    r"^ *[0-9]+(\.[0-9]+)? *[kmgt]?(bit)?(/s|ps)? *$"
+);
 as_text!(
     RateLimit,
     RATE_LIMIT,

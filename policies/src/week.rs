@@ -75,7 +75,9 @@ impl fmt::Display for Days {
         }
         let (mut day, mut first) = (0, true);
         while day < 7 {
-            let run = (day..7).take_while(|next| self.contains(*next as u32)).count();
+            let run = (day..7)
+                .take_while(|next| self.contains(*next as u32))
+                .count();
             if run > 0 {
                 if !std::mem::take(&mut first) {
                     f.write_str(",")?;
@@ -103,7 +105,9 @@ impl FromStr for TimeOfDay {
         };
         let (hours, minutes) = (
             number(hours, 2).ok_or(TIME)?,
-            number(minutes, 2).filter(|_| minutes.len() == 2).ok_or(TIME)?,
+            number(minutes, 2)
+                .filter(|_| minutes.len() == 2)
+                .ok_or(TIME)?,
         );
         let time = hours * 60 + minutes;
         if minutes > 59 || time > 1440 {
@@ -119,7 +123,11 @@ impl fmt::Display for TimeOfDay {
     }
 }
 
-as_text!(Days, DAYS, "^(daily|(mon|tue|wed|thu|fri|sat|sun)([,-](mon|tue|wed|thu|fri|sat|sun))*)$");
+as_text!(
+    Days,
+    DAYS,
+    "^(daily|(mon|tue|wed|thu|fri|sat|sun)([,-](mon|tue|wed|thu|fri|sat|sun))*)$"
+);
 as_text!(TimeOfDay, TIME, "^([01]?[0-9]|2[0-4]):[0-5][0-9]$");
 
 /// The minutes of the week, `from..until`, that a window on these days covers; one

@@ -61,7 +61,8 @@ fn facts(groups: Vec<GroupFacts>, deadline: Option<f64>) -> Facts {
 
 fn left(plan: &Plan) -> Vec<(&str, &LeftReason)> {
     let left = plan.left.iter();
-    left.map(|left| (left.group.as_str(), &left.reason)).collect()
+    left.map(|left| (left.group.as_str(), &left.reason))
+        .collect()
 }
 
 /// No group shares a wave with, or comes before, one that it waits for.
@@ -69,16 +70,27 @@ fn keeps_order(facts: &Facts, plan: &Plan) {
     let mut waves = std::collections::HashMap::new();
     for wave in &plan.waves {
         for passage in &wave.groups {
-            let group = facts.groups.iter().find(|group| group.name == passage.group);
+            let group = facts
+                .groups
+                .iter()
+                .find(|group| group.name == passage.group);
             for guest in &group.unwrap().guests {
                 waves.insert(guest.name.as_str(), (wave.number, passage.group.as_str()));
             }
         }
     }
     for guest in facts.groups.iter().flat_map(|group| &group.guests) {
-        for after in guest.after.iter().filter_map(|name| waves.get(name.as_str())) {
+        for after in guest
+            .after
+            .iter()
+            .filter_map(|name| waves.get(name.as_str()))
+        {
             let (own, group) = waves[guest.name.as_str()];
-            assert!(after.0 < own || after.1 == group, "{} in wave {own}", guest.name);
+            assert!(
+                after.0 < own || after.1 == group,
+                "{} in wave {own}",
+                guest.name
+            );
         }
     }
 }
@@ -99,10 +111,16 @@ fn nothing_is_late_or_out_of_order_where_a_schedule_is_known_to_exist() {
         let deadline = made.facts.deadline.unwrap().as_secs_f64();
         let finish = happened.finish;
         assert!(made.hidden <= deadline, "seed {seed}");
-        assert!(finish <= deadline, "seed {seed}: {finish} s, deadline {deadline} s");
+        assert!(
+            finish <= deadline,
+            "seed {seed}: {finish} s, deadline {deadline} s"
+        );
         assert_eq!(happened.out_of_order, 0, "seed {seed}");
         let expected = planned.finish.as_secs_f64();
-        assert!((finish - expected).abs() < 0.05 * finish + 0.2, "seed {seed}: {finish} s, told {expected} s");
+        assert!(
+            (finish - expected).abs() < 0.05 * finish + 0.2,
+            "seed {seed}: {finish} s, told {expected} s"
+        );
         assert!(finish > 0.99 * planned.bound.bytes.max(planned.bound.chain).as_secs_f64());
         keeps_order(&made.facts, &planned);
         let passages: usize = planned.waves.iter().map(|wave| wave.groups.len()).sum();
@@ -116,10 +134,26 @@ fn large_sites_end_within_a_twentieth_of_the_lower_bound() {
         let made = make(400, seed);
         let (planned, happened) = performed(&made);
         let bound = planned.bound.writes.max(planned.bound.chain).as_secs_f64();
-        assert!(happened.finish <= 1.05 * bound, "seed {seed}: {} s, bound {bound} s", happened.finish);
-        let initial: u64 = made.facts.groups.iter().flat_map(|group| &group.guests).map(|guest| guest.remaining).sum();
-        assert!(happened.bytes >= initial as f64 * 0.999, "seed {seed}: bytes were lost");
-        assert!(happened.finish >= 0.999 * planned.bound.bytes.as_secs_f64(), "seed {seed}");
+        assert!(
+            happened.finish <= 1.05 * bound,
+            "seed {seed}: {} s, bound {bound} s",
+            happened.finish
+        );
+        let initial: u64 = made
+            .facts
+            .groups
+            .iter()
+            .flat_map(|group| &group.guests)
+            .map(|guest| guest.remaining)
+            .sum();
+        assert!(
+            happened.bytes >= initial as f64 * 0.999,
+            "seed {seed}: bytes were lost"
+        );
+        assert!(
+            happened.finish >= 0.999 * planned.bound.bytes.as_secs_f64(),
+            "seed {seed}"
+        );
         assert!(planned.waves.len() <= 40, "{} waves", planned.waves.len());
     }
 }
@@ -155,9 +189,16 @@ fn tiny_sites_end_about_when_the_best_of_all_orders_does() {
         let best = all
             .map(|order| perform(&made.facts, &made.truth, &Rule::in_order(&order)).finish)
             .fold(f64::INFINITY, f64::min);
-        assert!(happened.finish <= 1.05 * best + 0.1, "seed {seed}: {} s, best {best} s", happened.finish);
+        assert!(
+            happened.finish <= 1.05 * best + 0.1,
+            "seed {seed}: {} s, best {best} s",
+            happened.finish
+        );
         let gives: usize = planned.gives.len();
-        assert!(gives > 0 || happened.blackouts_over == 0, "seed {seed}: blackouts that were not told");
+        assert!(
+            gives > 0 || happened.blackouts_over == 0,
+            "seed {seed}: blackouts that were not told"
+        );
         ratios.push(happened.finish / best);
     }
     let mean = ratios.iter().sum::<f64>() / ratios.len() as f64;
@@ -187,7 +228,12 @@ fn the_higher_priority_goes_first_and_is_what_fits() {
     // 170 MB at 1 MB/s and the last one's start; what is told does indeed do.
     let longer = would_do.deadline.unwrap();
     assert!((171.0..176.0).contains(&longer.as_secs_f64()), "{longer:?}");
-    assert_eq!(plan(&facts(groups(), Some(longer.as_secs_f64()))).unwrap().left, []);
+    assert_eq!(
+        plan(&facts(groups(), Some(longer.as_secs_f64())))
+            .unwrap()
+            .left,
+        []
+    );
     let percent = would_do.rate_percent.unwrap();
     assert!((133..=140).contains(&percent), "{percent}");
     let mut faster = facts(groups(), Some(125.0));
@@ -207,13 +253,22 @@ fn what_cannot_be_done_is_named_with_its_reason() {
     behind.guests[0].after = vec!["abroad".into()];
     let mut database = group("db", 1, 1_000);
     database.guests[0].healthy = seconds(100.0);
-    let plan = plan(&facts(vec![chained, abroad, slow, behind, database], Some(60.0))).unwrap();
+    let plan = plan(&facts(
+        vec![chained, abroad, slow, behind, database],
+        Some(60.0),
+    ))
+    .unwrap();
     let too_long = |reason: &LeftReason| matches!(reason, LeftReason::TooLong { .. });
     let told = left(&plan);
     let of = |name: &str| told.iter().find(|(group, _)| *group == name).unwrap().1;
     assert_eq!(told.len(), 5, "{told:?}");
     assert_eq!(of("abroad"), &LeftReason::NoLink);
-    assert_eq!(of("behind"), &LeftReason::WaitsFor { group: "abroad".into() });
+    assert_eq!(
+        of("behind"),
+        &LeftReason::WaitsFor {
+            group: "abroad".into()
+        }
+    );
     assert_eq!(of("app"), &LeftReason::WaitsFor { group: "db".into() });
     assert!(too_long(of("slow")) && too_long(of("db")));
     // No rate makes up for a link that is missing.
@@ -229,9 +284,14 @@ fn a_guest_that_outruns_the_link_is_throttled_and_its_blackout_told() {
     wild.guests[0].max_throttle = 50;
     let plan = plan(&facts(vec![wild], None)).unwrap();
     assert_eq!(plan.left, []);
-    let [give] = &plan.gives[..] else { panic!("{:?}", plan.gives) };
+    let [give] = &plan.gives[..] else {
+        panic!("{:?}", plan.gives)
+    };
     assert_eq!((give.group.as_str(), give.throttle), ("wild", 50));
-    assert!(give.blackout > seconds(60.0) && give.max_blackout == seconds(0.5), "{give:?}");
+    assert!(
+        give.blackout > seconds(60.0) && give.max_blackout == seconds(0.5),
+        "{give:?}"
+    );
 }
 
 #[test]
@@ -241,7 +301,10 @@ fn facts_that_make_no_sense_are_refused_in_words() {
     let mut two = group("two", 1, 1);
     two.guests[0].after = vec!["one".into()];
     let error = plan(&facts(vec![one.clone(), two], None)).unwrap_err();
-    assert!(matches!(&error, PlanError::Cycle { names } if names.len() == 2), "{error}");
+    assert!(
+        matches!(&error, PlanError::Cycle { names } if names.len() == 2),
+        "{error}"
+    );
     let error = plan(&facts(vec![one.clone()], None)).unwrap_err();
     assert_eq!(
         error.to_string(),
@@ -251,7 +314,10 @@ fn facts_that_make_no_sense_are_refused_in_words() {
     moved.moved.insert("two".into());
     assert_eq!(plan(&moved).unwrap().left, []);
     one.guests[0].after = vec!["one".into()];
-    assert!(matches!(plan(&facts(vec![one], None)), Err(PlanError::Cycle { .. })));
+    assert!(matches!(
+        plan(&facts(vec![one], None)),
+        Err(PlanError::Cycle { .. })
+    ));
     let twice = plan(&facts(vec![group("a", 1, 1), group("a", 2, 1)], None)).unwrap_err();
     assert!(matches!(twice, PlanError::Twice { what: "group", .. }));
     assert_eq!(plan(&Facts::default()).unwrap().waves, []);

@@ -17,9 +17,17 @@ use serde_json::Value;
 
 const SOUND: &str = "[policies.gold]\nrpo = '5s'\n[sites.munich]\n[groups.bank]\npolicy = 'gold'\npeer = 'munich'\nguests.db = {}\n";
 
-fn read(files: &[(&str, &str)], variables: &[(&str, &str)]) -> Result<Loaded<PolicyFiles>, LoadError> {
-    let files: Vec<_> = files.iter().map(|(path, text)| (Path::new(*path), *text)).collect();
-    let variables = variables.iter().map(|(name, value)| (name.to_string(), value.to_string()));
+fn read(
+    files: &[(&str, &str)],
+    variables: &[(&str, &str)],
+) -> Result<Loaded<PolicyFiles>, LoadError> {
+    let files: Vec<_> = files
+        .iter()
+        .map(|(path, text)| (Path::new(*path), *text))
+        .collect();
+    let variables = variables
+        .iter()
+        .map(|(name, value)| (name.to_string(), value.to_string()));
     load_layers(&files, ENV_PREFIX, variables, &[])
 }
 
@@ -30,8 +38,12 @@ fn mistakes(files: &[(&str, &str)], variables: &[(&str, &str)]) -> Vec<String> {
 
 fn examples() -> Vec<PathBuf> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples");
-    let files = std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().path());
-    let mut files: Vec<_> = files.filter(|path| path.extension().is_some_and(|ending| ending == "toml")).collect();
+    let files = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let mut files: Vec<_> = files
+        .filter(|path| path.extension().is_some_and(|ending| ending == "toml"))
+        .collect();
     files.sort();
     assert!(files.len() >= 3);
     files
@@ -43,7 +55,10 @@ fn later_files_win_and_variables_over_them() {
     let loaded = read(
         &[("10.toml", SOUND), ("20.toml", over)],
         &[
-            ("FARHAVEN__POLICIES__GOLD__RETENTION", "all for 2h, newest 7"),
+            (
+                "FARHAVEN__POLICIES__GOLD__RETENTION",
+                "all for 2h, newest 7",
+            ),
             ("FARHAVEN__GROUPS__BANK__GUESTS__APP__AFTER", ""),
             // A site's own, which is none of ours.
             ("FARHAVEN__LINK__RATE_LIMIT", "50mbit"),
@@ -51,10 +66,16 @@ fn later_files_win_and_variables_over_them() {
     )
     .unwrap();
     let gold = &loaded.value.policies["gold"];
-    assert_eq!((gold.rpo, gold.mode, gold.standby), (Period::from_secs(20), Mode::DiskOnly, Standby::Auto));
+    assert_eq!(
+        (gold.rpo, gold.mode, gold.standby),
+        (Period::from_secs(20), Mode::DiskOnly, Standby::Auto)
+    );
     assert_eq!(gold.retention.to_string(), "all for 2h, newest 7");
     assert_eq!(loaded.value.groups["bank"].guests.len(), 2);
-    assert_eq!(loaded.value.groups["bank"].guests["app"].after, [] as [&str; 0]);
+    assert_eq!(
+        loaded.value.groups["bank"].guests["app"].after,
+        [] as [&str; 0]
+    );
 
     let shown = show(&loaded, "bank").unwrap();
     let of = |key: &str| {
@@ -62,11 +83,18 @@ fn later_files_win_and_variables_over_them() {
         (found.value.as_str(), found.from.as_str())
     };
     assert_eq!(of("policies.gold.rpo"), ("\"20s\"", "20.toml:2"));
-    assert_eq!(of("policies.gold.retention").1, "FARHAVEN__POLICIES__GOLD__RETENTION");
+    assert_eq!(
+        of("policies.gold.retention").1,
+        "FARHAVEN__POLICIES__GOLD__RETENTION"
+    );
     assert_eq!(of("policies.gold.priority"), ("100", "default"));
     assert_eq!(of("groups.bank.peer"), ("\"munich\"", "10.toml:6"));
     assert_eq!(of("alerts.rpo_critical"), ("3", "default"));
-    assert!(text(&shown).lines().any(|line| line.ends_with("# 20.toml:2")));
+    assert!(
+        text(&shown)
+            .lines()
+            .any(|line| line.ends_with("# 20.toml:2"))
+    );
     let unknown = show(&loaded, "bnak").unwrap_err().to_string();
     assert_eq!(unknown, "no group is called 'bnak'; did you mean 'bank'?");
 }
@@ -76,15 +104,25 @@ fn a_sites_variables_and_these_do_not_disturb_each_other() {
     let variables = [("FARHAVEN__POLICIES__GOLD__RPO".to_owned(), "1s".to_owned())];
     let name = [("site.name".to_owned(), "berlin".to_owned())];
     assert!(load_from::<SiteConfig>(None, ENV_PREFIX, variables, &name).is_ok());
-    let told = mistakes(&[("a.toml", SOUND)], &[("FARHAVEN__POLICES__GOLD__RPO", "1s")]);
-    assert_eq!(
-        told,
-        ["environment variable FARHAVEN__POLICES__GOLD__RPO: unknown key 'polices.gold.rpo'; did you mean 'policies.gold.rpo'?"]
+    let told = mistakes(
+        &[("a.toml", SOUND)],
+        &[("FARHAVEN__POLICES__GOLD__RPO", "1s")],
     );
-    let told = mistakes(&[("a.toml", SOUND)], &[("FARHAVEN__POLICIES__GLOD__RPO", "5s")]);
     assert_eq!(
         told,
-        ["environment variable FARHAVEN__POLICIES__GLOD__RPO: 'policies.glod' is named by no file; did you mean 'gold'?"]
+        [
+            "environment variable FARHAVEN__POLICES__GOLD__RPO: unknown key 'polices.gold.rpo'; did you mean 'policies.gold.rpo'?"
+        ]
+    );
+    let told = mistakes(
+        &[("a.toml", SOUND)],
+        &[("FARHAVEN__POLICIES__GLOD__RPO", "5s")],
+    );
+    assert_eq!(
+        told,
+        [
+            "environment variable FARHAVEN__POLICIES__GLOD__RPO: 'policies.glod' is named by no file; did you mean 'gold'?"
+        ]
     );
 }
 
@@ -154,53 +192,103 @@ rpo_critical = 2
         }
     }
     assert_eq!(told.len(), expected.len(), "{told:#?}");
-    assert!(told.iter().any(|line| line.starts_with("a/10.toml:") && line.contains("overlaps window 'day', both hold at mon 08:00")), "{told:#?}");
-    assert!(told.iter().any(|line| line.contains("wait for each other")), "{told:#?}");
+    assert!(
+        told.iter().any(|line| line.starts_with("a/10.toml:")
+            && line.contains("overlaps window 'day', both hold at mon 08:00")),
+        "{told:#?}"
+    );
+    assert!(
+        told.iter().any(|line| line.contains("wait for each other")),
+        "{told:#?}"
+    );
 }
 
 #[test]
 fn values_that_cannot_be_kept_are_told() {
     for (key, value, wanted) in [
         ("rpo", "'10ms'", "the shortest that can be kept is 1s"),
-        ("retention", "'daily for 7d, hourly for 8d'", "put finer steps first"),
+        (
+            "retention",
+            "'daily for 7d, hourly for 8d'",
+            "put finer steps first",
+        ),
         ("share", "0", "expected 1 to 100"),
         ("max_pause", "'1h'", "no shorter than the rpo"),
         ("max_throttle", "96", "at most 95 percent"),
         ("capture_buffer", "'4KiB'", "at least 1MiB is needed"),
         ("mode", "'disk-only'\nstandby = 'warm'", "copies no memory"),
-        ("windows.x", "{ bandwidth = '1mbit' }", "says neither days nor times"),
+        (
+            "windows.x",
+            "{ bandwidth = '1mbit' }",
+            "says neither days nor times",
+        ),
         ("priority", "256", "expected a whole number from 0 to 255"),
     ] {
         let text = format!("[policies.p]\n{key} = {value}\n");
         let told = mistakes(&[("p.toml", &text)], &[]);
         assert_eq!(told.len(), 1, "{told:?}");
-        assert!(told[0].starts_with("p.toml:2: ") || told[0].starts_with("p.toml:3: "), "{}", told[0]);
+        assert!(
+            told[0].starts_with("p.toml:2: ") || told[0].starts_with("p.toml:3: "),
+            "{}",
+            told[0]
+        );
         assert!(told[0].contains(wanted), "{}", told[0]);
     }
     let told = mistakes(&[("g.toml", "[groups.Bank]\npeer = ''\n")], &[]);
-    for wanted in ["groups.Bank' has a name", "guests' is empty", "policy' is missing", "peer' is missing"] {
-        assert!(told.iter().any(|line| line.contains(wanted)), "{wanted}: {told:#?}");
+    for wanted in [
+        "groups.Bank' has a name",
+        "guests' is empty",
+        "policy' is missing",
+        "peer' is missing",
+    ] {
+        assert!(
+            told.iter().any(|line| line.contains(wanted)),
+            "{wanted}: {told:#?}"
+        );
     }
     // One file that is not TOML does not bring forth mistakes about what the others lack.
-    let told = mistakes(&[("a.toml", "[policies.gold\n"), ("b.toml", &SOUND[SOUND.find("[sites").unwrap()..])], &[]);
-    assert!(told.len() == 1 && told[0].starts_with("a.toml:1: not TOML"), "{told:?}");
+    let told = mistakes(
+        &[
+            ("a.toml", "[policies.gold\n"),
+            ("b.toml", &SOUND[SOUND.find("[sites").unwrap()..]),
+        ],
+        &[],
+    );
+    assert!(
+        told.len() == 1 && told[0].starts_with("a.toml:1: not TOML"),
+        "{told:?}"
+    );
 }
 
 #[test]
 fn directories_are_read_in_order_of_names() {
     let dir = tempfile::tempdir().unwrap();
     let put = |name: &str, text: &str| std::fs::write(dir.path().join(name), text).unwrap();
-    assert!(matches!(PolicyFiles::read(dir.path()), Err(LoadError::Files { files: 0, .. })));
+    assert!(matches!(
+        PolicyFiles::read(dir.path()),
+        Err(LoadError::Files { files: 0, .. })
+    ));
     put("20-local.toml", "[policies.gold]\nrpo = '30s'\n");
     put("10-base.toml", SOUND);
     put("notes.txt", "no policy");
     put(".hidden.toml", "broken [");
     let loaded = PolicyFiles::read(dir.path()).unwrap();
     assert_eq!(loaded.value.policies["gold"].rpo, Period::from_secs(30));
-    let absent = PolicyFiles::read(&dir.path().join("none.toml")).unwrap_err().to_string();
-    assert!(absent.contains("none.toml") && absent.contains("policy schema"), "{absent}");
-    std::fs::File::create(dir.path().join("30.toml")).unwrap().set_len(LARGEST_FILE + 1).unwrap();
-    assert!(matches!(PolicyFiles::read(dir.path()), Err(LoadError::TooLarge { .. })));
+    let absent = PolicyFiles::read(&dir.path().join("none.toml"))
+        .unwrap_err()
+        .to_string();
+    assert!(
+        absent.contains("none.toml") && absent.contains("policy schema"),
+        "{absent}"
+    );
+    std::fs::File::create(dir.path().join("30.toml"))
+        .unwrap()
+        .set_len(LARGEST_FILE + 1)
+        .unwrap();
+    assert!(matches!(
+        PolicyFiles::read(dir.path()),
+        Err(LoadError::TooLarge { .. })
+    ));
 }
 
 #[test]
@@ -220,7 +308,10 @@ fn windows_cover_what_they_say() {
     assert_eq!(overlap(&night, &monday), Some(300));
     let later = spans(days("mon"), time("06:00"), time("07:00"));
     assert_eq!(overlap(&night, &later), None);
-    let whole: u32 = spans(Days::DAILY, time("00:00"), time("24:00")).iter().map(|(from, until)| until - from).sum();
+    let whole: u32 = spans(Days::DAILY, time("00:00"), time("24:00"))
+        .iter()
+        .map(|(from, until)| until - from)
+        .sum();
     assert_eq!(whole, 7 * 1440);
 }
 
@@ -228,11 +319,18 @@ fn windows_cover_what_they_say() {
 /// that is not known here fails, so that nothing passes unchecked.
 fn conforms(root: &Value, schema: &Value, value: &Value, at: &str) -> Result<(), String> {
     let Some(schema) = schema.as_object() else {
-        return if schema == &Value::Bool(false) { Err(format!("{at} is not allowed")) } else { Ok(()) };
+        return if schema == &Value::Bool(false) {
+            Err(format!("{at} is not allowed"))
+        } else {
+            Ok(())
+        };
     };
     let each = |schemas: &Value| {
         let schemas = schemas.as_array().unwrap().clone();
-        schemas.into_iter().map(|schema| conforms(root, &schema, value, at)).collect::<Vec<_>>()
+        schemas
+            .into_iter()
+            .map(|schema| conforms(root, &schema, value, at))
+            .collect::<Vec<_>>()
     };
     for (word, says) in schema {
         let holds = match word.as_str() {
@@ -251,7 +349,8 @@ fn conforms(root: &Value, schema: &Value, value: &Value, at: &str) -> Result<(),
                     "null" => value.is_null(),
                     other => panic!("type {other}"),
                 };
-                says.as_array().map_or_else(|| of(says), |kinds| kinds.iter().any(of))
+                says.as_array()
+                    .map_or_else(|| of(says), |kinds| kinds.iter().any(of))
             }
             "properties" => {
                 for (key, inner) in says.as_object().unwrap() {
@@ -278,12 +377,18 @@ fn conforms(root: &Value, schema: &Value, value: &Value, at: &str) -> Result<(),
             }
             "enum" => says.as_array().unwrap().contains(value),
             "const" => says == value,
-            "minimum" => value.as_f64().is_none_or(|value| value >= says.as_f64().unwrap()),
-            "maximum" => value.as_f64().is_none_or(|value| value <= says.as_f64().unwrap()),
+            "minimum" => value
+                .as_f64()
+                .is_none_or(|value| value >= says.as_f64().unwrap()),
+            "maximum" => value
+                .as_f64()
+                .is_none_or(|value| value <= says.as_f64().unwrap()),
             "anyOf" | "oneOf" => each(says).iter().any(Result::is_ok),
             "allOf" => each(says).iter().all(Result::is_ok),
             // Words for people, and patterns, which are judged beside the types themselves below.
-            "title" | "description" | "default" | "format" | "$schema" | "$defs" | "pattern" => true,
+            "title" | "description" | "default" | "format" | "$schema" | "$defs" | "pattern" => {
+                true
+            }
             other => panic!("the schema says '{other}', which is not checked"),
         };
         if !holds {
@@ -303,7 +408,11 @@ fn the_examples_are_sound_and_conform_to_the_schema() {
             assert!(show(&loaded, group).unwrap().len() > 20);
         }
         let text = std::fs::read_to_string(&path).unwrap();
-        assert!(text.starts_with("# "), "{} says nothing of itself", path.display());
+        assert!(
+            text.starts_with("# "),
+            "{} says nothing of itself",
+            path.display()
+        );
         let value = serde_json::to_value(text.parse::<toml::Table>().unwrap()).unwrap();
         conforms(&schema, &schema, &value, "").unwrap();
         // As written back, all defaults spelled out, it conforms and says the same.
@@ -336,9 +445,16 @@ fn the_schema_describes_every_key() {
         let mut place = &schema;
         for part in key.split('.') {
             place = at(&schema, place);
-            let inner = if part == "*" { place.get("additionalProperties") } else { place.pointer(&format!("/properties/{part}")) };
+            let inner = if part == "*" {
+                place.get("additionalProperties")
+            } else {
+                place.pointer(&format!("/properties/{part}"))
+            };
             place = inner.unwrap_or_else(|| panic!("the schema lacks {key}"));
-            assert!(part == "*" || place.get("description").is_some(), "{key} is not described");
+            assert!(
+                part == "*" || place.get("description").is_some(),
+                "{key} is not described"
+            );
         }
     }
 }

@@ -46,7 +46,12 @@ impl Truth {
         let turns = time / self.period + self.phase;
         let burst = |turns: f64| {
             let part = turns.fract();
-            turns.floor() + if part < 0.5 { 1.6 * part } else { 0.8 + 0.4 * (part - 0.5) }
+            turns.floor()
+                + if part < 0.5 {
+                    1.6 * part
+                } else {
+                    0.8 + 0.4 * (part - 0.5)
+                }
         };
         self.dirty * self.period * (burst(turns) - burst(self.phase))
     }
@@ -175,40 +180,53 @@ impl<'a> Simulation<'a> {
                 homes.insert(of.name.as_str(), (group, guest));
             }
         }
-        let groups = facts.groups.iter().zip(truth).enumerate().map(|(index, (group, truth))| {
-            let link = facts.links.iter().position(|link| link.peer == group.peer).unwrap();
-            let share = rates[link] * f64::from(group.share) / 100.0;
-            let mut starts: Vec<(f64, f64)> = Vec::new();
-            let mut waits = BTreeSet::new();
-            // Guests of a group wait only for such as are before them.
-            for guest in &group.guests {
-                let mut from = 0.0f64;
-                for home in guest.after.iter().filter_map(|name| homes.get(name.as_str())) {
-                    if home.0 == index {
-                        from = from.max(starts[home.1].1);
-                    } else {
-                        waits.insert(*home);
+        let groups = facts
+            .groups
+            .iter()
+            .zip(truth)
+            .enumerate()
+            .map(|(index, (group, truth))| {
+                let link = facts
+                    .links
+                    .iter()
+                    .position(|link| link.peer == group.peer)
+                    .expect("made-up groups go where a link leads");
+                let share = rates[link] * f64::from(group.share) / 100.0;
+                let mut starts: Vec<(f64, f64)> = Vec::new();
+                let mut waits = BTreeSet::new();
+                // Guests of a group wait only for such as are before them.
+                for guest in &group.guests {
+                    let mut from = 0.0f64;
+                    for home in guest
+                        .after
+                        .iter()
+                        .filter_map(|name| homes.get(name.as_str()))
+                    {
+                        if home.0 == index {
+                            from = from.max(starts[home.1].1);
+                        } else {
+                            waits.insert(*home);
+                        }
                     }
+                    let runs = from + guest.start.as_secs_f64();
+                    starts.push((runs, runs + guest.healthy.as_secs_f64()));
                 }
-                let runs = from + guest.start.as_secs_f64();
-                starts.push((runs, runs + guest.healthy.as_secs_f64()));
-            }
-            Group {
-                phase: Phase::Holding,
-                rounds: 0,
-                since: 0.0,
-                dirty: truth.iter().map(|truth| truth.hot).collect(),
-                taken_last: f64::INFINITY,
-                slowed: 1.0,
-                starts,
-                waits,
-                cap: group.rate_cap.map_or(share, |cap| share.min(cap as f64)),
-                link,
-                rate: 0.0,
-                at: 0.0,
-                cut_at: f64::INFINITY,
-            }
-        });
+                Group {
+                    phase: Phase::Holding,
+                    rounds: 0,
+                    since: 0.0,
+                    dirty: truth.iter().map(|truth| truth.hot).collect(),
+                    taken_last: f64::INFINITY,
+                    slowed: 1.0,
+                    starts,
+                    waits,
+                    cap: group.rate_cap.map_or(share, |cap| share.min(cap as f64)),
+                    link,
+                    rate: 0.0,
+                    at: 0.0,
+                    cut_at: f64::INFINITY,
+                }
+            });
         Simulation {
             facts,
             truth,
@@ -244,7 +262,10 @@ impl<'a> Simulation<'a> {
                 .flatten()
                 .map(|index| (self.now + self.time_left(*index), *index))
                 .min_by(|a, b| a.0.total_cmp(&b.0));
-            let event = self.later.first_key_value().map(|(key, _)| f64::from_bits(key.0));
+            let event = self
+                .later
+                .first_key_value()
+                .map(|(key, _)| f64::from_bits(key.0));
             match (reached, event) {
                 (Some((at, index)), event) if event.is_none_or(|event| at <= event) => {
                     self.now = at;
@@ -254,8 +275,10 @@ impl<'a> Simulation<'a> {
                 }
                 (_, Some(event)) => {
                     self.now = event;
-                    let (_, who) = self.later.pop_first().unwrap();
-                    who.into_iter().for_each(|index| self.woken(index));
+                    let woken = self.later.pop_first().map(|(_, who)| who);
+                    for index in woken.into_iter().flatten() {
+                        self.woken(index);
+                    }
                 }
                 _ => break,
             }
@@ -264,7 +287,10 @@ impl<'a> Simulation<'a> {
     }
 
     fn at(&mut self, time: f64, index: usize) {
-        self.later.entry((key(time), index)).or_default().push(index);
+        self.later
+            .entry((key(time), index))
+            .or_default()
+            .push(index);
     }
 
     fn place(&self, index: usize) -> (u8, u64, usize) {
@@ -360,7 +386,10 @@ impl<'a> Simulation<'a> {
         let mut taken = self.dirty(index);
         let group = &mut self.groups[index];
         if group.rounds == 0 {
-            taken += self.truth[index].iter().map(|truth| truth.cold).sum::<f64>();
+            taken += self.truth[index]
+                .iter()
+                .map(|truth| truth.cold)
+                .sum::<f64>();
         }
         group.rounds += 1;
         group.phase = Phase::Round { left: taken };
@@ -393,7 +422,8 @@ impl<'a> Simulation<'a> {
         if index >= self.groups.len() {
             // Somebody became healthy.
             for index in 0..self.groups.len() {
-                if self.groups[index].phase == Phase::Holding && self.rule.turn[index] != usize::MAX {
+                if self.groups[index].phase == Phase::Holding && self.rule.turn[index] != usize::MAX
+                {
                     self.decide(index);
                 }
             }

@@ -60,7 +60,11 @@ pub(crate) fn make(guests: usize, seed: u64) -> Made {
     let mut facts = Facts::default();
     let mut named = 0;
     while named < guests {
-        let wanted = if random.chance(0.6) { 1 } else { 2 + random.below(4) };
+        let wanted = if random.chance(0.6) {
+            1
+        } else {
+            2 + random.below(4)
+        };
         let count = wanted.min(guests - named);
         let group = group(&mut random, facts.groups.len(), named, count, links);
         named += count;
@@ -82,7 +86,11 @@ pub(crate) fn make(guests: usize, seed: u64) -> Made {
     let rule = hidden_rule(&mut random, &facts);
     let hidden = simulate(&facts, &truth, &rule).finish;
     // What is told of dirty rates is wrong by up to a fifth: closer than this nobody can tell.
-    let slack = if random.chance(0.3) { 0.02 } else { random.between(0.02, 0.1) };
+    let slack = if random.chance(0.3) {
+        0.02
+    } else {
+        random.between(0.02, 0.1)
+    };
     facts.deadline = Some(Duration::from_secs_f64(hidden * (1.0 + slack)));
     for guest in facts.groups.iter_mut().flat_map(|group| &mut group.guests) {
         guest.dirty_rate = (guest.dirty_rate as f64 * random.between(0.8, 1.2)) as u64;
@@ -95,7 +103,13 @@ pub(crate) fn make(guests: usize, seed: u64) -> Made {
     }
 }
 
-fn group(random: &mut Random, index: usize, named: usize, count: usize, links: usize) -> GroupFacts {
+fn group(
+    random: &mut Random,
+    index: usize,
+    named: usize,
+    count: usize,
+    links: usize,
+) -> GroupFacts {
     let guests = (0..count).map(|guest| {
         let size = random.scale(0.3e9, 20e9);
         let dirty = random.scale(10e3, 2e6);
@@ -124,7 +138,11 @@ fn group(random: &mut Random, index: usize, named: usize, count: usize, links: u
         peer: format!("peer-{}", random.below(links)),
         priority: (random.below(5) * 50) as u8,
         rate_cap: None,
-        share: if random.chance(0.2) { 20 + random.below(60) as u8 } else { 100 },
+        share: if random.chance(0.2) {
+            20 + random.below(60) as u8
+        } else {
+            100
+        },
     }
 }
 
@@ -144,7 +162,9 @@ fn chains(random: &mut Random, facts: &mut Facts) {
             let on = random.below(before.len());
             if depth[on] < 5 {
                 depth[index] = depth[index].max(depth[on] + 1);
-                let name = before[on].guests[random.below(before[on].guests.len())].name.clone();
+                let name = before[on].guests[random.below(before[on].guests.len())]
+                    .name
+                    .clone();
                 let waiting = random.below(group.guests.len());
                 let after = &mut group.guests[waiting].after;
                 if !after.contains(&name) {
@@ -160,7 +180,10 @@ fn rates(random: &mut Random, facts: &mut Facts, links: usize, target: f64) {
     for link in 0..links {
         let peer = format!("peer-{link}");
         let here = facts.groups.iter().filter(|group| group.peer == peer);
-        let bytes: u64 = here.flat_map(|group| &group.guests).map(|guest| guest.remaining).sum();
+        let bytes: u64 = here
+            .flat_map(|group| &group.guests)
+            .map(|guest| guest.remaining)
+            .sum();
         let rate = (bytes as f64 / target * random.between(0.8, 1.2)).max(2e6);
         facts.links.push(LinkFacts {
             peer: peer.clone(),

@@ -1,7 +1,7 @@
 //! Times that no plan can beat.
 
-use super::units::{NEVER, Site, span};
 use super::Bound;
+use super::units::{NEVER, Site, span};
 
 /// All bounds, for a plan that finishes at `finish`.
 pub(super) fn bound(site: &Site<'_>, finish: f64) -> Bound {

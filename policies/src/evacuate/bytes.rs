@@ -167,7 +167,10 @@ mod tests {
             }
         }
         let closed = load.after(2.5, rate);
-        assert!((closed.left() - stepped.left()).abs() < 2000.0, "{closed:?} {stepped:?}");
+        assert!(
+            (closed.left() - stepped.left()).abs() < 2000.0,
+            "{closed:?} {stepped:?}"
+        );
         let time = load.time_to(closed.left(), rate).expect("it gets there");
         assert!((time - 2.5).abs() < 1e-6, "{time}");
     }
@@ -177,6 +180,10 @@ mod tests {
         let mut load = Load::default();
         load.add(500_000_000, 100_000_000, 400_000_000);
         assert_eq!(load.time_to(1_000_000.0, 50_000_000.0), None);
-        assert!(load.throttled(80).time_to(1_000_000.0, 50_000_000.0).is_some());
+        assert!(
+            load.throttled(80)
+                .time_to(1_000_000.0, 50_000_000.0)
+                .is_some()
+        );
     }
 }

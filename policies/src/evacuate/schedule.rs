@@ -143,7 +143,10 @@ pub(super) fn run(site: &Site<'_>, order: Order) -> Run {
         }
     }
     let outcomes: Vec<_> = running.states.iter().map(|state| state.outcome).collect();
-    let finish = outcomes.iter().map(|outcome| outcome.done).fold(0.0, f64::max);
+    let finish = outcomes
+        .iter()
+        .map(|outcome| outcome.done)
+        .fold(0.0, f64::max);
     Run {
         order,
         outcomes,

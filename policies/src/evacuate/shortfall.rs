@@ -34,7 +34,9 @@ pub(super) struct Fit {
 pub(super) fn fit(site: &Site<'_>, deadline: Option<f64>) -> Fit {
     let (way, run) = best(site, deadline);
     let everything = run.finish;
-    let limit = deadline.map_or(NEVER * 0.99, |deadline| deadline + (deadline * TIGHT).max(TIGHT_SECONDS));
+    let limit = deadline.map_or(NEVER * 0.99, |deadline| {
+        deadline + (deadline * TIGHT).max(TIGHT_SECONDS)
+    });
     if run.finish <= limit || site.units.is_empty() {
         return Fit {
             keep: (0..site.units.len()).collect(),

@@ -84,13 +84,18 @@ impl<'a> Site<'a> {
             let mut waits = BTreeSet::new();
             for (guest, (_, healthy)) in group.guests.iter().zip(&starts) {
                 offsets.insert(guest.name.as_str(), *healthy);
-                for after in guest.after.iter().filter(|name| !facts.moved.contains(*name)) {
-                    let home = *homes.get(after.as_str()).ok_or_else(|| {
-                        PlanError::UnknownGuest {
-                            guest: guest.name.clone(),
-                            after: after.clone(),
-                        }
-                    })?;
+                for after in guest
+                    .after
+                    .iter()
+                    .filter(|name| !facts.moved.contains(*name))
+                {
+                    let home =
+                        *homes
+                            .get(after.as_str())
+                            .ok_or_else(|| PlanError::UnknownGuest {
+                                guest: guest.name.clone(),
+                                after: after.clone(),
+                            })?;
                     if home != index {
                         waits.insert((home, after.as_str()));
                     }
@@ -156,8 +161,7 @@ impl<'a> Site<'a> {
     fn chains(&mut self) {
         for index in (0..self.units.len()).rev() {
             let unit = &self.units[index];
-            let (mut rest, mut priority) =
-                (unit.span, self.groups[unit.group].priority);
+            let (mut rest, mut priority) = (unit.span, self.groups[unit.group].priority);
             for (after, delay) in &unit.followers {
                 let after = &self.units[*after];
                 rest = rest.max(delay + after.rest);
@@ -282,7 +286,10 @@ fn twice(what: &'static str, name: &str) -> PlanError {
 }
 
 fn names(cycle: &[usize], groups: &[GroupFacts]) -> Vec<String> {
-    cycle.iter().map(|group| groups[*group].name.clone()).collect()
+    cycle
+        .iter()
+        .map(|group| groups[*group].name.clone())
+        .collect()
 }
 
 /// Units by a list of their numbers; edges to those that are not in it go.

@@ -31,7 +31,12 @@ pub(super) fn waves(site: &Site<'_>, run: &Run) -> Vec<Wave> {
         let outcomes = units.iter().map(|unit| &run.outcomes[*unit]);
         Wave {
             number: index + 1,
-            from: span(outcomes.clone().map(|of| of.copy_from).fold(NEVER, f64::min)),
+            from: span(
+                outcomes
+                    .clone()
+                    .map(|of| of.copy_from)
+                    .fold(NEVER, f64::min),
+            ),
             until: span(outcomes.map(|of| of.done).fold(0.0, f64::max)),
             groups: units.iter().map(|unit| passage(site, run, *unit)).collect(),
         }

@@ -38,7 +38,10 @@ pub fn show(loaded: &Loaded<PolicyFiles>, name: &str) -> Result<Vec<Shown>, Unkn
         let known = || files.groups.keys().map(String::as_str);
         let hint = match nearest_of(known(), name) {
             Some(near) => format!("did you mean '{near}'?"),
-            None => format!("there are {}", known().take(10).collect::<Vec<_>>().join(", ")),
+            None => format!(
+                "there are {}",
+                known().take(10).collect::<Vec<_>>().join(", ")
+            ),
         };
         return Err(UnknownGroup {
             name: name.to_owned(),
