@@ -313,6 +313,8 @@ fn largest_exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) 
     let best = units
         .iter()
         .filter(|(_, factor)| value != 0 && value.is_multiple_of(*factor))
+        // Of one factor's names the first: the last of the greatest is taken.
+        .rev()
         .max_by_key(|(_, factor)| *factor);
     match best {
         Some((unit, factor)) => write!(f, "{}{unit}", value / factor),
