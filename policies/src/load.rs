@@ -158,6 +158,11 @@ pub fn load_layers<T: Checked>(
         files
             .first()
             .map(|(path, _)| Origin::Path((*path).to_owned())),
+        inputs
+            .mistakes
+            .iter()
+            .map(|mistake| mistake.key.clone())
+            .collect(),
     );
     let told = std::mem::take(&mut inputs.mistakes);
     let follows = |problem: &Problem| {
@@ -293,7 +298,15 @@ impl Inputs {
                 (Some(inner @ (Shape::Table(_) | Shape::Map(_))), DeValue::Table(below))
                     if !below.is_empty() =>
                 {
-                    self.tables.entry(path.join(".")).or_insert(origin);
+                    self.tables.entry(path.join(".")).or_insert(origin.clone());
+                    // It is there even if all that is in it is wrong.
+                    self.given.push(Given {
+                        origin,
+                        path: path.clone(),
+                        value: Value::new(None, ValueKind::Table(config::Map::new())),
+                        shown: String::new(),
+                        sound: true,
+                    });
                     self.add_table(root, inner, source, path, below);
                 }
                 (Some(_), given) => {

@@ -246,6 +246,30 @@ fn values_that_cannot_be_kept_are_told() {
             "{wanted}: {told:#?}"
         );
     }
+    // A policy of which nothing is right is there all the same.
+    let told = mistakes(
+        &[
+            ("p.toml", "[policies.gold]\nrop = '5s'\n"),
+            ("q.toml", &SOUND.replace("rpo = '5s'", "")),
+            ("r.toml", "groups.bank.policy = 'glod'\n"),
+        ],
+        &[],
+    );
+    assert_eq!(told.len(), 2, "{told:?}");
+    assert!(told[1].ends_with("did you mean 'gold'?"), "{told:?}");
+    let told = mistakes(
+        &[(
+            "p.toml",
+            &SOUND
+                .replace("rpo =", "rop =")
+                .replace("= 'gold'", "= 'glod'"),
+        )],
+        &[],
+    );
+    assert!(
+        told.len() == 2 && told[1].ends_with("did you mean 'gold'?"),
+        "{told:?}"
+    );
     // One file that is not TOML does not bring forth mistakes about what the others lack.
     let told = mistakes(
         &[

@@ -71,7 +71,7 @@ impl Checked for PolicyFiles {
             found.policy(&format!("policies.{name}"), policy, origins);
         }
         for (name, group) in &self.groups {
-            self.group(&mut found, name, group);
+            self.group(&mut found, name, group, origins);
         }
         self.shared_guests(&mut found);
         for (name, site) in &self.sites {
@@ -89,7 +89,7 @@ impl Checked for PolicyFiles {
 struct Found(Vec<Problem>);
 
 impl PolicyFiles {
-    fn group(&self, found: &mut Found, name: &str, group: &Group) {
+    fn group(&self, found: &mut Found, name: &str, group: &Group, origins: &Origins) {
         let key = format!("groups.{name}");
         if group.guests.is_empty() {
             found.add(
@@ -134,7 +134,7 @@ impl PolicyFiles {
             }
             for (check, health) in &member.health {
                 found.name(&format!("{key}.health"), check);
-                found.health(&format!("{key}.health.{check}"), health);
+                found.health(&format!("{key}.health.{check}"), health, origins);
             }
             for (peer, networks) in &member.networks {
                 let key = format!("{key}.networks.{peer}");

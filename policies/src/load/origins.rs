@@ -1,6 +1,6 @@
 //! Where each value of a configuration comes from.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use crate::mistake::Origin;
 
@@ -19,6 +19,7 @@ pub struct Origins {
     keys: BTreeMap<String, Origin>,
     tables: HashMap<String, Origin>,
     fallback: Option<Origin>,
+    mistaken: BTreeSet<String>,
 }
 
 impl Origins {
@@ -28,11 +29,13 @@ impl Origins {
         keys: impl IntoIterator<Item = (String, Origin)>,
         tables: HashMap<String, Origin>,
         fallback: Option<Origin>,
+        mistaken: BTreeSet<String>,
     ) -> Origins {
         Origins {
             keys: keys.into_iter().collect(),
             tables,
             fallback,
+            mistaken,
         }
     }
 
@@ -44,6 +47,14 @@ impl Origins {
     /// Whether a file names something by this key, or in it.
     pub fn in_file(&self, key: &str) -> bool {
         self.tables.contains_key(key)
+    }
+
+    /// Whether something in this table was left out as mistaken: what the rest of it
+    /// seems to say is not what was meant.
+    pub fn mistaken_in(&self, table: &str) -> bool {
+        let beneath = format!("{table}.");
+        let next = self.mistaken.range(beneath.clone()..).next();
+        next.is_some_and(|key| key.starts_with(&beneath))
     }
 
     /// Whether any file was loaded.

@@ -91,6 +91,7 @@ impl Found {
         let windows: Vec<_> = policy
             .windows
             .iter()
+            .filter(|(name, _)| !origins.mistaken_in(&format!("{key}.windows.{name}")))
             .map(|(name, window)| (name, spans(window.days, window.from, window.until)))
             .collect();
         for (index, (name, covered)) in windows.iter().enumerate() {
@@ -118,7 +119,7 @@ impl Found {
         }
     }
 
-    pub(super) fn health(&mut self, key: &str, health: &Health) {
+    pub(super) fn health(&mut self, key: &str, health: &Health, origins: &Origins) {
         let kinds = [
             health.tcp.is_some(),
             health.http.is_some(),
@@ -127,7 +128,7 @@ impl Found {
         ];
         let count = kinds.iter().filter(|given| **given).count();
         self.require(
-            count == 1,
+            count == 1 || origins.mistaken_in(key),
             key,
             format!("has {count} of tcp, http, agent and script; give exactly one"),
         );
