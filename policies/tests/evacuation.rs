@@ -9,6 +9,8 @@ use farhaven_policies::evacuate::{
     Facts, GroupFacts, GuestFacts, LeftReason, LinkFacts, Plan, PlanError, Verdict, plan,
 };
 
+use proptest::prelude::*;
+
 #[path = "../examples/evacuation/simulate.rs"]
 mod simulate;
 #[path = "../examples/evacuation/sites.rs"]
@@ -323,6 +325,34 @@ fn facts_that_make_no_sense_are_refused_in_words() {
     assert_eq!(plan(&Facts::default()).unwrap().waves, []);
 }
 
+proptest! {
+    /// Whatever the facts, a plan or an error comes back, and every group is in it once.
+    #[test]
+    fn no_facts_panic(groups in proptest::collection::vec(
+        (any::<u8>(), prop_oneof![Just(0u64), any::<u64>(), 0u64..1_000_000_000], prop_oneof![Just(0u64), 0u64..1_000_000_000],
+         prop_oneof![Just(0u64), 0u64..1_000_000_000], any::<u8>(), 0u64..100, proptest::option::of(any::<u64>())), 0..60),
+        rate in prop_oneof![Just(0u64), 1u64..1_000_000_000, any::<u64>()], deadline in proptest::option::of(0.0f64..100_000.0)) {
+        let count = groups.len();
+        let groups = groups.into_iter().enumerate().map(|(index, (priority, remaining, dirty, set, share, after, cap))| {
+            let mut group = group(&format!("g{index}"), priority, remaining);
+            group.share = share;
+            group.rate_cap = cap;
+            group.guests[0].dirty_rate = dirty;
+            group.guests[0].working_set = set;
+            group.guests[0].max_throttle = share;
+            if after < index as u64 {
+                group.guests[0].after.push(format!("g{after}"));
+            }
+            group
+        });
+        let mut facts = facts(groups.collect(), deadline);
+        facts.links[0].rate = rate;
+        let plan = plan(&facts).unwrap();
+        let moved: usize = plan.waves.iter().map(|wave| wave.groups.len()).sum();
+        prop_assert_eq!(moved + plan.left.len(), count);
+    }
+}
+
 /// Numbers at their ends neither panic nor hang.
 #[test]
 fn extremes_are_planned() {
@@ -345,5 +375,108 @@ fn extremes_are_planned() {
                 assert!(!plan.left.is_empty());
             }
         }
+    }
+}
+
+/// Half of the time for 10,000 guests: what goes is in time, the higher priorities
+/// among it, and what is told to do does.
+#[test]
+fn a_large_site_with_too_little_time_moves_what_matters_most() {
+    let mut made = make(10_000, 3);
+    let half = made.facts.deadline.unwrap() / 2;
+    made.facts.deadline = Some(half);
+    let began = std::time::Instant::now();
+    let (planned, happened) = performed(&made);
+    println!("planned and performed in {:?}", began.elapsed());
+    assert_eq!(planned.verdict, Verdict::DoesNotFit);
+    assert!(
+        happened.finish <= half.as_secs_f64() * 1.03,
+        "{} s of {half:?}",
+        happened.finish
+    );
+    assert_eq!(happened.out_of_order, 0);
+    let priority = |name: &str| {
+        let groups = &made.facts.groups;
+        groups.iter().find(|of| of.name == name).unwrap().priority
+    };
+    let gone: Vec<u8> = planned
+        .left
+        .iter()
+        .map(|left| priority(&left.group))
+        .collect();
+    let share = |of: u8| {
+        let all = made
+            .facts
+            .groups
+            .iter()
+            .filter(|group| group.priority == of);
+        gone.iter().filter(|left| **left == of).count() as f64 / all.count() as f64
+    };
+    assert!(
+        share(200) < 0.05 && share(0) > 0.3,
+        "{} {}",
+        share(200),
+        share(0)
+    );
+
+    let would_do = planned.would_do.unwrap();
+    let mut longer = made.facts.clone();
+    longer.deadline = would_do.deadline;
+    assert_eq!(left(&plan(&longer).unwrap()), []);
+    let mut faster = made.facts.clone();
+    for link in &mut faster.links {
+        link.rate = link.rate * would_do.rate_percent.unwrap() / 100;
+    }
+    assert_eq!(left(&plan(&faster).unwrap()), []);
+}
+
+/// New facts from the middle of an evacuation are planned like any others: what has
+/// moved is gone from the groups, and nothing waits for it.
+#[test]
+fn a_plan_made_anew_from_progress_still_ends_in_time() {
+    for seed in 0..100 {
+        let made = make(60, 5000 + seed);
+        let first = plan(&made.facts).unwrap();
+        let deadline = made.facts.deadline.unwrap();
+        let now = first.finish / 2;
+        let mut later = made.facts.clone();
+        later.deadline = Some(deadline.saturating_sub(now));
+        for passage in first.waves.iter().flat_map(|wave| &wave.groups) {
+            let place = later
+                .groups
+                .iter()
+                .position(|of| of.name == passage.group)
+                .unwrap();
+            if passage.healthy_at <= now {
+                let gone = later.groups.remove(place);
+                later
+                    .moved
+                    .extend(gone.guests.into_iter().map(|guest| guest.name));
+            } else if passage.cut_at + passage.blackout <= now {
+                // It runs there: only the rest of its health checks is to come.
+                for guest in &mut later.groups[place].guests {
+                    guest.remaining = 0;
+                    guest.dirty_rate = 0;
+                    guest.start = Duration::ZERO;
+                    guest.healthy = guest.healthy.min(passage.healthy_at.saturating_sub(now));
+                }
+            } else if passage.copy_from < now {
+                // Copied in even steps from its begin to its cut.
+                let whole = passage.cut_at.saturating_sub(passage.copy_from);
+                let done = now.saturating_sub(passage.copy_from).as_secs_f64()
+                    / whole.as_secs_f64().max(1e-9);
+                for guest in &mut later.groups[place].guests {
+                    let left = guest.remaining as f64 * (1.0 - done.min(1.0));
+                    guest.remaining = left as u64;
+                }
+            }
+        }
+        let second = plan(&later).unwrap();
+        assert_eq!(left(&second), [], "seed {seed}");
+        let whole = now + second.finish;
+        assert!(
+            whole <= deadline.mul_f64(1.02) + seconds(0.5),
+            "seed {seed}: {whole:?} of {deadline:?}"
+        );
     }
 }

@@ -89,8 +89,14 @@ fn written(site: &Site<'_>, link: usize, finish: f64) -> f64 {
             (now, ((then - now) / finish.max(1e-9)).max(0.0))
         })
         .collect();
-    // now / growth ascending, without dividing by zero.
-    lines.sort_by(|a, b| (a.0 * b.1).total_cmp(&(b.0 * a.1)));
+    let size_over_growth = |(now, growth): &(f64, f64)| {
+        if *growth > 0.0 {
+            now / growth
+        } else {
+            f64::INFINITY
+        }
+    };
+    lines.sort_by(|a, b| size_over_growth(a).total_cmp(&size_over_growth(b)));
     lines
         .into_iter()
         .fold(0.0, |at, (now, growth)| at + (now + growth * at) / rate)

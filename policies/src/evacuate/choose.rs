@@ -41,10 +41,11 @@ const NEAR: f64 = 1.01;
 /// ...and so near at sites of more groups than this, where tries cost time.
 const NEAR_AT_LARGE: f64 = 1.04;
 const LARGE: usize = 1000;
-/// Up to so many groups, single ones are moved to other turns as long as that helps.
-const SMALL: usize = 25;
-/// Moves that are tried at most.
-const MOST_MOVES: usize = 800;
+/// Single groups are moved to other turns as long as that helps; runs of one group
+/// that may be spent on it: an eighth of a second...
+const WORK: usize = 300_000;
+/// ...and where it is one of many tries.
+const WORK_AGAIN: usize = 20_000;
 /// Finishes that are aimed at where nothing comes near the bound, over the bound.
 const AIMS: [f64; 5] = [1.01, 1.04, 1.1, 1.3, f64::INFINITY];
 
@@ -73,6 +74,10 @@ const WAYS: [Way; 5] = [
 
 /// The best of all ways.
 pub(super) fn best(site: &Site<'_>, deadline: Option<f64>) -> (Way, Run) {
+    best_by(site, deadline, WORK)
+}
+
+fn best_by(site: &Site<'_>, deadline: Option<f64>, work: usize) -> (Way, Run) {
     let limit = deadline.unwrap_or(NEVER);
     let late = |run: &Run| {
         run.outcomes
@@ -106,13 +111,15 @@ pub(super) fn best(site: &Site<'_>, deadline: Option<f64>) -> (Way, Run) {
                 runs.push((way, by(site, way, deadline)));
             }
         }
-        if site.units.len() <= SMALL && earliest(&runs) > near {
+        // Below one move of each group nothing comes of it.
+        let moves = work / site.units.len().max(1);
+        if moves >= site.units.len() && earliest(&runs) > near {
             let fastest = runs
                 .iter()
                 .min_by(|a, b| a.1.finish.total_cmp(&b.1.finish))
                 .cloned();
             if let Some((way, run)) = fastest {
-                let moved = moved(site, &run.order);
+                let moved = moved(site, &run.order, near, moves);
                 runs.push((way, moved));
             }
         }
@@ -131,17 +138,18 @@ pub(super) fn best(site: &Site<'_>, deadline: Option<f64>) -> (Way, Run) {
     })
 }
 
-/// A way again, for a site that differs little; a small one is worth all tries.
+/// A way again, for a site that differs little; a small one is worth more tries.
 pub(super) fn again(site: &Site<'_>, way: Way, deadline: f64) -> Run {
-    if site.units.len() <= SMALL {
-        best(site, Some(deadline)).1
+    if site.units.len() * site.units.len() <= WORK_AGAIN / 8 {
+        best_by(site, Some(deadline), WORK_AGAIN).1
     } else {
         by(site, way, Some(deadline))
     }
 }
 
-/// Single groups moved to other turns, and out of urgency, while that ends earlier.
-fn moved(site: &Site<'_>, start: &Order) -> Run {
+/// Single groups moved to other turns, and out of urgency, while that ends earlier
+/// and not yet near enough.
+fn moved(site: &Site<'_>, start: &Order, near: f64, moves: usize) -> Run {
     let count = site.units.len();
     let calm = Order {
         turn: start.turn.clone(),
@@ -155,10 +163,13 @@ fn moved(site: &Site<'_>, start: &Order) -> Run {
     let mut fastest = run(site, start.clone());
     for start in [start.clone(), calm, reversed] {
         let (mut here, mut tries) = (run(site, start), 0);
-        while tries < MOST_MOVES {
+        while tries < moves / 3 && here.finish > near {
             let before = here.finish;
             for unit in 0..count {
                 for place in 0..count {
+                    if tries >= moves / 3 {
+                        break;
+                    }
                     tries += 1;
                     let mut order = here.order.clone();
                     let from = order.turn[unit];
