@@ -7,6 +7,9 @@
 //! Except for [`load::load`], nothing here knows a clock, a file or a guest.
 
 pub mod decide;
+pub mod evacuate;
+pub mod files;
+pub mod keep;
 pub mod load;
 mod mistake;
 pub mod policy;
@@ -14,3 +17,4 @@ pub mod retain;
 pub mod shape;
 pub mod site;
 pub mod units;
+pub mod week;

@@ -8,6 +8,9 @@ use crate::shape::{ANY_KEY, Shape};
 /// Largest configuration file that is read.
 pub const LARGEST_FILE: u64 = 1 << 20;
 
+/// Most files of one directory that are read.
+pub const MOST_FILES: usize = 256;
+
 /// A value that has the right type and still cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Problem {
@@ -39,8 +42,10 @@ impl Problem {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {}: {source}; `farhaven site init` writes a new one", path.display())]
+    #[error("cannot read the configuration {}: {source}; {help}", path.display())]
     Read {
+        /// What to do.
+        help: &'static str,
         /// Which file.
         path: PathBuf,
         /// The system's reason.
@@ -55,6 +60,14 @@ pub enum LoadError {
         /// Its size.
         bytes: u64,
     },
+    /// A directory without files to load, or with far too many.
+    #[error("{} has {files} files that end in .toml; expected 1 to {MOST_FILES}", path.display())]
+    Files {
+        /// Which directory.
+        path: PathBuf,
+        /// How many there are.
+        files: usize,
+    },
     /// Mistakes in what was given, all of them.
     #[error("{}", list(.0))]
     Mistakes(Vec<Mistake>),
@@ -68,8 +81,12 @@ pub enum LoadError {
 pub struct Mistake {
     /// Where.
     pub origin: Origin,
+    /// The dotted key; empty where none can be named.
+    pub key: String,
     /// What, and what to do.
     pub what: String,
+    /// The valid key that was probably meant.
+    pub meant: Option<String>,
 }
 
 /// Where a value comes from.
@@ -88,13 +105,14 @@ pub enum Origin {
 }
 
 impl Origin {
-    pub(crate) fn rank(&self) -> (u8, usize) {
+    pub(crate) fn rank(&self) -> (u8, PathBuf, usize) {
+        let nowhere = PathBuf::new;
         match self {
-            Origin::Defaults => (0, 0),
-            Origin::Path(_) => (1, 0),
-            Origin::Line(_, line) => (2, *line),
-            Origin::Variable(_) => (3, 0),
-            Origin::Flag(_) => (4, 0),
+            Origin::Defaults => (0, nowhere(), 0),
+            Origin::Path(_) => (1, nowhere(), 0),
+            Origin::Line(path, line) => (2, path.clone(), *line),
+            Origin::Variable(_) => (3, nowhere(), 0),
+            Origin::Flag(_) => (4, nowhere(), 0),
         }
     }
 }
@@ -127,12 +145,21 @@ fn list(mistakes: &[Mistake]) -> String {
 
 /// What is wanted at a place, or else in the type's words, where serde and
 /// `config` differ.
-pub(crate) fn expectation(shape: Option<&Shape>, complaint: &str) -> String {
+pub(crate) fn expectation(shape: Option<&Shape>, shown: &str, complaint: &str) -> String {
     match shape {
         Some(Shape::Table(_) | Shape::Map(_)) => return "expected a table".to_owned(),
-        Some(Shape::List) => return "expected a list, like [\"one\", \"two\"]".to_owned(),
-        Some(Shape::Choice(words)) => return format!("expected one of {}", words.join(", ")),
-        Some(Shape::Value) | None => {}
+        Some(Shape::List) if !shown.starts_with('[') => {
+            return "expected a list, like [\"one\", \"two\"]".to_owned();
+        }
+        Some(Shape::Choice(words)) => {
+            let one_of = format!("expected one of {}", words.join(", "));
+            let shown = shown.trim_matches(['"', '\'']);
+            return match nearest_of(words.iter().copied(), shown) {
+                Some(word) => format!("{one_of}; did you mean '{word}'?"),
+                None => one_of,
+            };
+        }
+        Some(Shape::List | Shape::Value) | None => {}
     }
     let wanted = complaint
         .rfind("expected ")
@@ -180,12 +207,37 @@ pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
         let whole = strsim::normalized_damerau_levenshtein(key, valid);
         whole.max(0.9 * strsim::normalized_damerau_levenshtein(&last(key), &last(valid)))
     };
-    let keys = root
-        .keys()
-        .into_iter()
-        .filter(|valid| !valid.contains(ANY_KEY));
+    // Where the operator chooses keys, theirs is the valid one.
+    let parts: Vec<&str> = key.split('.').collect();
+    let keys = root.keys().into_iter().map(|valid| {
+        let filled = valid
+            .split('.')
+            .enumerate()
+            .map(|(place, part)| match part {
+                ANY_KEY => parts.get(place).copied().unwrap_or(ANY_KEY),
+                part => part,
+            });
+        filled.collect::<Vec<_>>().join(".")
+    });
     let best = keys
+        .filter(|valid| !valid.contains(ANY_KEY) && valid != key)
         .map(|valid| (likeness(&valid), valid))
         .max_by(|a, b| a.0.total_cmp(&b.0))?;
     (best.0 >= ENOUGH).then_some(best.1)
+}
+
+/// The word most like `word`, if one is like it at all.
+pub(crate) fn nearest_of<'a>(
+    words: impl IntoIterator<Item = &'a str>,
+    word: &str,
+) -> Option<&'a str> {
+    let likeness =
+        |known: &str| strsim::normalized_damerau_levenshtein(&word.to_lowercase(), known);
+    if word.len() > 200 {
+        return None;
+    }
+    let best = words
+        .into_iter()
+        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
+    (likeness(best) >= 0.6).then_some(best)
 }

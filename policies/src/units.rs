@@ -8,13 +8,17 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::Duration;
 
-use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
-
 /// A text that is no time, size or rate; the message says what one looks like.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("expected {expected}")]
 pub struct UnitError {
-    expected: &'static str,
+    pub(crate) expected: &'static str,
+}
+
+impl UnitError {
+    pub(crate) const fn new(expected: &'static str) -> UnitError {
+        UnitError { expected }
+    }
 }
 
 /// A span of time, to the millisecond: `10s`, `250ms`, `1h30m`, `1.5s`.
@@ -33,18 +37,10 @@ pub struct Rate(u64);
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct RateLimit(Option<Rate>);
 
-const PERIOD: UnitError = UnitError {
-    expected: "a duration like 10s or 2m",
-};
-const SIZE: UnitError = UnitError {
-    expected: "a size like 64MiB or 2GB",
-};
-const RATE: UnitError = UnitError {
-    expected: "a rate like 100mbit or 2.5gbit",
-};
-const RATE_LIMIT: UnitError = UnitError {
-    expected: "a rate like 100mbit or 2.5gbit, or none",
-};
+const PERIOD: UnitError = UnitError::new("a duration like 10s or 2m");
+const SIZE: UnitError = UnitError::new("a size like 64MiB or 2GB");
+const RATE: UnitError = UnitError::new("a rate like 100mbit or 2.5gbit");
+const RATE_LIMIT: UnitError = UnitError::new("a rate like 100mbit or 2.5gbit, or none");
 
 /// Longest text worth reading: everything valid is far shorter.
 const LONGEST_TEXT: usize = 64;
@@ -319,6 +315,8 @@ fn largest_exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) 
         .iter()
         .rev()
         .filter(|(_, factor)| value != 0 && value.is_multiple_of(*factor))
+        // Of one factor's names the first: the last of the greatest is taken.
+        .rev()
         .max_by_key(|(_, factor)| *factor);
     match best {
         Some((unit, factor)) => write!(f, "{}{unit}", value / factor),
@@ -332,25 +330,39 @@ fn largest_exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) 
 
 /// Strings in files and messages; numbers are accepted where a unit may be left out.
 macro_rules! as_text {
-    ($name:ident, $error:expr) => {
-        impl Serialize for $name {
-            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    ($name:ident, $error:expr, $pattern:expr) => {
+        impl schemars::JsonSchema for $name {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($name).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({
+                    "type": "string",
+                    "pattern": $pattern,
+                    "description": $error.expected,
+                })
+            }
+        }
+
+        impl serde::Serialize for $name {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
                 serializer.collect_str(self)
             }
         }
 
-        impl<'de> Deserialize<'de> for $name {
-            fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
+        impl<'de> serde::Deserialize<'de> for $name {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<$name, D::Error> {
                 struct Text;
-                impl de::Visitor<'_> for Text {
+                impl serde::de::Visitor<'_> for Text {
                     type Value = $name;
 
-                    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                    fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
                         f.write_str($error.expected)
                     }
 
-                    fn visit_str<E: de::Error>(self, text: &str) -> Result<$name, E> {
-                        text.parse().map_err(|error: UnitError| E::custom(error))
+                    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<$name, E> {
+                        text.parse().map_err(|error: $crate::units::UnitError| E::custom(error))
                     }
                 }
                 deserializer.deserialize_str(Text)
@@ -359,7 +371,21 @@ macro_rules! as_text {
     };
 }
 
-as_text!(Period, PERIOD);
-as_text!(ByteSize, SIZE);
-as_text!(Rate, RATE);
-as_text!(RateLimit, RATE_LIMIT);
+pub(crate) use as_text;
+
+as_text!(Period, PERIOD, r"^ *([0-9]+(\.[0-9]+)? *(d|h|m|s|ms) *)+$");
+as_text!(
+    ByteSize,
+    SIZE,
+    r"^ *[0-9]+(\.[0-9]+)? *([KMGT]?B?|kB|[KMGT]iB) *$"
+);
+as_text!(
+    Rate,
+    RATE,
+    r"^ *[0-9]+(\.[0-9]+)? *[kmgt]?(bit)?(/s|ps)? *$"
+);
+as_text!(
+    RateLimit,
+    RATE_LIMIT,
+    r"^ *(none|[0-9]+(\.[0-9]+)? *([kmgt]?bit)?(/s|ps)?) *$"
+);

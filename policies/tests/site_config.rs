@@ -186,7 +186,7 @@ fn sound_types_with_unsound_values_are_told_where_they_were_set() {
         "/etc/farhaven/site.toml:7: 'api.socket' has an unknown placeholder",
         "/etc/farhaven/site.toml: 'store.dir' must be an absolute path",
         "/etc/farhaven/site.toml: 'activate.run_dir' must be an absolute path",
-        "/etc/farhaven/site.toml: 'link.idle_timeout' must be at least twice",
+        "/etc/farhaven/site.toml:4: 'link.idle_timeout' must be at least twice",
         "/etc/farhaven/site.toml:11: 'networks.lan' sets an id",
         "environment variable FARHAVEN__PROTECT__RPO: 'protect.rpo' is 1ms",
         "--set protect.retention.newest: 'protect.retention.newest' is 0",

@@ -1,8 +1,9 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
-//! through [`crate::client`]; only `site init`, `site run` and `demo` do not.
+//! through [`crate::client`]; only `site init`, `site run`, `policy` and `demo` do not.
 
 mod drill;
 mod guests;
+mod policy;
 pub(crate) mod show;
 mod site;
 
@@ -118,6 +119,9 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Check and show policy files: what groups are owed.
+    #[command(subcommand)]
+    Policy(policy::PolicyVerb),
     /// Both sites, a link and a guest on this machine: watch it survive.
     Demo(crate::demo::Demo),
 }
@@ -193,6 +197,7 @@ async fn run(cli: Cli) -> Outcome {
         Verb::Test(test) => drill::run(&client, test).await,
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Policy(verb) => policy::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     }
 }

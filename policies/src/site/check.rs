@@ -1,6 +1,8 @@
 //! Which values of a site's configuration cannot be used, and what to do instead.
 
+use crate::files::PolicyFiles;
 use crate::load::{Checked, Problem};
+use crate::shape::Shape;
 use crate::units::{ByteSize, Period};
 
 use super::{Link, SiteConfig, Store};
@@ -11,6 +13,12 @@ const LONGEST_NAME: usize = 63;
 const LONGEST_SOCKET: usize = 107;
 
 impl Checked for SiteConfig {
+    const HELP: &'static str = "`farhaven site init` writes a file with every key";
+
+    fn neighbour(key: &str) -> bool {
+        Shape::of::<PolicyFiles>().child(key).is_some()
+    }
+
     fn problems(&self) -> Vec<Problem> {
         let mut found = Vec::new();
         let mut require = |holds: bool, key: &str, what: &str| {
