@@ -7,11 +7,14 @@
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder, Sequence};
+use farhaven_storage_sync::codec::{
+    Bases, Batch, Chain, DedupIndex, EncodeError, Encoder, LevelControl, Measured, Sequence,
+};
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::limits::BASES_BYTES;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_wan::Peer;
 use farhaven_wan::pace::TokenBucket;
@@ -19,9 +22,6 @@ use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
 
 use crate::guest::{Sink, SinkError};
-
-/// zstd level of bulk data: what the measured floor is defined by.
-const LEVEL: i32 = 3;
 
 /// One source's half of a pair of sites, shared by all its guests.
 pub struct Outgoing {
@@ -31,6 +31,10 @@ pub struct Outgoing {
     pub sequence: Arc<Sequence>,
     /// What the peer holds already.
     pub index: Arc<Mutex<DedupIndex>>,
+    /// Versions of units that the peer holds: changed units are told against them.
+    pub bases: Arc<Mutex<Bases>>,
+    /// How strongly to compress, and when a batch was last handed over.
+    level: Mutex<(LevelControl, Instant)>,
     /// Key of every digest in the index and in the guests' tables.
     pub key: DigestKey,
     /// Batches on their way: other guests refer to them only once they are acknowledged.
@@ -47,6 +51,8 @@ impl Outgoing {
             peer,
             sequence: Arc::new(Sequence::starting_at(first)),
             index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
+            bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
+            level: Mutex::new((LevelControl::new(), Instant::now())),
             key,
             submitted: Mutex::default(),
             open: Mutex::default(),
@@ -55,10 +61,22 @@ impl Outgoing {
         }
     }
 
+    fn bases(&self) -> MutexGuard<'_, Bases> {
+        self.bases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No batch may refer to these any more, nor tell a difference from them.
+    fn forget_these(&self, seqs: &BTreeSet<u64>) {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove_seqs(seqs);
+        self.bases().remove_seqs(seqs);
+    }
+
     /// No batch may refer to this one any more.
     pub fn forget(&self, seq: u64) {
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        index.remove_seqs(&BTreeSet::from([seq]));
+        self.forget_these(&BTreeSet::from([seq]));
     }
 
     /// No batch sent before may be referred to any more.
@@ -67,6 +85,22 @@ impl Outgoing {
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .clear();
+        self.bases().clear();
+    }
+
+    /// zstd level for the next batch, after one that took this.
+    fn level_after(&self, bytes: u64, compressing: Duration, waiting: Duration) -> i32 {
+        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        let (control, last) = &mut *level;
+        let now = Instant::now();
+        let elapsed = now.duration_since(*last);
+        *last = now;
+        control.batch(Measured {
+            elapsed,
+            compressing,
+            waiting,
+            bytes,
+        })
     }
 
     /// Takes notice of what the peer acknowledged.
@@ -77,10 +111,12 @@ impl Outgoing {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bases = self.bases();
         submitted.retain(|seq| {
             let reached = acknowledged.reached(*seq);
             if reached {
                 index.acknowledge(*seq);
+                bases.acknowledge(*seq);
             }
             !reached
         });
@@ -90,10 +126,7 @@ impl Outgoing {
     /// more. Returns once no shipment is open that may have referred to them
     /// before, so that the peer sees every reference there is when it checks.
     pub async fn retire(&self, seqs: &BTreeSet<u64>) {
-        self.index
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove_seqs(seqs);
+        self.forget_these(seqs);
         let before = self.next_shipment.load(Ordering::Acquire);
         loop {
             let ended = self.ended.notified();
@@ -135,6 +168,8 @@ pub struct Shipment {
     outgoing: Arc<Outgoing>,
     id: u64,
     encoder: Encoder,
+    /// Of its time, what the level was told of.
+    compressed: Duration,
     chain: Chain,
     shipped: Shipped,
     totals: Arc<Totals>,
@@ -196,17 +231,26 @@ impl Shipment {
             open.insert(id);
             id
         };
+        let level = {
+            let level = outgoing
+                .level
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            level.0.level()
+        };
         let encoder = Encoder::new(
             guest,
             point,
             outgoing.sequence.clone(),
             outgoing.index.clone(),
-            LEVEL,
-        );
+            level,
+        )
+        .with_bases(outgoing.bases.clone());
         Self {
             outgoing: outgoing.clone(),
             id,
             encoder,
+            compressed: Duration::ZERO,
             chain: Chain::new(),
             shipped: Shipped::default(),
             totals,
@@ -277,8 +321,19 @@ impl Shipment {
         self.totals
             .sent_bytes
             .fetch_add(batch.bytes.len() as u64, Ordering::Relaxed);
-        let seq = batch.seq;
+        let (seq, bytes) = (batch.seq, batch.bytes.len() as u64);
+        let begun = Instant::now();
         let sent = self.hand_over(batch);
+        let compressing = self.encoder.compressing();
+        let level = self.outgoing.level_after(
+            bytes,
+            compressing.saturating_sub(self.compressed),
+            begun.elapsed(),
+        );
+        self.compressed = compressing;
+        if let Err(error) = self.encoder.level(level) {
+            tracing::warn!(%error, level, "the compression stays as it is");
+        }
         if sent.is_err() {
             // A batch that never left must not be referred to.
             self.outgoing.forget(seq);
