@@ -1,146 +1,21 @@
 //! From a guest to the peer: changed units become batches, batches become a point.
 //!
-//! An [`Outgoing`] is one source's half of a pair of sites: the sequence of
-//! batch numbers and the dedup index that all its guests share. A [`Shipment`]
-//! collects what belongs to one recovery point of one guest, over as many
-//! rounds and attempted cuts as it takes, and ends with the point's seal.
+//! A [`Shipment`] collects what belongs to one recovery point of one guest,
+//! over as many rounds and attempted cuts as it takes, and ends with the
+//! point's seal. What the guests of a pair of sites share is in [`Outgoing`].
 
-use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use farhaven_storage_sync::codec::{
-    Bases, Batch, Chain, DedupIndex, EncodeError, Encoder, LevelControl, Measured, Sequence,
-};
-use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::limits::BASES_BYTES;
+use farhaven_storage_sync::codec::{Batch, Chain, EncodeError, Encoder};
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
-use farhaven_wan::Peer;
 use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
+pub use super::outgoing::Outgoing;
 use crate::guest::{Sink, SinkError};
-
-/// One source's half of a pair of sites, shared by all its guests.
-pub struct Outgoing {
-    /// The way to the peer.
-    pub peer: Peer,
-    /// Batch numbers of this pair's log.
-    pub sequence: Arc<Sequence>,
-    /// What the peer holds already.
-    pub index: Arc<Mutex<DedupIndex>>,
-    /// Versions of units that the peer holds: changed units are told against them.
-    pub bases: Arc<Mutex<Bases>>,
-    /// How strongly to compress, and when a batch was last handed over.
-    level: Mutex<(LevelControl, Instant)>,
-    /// Key of every digest in the index and in the guests' tables.
-    pub key: DigestKey,
-    /// Batches on their way: other guests refer to them only once they are acknowledged.
-    submitted: Mutex<BTreeSet<u64>>,
-    open: Mutex<BTreeSet<u64>>,
-    next_shipment: AtomicU64,
-    ended: Notify,
-}
-
-impl Outgoing {
-    /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
-    pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
-        Self {
-            peer,
-            sequence: Arc::new(Sequence::starting_at(first)),
-            index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
-            bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
-            level: Mutex::new((LevelControl::new(), Instant::now())),
-            key,
-            submitted: Mutex::default(),
-            open: Mutex::default(),
-            next_shipment: AtomicU64::new(0),
-            ended: Notify::new(),
-        }
-    }
-
-    fn bases(&self) -> MutexGuard<'_, Bases> {
-        self.bases.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// No batch may refer to these any more, nor tell a difference from them.
-    fn forget_these(&self, seqs: &BTreeSet<u64>) {
-        self.index
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove_seqs(seqs);
-        self.bases().remove_seqs(seqs);
-    }
-
-    /// No batch may refer to this one any more.
-    pub fn forget(&self, seq: u64) {
-        self.forget_these(&BTreeSet::from([seq]));
-    }
-
-    /// No batch sent before may be referred to any more.
-    pub fn forget_all(&self) {
-        self.index
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-        self.bases().clear();
-    }
-
-    /// zstd level for the next batch, after one that took this.
-    fn level_after(&self, bytes: u64, compressing: Duration, waiting: Duration) -> i32 {
-        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
-        let (control, last) = &mut *level;
-        let now = Instant::now();
-        let elapsed = now.duration_since(*last);
-        *last = now;
-        control.batch(Measured {
-            elapsed,
-            compressing,
-            waiting,
-            bytes,
-        })
-    }
-
-    /// Takes notice of what the peer acknowledged.
-    fn settle(&self) {
-        let acknowledged = *self.peer.acknowledged().borrow();
-        let mut submitted = self
-            .submitted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        let mut bases = self.bases();
-        submitted.retain(|seq| {
-            let reached = acknowledged.reached(*seq);
-            if reached {
-                index.acknowledge(*seq);
-                bases.acknowledge(*seq);
-            }
-            !reached
-        });
-    }
-
-    /// The peer is about to drop these batches: refer to none of them any
-    /// more. Returns once no shipment is open that may have referred to them
-    /// before, so that the peer sees every reference there is when it checks.
-    pub async fn retire(&self, seqs: &BTreeSet<u64>) {
-        self.forget_these(seqs);
-        let before = self.next_shipment.load(Ordering::Acquire);
-        loop {
-            let ended = self.ended.notified();
-            let open = {
-                let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-                open.iter().next().is_some_and(|oldest| *oldest < before)
-            };
-            if !open {
-                return;
-            }
-            ended.await;
-        }
-    }
-}
 
 /// Why a shipment ended early.
 #[derive(Debug, thiserror::Error)]
@@ -225,25 +100,13 @@ impl Shipment {
         stop: watch::Receiver<bool>,
         runtime: Handle,
     ) -> Self {
-        let id = {
-            let mut open = outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
-            let id = outgoing.next_shipment.fetch_add(1, Ordering::AcqRel);
-            open.insert(id);
-            id
-        };
-        let level = {
-            let level = outgoing
-                .level
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            level.0.level()
-        };
+        let id = outgoing.opened();
         let encoder = Encoder::new(
             guest,
             point,
             outgoing.sequence.clone(),
             outgoing.index.clone(),
-            level,
+            outgoing.level(),
         )
         .with_bases(outgoing.bases.clone());
         Self {
@@ -338,11 +201,7 @@ impl Shipment {
             // A batch that never left must not be referred to.
             self.outgoing.forget(seq);
         } else {
-            let submitted = &self.outgoing.submitted;
-            submitted
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(seq);
+            self.outgoing.submitted(seq);
             self.outgoing.settle();
         }
         sent
@@ -435,12 +294,6 @@ impl Drop for Shipment {
         if let Some(batch) = self.encoder.flush() {
             self.outgoing.forget(batch.seq);
         }
-        let mut open = self
-            .outgoing
-            .open
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        open.remove(&self.id);
-        self.outgoing.ended.notify_waiters();
+        self.outgoing.closed(self.id);
     }
 }

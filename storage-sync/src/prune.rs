@@ -281,11 +281,7 @@ fn need(inner: &Inner, needed: &mut Needed, first: Place, count: u64) {
 
 /// Adds the batches of the bases that needed differences are told against. A
 /// base is a literal: there is nothing behind it.
-fn add_bases(
-    inner: &Inner,
-    needed: &Needed,
-    live: &mut HashSet<u64>,
-) -> Result<(), PruneError> {
+fn add_bases(inner: &Inner, needed: &Needed, live: &mut HashSet<u64>) -> Result<(), PruneError> {
     let mut bytes = Vec::new();
     for (&seq, slots) in needed {
         inner.each_entry(seq, &mut bytes, &mut |entry| {

@@ -112,7 +112,11 @@ impl Guest {
         for _ in 0..random.random_range(1..60) {
             let volume = random.random_range(0..self.now.len());
             // A few units are hot.
-            let most = if random.random() { 12 } else { self.now[volume].len() };
+            let most = if random.random() {
+                12
+            } else {
+                self.now[volume].len()
+            };
             let unit = random.random_range(0..most);
             let mut bytes = self.now[volume][unit];
             match random.random_range(0..10) {
@@ -178,7 +182,9 @@ impl Guest {
     fn step(&mut self, source: &Source, store: &Store, point: u64) -> Vec<Batch> {
         let batches = self.encode(source, point);
         append(store, &batches);
-        batches.iter().for_each(|batch| source.acknowledge(batch.seq));
+        batches
+            .iter()
+            .for_each(|batch| source.acknowledge(batch.seq));
         store.seal(self.seal_of(store, point, &batches)).unwrap();
         self.was_sealed(point);
         batches
@@ -191,14 +197,19 @@ impl Guest {
                 let index = volume as u16;
                 let expected = units.as_flattened();
                 let mut read = vec![1; expected.len()];
-                replica.read(index, 0, units.len() as u64, &mut read).unwrap();
+                replica
+                    .read(index, 0, units.len() as u64, &mut read)
+                    .unwrap();
                 assert!(read == expected, "point {point} reads differently");
                 let shared = Mutex::new(vec![0; expected.len()]);
                 let take = |unit: u64, bytes: &[u8]| {
                     shared.lock().unwrap()[unit as usize * UNIT..][..UNIT].copy_from_slice(bytes);
                 };
                 replica.fill_parallel(index, 2, &take).unwrap();
-                assert!(*shared.lock().unwrap() == expected, "point {point} fills differently");
+                assert!(
+                    *shared.lock().unwrap() == expected,
+                    "point {point} fills differently"
+                );
                 shared.lock().unwrap().fill(0);
                 replica.fill(index, take).unwrap();
                 assert!(*shared.lock().unwrap() == expected);
@@ -327,7 +338,11 @@ fn ten_changed_bytes_cost_a_few_bytes_each() {
         panic!("{} batches", batches.len());
     };
     assert_eq!((second.literals, second.deltas), (10, 10));
-    assert!(second.bytes.len() < BATCH_HEADER + 10 * 20, "{}", second.bytes.len());
+    assert!(
+        second.bytes.len() < BATCH_HEADER + 10 * 20,
+        "{}",
+        second.bytes.len()
+    );
     source.forget(&BTreeSet::from([2]));
     guest.step(&source, &store, 3);
     guest.check(&store);
@@ -337,7 +352,9 @@ fn ten_changed_bytes_cost_a_few_bytes_each() {
         bytes[..8].copy_from_slice(&u64::to_le_bytes(unit));
         bytes
     });
-    plain.enumerate().for_each(|(unit, bytes)| guest.set(0, unit, bytes));
+    plain
+        .enumerate()
+        .for_each(|(unit, bytes)| guest.set(0, unit, bytes));
     guest.step(&source, &store, 4);
     for unit in 0..64 {
         let fill = [b'a' + (unit % 16) as u8; 1500];
@@ -362,7 +379,11 @@ fn differences_never_make_a_batch_larger() {
         let record = noise(&mut random);
         for unit in 0..64 {
             let mut bytes = [b'x'; UNIT];
-            let of = if seed % 2 == 0 { record } else { noise(&mut random) };
+            let of = if seed % 2 == 0 {
+                record
+            } else {
+                noise(&mut random)
+            };
             bytes[..2048].copy_from_slice(&of[..2048]);
             bytes[4000] = unit as u8;
             guest.set(0, unit, bytes);
@@ -376,12 +397,26 @@ fn differences_never_make_a_batch_larger() {
             bytes[1000..1000 + count].copy_from_slice(&new[..count]);
             guest.set(0, unit, bytes);
         }
-        let plain: usize = guest.encode(&without, 2).iter().map(|batch| batch.bytes.len()).sum();
-        let ours: usize = guest.encode(&with, 2).iter().map(|batch| batch.bytes.len()).sum();
-        assert!(ours <= plain, "{ours} bytes with differences, {plain} without");
+        let plain: usize = guest
+            .encode(&without, 2)
+            .iter()
+            .map(|batch| batch.bytes.len())
+            .sum();
+        let ours: usize = guest
+            .encode(&with, 2)
+            .iter()
+            .map(|batch| batch.bytes.len())
+            .sum();
+        assert!(
+            ours <= plain,
+            "{ours} bytes with differences, {plain} without"
+        );
         // Where units are alike, the group's own compression does nearly as well.
         let small = seed % 2 == 1 && seed < 7;
-        assert!(!small || ours * 10 < plain, "seed {seed}: {ours} of {plain} bytes");
+        assert!(
+            !small || ours * 10 < plain,
+            "seed {seed}: {ours} of {plain} bytes"
+        );
     }
 }
 
@@ -395,7 +430,10 @@ fn a_base_that_the_peer_does_not_have_is_named_by_the_seal() {
     append(&empty, &batches[1..]);
     let seal = guest.seal_of(&empty, 2, &batches[1..]);
     let error = empty.seal(seal.clone()).unwrap_err();
-    assert!(matches!(error, SealError::Dangling { seq: 2, missing: 1 }), "{error}");
+    assert!(
+        matches!(error, SealError::Dangling { seq: 2, missing: 1 }),
+        "{error}"
+    );
     // And is taken once the base arrived.
     append(&empty, &batches[..1]);
     empty.seal(seal).unwrap();
@@ -415,8 +453,13 @@ fn a_base_with_other_content_is_refused_and_never_read() {
     (0..10).for_each(|unit| stranger.set(0, unit, noise(&mut random)));
     append(&wrong, &stranger.encode(&source, 1));
     append(&wrong, &batches[1..]);
-    let error = wrong.seal(guest.seal_of(&wrong, 2, &batches[1..])).unwrap_err();
-    assert!(matches!(error, SealError::Dangling { seq: 2, missing: 1 }), "{error}");
+    let error = wrong
+        .seal(guest.seal_of(&wrong, 2, &batches[1..]))
+        .unwrap_err();
+    assert!(
+        matches!(error, SealError::Dangling { seq: 2, missing: 1 }),
+        "{error}"
+    );
     // A source that lost its index gets no digest for what cannot be rebuilt.
     let page = wrong.live_digests(&source.key, 2, 1);
     assert_eq!(page.batches, [(2, vec![Digest::UNKNOWN; 10])]);
@@ -447,20 +490,28 @@ fn a_difference_from_a_difference_is_refused() {
     let forged = [forged];
     append(&store, &forged);
     let error = store.seal(guest.seal_of(&store, 3, &forged)).unwrap_err();
-    assert!(matches!(error, SealError::Dangling { seq: 3, missing: 2 }), "{error}");
+    assert!(
+        matches!(error, SealError::Dangling { seq: 3, missing: 2 }),
+        "{error}"
+    );
     guest.check(&store);
 }
 
 /// Puts both hashes right after the bytes were changed.
 fn seal_by_hand(bytes: &mut [u8]) {
     let entries = u32::from_le_bytes(bytes[40..44].try_into().unwrap()) as usize;
-    let Some(end) = BATCH_HEADER.checked_add(entries).filter(|&end| end <= bytes.len()) else {
+    let Some(end) = BATCH_HEADER
+        .checked_add(entries)
+        .filter(|&end| end <= bytes.len())
+    else {
         return;
     };
     let body = blake3::hash(&bytes[end..]);
     bytes[56..88].copy_from_slice(body.as_bytes());
     let mut hasher = blake3::Hasher::new();
-    hasher.update(&bytes[..88]).update(&bytes[BATCH_HEADER..end]);
+    hasher
+        .update(&bytes[..88])
+        .update(&bytes[BATCH_HEADER..end]);
     bytes[88..120].copy_from_slice(hasher.finalize().as_bytes());
 }
 
@@ -543,7 +594,12 @@ fn a_base_that_rots_on_disk_is_an_error_and_never_data() {
         ReplicaError::NoPoint { .. }
     ));
     let page = store.live_digests(&source.key, 2, 9);
-    assert!(page.batches.iter().flat_map(|(_, all)| all).all(|d| *d == Digest::UNKNOWN));
+    assert!(
+        page.batches
+            .iter()
+            .flat_map(|(_, all)| all)
+            .all(|d| *d == Digest::UNKNOWN)
+    );
 }
 
 #[test]
@@ -554,7 +610,10 @@ fn a_difference_keeps_its_bytes() {
     let unit = |seed: u32| -> Unit {
         let mut bytes = [0; UNIT];
         let mut hasher = blake3::Hasher::new();
-        hasher.update(&seed.to_le_bytes()).finalize_xof().fill(&mut bytes);
+        hasher
+            .update(&seed.to_le_bytes())
+            .finalize_xof()
+            .fill(&mut bytes);
         bytes
     };
     let source = Source::starting_at(1000, 1 << 20);
@@ -583,7 +642,10 @@ fn a_difference_keeps_its_bytes() {
         std::fs::write(&path, &written).unwrap();
     }
     let kept = std::fs::read(&path).unwrap();
-    assert!(kept == written, "this version writes other bytes than the golden file has");
+    assert!(
+        kept == written,
+        "this version writes other bytes than the golden file has"
+    );
     // What the file says is read back, not what the encoder had in mind.
     let view = BatchView::parse(&kept[first[0].bytes.len()..]).unwrap();
     let deltas: Vec<_> = view

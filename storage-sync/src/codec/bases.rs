@@ -96,7 +96,12 @@ pub struct Bases {
 
 impl std::fmt::Debug for Bases {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Bases({} versions, {} bytes)", self.versions, self.bytes())
+        write!(
+            f,
+            "Bases({} versions, {} bytes)",
+            self.versions,
+            self.bytes()
+        )
     }
 }
 
@@ -214,7 +219,11 @@ impl Bases {
                 continue;
             };
             // A later version may be on its way already, and this one be gone.
-            if kept.pending.as_ref().is_some_and(|new| new.place.seq() == seq) {
+            if kept
+                .pending
+                .as_ref()
+                .is_some_and(|new| new.place.seq() == seq)
+            {
                 let old = std::mem::replace(&mut kept.acknowledged, kept.pending.take());
                 self.versions -= usize::from(old.is_some());
             }
@@ -317,7 +326,10 @@ mod tests {
         assert_eq!(base(&mut bases, 5), None);
         bases.acknowledge(1);
         assert_eq!(base(&mut bases, 5), Some(1));
-        assert!(bases.version(GUEST, 0, 5, 1).is_none(), "not before its own batch");
+        assert!(
+            bases.version(GUEST, 0, 5, 1).is_none(),
+            "not before its own batch"
+        );
         assert!(bases.version(GuestId([2; 16]), 0, 5, 9).is_none());
         // A newer one on its way: the older one counts meanwhile.
         tell(&mut bases, 5, 2);

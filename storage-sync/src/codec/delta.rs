@@ -159,12 +159,14 @@ mod tests {
     #[test]
     fn what_reaches_too_far_is_refused() {
         for bad in [
-            &[0, 0, 0][..],          // no new bytes
-            &[0, 2, 1],              // cut short
-            &[0, 1, 1, 0, 1, 1],     // a step of nothing
-            &[0xff, 0x1f, 2, 1, 1],  // over the end
-            &[0, 1],                 // too short
-            &[0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 1, 1],
+            &[0, 0, 0][..],         // no new bytes
+            &[0, 2, 1],             // cut short
+            &[0, 1, 1, 0, 1, 1],    // a step of nothing
+            &[0xff, 0x1f, 2, 1, 1], // over the end
+            &[0, 1],                // too short
+            &[
+                0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 1, 1, 1,
+            ],
         ] {
             assert_eq!(apply(bad, &mut noise(1)), None, "{bad:?}");
         }

@@ -16,12 +16,11 @@ use crate::codec::bases::Bases;
 use crate::codec::batch::{self, Batch, BatchHeader};
 use crate::codec::compress::Probe;
 use crate::codec::dedup::DedupIndex;
-use crate::codec::entry::{Content, Entry, EntryWriter, Delta};
+use crate::codec::entry::{Content, Delta, Entry, EntryWriter};
 use crate::codec::group::Group;
 use crate::digest::is_zero;
 use crate::limits::{
-    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS,
-    VOLUMES,
+    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS, VOLUMES,
 };
 use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
 
@@ -253,12 +252,9 @@ impl Encoder {
         let mut open = self.open.take()?;
         let begun = Instant::now();
         let entries = open.entries.finish();
-        let packed = open.group.pack(
-            open.seq,
-            entries,
-            self.compressor.as_mut(),
-            &mut self.probe,
-        );
+        let packed = open
+            .group
+            .pack(open.seq, entries, self.compressor.as_mut(), &mut self.probe);
         self.compressing += begun.elapsed();
         let literals = open.group.slots();
         let header = BatchHeader {

@@ -294,7 +294,10 @@ impl<'a> EntryReader<'a> {
 
     /// Bytes that those slots take in the body: literals first, then differences.
     pub(crate) fn body_bytes(&self) -> (usize, usize) {
-        (self.cursor.literals as usize * UNIT, self.cursor.delta_bytes)
+        (
+            self.cursor.literals as usize * UNIT,
+            self.cursor.delta_bytes,
+        )
     }
 
     fn literals(&mut self, count: u64) -> Result<Content, EntryError> {

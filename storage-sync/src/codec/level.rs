@@ -176,7 +176,10 @@ mod tests {
         for (mbit, level) in [(20.0, 6), (100.0, 3), (500.0, 3), (10_000.0, -5)] {
             let mut control = LevelControl::new();
             let levels = run(&mut control, mbit * 1e6 / 8.0, 1e-4, 4000);
-            assert!(levels.iter().all(|&at| at == level), "{mbit} Mbit/s: {levels:?}");
+            assert!(
+                levels.iter().all(|&at| at == level),
+                "{mbit} Mbit/s: {levels:?}"
+            );
         }
     }
 
@@ -186,7 +189,10 @@ mod tests {
         while rate < 2e9 {
             let levels = run(&mut LevelControl::new(), rate, 1e-4, 4000);
             let changes = levels.windows(2).filter(|pair| pair[0] != pair[1]).count();
-            assert!(changes <= 1, "{changes} changes in 1000 batches at {rate} bytes/s");
+            assert!(
+                changes <= 1,
+                "{changes} changes in 1000 batches at {rate} bytes/s"
+            );
             rate *= 1.07;
         }
     }

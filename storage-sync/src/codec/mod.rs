@@ -17,8 +17,8 @@ mod encode;
 mod entry;
 mod group;
 mod level;
-mod view;
 pub(crate) mod varint;
+mod view;
 
 pub use bases::Bases;
 pub use batch::{Batch, BatchError, BatchHeader, MAGIC, VERSION};

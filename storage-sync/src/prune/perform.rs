@@ -27,8 +27,7 @@ pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, Pr
     live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
     live.insert(inner.log.last_seq());
     let retire = plan.retire.iter().filter(|seq| !plan.stay.contains(seq));
-    let (revived, dead): (Vec<u64>, Vec<u64>) =
-        retire.partition(|&seq| live.contains(seq));
+    let (revived, dead): (Vec<u64>, Vec<u64>) = retire.partition(|&seq| live.contains(seq));
     report.revived = revived.len();
     report.batches = dead.len();
     inner.log.forget(&dead);
