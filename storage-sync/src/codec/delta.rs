@@ -24,6 +24,11 @@ pub fn check_of(unit: &[u8; UNIT]) -> [u8; 8] {
 /// `None`, and nothing is appended, when it would be over [`DELTA_BYTES`]. An
 /// empty one means that both are the same.
 pub fn diff(base: &[u8; UNIT], unit: &[u8; UNIT], out: &mut Vec<u8>) -> Option<usize> {
+    // Counting is several times faster than telling what will not be short.
+    let differing = base.iter().zip(unit).filter(|(a, b)| a != b).count();
+    if differing > DELTA_BYTES {
+        return None;
+    }
     let start = out.len();
     let mut told = 0; // Bytes of the unit that are told up to now.
     let mut at = differs_from(base, unit, 0);
