@@ -24,6 +24,9 @@ use crate::limits::{
 };
 use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
 
+/// Levels below this one are for links faster than the encoder.
+const HURRIED: i32 = 1;
+
 /// Numbers for the batches of one pair of sites, shared by all its encoders.
 #[derive(Debug)]
 pub struct Sequence(AtomicU64);
@@ -199,7 +202,9 @@ impl Encoder {
                     },
                     None => open.group.whole(at, bytes),
                 };
-                let content = open.group.weigh(content, &mut self.probe);
+                let content = open
+                    .group
+                    .weigh(content, &mut self.probe, self.level < HURRIED);
                 match content {
                     Content::Literals(index) | Content::Delta(Delta { index, .. })
                         if digest != Digest::UNKNOWN =>

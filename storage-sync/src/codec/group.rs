@@ -20,6 +20,8 @@ const ENTRY: usize = 15;
 /// A unit in its group costs about this many hundredths of what it costs alone
 /// (measured over RAM and disk: 67.6 MB for 82.7 MB).
 const GROUPED: usize = 80;
+/// What a unit costs for all that is known without looking at it.
+const USUAL: usize = UNIT * 3 / 10;
 /// Differences that cost less than one in this many of what the units would
 /// cost need no second try.
 const BY_FAR: usize = 4;
@@ -100,7 +102,8 @@ impl Group {
     }
 
     /// The last unit as it goes: a difference stays one only if that is cheaper.
-    pub(crate) fn weigh(&mut self, content: Content, probe: &mut Probe) -> Content {
+    /// `hurried`: time is short and the link is not, so it is guessed.
+    pub(crate) fn weigh(&mut self, content: Content, probe: &mut Probe, hurried: bool) -> Content {
         let Content::Delta(mut delta) = content else {
             return content;
         };
@@ -111,9 +114,13 @@ impl Group {
         let difference = &self.differences[start..];
         let told = match difference.len() {
             short @ ..=64 => short,
+            long if hurried => long,
             long => probe.cost(difference).min(long),
         } + ENTRY;
-        let whole = probe.cost(unit) * GROUPED / 100;
+        let whole = match hurried {
+            true => USUAL,
+            false => probe.cost(unit) * GROUPED / 100,
+        };
         if told >= whole {
             self.differences.truncate(start);
             return Content::Literals(delta.index);
