@@ -4,6 +4,7 @@
 //! to each other beside the data is in [`message`].
 
 pub mod message;
+pub mod outgoing;
 pub mod receive;
 pub mod send;
 pub mod totals;

@@ -1,114 +1,22 @@
 //! From a guest to the peer: changed units become batches, batches become a point.
 //!
-//! An [`Outgoing`] is one source's half of a pair of sites: the sequence of
-//! batch numbers and the dedup index that all its guests share. A [`Shipment`]
-//! collects what belongs to one recovery point of one guest, over as many
-//! rounds and attempted cuts as it takes, and ends with the point's seal.
+//! A [`Shipment`] collects what belongs to one recovery point of one guest,
+//! over as many rounds and attempted cuts as it takes, and ends with the
+//! point's seal. What the guests of a pair of sites share is in [`Outgoing`].
 
-use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use farhaven_storage_sync::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder, Sequence};
-use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::codec::{Batch, Chain, EncodeError, Encoder};
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
-use farhaven_wan::Peer;
 use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
-use tokio::sync::{Notify, watch};
+use tokio::sync::watch;
 
+pub use super::outgoing::Outgoing;
 pub use super::totals::Totals;
 use crate::guest::{Sink, SinkError};
-
-/// zstd level of bulk data: what the measured floor is defined by.
-const LEVEL: i32 = 3;
-
-/// One source's half of a pair of sites, shared by all its guests.
-pub struct Outgoing {
-    /// The way to the peer.
-    pub peer: Peer,
-    /// Batch numbers of this pair's log.
-    pub sequence: Arc<Sequence>,
-    /// What the peer holds already.
-    pub index: Arc<Mutex<DedupIndex>>,
-    /// Key of every digest in the index and in the guests' tables.
-    pub key: DigestKey,
-    /// Batches on their way: other guests refer to them only once they are acknowledged.
-    submitted: Mutex<BTreeSet<u64>>,
-    open: Mutex<BTreeSet<u64>>,
-    next_shipment: AtomicU64,
-    ended: Notify,
-}
-
-impl Outgoing {
-    /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
-    pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
-        Self {
-            peer,
-            sequence: Arc::new(Sequence::starting_at(first)),
-            index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
-            key,
-            submitted: Mutex::default(),
-            open: Mutex::default(),
-            next_shipment: AtomicU64::new(0),
-            ended: Notify::new(),
-        }
-    }
-
-    /// No batch may refer to this one any more.
-    pub fn forget(&self, seq: u64) {
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        index.remove_seqs(&BTreeSet::from([seq]));
-    }
-
-    /// No batch sent before may be referred to any more.
-    pub fn forget_all(&self) {
-        self.index
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clear();
-    }
-
-    /// Takes notice of what the peer acknowledged.
-    fn settle(&self) {
-        let acknowledged = *self.peer.acknowledged().borrow();
-        let mut submitted = self
-            .submitted
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
-        submitted.retain(|seq| {
-            let reached = acknowledged.reached(*seq);
-            if reached {
-                index.acknowledge(*seq);
-            }
-            !reached
-        });
-    }
-
-    /// The peer is about to drop these batches: refer to none of them any
-    /// more. Returns once no shipment is open that may have referred to them
-    /// before, so that the peer sees every reference there is when it checks.
-    pub async fn retire(&self, seqs: &BTreeSet<u64>) {
-        self.index
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove_seqs(seqs);
-        let before = self.next_shipment.load(Ordering::Acquire);
-        loop {
-            let ended = self.ended.notified();
-            let open = {
-                let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-                open.iter().next().is_some_and(|oldest| *oldest < before)
-            };
-            if !open {
-                return;
-            }
-            ended.await;
-        }
-    }
-}
 
 /// Why a shipment ended early.
 #[derive(Debug, thiserror::Error)]
@@ -136,6 +44,8 @@ pub struct Shipment {
     outgoing: Arc<Outgoing>,
     id: u64,
     encoder: Encoder,
+    /// Of its time, what the level was told of.
+    compressed: Duration,
     chain: Chain,
     shipped: Shipped,
     totals: Arc<Totals>,
@@ -156,23 +66,20 @@ impl Shipment {
         stop: watch::Receiver<bool>,
         runtime: Handle,
     ) -> Self {
-        let id = {
-            let mut open = outgoing.open.lock().unwrap_or_else(PoisonError::into_inner);
-            let id = outgoing.next_shipment.fetch_add(1, Ordering::AcqRel);
-            open.insert(id);
-            id
-        };
+        let id = outgoing.opened();
         let encoder = Encoder::new(
             guest,
             point,
             outgoing.sequence.clone(),
             outgoing.index.clone(),
-            LEVEL,
-        );
+            outgoing.level(),
+        )
+        .with_bases(outgoing.bases.clone());
         Self {
             outgoing: outgoing.clone(),
             id,
             encoder,
+            compressed: Duration::ZERO,
             chain: Chain::new(),
             shipped: Shipped::default(),
             totals,
@@ -243,17 +150,24 @@ impl Shipment {
         self.totals
             .sent_bytes
             .fetch_add(batch.bytes.len() as u64, Ordering::Relaxed);
-        let seq = batch.seq;
+        let (seq, bytes) = (batch.seq, batch.bytes.len() as u64);
+        let begun = Instant::now();
         let sent = self.hand_over(batch);
+        let compressing = self.encoder.compressing();
+        let level = self.outgoing.level_after(
+            bytes,
+            compressing.saturating_sub(self.compressed),
+            begun.elapsed(),
+        );
+        self.compressed = compressing;
+        if let Err(error) = self.encoder.level(level) {
+            tracing::warn!(%error, level, "the compression stays as it is");
+        }
         if sent.is_err() {
             // A batch that never left must not be referred to.
             self.outgoing.forget(seq);
         } else {
-            let submitted = &self.outgoing.submitted;
-            submitted
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .insert(seq);
+            self.outgoing.submitted(seq);
             self.outgoing.settle();
         }
         sent
@@ -346,12 +260,6 @@ impl Drop for Shipment {
         if let Some(batch) = self.encoder.flush() {
             self.outgoing.forget(batch.seq);
         }
-        let mut open = self
-            .outgoing
-            .open
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        open.remove(&self.id);
-        self.outgoing.ended.notify_waiters();
+        self.outgoing.closed(self.id);
     }
 }

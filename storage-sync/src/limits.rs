@@ -13,6 +13,14 @@ pub const BATCH_ENTRIES: usize = 4096;
 pub const ENTRY_BYTES: usize = 1 + 3 + 10 + 10 + 10;
 /// Bytes of a full group of literals, uncompressed.
 pub const BATCH_BODY_RAW: usize = GROUP * UNIT;
+/// Fewest bytes of a unit told as a difference: kept, new, one byte.
+pub const DELTA_BYTES_LEAST: usize = 3;
+/// Most bytes of a unit told as a difference: beyond half a unit a literal is as small.
+pub const DELTA_BYTES: usize = UNIT / 2;
+/// Bytes of differences that wait for their bases while a volume is read, per thread.
+pub const DELTAS_WAITING_BYTES: usize = 16 << 20;
+/// Bytes of old versions kept to tell differences against, unless configured.
+pub const BASES_BYTES: usize = 64 << 20;
 /// Most bytes of a whole batch. A body that does not shrink is stored raw.
 pub const BATCH_BYTES: usize = BATCH_HEADER + BATCH_ENTRIES_BYTES + BATCH_BODY_RAW;
 
@@ -53,6 +61,11 @@ pub const CATALOGUE_KEY: usize = 512;
 pub const CATALOGUE_VALUE: usize = 4 * 1024 * 1024;
 
 const _: () = assert!(BATCH_ENTRIES_BYTES > ENTRY_BYTES);
+const _: () = assert!(
+    1 + 3 + 10 + 10 + 2 + 8 <= ENTRY_BYTES,
+    "a difference fits an entry"
+);
+const _: () = assert!(DELTA_BYTES < UNIT && DELTA_BYTES < 1 << 14);
 const _: () = assert!(GROUP == 64, "places have 6 bits of index");
 const _: () = assert!(UNIT == 4096 && UNIT.is_power_of_two());
 const _: () = assert!(SEGMENT_BYTES_MOST + (BATCH_BYTES as u64) < u32::MAX as u64);

@@ -27,6 +27,8 @@ pub(crate) struct Location {
     pub(crate) offset: u32,
     pub(crate) bytes: u32,
     pub(crate) literals: u8,
+    /// Are some of its slots differences?
+    pub(crate) deltas: bool,
 }
 
 /// Why the log refused.
@@ -260,6 +262,7 @@ impl Log {
             offset: writer.offset as u32,
             bytes: bytes.len() as u32,
             literals: header.literals,
+            deltas: header.deltas,
         };
         writer.offset += bytes.len() as u64;
         held(&self.segments).insert(writer.segment, writer.offset);

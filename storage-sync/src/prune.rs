@@ -20,8 +20,8 @@ use crate::files::FileError;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
 use crate::map::{PointMap, Run};
-use crate::store::{Inner, PointEntry, Store, held};
-use crate::unit::GuestId;
+use crate::store::{ExpandError, Inner, PointEntry, Store, held};
+use crate::unit::{GuestId, Place};
 
 /// A segment is rewritten when at least one in this many bytes is dead.
 const WORTH: u64 = 4;
@@ -40,6 +40,9 @@ pub struct PrunePlan {
     pub pinned: Vec<(GuestId, u64)>,
     /// Batches that will go: the source must forget them first.
     pub retire: Vec<u64>,
+    /// Some of `retire` that stay after all, for other units in them. They hold
+    /// differences whose bases go, which the source must not refer to.
+    pub stay: BTreeSet<u64>,
     /// Segments to remove.
     pub segments: Vec<SegmentPlan>,
 }
@@ -89,7 +92,8 @@ impl fmt::Display for PrunePlan {
                 "remove segment {segment} ({bytes} bytes, {live_bytes} copied first)"
             )?;
         }
-        let (batches, freed) = (self.retire.len(), self.bytes_freed());
+        let batches = self.retire.len() - self.stay.len();
+        let freed = self.bytes_freed();
         write!(f, "{batches} batches go, {freed} bytes are freed")
     }
 }
@@ -124,6 +128,15 @@ pub enum PruneError {
     /// A file operation failed.
     #[error(transparent)]
     File(#[from] FileError),
+}
+
+impl From<ExpandError> for PruneError {
+    fn from(error: ExpandError) -> PruneError {
+        match error {
+            ExpandError::Log(error) => error.into(),
+            ExpandError::Batch(error) => error.into(),
+        }
+    }
 }
 
 /// Points to drop, per guest.
@@ -186,6 +199,9 @@ impl Store {
         // What needs no copy goes first: on a full disk that makes the room.
         plan.segments
             .sort_by_key(|segment| (segment.live_bytes, segment.segment));
+        let orphans = orphans(inner, &plan.retire)?;
+        plan.stay = orphans.intersection(&live).copied().collect();
+        plan.retire.extend(orphans);
         plan.retire.sort_unstable();
         held(&inner.state).retiring.extend(&plan.retire);
         Ok(plan)
@@ -246,10 +262,72 @@ fn walk(
     Ok(())
 }
 
+/// Which slots are needed of batches with differences: a bit each.
+type Needed = BTreeMap<u64, u64>;
+
+/// Notes `count` places from `first` on, if their batches have differences.
+fn need(inner: &Inner, needed: &mut Needed, first: Place, count: u64) {
+    let end = first.0 + count;
+    let mut at = first;
+    while at.0 < end {
+        let next = Place((at.seq() + 1) << 6).0.min(end);
+        if inner.log.locate(at.seq()).is_some_and(|found| found.deltas) {
+            let slots = needed.entry(at.seq()).or_default();
+            (at.0..next).for_each(|place| *slots |= 1 << Place(place).index());
+        }
+        at = Place(next);
+    }
+}
+
+/// Adds the batches of the bases that needed differences are told against. A
+/// base is a literal: there is nothing behind it.
+fn add_bases(inner: &Inner, needed: &Needed, live: &mut HashSet<u64>) -> Result<(), PruneError> {
+    let mut bytes = Vec::new();
+    for (&seq, slots) in needed {
+        inner.each_entry(seq, &mut bytes, &mut |entry| {
+            if let Content::Delta(delta) = entry.content
+                && slots >> delta.index & 1 == 1
+            {
+                live.insert(delta.base.seq());
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// Batches that would stay, but have differences whose base goes: nobody needs
+/// those now, and the source must refer to them no more either.
+fn orphans(inner: &Inner, retire: &[u64]) -> Result<HashSet<u64>, PruneError> {
+    let retire: BTreeSet<u64> = retire.iter().copied().collect();
+    let mut found = HashSet::new();
+    if retire.is_empty() {
+        return Ok(found);
+    }
+    let mut with = Vec::new();
+    inner.log.each(&mut |seq, location| {
+        if location.deltas && !retire.contains(&seq) {
+            with.push(seq);
+        }
+    });
+    let mut bytes = Vec::new();
+    for seq in with {
+        let mut orphan = false;
+        inner.each_entry(seq, &mut bytes, &mut |entry| {
+            orphan |= matches!(entry.content, Content::Delta(delta)
+                if retire.contains(&delta.base.seq()));
+        })?;
+        if orphan {
+            found.insert(seq);
+        }
+    }
+    Ok(found)
+}
+
 /// Batches that the points which stay need.
 fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError> {
     let guests: Vec<GuestId> = held(&inner.state).guests.keys().copied().collect();
     let mut live = HashSet::new();
+    let mut needed = Needed::new();
     for guest in guests {
         let mut kept = PointMap::default();
         walk(inner, guest, &mut |entry, map, _| {
@@ -260,11 +338,15 @@ fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError
                 return Ok(());
             }
             let changes: Vec<Run> = map.since(&kept);
-            live.extend(changes.iter().flat_map(Run::seqs));
+            for run in changes.iter().filter(|run| run.place != Place::ZERO) {
+                live.extend(run.seqs());
+                need(inner, &mut needed, run.place, run.count);
+            }
             kept = map.clone();
             Ok(())
         })?;
     }
+    add_bases(inner, &needed, &mut live)?;
     Ok(live)
 }
 
@@ -286,6 +368,7 @@ fn unsealed(
             .collect()
     };
     let mut live = HashSet::new();
+    let mut needed = Needed::new();
     let mut bytes = Vec::new();
     for seq in seqs {
         if !read.insert(seq) {
@@ -294,10 +377,19 @@ fn unsealed(
         live.insert(seq);
         inner.log.read_entries(seq, &mut bytes)?;
         let view = EntriesView::parse(&bytes)?;
-        live.extend(view.entries().filter_map(|entry| match entry.content {
-            Content::Refs(place) => Some(place.seq()),
-            _ => None,
-        }));
+        for entry in view.entries() {
+            match entry.content {
+                Content::Refs(place) => {
+                    live.insert(place.seq());
+                    need(inner, &mut needed, place, entry.count);
+                }
+                Content::Delta(delta) => {
+                    live.insert(delta.base.seq());
+                }
+                Content::Zeros | Content::Literals(_) => {}
+            }
+        }
     }
+    add_bases(inner, &needed, &mut live)?;
     Ok(live)
 }

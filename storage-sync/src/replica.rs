@@ -10,12 +10,12 @@ mod fill;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use crate::codec::{BatchError, Expander};
+use crate::codec::{BatchError, Body, Slot};
 use crate::limits::BATCH_BODY_RAW;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError, PointHeader};
 use crate::map::{PointMap, Run};
-use crate::store::{ExpandError, Store, held};
+use crate::store::{ExpandError, Reader, Store, Unbuilt, held, rebuild};
 use crate::unit::{GuestId, Place, UNIT, Volume, VolumeIndex};
 
 /// Why a point cannot be read.
@@ -64,12 +64,30 @@ pub enum ReplicaError {
         #[source]
         source: BatchError,
     },
+    /// A unit told as a difference does not come out right.
+    #[error(
+        "point {point} needs a unit told against {base:?}, and the two do not fit together; \
+         use an older point, and check the disk of the store"
+    )]
+    Difference {
+        /// The point.
+        point: u64,
+        /// What it is told against.
+        base: Place,
+    },
     /// A stored batch cannot be read.
     #[error(transparent)]
     Log(#[from] LogError),
     /// The point's manifest is damaged or cannot be read.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
+}
+
+fn unexpanded(seq: u64, error: ExpandError) -> ReplicaError {
+    match error {
+        ExpandError::Log(error) => error.into(),
+        ExpandError::Batch(source) => ReplicaError::Batch { seq, source },
+    }
 }
 
 fn newest_is(newest: u64) -> String {
@@ -81,15 +99,8 @@ fn newest_is(newest: u64) -> String {
 
 #[derive(Default)]
 struct Cache {
-    batches: HashMap<u64, (u64, Arc<Vec<u8>>)>,
+    batches: HashMap<u64, (u64, Arc<Body>)>,
     tick: u64,
-}
-
-/// Working memory to read batches with.
-#[derive(Default)]
-struct Reader {
-    expander: Expander,
-    bytes: Vec<u8>,
 }
 
 /// One recovery point, open for reading from any thread.
@@ -229,45 +240,63 @@ impl Replica {
         if !fits || out.len() as u64 != count || !rest.is_empty() {
             return Err(range);
         }
-        let mut batch: Option<(u64, Arc<Vec<u8>>)> = None;
+        let mut batch: Option<(u64, Arc<Body>)> = None;
         for (unit, out) in (unit..).zip(out) {
             let place = self.map.place(volume, unit);
             if place == Place::ZERO {
                 out.fill(0);
                 continue;
             }
-            let literals = match &batch {
-                Some((seq, literals)) if *seq == place.seq() => literals,
+            let body = match &batch {
+                Some((seq, body)) if *seq == place.seq() => body,
                 _ => &batch.insert((place.seq(), self.batch(place.seq())?)).1,
             };
-            out.copy_from_slice(self.literal(literals, place)?);
+            match body.slot(place.index()) {
+                Some(Slot::Whole(unit)) => *out = *unit,
+                Some(Slot::Difference(delta, difference)) => {
+                    let base = delta.base;
+                    // A base is a literal: it needs no other batch.
+                    let body = self.batch(base.seq())?;
+                    let unit = rebuild(&body, &delta, difference);
+                    *out = unit.ok_or(self.unbuilt(Unbuilt { base, source: None }))?;
+                }
+                None => return Err(self.lost(place)),
+            }
         }
         Ok(())
     }
 
-    fn literal<'a>(&self, literals: &'a [u8], place: Place) -> Result<&'a [u8], ReplicaError> {
-        let start = usize::from(place.index()) * UNIT;
-        let literal = literals.get(start..start + UNIT);
-        literal.ok_or(ReplicaError::Lost {
+    fn lost(&self, place: Place) -> ReplicaError {
+        ReplicaError::Lost {
             point: self.header.point,
             place,
-        })
+        }
     }
 
-    /// A batch's literals, from the cache or from disk.
-    fn batch(&self, seq: u64) -> Result<Arc<Vec<u8>>, ReplicaError> {
+    fn unbuilt(&self, Unbuilt { base, source }: Unbuilt) -> ReplicaError {
+        match source {
+            Some(error) => unexpanded(base.seq(), error),
+            None => ReplicaError::Difference {
+                point: self.header.point,
+                base,
+            },
+        }
+    }
+
+    /// A batch's body, from the cache or from disk.
+    fn batch(&self, seq: u64) -> Result<Arc<Body>, ReplicaError> {
         {
             let mut cache = held(&self.cache);
             cache.tick += 1;
             let tick = cache.tick;
-            if let Some((used, literals)) = cache.batches.get_mut(&seq) {
+            if let Some((used, body)) = cache.batches.get_mut(&seq) {
                 *used = tick;
-                return Ok(literals.clone());
+                return Ok(body.clone());
             }
         }
-        let mut literals = Vec::new();
-        self.expand(seq, &mut literals)?;
-        let literals = Arc::new(literals);
+        let mut body = Body::new();
+        self.expand(seq, &mut body)?;
+        let body = Arc::new(body);
         let mut cache = held(&self.cache);
         while cache.batches.len() >= self.cached_most {
             let oldest = cache.batches.iter().min_by_key(|(_, (used, _))| *used);
@@ -277,19 +306,15 @@ impl Replica {
             cache.batches.remove(&oldest);
         }
         let tick = cache.tick;
-        cache.batches.insert(seq, (tick, literals.clone()));
-        Ok(literals)
+        cache.batches.insert(seq, (tick, body.clone()));
+        Ok(body)
     }
 
-    fn expand(&self, seq: u64, literals: &mut Vec<u8>) -> Result<(), ReplicaError> {
+    fn expand(&self, seq: u64, body: &mut Body) -> Result<(), ReplicaError> {
         let mut reader = held(&self.readers).pop().unwrap_or_default();
-        let Reader { expander, bytes } = &mut reader;
-        let outcome = self.store.0.expand(seq, expander, bytes, literals);
+        let outcome = self.store.0.expand(seq, &mut reader, body);
         held(&self.readers).push(reader);
-        outcome.map_err(|error| match error {
-            ExpandError::Log(error) => error.into(),
-            ExpandError::Batch(source) => ReplicaError::Batch { seq, source },
-        })
+        outcome.map_err(|error| unexpanded(seq, error))
     }
 
     /// Runs of `volume` that are not zeros: (first unit, count), ascending.

@@ -5,8 +5,10 @@
 //! to read. [`Store::plan_prune`] and [`Store::perform_prune`] let points go.
 //! A `Store` is a handle: clones share one store, from any thread.
 
+mod digests;
 mod open;
 mod read;
+mod rebuild;
 mod seal;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -16,16 +18,17 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use crate::codec::{BatchError, BatchHeader, BatchView, Expander};
-use crate::digest::DigestKey;
+use crate::codec::{BatchError, BatchHeader, BatchView, Body, Expander};
 use crate::files::{FileError, LockError};
 use crate::limits::{MANIFEST_CHAIN, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
 use crate::log::{Log, LogError, ScanReport};
 use crate::manifest::PointHeader;
 use crate::map::PointMap;
-use crate::unit::{Digest, GuestId, UNIT};
+use crate::unit::GuestId;
 
-pub(crate) use read::{ExpandError, leaf_bytes};
+pub use digests::DigestPage;
+pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
+pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
 pub use seal::{Seal, SealError};
 
 /// How a store is kept.
@@ -95,15 +98,6 @@ pub struct OpenReport {
     pub damaged: Vec<DamagedPoint>,
 }
 
-/// Digests of batches in the log, for a source that rebuilds its index.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct DigestPage {
-    /// Batch number and the digest of each of its literals.
-    pub batches: Vec<(u64, Vec<Digest>)>,
-    /// Where to go on; `None` at the end.
-    pub next: Option<u64>,
-}
-
 #[derive(Debug, Clone)]
 pub(crate) struct PointEntry {
     pub(crate) header: Arc<PointHeader>,
@@ -157,6 +151,8 @@ pub(crate) struct GuestState {
     pub(crate) claimed: u64,
     /// Batches of points that are not sealed yet.
     pub(crate) unsealed: BTreeMap<u64, BTreeSet<u64>>,
+    /// Those of `unsealed` whose differences were rebuilt and are right.
+    pub(crate) rebuilt: BTreeSet<u64>,
     pub(crate) pins: HashMap<u64, usize>,
 }
 
@@ -219,17 +215,31 @@ impl Store {
     pub fn append(&self, batches: &[Bytes]) -> Result<Vec<u64>, StoreError> {
         let mut verified = Vec::with_capacity(batches.len());
         let mut expander = Expander::new();
-        let mut literals = Vec::new();
+        let mut body = Body::new();
+        let mut waiting = Waiting::new();
         for bytes in batches {
             let view = BatchView::parse(bytes)?;
             // A batch that would not expand is worth nothing: tell its sender now.
-            view.literals(&mut expander, &mut literals)?;
-            verified.push((*view.header(), &bytes[..]));
+            view.expand(&mut expander, &mut body)?;
+            let header = *view.header();
+            verified.push((header, &bytes[..]));
+            if header.deltas {
+                waiting.add_all(&body, header.seq);
+            }
         }
         self.0.log.append(&verified)?;
+        // A difference that does not come out right is not refused here: the
+        // seal asks again, and the source gets an answer that it can act on.
+        let wrong = self.0.wrong(waiting);
         let mut state = held(&self.0.state);
         for (header, _) in &verified {
             state.belongs(header);
+            if header.deltas && !wrong.contains_key(&header.seq) {
+                let guest = state.guests.entry(header.guest).or_default();
+                if header.point > guest.largest {
+                    guest.rebuilt.insert(header.seq);
+                }
+            }
         }
         Ok(verified.iter().map(|(header, _)| header.seq).collect())
     }
@@ -310,36 +320,8 @@ impl Store {
     pub fn abandon(&self, guest: GuestId) {
         if let Some(guest) = held(&self.0.state).guests.get_mut(&guest) {
             guest.unsealed.clear();
+            guest.rebuilt.clear();
         }
-    }
-
-    /// Digests, under the source's key, of the literals of up to `most` batches
-    /// from number `from` on. Damaged batches are left out.
-    pub fn live_digests(&self, key: &DigestKey, from: u64, most: usize) -> DigestPage {
-        let seqs = self.0.log.seqs_from(from, most.max(1));
-        let next = match seqs.last() {
-            Some(last) if seqs.len() >= most.max(1) => Some(last + 1),
-            _ => None,
-        };
-        let mut page = DigestPage {
-            batches: Vec::with_capacity(seqs.len()),
-            next,
-        };
-        let (mut bytes, mut literals) = (Vec::new(), Vec::new());
-        let mut expander = Expander::new();
-        for seq in seqs {
-            if held(&self.0.state).retiring.contains(&seq) {
-                continue;
-            }
-            if let Err(error) = self.0.expand(seq, &mut expander, &mut bytes, &mut literals) {
-                tracing::warn!(seq, %error, "a batch is left out of the dedup index");
-                continue;
-            }
-            let mut digests = Vec::with_capacity(literals.len() / UNIT);
-            key.digests(&literals, &mut digests);
-            page.batches.push((seq, digests));
-        }
-        page
     }
 }
 

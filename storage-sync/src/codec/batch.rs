@@ -1,15 +1,15 @@
-//! The batch: what is sent is what is kept. Layout, and reading without trust.
+//! The batch: what is sent is what is kept. Its layout and its fixed part;
+//! `view.rs` reads the rest.
 //!
-//! A batch is a header, entries, and one body of up to 64 literal units
-//! compressed together. The header's hash covers header and entries and,
+//! A batch is a header, entries, and one body of up to 64 units, literals and
+//! differences, compressed together. The header's hash covers header and entries and,
 //! through the body's own hash, the body: so a point can be sealed by reading
 //! entries only, and nothing is decompressed before it is verified.
 
 use bytes::Bytes;
 
-use crate::codec::compress::{self, Codec, Expander};
-use crate::codec::entry::{Content, Entry, EntryError, EntryReader};
-use crate::limits::{BATCH_BODY_RAW, BATCH_ENTRIES, BATCH_ENTRIES_BYTES, BATCH_HEADER, POINT, SEQ};
+use crate::codec::compress::Codec;
+use crate::limits::{BATCH_ENTRIES, BATCH_ENTRIES_BYTES, BATCH_HEADER, POINT, SEQ};
 use crate::unit::{GROUP, GuestId, UNIT};
 
 /// First bytes of every batch.
@@ -17,6 +17,8 @@ pub const MAGIC: [u8; 4] = *b"FHbt";
 /// Version of the layout that is written and read.
 pub const VERSION: u16 = 1;
 const HASH: usize = 88;
+/// The flag of a batch that has differences: an older version refuses it by name.
+const DELTAS: u8 = 1;
 
 /// A finished batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,8 +31,10 @@ pub struct Batch {
     pub hash: [u8; 32],
     /// The point it belongs to.
     pub point: u64,
-    /// Units carried in its body.
+    /// Units carried in its body, whole or as differences.
     pub literals: u8,
+    /// How many of them are differences.
+    pub deltas: u8,
     /// Guest units it describes, counted as often as they were handed over.
     pub units: u64,
 }
@@ -89,8 +93,12 @@ pub struct BatchHeader {
     pub entries_bytes: usize,
     /// Number of entries.
     pub entries: usize,
-    /// Literal units in the body.
+    /// Slots: units in the body, whole or as differences.
     pub literals: u8,
+    /// Are some of them differences?
+    pub deltas: bool,
+    /// Bytes of the body, expanded.
+    pub body_raw: usize,
     /// How the body is stored.
     pub codec: Codec,
     /// Bytes of the body as stored.
@@ -135,7 +143,7 @@ impl BatchHeader {
                 what: format!("layout {}", u16_at(4)),
             });
         }
-        if fixed[6] != 0 || fixed[47] != 0 {
+        if fixed[6] & !DELTAS != 0 || fixed[47] != 0 {
             return Err(BatchError::Newer {
                 what: format!("flags {:#04x}", fixed[6]),
             });
@@ -156,12 +164,15 @@ impl BatchHeader {
             entries_bytes: u32_at(40),
             entries: u16_at(44).into(),
             literals: fixed[46],
+            deltas: fixed[6] & DELTAS != 0,
+            body_raw: u32_at(48),
             codec,
             body_stored: u32_at(52),
             body_hash: array(&fixed[56..]),
             hash: array(&fixed[HASH..]),
         };
-        let raw = u32_at(48);
+        let raw = header.body_raw;
+        let whole = usize::from(header.literals) * UNIT;
         if header.seq == 0 || header.seq > SEQ {
             return Err(Invalid("its number is out of range"));
         }
@@ -174,8 +185,13 @@ impl BatchHeader {
         if header.entries_bytes > BATCH_ENTRIES_BYTES {
             return Err(Invalid("entries too long"));
         }
-        if usize::from(header.literals) > GROUP || raw != usize::from(header.literals) * UNIT {
-            return Err(Invalid("the body's length is not that of its literals"));
+        // Any difference is shorter than a unit: the exact sum is checked with the entries.
+        let sums_up = match header.deltas {
+            false => raw == whole,
+            true => raw > 0 && raw < whole,
+        };
+        if usize::from(header.literals) > GROUP || !sums_up {
+            return Err(Invalid("the body's length is not that of its slots"));
         }
         // A body that does not shrink is stored raw, so stored is never longer.
         let fits = match codec {
@@ -191,7 +207,7 @@ impl BatchHeader {
     fn put(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
-        out.push(0);
+        out.push(if self.deltas { DELTAS } else { 0 });
         out.push(match self.codec {
             Codec::Raw => 0,
             Codec::Zstd => 1,
@@ -203,7 +219,7 @@ impl BatchHeader {
         out.extend_from_slice(&(self.entries as u16).to_le_bytes());
         out.push(self.literals);
         out.push(0);
-        out.extend_from_slice(&(u32::from(self.literals) * UNIT as u32).to_le_bytes());
+        out.extend_from_slice(&(self.body_raw as u32).to_le_bytes());
         out.extend_from_slice(&(self.body_stored as u32).to_le_bytes());
         out.extend_from_slice(&self.body_hash);
     }
@@ -227,154 +243,8 @@ pub(crate) fn lay_out(mut header: BatchHeader, entries: &[u8], body: &[u8]) -> (
     (bytes.into(), hash)
 }
 
-fn hash_of(fixed: &[u8], entries: &[u8]) -> [u8; 32] {
+pub(super) fn hash_of(fixed: &[u8], entries: &[u8]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&fixed[..HASH]).update(entries);
     *hasher.finalize().as_bytes()
-}
-
-/// Header and entries of a batch, verified; its body may be absent.
-#[derive(Debug, Clone, Copy)]
-pub struct EntriesView<'a> {
-    /// The fixed part.
-    pub header: BatchHeader,
-    entries: &'a [u8],
-}
-
-impl<'a> EntriesView<'a> {
-    /// Verifies header and entries at the front of `bytes`.
-    ///
-    /// # Errors
-    /// See [`BatchError`].
-    pub fn parse(bytes: &'a [u8]) -> Result<EntriesView<'a>, BatchError> {
-        let header = BatchHeader::parse(bytes)?;
-        let need = BATCH_HEADER + header.entries_bytes;
-        let short = BatchError::Short {
-            have: bytes.len(),
-            need,
-        };
-        let Some(entries) = bytes.get(BATCH_HEADER..need) else {
-            return Err(short);
-        };
-        if hash_of(bytes, entries) != header.hash {
-            return Err(BatchError::Damaged {
-                seq: header.seq,
-                part: "entries",
-            });
-        }
-        let view = EntriesView { header, entries };
-        view.check()?;
-        Ok(view)
-    }
-
-    fn check(&self) -> Result<(), BatchError> {
-        let mut reader = EntryReader::new(self.entries, self.header.seq);
-        let mut count = 0;
-        while let Some(entry) = reader.take().map_err(from_entry)? {
-            count += 1;
-            if count > self.header.entries {
-                return Err(BatchError::Invalid("more entries than its header says"));
-            }
-            if let Content::Refs(place) = entry.content
-                && place.seq() == self.header.seq
-                && u64::from(place.index()) + entry.count > u64::from(self.header.literals)
-            {
-                return Err(BatchError::Invalid(
-                    "a reference to a literal it does not have",
-                ));
-            }
-        }
-        if count != self.header.entries {
-            return Err(BatchError::Invalid("fewer entries than its header says"));
-        }
-        if reader.literals_used() != u64::from(self.header.literals) {
-            return Err(BatchError::Invalid(
-                "its entries use another number of literals",
-            ));
-        }
-        Ok(())
-    }
-
-    /// The entries, in the order they apply: a later one wins.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
-        let mut reader = EntryReader::new(self.entries, self.header.seq);
-        // `parse` has read them all once, so none fails here.
-        std::iter::from_fn(move || reader.take().ok().flatten())
-    }
-}
-
-fn from_entry(error: EntryError) -> BatchError {
-    match error {
-        EntryError::Newer(kind) => BatchError::Newer {
-            what: format!("entry kind {kind:#04x}"),
-        },
-        EntryError::Invalid(why) => BatchError::Invalid(why),
-    }
-}
-
-/// A whole batch, verified.
-#[derive(Debug, Clone, Copy)]
-pub struct BatchView<'a> {
-    view: EntriesView<'a>,
-    body: &'a [u8],
-}
-
-impl<'a> BatchView<'a> {
-    /// Verifies lengths, hashes and entries of exactly one batch. The body is
-    /// not expanded yet: see [`BatchView::literals`].
-    ///
-    /// # Errors
-    /// See [`BatchError`].
-    pub fn parse(bytes: &'a [u8]) -> Result<BatchView<'a>, BatchError> {
-        let view = EntriesView::parse(bytes)?;
-        let need = view.header.bytes();
-        if bytes.len() > need {
-            return Err(BatchError::Invalid("bytes follow its end"));
-        }
-        let short = BatchError::Short {
-            have: bytes.len(),
-            need,
-        };
-        let start = BATCH_HEADER + view.header.entries_bytes;
-        let Some(body) = bytes.get(start..need) else {
-            return Err(short);
-        };
-        if *blake3::hash(body).as_bytes() != view.header.body_hash {
-            return Err(BatchError::Damaged {
-                seq: view.header.seq,
-                part: "body",
-            });
-        }
-        Ok(BatchView { view, body })
-    }
-
-    /// The fixed part.
-    pub fn header(&self) -> &BatchHeader {
-        &self.view.header
-    }
-
-    /// The entries, in the order they apply: a later one wins.
-    pub fn entries(&self) -> impl Iterator<Item = Entry> + 'a {
-        self.view.entries()
-    }
-
-    /// Expands the body into `out`: exactly `literals` × 4 KiB, at most 256 KiB.
-    ///
-    /// # Errors
-    /// When the body does not expand to exactly that.
-    pub fn literals(&self, expander: &mut Expander, out: &mut Vec<u8>) -> Result<(), BatchError> {
-        let BatchHeader {
-            seq,
-            literals,
-            codec,
-            ..
-        } = self.view.header;
-        let raw = usize::from(literals) * UNIT;
-        debug_assert!(raw <= BATCH_BODY_RAW);
-        compress::expand(expander, codec, self.body, raw, out).map_err(|source| BatchError::Body {
-            seq,
-            literals,
-            source,
-        })
-    }
 }

@@ -8,19 +8,24 @@ use std::collections::HashMap;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use zstd::bulk::Compressor;
 
+use crate::codec::bases::Bases;
 use crate::codec::batch::{self, Batch, BatchHeader};
-use crate::codec::compress::{self, Codec};
+use crate::codec::compress::Probe;
 use crate::codec::dedup::DedupIndex;
-use crate::codec::entry::{Content, Entry, EntryWriter};
+use crate::codec::entry::{Content, Delta, Entry, EntryWriter};
+use crate::codec::group::Group;
 use crate::digest::is_zero;
 use crate::limits::{
-    BATCH_BODY_RAW, BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS,
-    VOLUMES,
+    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS, VOLUMES,
 };
 use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
+
+/// Levels below this one are for links faster than the encoder.
+const HURRIED: i32 = 1;
 
 /// Numbers for the batches of one pair of sites, shared by all its encoders.
 #[derive(Debug)]
@@ -78,7 +83,7 @@ pub enum EncodeError {
 struct Open {
     seq: u64,
     entries: EntryWriter,
-    body: Vec<u8>,
+    group: Group,
     digests: HashMap<Digest, u8>,
     units: u64,
 }
@@ -89,11 +94,13 @@ pub struct Encoder {
     point: u64,
     seqs: Arc<Sequence>,
     index: Arc<Mutex<DedupIndex>>,
+    bases: Option<Arc<Mutex<Bases>>>,
     level: i32,
     compressor: Option<Compressor<'static>>,
+    probe: Probe,
     open: Option<Open>,
-    spare: Vec<u8>,
-    packed: Vec<u8>,
+    spare: Group,
+    compressing: Duration,
 }
 
 impl std::fmt::Debug for Encoder {
@@ -116,12 +123,41 @@ impl Encoder {
             point,
             seqs,
             index,
+            bases: None,
             level,
             compressor: None,
+            probe: Probe::new(),
             open: None,
-            spare: Vec::new(),
-            packed: Vec::new(),
+            spare: Group::default(),
+            compressing: Duration::ZERO,
         }
+    }
+
+    /// Tells units as differences from these versions where that is smaller,
+    /// and keeps in it what is told whole. Without it nothing is.
+    pub fn with_bases(mut self, bases: Arc<Mutex<Bases>>) -> Encoder {
+        self.bases = Some(bases);
+        self
+    }
+
+    /// The zstd level of the batches from now on, the open one included.
+    ///
+    /// # Errors
+    /// When the compressor refuses it; the level stays as it was.
+    pub fn level(&mut self, level: i32) -> Result<(), EncodeError> {
+        if level != self.level
+            && let Some(compressor) = &mut self.compressor
+        {
+            let set = compressor.set_compression_level(level);
+            set.map_err(EncodeError::Compressor)?;
+        }
+        self.level = level;
+        Ok(())
+    }
+
+    /// Time spent compressing and choosing, from the beginning.
+    pub fn compressing(&self) -> Duration {
+        self.compressing
     }
 
     /// Goes on with another point. Flush before: an open batch would keep the
@@ -144,9 +180,9 @@ impl Encoder {
         bytes: &[u8],
         digest: Digest,
     ) -> Result<Option<Batch>, EncodeError> {
-        if bytes.len() != UNIT {
+        let Some((bytes, [])) = bytes.split_first_chunk::<UNIT>() else {
             return Err(EncodeError::Length(bytes.len()));
-        }
+        };
         if digest == Digest::ZERO_UNIT || digest == Digest::UNKNOWN && is_zero(bytes) {
             return self.zeros(volume, unit, 1);
         }
@@ -157,12 +193,27 @@ impl Encoder {
         let content = match known {
             Some(place) => Content::Refs(place),
             None => {
-                let index = (open.body.len() / UNIT) as u8;
-                open.body.extend_from_slice(bytes);
-                if digest != Digest::UNKNOWN {
-                    open.digests.insert(digest, index);
+                let at = (volume, unit);
+                let bases = self.bases.as_ref();
+                let content = match bases.map(|bases| held(bases)) {
+                    Some(mut bases) => match bases.version(self.guest, volume, unit, open.seq) {
+                        Some((place, base)) => open.group.change(at, bytes, place, base),
+                        None => open.group.whole(at, bytes),
+                    },
+                    None => open.group.whole(at, bytes),
+                };
+                let content = open
+                    .group
+                    .weigh(content, &mut self.probe, self.level < HURRIED);
+                match content {
+                    Content::Literals(index) | Content::Delta(Delta { index, .. })
+                        if digest != Digest::UNKNOWN =>
+                    {
+                        open.digests.insert(digest, index);
+                    }
+                    _ => {}
                 }
-                Content::Literals(index)
+                content
             }
         };
         open.entries.push(Entry {
@@ -203,48 +254,54 @@ impl Encoder {
 
     /// Completes the open batch, if there is one.
     pub fn flush(&mut self) -> Option<Batch> {
-        let open = self.open.take()?;
-        let literals = (open.body.len() / UNIT) as u8;
-        let (count, entries) = open.entries.finish();
-        let codec = match &mut self.compressor {
-            Some(compressor) if literals > 0 => {
-                compress::shrink(compressor, &open.body, &mut self.packed)
-            }
-            _ => {
-                self.packed.clear();
-                Codec::Raw
-            }
-        };
+        let mut open = self.open.take()?;
+        let begun = Instant::now();
+        let entries = open.entries.finish();
+        let packed = open
+            .group
+            .pack(open.seq, entries, self.compressor.as_mut(), &mut self.probe);
+        self.compressing += begun.elapsed();
+        let literals = open.group.slots();
         let header = BatchHeader {
             seq: open.seq,
             guest: self.guest,
             point: self.point,
-            entries_bytes: entries.len(),
-            entries: count,
+            entries_bytes: packed.entries.len(),
+            entries: packed.count,
             literals,
-            codec,
-            body_stored: self.packed.len(),
+            deltas: packed.deltas > 0,
+            body_raw: packed.raw,
+            codec: packed.codec,
+            body_stored: open.group.packed().len(),
             body_hash: [0; 32],
             hash: [0; 32],
         };
-        let (bytes, hash) = batch::lay_out(header, &entries, &self.packed);
+        let (bytes, hash) = batch::lay_out(header, &packed.entries, open.group.packed());
+        let deltas = packed.deltas;
         let digests: Vec<(Digest, u8)> = open.digests.into_iter().collect();
         self.index().insert_pending(self.guest, open.seq, &digests);
-        self.spare = open.body;
-        self.spare.clear();
+        if let Some(bases) = &self.bases {
+            let mut bases = held(bases);
+            for ((volume, unit), index, bytes) in open.group.told_whole() {
+                let place = Place::new(open.seq, index);
+                bases.offer(self.guest, volume, unit, place, bytes);
+            }
+        }
+        open.group.clear();
+        self.spare = open.group;
         Some(Batch {
             seq: open.seq,
             bytes,
             hash,
             point: self.point,
             literals,
+            deltas,
             units: open.units,
         })
     }
 
     fn index(&self) -> MutexGuard<'_, DedupIndex> {
-        // A panic elsewhere leaves the index whole: each step keeps it valid.
-        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+        held(&self.index)
     }
 
     fn known(&self, digest: Digest) -> Option<Place> {
@@ -270,13 +327,11 @@ impl Encoder {
                 return Err(EncodeError::Numbers);
             }
             let seq = self.seqs.take();
-            let mut body = std::mem::take(&mut self.spare);
-            body.reserve(BATCH_BODY_RAW);
             let entries = EntryWriter::new(seq);
             self.open = Some(Open {
                 seq,
                 entries,
-                body,
+                group: std::mem::take(&mut self.spare),
                 digests: HashMap::new(),
                 units: 0,
             });
@@ -287,11 +342,16 @@ impl Encoder {
     fn flush_when_full(&mut self) -> Option<Batch> {
         let open = self.open.as_ref()?;
         // One entry is still open, and one more may come before this is asked again.
-        let full = open.body.len() >= GROUP * UNIT
+        let full = usize::from(open.group.slots()) >= GROUP
             || open.entries.entries() >= BATCH_ENTRIES
             || open.entries.bytes() + 2 * ENTRY_BYTES > BATCH_ENTRIES_BYTES;
         if full { self.flush() } else { None }
     }
+}
+
+fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A panic elsewhere leaves both tables whole: each step keeps them valid.
+    lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> {

@@ -5,8 +5,8 @@
 //! [`EntryWriter`] and [`EntryReader`]; `FORMAT.md` draws the bytes.
 
 use crate::codec::varint;
-use crate::limits::{SEQ, VOLUME_UNITS, VOLUMES};
-use crate::unit::{GROUP, Place, VolumeIndex};
+use crate::limits::{DELTA_BYTES, DELTA_BYTES_LEAST, SEQ, VOLUME_UNITS, VOLUMES};
+use crate::unit::{GROUP, Place, UNIT, VolumeIndex};
 
 const KIND: u8 = 0b0000_0111;
 const VOLUME: u8 = 0b0000_1000;
@@ -15,7 +15,7 @@ const COUNT: u8 = 0b0010_0000;
 const ZEROS: u8 = 1;
 const LITERALS: u8 = 2;
 const REFS: u8 = 3;
-/// Kept for units told as a difference from an older one. Not written yet.
+/// One unit, told as a difference from an older one.
 const DELTA: u8 = 4;
 
 /// A run of units of one volume.
@@ -36,10 +36,25 @@ pub struct Entry {
 pub enum Content {
     /// Zeros.
     Zeros,
-    /// Consecutive literals of this batch's body, the first with this index.
+    /// Consecutive slots of this batch, told whole, the first with this index.
     Literals(u8),
-    /// Consecutive literals of one batch that was sent before, or of this one.
+    /// Consecutive slots of one batch that was sent before, or of this one.
     Refs(Place),
+    /// One slot of this batch, told as a difference.
+    Delta(Delta),
+}
+
+/// A unit told as a difference from a literal of an earlier batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Delta {
+    /// Its slot in this batch.
+    pub index: u8,
+    /// The literal that it changes.
+    pub base: Place,
+    /// Bytes of the difference in the body.
+    pub length: u16,
+    /// First eight bytes of BLAKE3 of the unit as it must come out.
+    pub check: [u8; 8],
 }
 
 impl Entry {
@@ -50,6 +65,7 @@ impl Entry {
             Content::Zeros => Place::ZERO,
             Content::Literals(index) => Place::new(seq, index),
             Content::Refs(place) => place,
+            Content::Delta(delta) => Place::new(seq, delta.index),
         }
     }
 
@@ -77,7 +93,10 @@ struct Cursor {
     volume: VolumeIndex,
     unit: u64,
     place: u64,
+    base: u64,
+    slots: u64,
     literals: u64,
+    delta_bytes: usize,
 }
 
 impl Cursor {
@@ -86,7 +105,10 @@ impl Cursor {
             volume: 0,
             unit: 0,
             place: seq << 6,
+            base: seq << 6,
+            slots: 0,
             literals: 0,
+            delta_bytes: 0,
         }
     }
 }
@@ -143,6 +165,7 @@ impl EntryWriter {
             Content::Zeros => ZEROS,
             Content::Literals(_) => LITERALS,
             Content::Refs(_) => REFS,
+            Content::Delta(_) => DELTA,
         };
         let start = if entry.volume == self.cursor.volume {
             self.cursor.unit
@@ -169,6 +192,12 @@ impl EntryWriter {
         if let Content::Refs(place) = entry.content {
             varint::put_step(&mut self.bytes, self.cursor.place, place.0);
             self.cursor.place = place.0 + entry.count;
+        }
+        if let Content::Delta(delta) = entry.content {
+            varint::put_step(&mut self.bytes, self.cursor.base, delta.base.0);
+            varint::put(&mut self.bytes, delta.length.into());
+            self.bytes.extend_from_slice(&delta.check);
+            self.cursor.base = delta.base.0;
         }
         self.cursor.volume = entry.volume;
         self.cursor.unit = entry.unit + entry.count;
@@ -215,8 +244,8 @@ impl<'a> EntryReader<'a> {
             return Ok(None);
         };
         self.rest = rest;
-        let known = matches!(kind & KIND, ZEROS | LITERALS | REFS);
-        if kind & KIND == DELTA || kind & !(KIND | VOLUME | GAP | COUNT) != 0 || !known {
+        let known = matches!(kind & KIND, ZEROS | LITERALS | REFS | DELTA);
+        if kind & !(KIND | VOLUME | GAP | COUNT) != 0 || !known {
             return Err(EntryError::Newer(kind));
         }
         let mut volume = self.cursor.volume;
@@ -244,6 +273,8 @@ impl<'a> EntryReader<'a> {
         let content = match kind & KIND {
             ZEROS => Content::Zeros,
             LITERALS => self.literals(count)?,
+            DELTA if kind & COUNT != 0 => return Err(Invalid("a difference of several units")),
+            DELTA => self.delta()?,
             _ => self.refs(count)?,
         };
         self.cursor.volume = volume;
@@ -256,18 +287,58 @@ impl<'a> EntryReader<'a> {
         }))
     }
 
-    /// Literals that the entries so far have used.
-    pub(crate) fn literals_used(&self) -> u64 {
-        self.cursor.literals
+    /// Slots that the entries so far have taken.
+    pub(crate) fn slots(&self) -> usize {
+        self.cursor.slots as usize
+    }
+
+    /// Bytes that those slots take in the body: literals first, then differences.
+    pub(crate) fn body_bytes(&self) -> (usize, usize) {
+        (
+            self.cursor.literals as usize * UNIT,
+            self.cursor.delta_bytes,
+        )
     }
 
     fn literals(&mut self, count: u64) -> Result<Content, EntryError> {
-        let first = self.cursor.literals;
-        if count > GROUP as u64 - first {
-            return Err(EntryError::Invalid("more literals than a batch may hold"));
-        }
+        let first = self.slot(count)?;
         self.cursor.literals += count;
-        Ok(Content::Literals(first as u8))
+        Ok(Content::Literals(first))
+    }
+
+    /// Takes the next `count` slots; the first of them.
+    fn slot(&mut self, count: u64) -> Result<u8, EntryError> {
+        let first = self.cursor.slots;
+        if count > GROUP as u64 - first {
+            return Err(EntryError::Invalid("more slots than a batch may hold"));
+        }
+        self.cursor.slots += count;
+        Ok(first as u8)
+    }
+
+    fn delta(&mut self) -> Result<Content, EntryError> {
+        use EntryError::Invalid;
+        let base = varint::take_step(&mut self.rest, self.cursor.base);
+        let base = Place(base.ok_or(Invalid("base out of range"))?);
+        // Strictly earlier: differences can form no circle.
+        if base.seq() == 0 || base.seq() >= self.seq {
+            return Err(Invalid("a difference from no earlier batch"));
+        }
+        let length = varint::take(&mut self.rest).and_then(|length| usize::try_from(length).ok());
+        let length = length.filter(|length| (DELTA_BYTES_LEAST..=DELTA_BYTES).contains(length));
+        let length = length.ok_or(Invalid("a difference of a length out of range"))?;
+        let Some((&check, rest)) = self.rest.split_first_chunk::<8>() else {
+            return Err(Invalid("a difference without its hash"));
+        };
+        self.rest = rest;
+        self.cursor.base = base.0;
+        self.cursor.delta_bytes += length;
+        Ok(Content::Delta(Delta {
+            index: self.slot(1)?,
+            base,
+            length: length as u16,
+            check,
+        }))
     }
 
     fn refs(&mut self, count: u64) -> Result<Content, EntryError> {

@@ -2,21 +2,31 @@
 //!
 //! [`Encoder`] turns changed units into zeros, references to content that the
 //! peer holds already ([`DedupIndex`]), and literals, which are compressed in
-//! groups of 64. [`BatchView`] is the way back, and trusts nothing. A
-//! difference from an older version of the unit will be a fourth kind: its
-//! place in the format is kept, and this version refuses it by name.
+//! groups of 64; a unit that changed little is told as a difference from a
+//! version that the peer holds ([`Bases`]). [`BatchView`] is the way back, and
+//! trusts nothing. [`LevelControl`] fits the compression to the link.
 
+mod bases;
 mod batch;
+mod body;
 mod chain;
 mod compress;
 mod dedup;
+pub mod delta;
 mod encode;
 mod entry;
+mod group;
+mod level;
 pub(crate) mod varint;
+mod view;
 
-pub use batch::{Batch, BatchError, BatchHeader, BatchView, EntriesView, MAGIC, VERSION};
+pub use bases::Bases;
+pub use batch::{Batch, BatchError, BatchHeader, MAGIC, VERSION};
+pub use body::{Body, Slot};
 pub use chain::Chain;
 pub use compress::{Codec, Expander};
 pub use dedup::DedupIndex;
 pub use encode::{EncodeError, Encoder, Sequence};
-pub use entry::{Content, Entry, EntryError, EntryReader};
+pub use entry::{Content, Delta, Entry, EntryError, EntryReader};
+pub use level::{LEVEL, LEVELS, LevelControl, Measured};
+pub use view::{BatchView, EntriesView};

@@ -133,6 +133,7 @@ impl Scan<'_> {
             offset: offset as u32,
             bytes: header.bytes() as u32,
             literals: header.literals,
+            deltas: header.deltas,
         };
         self.index.insert(header.seq, location);
         (self.seen)(header);

@@ -26,8 +26,8 @@ pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, Pr
     live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
     live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
     live.insert(inner.log.last_seq());
-    let (revived, dead): (Vec<u64>, Vec<u64>) =
-        plan.retire.iter().partition(|&seq| live.contains(seq));
+    let retire = plan.retire.iter().filter(|seq| !plan.stay.contains(seq));
+    let (revived, dead): (Vec<u64>, Vec<u64>) = retire.partition(|&seq| live.contains(seq));
     report.revived = revived.len();
     report.batches = dead.len();
     inner.log.forget(&dead);
@@ -101,6 +101,7 @@ fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<u
             if state.points.is_empty() {
                 state.newest = Arc::default();
                 state.unsealed.clear();
+                state.rebuilt.clear();
             }
         }
     }

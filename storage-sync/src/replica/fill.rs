@@ -1,9 +1,12 @@
 //! Reading a whole volume at the speed of the log: each batch is expanded once.
+//! Units told as differences wait, a bounded many, and are rebuilt sorted by
+//! their bases, so that batches with bases are expanded once for all of them.
 
-use std::ops::ControlFlow;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::{Replica, ReplicaError};
+use crate::codec::{Body, Slot};
+use crate::store::{Reader, Waiting};
 use crate::unit::{Place, VolumeIndex};
 
 /// Units sorted at a time by [`Replica::fill_parallel`]: 16 MiB of memory.
@@ -20,12 +23,13 @@ impl Replica {
         volume: VolumeIndex,
         mut take: impl FnMut(u64, &[u8]),
     ) -> Result<(), ReplicaError> {
-        let mut literals = Vec::new();
+        let mut body = Body::new();
+        let mut waiting = Waiting::new();
         self.windows(volume, |units| {
             for group in units.chunk_by(|(a, _), (b, _)| a.seq() == b.seq()) {
-                self.group(group, &mut literals, &mut take)?;
+                self.group(group, &mut body, &mut waiting, &mut take)?;
             }
-            Ok(())
+            self.rebuild(&mut waiting, &mut take)
         })
     }
 
@@ -45,16 +49,16 @@ impl Replica {
                 .collect();
             let next = AtomicUsize::new(0);
             let work = || {
-                let mut literals = Vec::new();
+                let mut body = Body::new();
+                let mut waiting = Waiting::new();
+                let mut take = |unit, bytes: &[u8]| take(unit, bytes);
                 while let Some(group) = groups.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = self.group(group, &mut literals, &mut |unit, bytes| {
-                        take(unit, bytes);
-                    }) {
+                    if let Err(error) = self.group(group, &mut body, &mut waiting, &mut take) {
                         next.store(groups.len(), Ordering::Relaxed);
                         return Err(error);
                     }
                 }
-                Ok(())
+                self.rebuild(&mut waiting, &mut take)
             };
             std::thread::scope(|scope| {
                 let others: Vec<_> = (1..threads).map(|_| scope.spawn(work)).collect();
@@ -97,23 +101,42 @@ impl Replica {
     fn group(
         &self,
         group: &[(Place, u64)],
-        literals: &mut Vec<u8>,
+        body: &mut Body,
+        waiting: &mut Waiting<u64>,
         take: &mut dyn FnMut(u64, &[u8]),
     ) -> Result<(), ReplicaError> {
         let Some((first, _)) = group.first() else {
             return Ok(());
         };
-        self.expand(first.seq(), literals)?;
-        let outcome = group.iter().try_for_each(|&(place, unit)| {
-            match self.literal(literals, place) {
-                Ok(bytes) => take(unit, bytes),
-                Err(error) => return ControlFlow::Break(error),
+        self.expand(first.seq(), body)?;
+        for &(place, unit) in group {
+            match body.slot(place.index()) {
+                Some(Slot::Whole(bytes)) => take(unit, bytes),
+                Some(Slot::Difference(delta, bytes)) => waiting.add(&delta, bytes, unit),
+                None => return Err(self.lost(place)),
             }
-            ControlFlow::Continue(())
-        });
-        match outcome {
-            ControlFlow::Continue(()) => Ok(()),
-            ControlFlow::Break(error) => Err(error),
         }
+        match waiting.is_full() {
+            true => self.rebuild(waiting, take),
+            false => Ok(()),
+        }
+    }
+
+    fn rebuild(
+        &self,
+        waiting: &mut Waiting<u64>,
+        take: &mut dyn FnMut(u64, &[u8]),
+    ) -> Result<(), ReplicaError> {
+        let mut outcome = Ok(());
+        waiting.rebuild(
+            &self.store.0,
+            &mut Reader::default(),
+            &mut |unit, bytes| take(unit, bytes),
+            &mut |_, unbuilt| {
+                outcome = Err(self.unbuilt(unbuilt));
+                false
+            },
+        );
+        outcome
     }
 }

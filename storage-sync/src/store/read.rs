@@ -1,9 +1,10 @@
 //! Reading what is stored: batches by number, maps by point.
 
+use std::collections::HashMap;
 use std::path::Path;
 
 use super::{Inner, held};
-use crate::codec::{BatchError, BatchView, Expander};
+use crate::codec::{BatchError, BatchView, Body, Content, EntriesView, Expander};
 use crate::limits::MAP_LEAF;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
@@ -19,17 +20,26 @@ pub(crate) enum ExpandError {
     Batch(#[from] BatchError),
 }
 
+/// Working memory to read batches with.
+#[derive(Default)]
+pub(crate) struct Reader {
+    expander: Expander,
+    bytes: Vec<u8>,
+}
+
+/// Which slots of batches with differences hold something: looked up once a batch.
+pub(crate) type Sound = HashMap<u64, u64>;
+
 impl Inner {
-    /// Reads, verifies and expands one batch.
+    /// Reads, verifies and expands one batch. Differences are left as they are.
     pub(crate) fn expand(
         &self,
         seq: u64,
-        expander: &mut Expander,
-        bytes: &mut Vec<u8>,
-        literals: &mut Vec<u8>,
+        reader: &mut Reader,
+        body: &mut Body,
     ) -> Result<(), ExpandError> {
-        self.log.read(seq, bytes)?;
-        let view = BatchView::parse(bytes)?;
+        self.log.read(seq, &mut reader.bytes)?;
+        let view = BatchView::parse(&reader.bytes)?;
         if view.header().seq != seq {
             return Err(BatchError::Damaged {
                 seq,
@@ -37,34 +47,76 @@ impl Inner {
             }
             .into());
         }
-        Ok(view.literals(expander, literals)?)
+        Ok(view.expand(&mut reader.expander, body)?)
     }
 
-    /// Does this place hold a literal?
-    pub(crate) fn resolves(&self, place: Place) -> bool {
-        self.log
-            .locate(place.seq())
-            .is_some_and(|at| place.index() < at.literals)
+    /// Calls `each` with every entry of a stored batch.
+    pub(crate) fn each_entry(
+        &self,
+        seq: u64,
+        bytes: &mut Vec<u8>,
+        each: &mut dyn FnMut(crate::codec::Entry),
+    ) -> Result<(), ExpandError> {
+        self.log.read_entries(seq, bytes)?;
+        EntriesView::parse(bytes)?.entries().for_each(each);
+        Ok(())
+    }
+
+    /// Does this place hold a unit: a literal, or a difference whose base is here?
+    pub(crate) fn resolves(&self, place: Place, sound: &mut Sound) -> bool {
+        let Some(at) = self.log.locate(place.seq()) else {
+            return false;
+        };
+        place.index() < at.literals
+            && (!at.deltas || self.sound_slots(place.seq(), sound) >> place.index() & 1 == 1)
+    }
+
+    /// A bit for each slot of a batch with differences that can be read.
+    fn sound_slots(&self, seq: u64, sound: &mut Sound) -> u64 {
+        if let Some(&slots) = sound.get(&seq) {
+            return slots;
+        }
+        let mut slots = u64::MAX;
+        let mut bytes = Vec::new();
+        let read = self.each_entry(seq, &mut bytes, &mut |entry| {
+            if let Content::Delta(delta) = entry.content {
+                let base = self.log.locate(delta.base.seq());
+                if base.is_none_or(|base| delta.base.index() >= base.literals) {
+                    slots &= !(1 << delta.index);
+                }
+            }
+        });
+        // A batch that cannot be read holds nothing; who needs it is told why then.
+        if read.is_err() {
+            slots = 0;
+        }
+        sound.insert(seq, slots);
+        slots
     }
 
     /// The first place of a map that holds nothing, if any.
     pub(crate) fn dangling(&self, map: &PointMap) -> Option<Place> {
         let mut checked = 0; // Runs often follow one another in one batch.
+        let mut sound = Sound::new();
         for run in map.all_runs() {
             for seq in run.seqs() {
-                let last = Place(run.place.0 + run.count - 1);
-                let last = if last.seq() == seq {
-                    last
-                } else {
-                    Place::new(seq, 63)
-                };
+                let first = run.place.max(Place(seq << 6));
+                let last = Place(run.place.0 + run.count - 1).min(Place(seq << 6 | 63));
                 if last.0 == checked {
                     continue;
                 }
-                if !self.resolves(last) {
+                if !self.resolves(last, &mut sound) {
                     return Some(last);
                 }
-                checked = last.0;
+                if sound.contains_key(&seq) {
+                    // Slots of this batch stand or fall each by itself.
+                    let mut places = (first.0..last.0).map(Place);
+                    if let Some(lost) = places.find(|&place| !self.resolves(place, &mut sound)) {
+                        return Some(lost);
+                    }
+                } else {
+                    checked = last.0;
+                }
             }
         }
         None

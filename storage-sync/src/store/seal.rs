@@ -3,8 +3,8 @@
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Inner, PointEntry, held, leaf_bytes};
-use crate::codec::{BatchError, Chain, Content, EntriesView};
+use super::{ExpandError, Inner, PointEntry, Reader, Sound, Waiting, held, leaf_bytes};
+use crate::codec::{BatchError, Body, Chain, Content, EntriesView};
 use crate::files::{FileError, make_dir, sync_dir};
 use crate::limits::{CONTEXT_BYTES, POINT};
 use crate::log::LogError;
@@ -79,9 +79,10 @@ pub enum SealError {
         /// The largest one so far.
         largest: u64,
     },
-    /// A batch refers to content that is not here.
+    /// A batch refers to content that is not here, or tells a difference from
+    /// it that does not come out right.
     #[error(
-        "batch {seq} refers to content of batch {missing}, which is not here; \
+        "batch {seq} builds on content of batch {missing}, which is not here or not as told; \
          the source must forget that batch and send the unit again"
     )]
     Dangling {
@@ -130,7 +131,7 @@ pub enum SealError {
 pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> {
     let _writing = held(&inner.writing);
     check(&seal)?;
-    let (seqs, parent_map, parent_entry) = {
+    let (seqs, rebuilt, parent_map, parent_entry) = {
         let mut state = held(&inner.state);
         let guest = state.guests.entry(seal.guest).or_default();
         if let Some(sealed) = guest.points.get(&seal.point) {
@@ -155,10 +156,12 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
             });
         }
         let seqs = guest.unsealed.get(&seal.point).cloned().unwrap_or_default();
+        let rebuilt = guest.rebuilt.clone();
         match seal.parent {
-            0 => (seqs, Arc::new(PointMap::default()), None),
+            0 => (seqs, rebuilt, Arc::new(PointMap::default()), None),
             parent => (
                 seqs,
+                rebuilt,
                 guest.newest.clone(),
                 guest.points.get(&parent).cloned(),
             ),
@@ -179,7 +182,8 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
     let mut chain = Chain::new();
     let mut stored_bytes = 0;
     let mut bytes = Vec::new();
-    for seq in seqs {
+    let mut sound = Sound::new();
+    for &seq in &seqs {
         inner.log.read_entries(seq, &mut bytes)?;
         let view = EntriesView::parse(&bytes)?;
         if view.header.seq != seq {
@@ -191,7 +195,10 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
         }
         chain.push(seq, &view.header.hash);
         stored_bytes += view.header.bytes() as u64;
-        apply(inner, &seal, &view, &mut map)?;
+        apply(inner, &seal, &view, &mut map, &mut sound)?;
+        if view.header.deltas && !rebuilt.contains(&seq) {
+            right(inner, seq)?;
+        }
     }
     if chain.count() != seal.batches || chain.finish() != seal.chain {
         return Err(SealError::ChainMismatch { point: seal.point });
@@ -226,7 +233,24 @@ pub(super) fn seal(inner: &Inner, seal: Seal) -> Result<PointHeader, SealError> 
     guest.points.insert(header.point, entry);
     // Batches of this and of earlier attempts stay in the log for dedup only.
     guest.unsealed = guest.unsealed.split_off(&(header.point + 1));
+    guest.rebuilt.retain(|seq| !seqs.contains(seq));
     Ok(header)
+}
+
+/// Rebuilds a batch's differences: after a restart, or when that failed before.
+fn right(inner: &Inner, seq: u64) -> Result<(), SealError> {
+    let mut body = Body::new();
+    match inner.expand(seq, &mut Reader::default(), &mut body) {
+        Ok(()) => {}
+        Err(ExpandError::Log(error)) => return Err(error.into()),
+        Err(ExpandError::Batch(error)) => return Err(error.into()),
+    }
+    let mut waiting = Waiting::new();
+    waiting.add_all(&body, seq);
+    match inner.wrong(waiting).first_key_value() {
+        Some((&seq, &missing)) => Err(SealError::Dangling { seq, missing }),
+        None => Ok(()),
+    }
 }
 
 fn check(seal: &Seal) -> Result<(), SealError> {
@@ -260,6 +284,7 @@ fn apply(
     seal: &Seal,
     view: &EntriesView<'_>,
     map: &mut PointMap,
+    sound: &mut Sound,
 ) -> Result<(), SealError> {
     let seq = view.header.seq;
     for entry in view.entries() {
@@ -275,12 +300,16 @@ fn apply(
                 unit: end - 1,
             });
         }
-        if let Content::Refs(place) = entry.content
-            && !inner.resolves(Place(place.0 + entry.count - 1))
-        {
+        let needed = match entry.content {
+            Content::Refs(place) => place.0..place.0 + entry.count,
+            Content::Delta(delta) => delta.base.0..delta.base.0 + 1,
+            Content::Zeros | Content::Literals(_) => 0..0,
+        };
+        let mut needed = needed.map(Place);
+        if let Some(lost) = needed.find(|&place| !inner.resolves(place, sound)) {
             return Err(SealError::Dangling {
                 seq,
-                missing: place.seq(),
+                missing: lost.seq(),
             });
         }
         let (volume, unit, count) = (entry.volume, entry.unit, entry.count);

@@ -1,0 +1,166 @@
+//! What all guests of a pair of sites share at the source: the sequence of
+//! batch numbers, the dedup index, the versions that differences are told
+//! against, and how strongly to compress.
+//!
+//! Both tables follow what the peer says: a batch counts in full once it is
+//! acknowledged, and not at all once it was given up or is about to be pruned.
+
+use std::collections::BTreeSet;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use farhaven_storage_sync::codec::{Bases, DedupIndex, LevelControl, Measured, Sequence};
+use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::limits::BASES_BYTES;
+use farhaven_wan::Peer;
+use tokio::sync::Notify;
+
+/// One source's half of a pair of sites, shared by all its guests.
+pub struct Outgoing {
+    /// The way to the peer.
+    pub peer: Peer,
+    /// Batch numbers of this pair's log.
+    pub sequence: Arc<Sequence>,
+    /// What the peer holds already.
+    pub index: Arc<Mutex<DedupIndex>>,
+    /// Versions of units that the peer holds: changed units are told against them.
+    pub bases: Arc<Mutex<Bases>>,
+    /// How strongly to compress, and when a batch was last handed over.
+    level: Mutex<(LevelControl, Instant)>,
+    /// Key of every digest in the index and in the guests' tables.
+    pub key: DigestKey,
+    /// Batches on their way: other guests refer to them only once they are acknowledged.
+    on_the_way: Mutex<BTreeSet<u64>>,
+    open: Mutex<BTreeSet<u64>>,
+    next_shipment: AtomicU64,
+    ended: Notify,
+}
+
+impl Outgoing {
+    /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
+    pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
+        Self {
+            peer,
+            sequence: Arc::new(Sequence::starting_at(first)),
+            index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
+            bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
+            level: Mutex::new((LevelControl::new(), Instant::now())),
+            key,
+            on_the_way: Mutex::default(),
+            open: Mutex::default(),
+            next_shipment: AtomicU64::new(0),
+            ended: Notify::new(),
+        }
+    }
+
+    fn bases(&self) -> MutexGuard<'_, Bases> {
+        self.bases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No batch may refer to these any more, nor tell a difference from them.
+    fn forget_these(&self, seqs: &BTreeSet<u64>) {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove_seqs(seqs);
+        self.bases().remove_seqs(seqs);
+    }
+
+    /// No batch may refer to this one any more.
+    pub fn forget(&self, seq: u64) {
+        self.forget_these(&BTreeSet::from([seq]));
+    }
+
+    /// No batch sent before may be referred to any more.
+    pub fn forget_all(&self) {
+        self.index
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clear();
+        self.bases().clear();
+    }
+
+    /// zstd level for the next batch.
+    pub(super) fn level(&self) -> i32 {
+        let level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        level.0.level()
+    }
+
+    /// A shipment begins. Returns its number.
+    pub(super) fn opened(&self) -> u64 {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let id = self.next_shipment.fetch_add(1, Ordering::AcqRel);
+        open.insert(id);
+        id
+    }
+
+    /// A shipment has ended: it refers to nothing any more.
+    pub(super) fn closed(&self, id: u64) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        open.remove(&id);
+        drop(open);
+        self.ended.notify_waiters();
+    }
+
+    /// A batch is on its way: others refer to it once it is acknowledged.
+    pub(super) fn submitted(&self, seq: u64) {
+        self.on_the_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(seq);
+    }
+
+    /// zstd level for the next batch, after one that took this.
+    pub(super) fn level_after(&self, bytes: u64, compressing: Duration, waiting: Duration) -> i32 {
+        let mut level = self.level.lock().unwrap_or_else(PoisonError::into_inner);
+        let (control, last) = &mut *level;
+        let now = Instant::now();
+        let elapsed = now.duration_since(*last);
+        *last = now;
+        control.batch(Measured {
+            elapsed,
+            compressing,
+            waiting,
+            bytes,
+        })
+    }
+
+    /// Takes notice of what the peer acknowledged.
+    pub(super) fn settle(&self) {
+        let acknowledged = *self.peer.acknowledged().borrow();
+        let mut on_the_way = self
+            .on_the_way
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut bases = self.bases();
+        on_the_way.retain(|seq| {
+            let reached = acknowledged.reached(*seq);
+            if reached {
+                index.acknowledge(*seq);
+                bases.acknowledge(*seq);
+            }
+            !reached
+        });
+    }
+
+    /// The peer is about to drop these batches: refer to none of them any
+    /// more. Returns once no shipment is open that may have referred to them
+    /// before, so that the peer sees every reference there is when it checks.
+    pub async fn retire(&self, seqs: &BTreeSet<u64>) {
+        self.forget_these(seqs);
+        let before = self.next_shipment.load(Ordering::Acquire);
+        loop {
+            let ended = self.ended.notified();
+            let open = {
+                let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+                open.iter().next().is_some_and(|oldest| *oldest < before)
+            };
+            if !open {
+                return;
+            }
+            ended.await;
+        }
+    }
+}

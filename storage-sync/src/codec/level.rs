@@ -1,0 +1,233 @@
+//! Which zstd level the next batches get: as strong as the link leaves time for.
+//!
+//! Whoever sends measures and tells: time spent compressing, time spent waiting
+//! until the link took a batch. A link that lets the encoder wait most of the
+//! time leaves room for a stronger level; an encoder that never waits and
+//! compresses all the while is itself the bottleneck. Between the two lies a
+//! wide band where nothing changes, wider than any one step moves things, so
+//! the level does not swing. Pure: time comes in with the measurements.
+
+use std::time::Duration;
+
+/// The levels there are, fastest first.
+pub const LEVELS: [i32; 5] = [-5, -1, 1, 3, 6];
+/// The level to begin with, and what a guest at rest goes back to: the one
+/// that the measured floors are told by.
+pub const LEVEL: i32 = 3;
+const USUAL: usize = 3;
+
+/// Batches in a window: 16 MiB of units.
+const BATCHES: u32 = 64;
+/// Waiting this share of the time, the encoder could do with a third of the speed.
+const BLOCKED: f64 = 0.65;
+/// Waiting less than this, the link is not what holds things up.
+const FREE: f64 = 0.1;
+/// Compressing this share of the time, the encoder is.
+const BUSY: f64 = 0.5;
+/// The strongest level is for links of less than this, bytes a second: from
+/// there on it would cost more CPU than a neighbour's guest should lose.
+const THIN: f64 = 5e6;
+/// Windows that must agree before the level changes.
+const AGREE: i32 = 2;
+/// A window of more time than this tells of a guest at rest, not of a stream.
+const REST: Duration = Duration::from_secs(20);
+
+/// What one batch took.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Measured {
+    /// From the batch before up to now.
+    pub elapsed: Duration,
+    /// Of that, compressing.
+    pub compressing: Duration,
+    /// Of that, waiting for the link.
+    pub waiting: Duration,
+    /// Bytes of the batch.
+    pub bytes: u64,
+}
+
+/// Chooses the level. One for all that share a link and a core.
+#[derive(Debug, Clone)]
+pub struct LevelControl {
+    at: usize,
+    window: Measured,
+    batches: u32,
+    leaning: i32,
+}
+
+impl Default for LevelControl {
+    fn default() -> LevelControl {
+        LevelControl::new()
+    }
+}
+
+impl LevelControl {
+    /// Begins at [`LEVEL`].
+    pub fn new() -> LevelControl {
+        LevelControl {
+            at: USUAL,
+            window: Measured::default(),
+            batches: 0,
+            leaning: 0,
+        }
+    }
+
+    /// The level for the next batch.
+    pub fn level(&self) -> i32 {
+        LEVELS[self.at]
+    }
+
+    /// Takes notice of a batch that was handed over. Returns the level for the next.
+    pub fn batch(&mut self, measured: Measured) -> i32 {
+        self.window.elapsed += measured.elapsed;
+        self.window.compressing += measured.compressing;
+        self.window.waiting += measured.waiting;
+        self.window.bytes += measured.bytes;
+        self.batches += 1;
+        if self.window.elapsed > REST {
+            // Little is sent in much time. Nobody waits for anybody: back to
+            // the usual level, which makes the bytes that it is judged by. On
+            // a link so thin that it alone stretched the window, stay.
+            if self.share(self.window.waiting) < BLOCKED {
+                self.at = USUAL;
+                self.leaning = 0;
+                self.restart();
+                return self.level();
+            }
+        } else if self.batches < BATCHES {
+            return self.level();
+        }
+        let wish = self.wish();
+        self.restart();
+        self.leaning = match wish {
+            0 => 0,
+            wish if wish.signum() == self.leaning.signum() => self.leaning + wish,
+            wish => wish,
+        };
+        if self.leaning.abs() >= AGREE {
+            let to = self.at as i32 + self.leaning.signum();
+            self.at = (to.max(0) as usize).min(LEVELS.len() - 1);
+            self.leaning = 0;
+        }
+        self.level()
+    }
+
+    /// One step stronger, one step faster, or neither.
+    fn wish(&self) -> i32 {
+        let blocked = self.share(self.window.waiting);
+        let busy = self.share(self.window.compressing);
+        let rate = self.window.bytes as f64 / self.window.elapsed.as_secs_f64().max(1e-6);
+        // Above the usual level only what is thin now stays or gets there.
+        let thin = blocked >= BLOCKED && rate < THIN;
+        if self.at > USUAL && !thin {
+            return -1;
+        }
+        if blocked >= BLOCKED && (self.at < USUAL || thin) {
+            return 1;
+        }
+        if blocked < FREE && busy >= BUSY {
+            return -1;
+        }
+        0
+    }
+
+    fn share(&self, of: Duration) -> f64 {
+        of.as_secs_f64() / self.window.elapsed.as_secs_f64().max(1e-6)
+    }
+
+    fn restart(&mut self) {
+        self.window = Measured::default();
+        self.batches = 0;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Seconds to compress a batch of 256 KiB by level, and what it becomes.
+    const COST: [(f64, f64); 5] = [
+        (0.25e-3, 150e3),
+        (0.4e-3, 135e3),
+        (0.6e-3, 105e3),
+        (1.2e-3, 92e3),
+        (3.0e-3, 88e3),
+    ];
+
+    /// Sends `batches` over a link of `rate` bytes a second; the levels that were used at the end.
+    fn run(control: &mut LevelControl, rate: f64, scan: f64, batches: usize) -> Vec<i32> {
+        let mut levels = Vec::new();
+        for _ in 0..batches {
+            let at = LEVELS.iter().position(|&level| level == control.level());
+            let (cost, bytes) = COST[at.unwrap_or(0)];
+            let waiting = (bytes / rate - cost - scan).max(0.0);
+            levels.push(control.batch(Measured {
+                elapsed: Duration::from_secs_f64(cost + scan + waiting),
+                compressing: Duration::from_secs_f64(cost),
+                waiting: Duration::from_secs_f64(waiting),
+                bytes: bytes as u64,
+            }));
+        }
+        levels.split_off(batches - batches / 4)
+    }
+
+    #[test]
+    fn each_link_gets_its_level_and_keeps_it() {
+        // 256 KiB are scanned and hashed in 0.1 ms.
+        for (mbit, level) in [(20.0, 6), (100.0, 3), (500.0, 3), (10_000.0, -5)] {
+            let mut control = LevelControl::new();
+            let levels = run(&mut control, mbit * 1e6 / 8.0, 1e-4, 4000);
+            assert!(
+                levels.iter().all(|&at| at == level),
+                "{mbit} Mbit/s: {levels:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn no_link_makes_it_swing() {
+        let mut rate = 1e6;
+        while rate < 2e9 {
+            let levels = run(&mut LevelControl::new(), rate, 1e-4, 4000);
+            let changes = levels.windows(2).filter(|pair| pair[0] != pair[1]).count();
+            assert!(
+                changes <= 1,
+                "{changes} changes in 1000 batches at {rate} bytes/s"
+            );
+            rate *= 1.07;
+        }
+    }
+
+    #[test]
+    fn it_follows_a_link_that_changes() {
+        let mut control = LevelControl::new();
+        assert_eq!(run(&mut control, 1.25e9, 1e-4, 2000).last(), Some(&-5));
+        assert_eq!(run(&mut control, 12.5e6, 1e-4, 2000).last(), Some(&3));
+        assert_eq!(run(&mut control, 1e6, 1e-4, 2000).last(), Some(&6));
+        assert_eq!(run(&mut control, 12.5e6, 1e-4, 2000).last(), Some(&3));
+    }
+
+    #[test]
+    fn a_guest_at_rest_goes_back_to_the_usual_level() {
+        let mut control = LevelControl::new();
+        run(&mut control, 1.25e9, 1e-4, 2000);
+        assert_eq!(control.level(), -5);
+        for _ in 0..30 {
+            control.batch(Measured {
+                elapsed: Duration::from_secs(1),
+                compressing: Duration::from_millis(1),
+                ..Measured::default()
+            });
+        }
+        assert_eq!(control.level(), LEVEL);
+        // And nothing that a scan at full speed finds changes it.
+        for _ in 0..1000 {
+            control.batch(Measured {
+                elapsed: Duration::from_millis(4),
+                compressing: Duration::from_millis(1),
+                waiting: Duration::ZERO,
+                bytes: 90_000,
+            });
+        }
+        assert_eq!(control.level(), LEVEL);
+    }
+}
