@@ -219,7 +219,7 @@ fn what_a_guest_began_to_use_is_told() {
     let (vmm, mut definition) = KvmMachine::start(options).unwrap();
     let uses = |definition: &Definition| {
         let needs = Config::of(definition).unwrap().needs;
-        needs.msrs.iter().any(|msr| *msr == (LSTAR, true))
+        needs.msrs.contains(&(LSTAR, true))
     };
     assert!(!uses(&definition));
     // One of the two vCPUs takes the key.
