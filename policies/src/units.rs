@@ -310,10 +310,8 @@ fn exactly(number: &str, factor: u64) -> Option<u64> {
 
 fn largest_exact(f: &mut fmt::Formatter<'_>, value: u64, units: &[(&str, u64)]) -> fmt::Result {
     // Sizes name both powers of two and of ten: the shortest number reads best.
-    // Of several names of a unit the first is its full one.
     let best = units
         .iter()
-        .rev()
         .filter(|(_, factor)| value != 0 && value.is_multiple_of(*factor))
         // Of one factor's names the first: the last of the greatest is taken.
         .rev()

@@ -68,12 +68,23 @@ pub trait Subject {
 /// Waits until it has changed memory and disks some more.
 #[track_caller]
 pub fn works_on(subject: &dyn Subject) {
-    let (before, some) = (subject.work(), subject.some());
+    let (told, some) = (subject.work(), subject.some());
+    // What it told last may be older than the cut before this: work is counted
+    // from the next that it tells.
+    let before = told_work(subject, told, |now| now != told);
+    told_work(subject, before, |now| {
+        now.memory >= before.memory + some.memory && now.disk >= before.disk + some.disk
+    });
+}
+
+/// The first work told that `enough` accepts.
+#[track_caller]
+fn told_work(subject: &dyn Subject, before: Work, enough: impl Fn(Work) -> bool) -> Work {
     let deadline = Instant::now() + PATIENCE;
     loop {
         let now = subject.work();
-        if now.memory >= before.memory + some.memory && now.disk >= before.disk + some.disk {
-            return;
+        if enough(now) {
+            return now;
         }
         assert!(
             Instant::now() < deadline,
