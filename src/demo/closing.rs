@@ -186,10 +186,9 @@ fn mark(passed: bool, yes: &str, no: &str) -> Cell {
     }
 }
 
-/// Prints both tables, on stdout.
-pub(super) fn print(report: &Report) {
-    println!();
-    println!(
+/// Both tables, and the verdict.
+pub(super) fn text(report: &Report) -> String {
+    let head = format!(
         "A {} guest with {} MiB of memory, workload {}, over {}; all of it in {:.0} s",
         report.guest,
         report.ram_bytes >> 20,
@@ -210,8 +209,6 @@ pub(super) fn print(report: &Report) {
             met,
         ]);
     }
-    println!("{measured}");
-    println!();
     let mut verified = table(&["What was verified", "", ""]);
     for check in &report.checks {
         verified.add_row(vec![
@@ -220,10 +217,13 @@ pub(super) fn print(report: &Report) {
             mark(check.passed, "yes", "NO"),
         ]);
     }
-    println!("{verified}");
-    println!();
-    match report.verified {
-        true => println!("VERIFIED: {}", report.verdict),
-        false => println!("NOT VERIFIED: {}", report.verdict),
-    }
+    let word = if report.verified {
+        "VERIFIED"
+    } else {
+        "NOT VERIFIED"
+    };
+    format!(
+        "\n{head}\n{measured}\n\n{verified}\n\n{word}: {}",
+        report.verdict
+    )
 }

@@ -25,6 +25,7 @@ mod stage;
 mod story;
 mod verify;
 
+use std::io::Write;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -123,12 +124,13 @@ impl Scenario {
 /// When something is missing or goes wrong, or the guest does not verify.
 pub async fn run(demo: Demo) -> Result<(), String> {
     let report = story::tell(&demo).await?;
-    if demo.json {
-        let text = serde_json::to_string(&report).map_err(|e| e.to_string())?;
-        println!("{text}");
+    let text = if demo.json {
+        serde_json::to_string(&report).map_err(|e| e.to_string())?
     } else {
-        closing::print(&report);
-    }
+        closing::text(&report)
+    };
+    // Whether anybody reads on or not, the verdict is the exit status.
+    let _ = writeln!(std::io::stdout(), "{text}");
     if let Some(directory) = &demo.keep {
         place::tour(directory);
     }

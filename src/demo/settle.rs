@@ -58,6 +58,12 @@ impl Settled {
             steady: demo.steady.unwrap_or(Period::from_secs(steady)),
             note,
         };
+        if demo.image.is_some() && !is_qemu {
+            return Err(format!(
+                "--image: a {} guest has no kernel, initrd or disk of Debian's; add --guest qemu, or leave it out",
+                kind.word()
+            ));
+        }
         workload(kind, &settled.workload)?;
         settled.fits_link()?;
         settled.fits_ram(memory_available(), bytes_free(Path::new("/dev/shm")))?;
