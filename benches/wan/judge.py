@@ -1,0 +1,127 @@
+"""Figures side by side, and what was asked of them beside what was measured."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+Row = dict[str, Any]
+
+# The peer that the figures are asked against.
+RIVAL = "qemu-multifd-zstd"
+COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
+    ("link", lambda row: str(row["link"])),
+    ("load", lambda row: str(row["load"])),
+    ("peer", lambda row: str(row["peer"])),
+    ("first copy", lambda row: seconds(row, "copied_s")),
+    ("on the wire", lambda row: megabytes(row, "wire_bytes")),
+    ("move", lambda row: seconds(row, "move_s", 2)),
+    ("blackout", lambda row: milliseconds(row, "blackout_s")),
+    ("stopped", lambda row: milliseconds(row, "stopped_s")),
+    ("busy", lambda row: "-" if row.get("load_average") is None else f"{row['load_average']:.1f}"),
+    ("outcome", lambda row: str(row["outcome"])),
+]
+
+
+def seconds(row: Row, key: str, digits: int = 1) -> str:
+    return "-" if row.get(key) is None else f"{row[key]:.{digits}f} s"
+
+
+def milliseconds(row: Row, key: str) -> str:
+    return "-" if row.get(key) is None else f"{row[key] * 1e3:.0f} ms"
+
+
+def megabytes(row: Row, key: str) -> str:
+    return "-" if row.get(key) is None else f"{row[key] / 1e6:.1f} MB"
+
+
+class Verdict(NamedTuple):
+    """One figure that is asked for, in one place."""
+
+    where: str
+    figure: str
+    asked: str
+    measured: str
+    kept: bool
+
+
+def done(row: Row | None) -> bool:
+    return row is not None and row["outcome"] == "done"
+
+
+def ratio(where: str, figure: str, limit: float, ours: float, theirs: float) -> Verdict:
+    measured = ours / theirs if theirs else float("inf")
+    return Verdict(where, figure, f"at most {limit:g}", f"{measured:.3f}", measured <= limit)
+
+
+def beside(where: str, mine: Row, rival: Row) -> Iterator[Verdict]:
+    """Farhaven beside QEMU, where both came to their end."""
+    peer = "multifd-zstd with mirror"
+    yield ratio(where, f"first copy: bytes over those of {peer}", 0.40,
+                mine["wire_bytes"], rival["wire_bytes"])
+    yield ratio(where, f"first copy: time over that of {peer}", 0.5,
+                mine["copied_s"], rival["copied_s"])
+    yield ratio(where, f"move: time over that of {peer}", 0.1, mine["move_s"], rival["move_s"])
+    yield Verdict(where, "blackout between heartbeats", "no longer than QEMU's",
+                  f"{mine['blackout_s'] * 1e3:.0f} against {rival['blackout_s'] * 1e3:.0f} ms",
+                  mine["blackout_s"] <= rival["blackout_s"])
+
+
+def steadily(where: str, mine: Row) -> Iterator[Verdict]:
+    """Steady state against its floor: bytes of batches, and all on the wire."""
+    floor = mine.get("steady_floor_bytes")
+    if not floor:
+        return
+    yield ratio(where, "steady: batches over the floor", 1.1, mine["steady_batch_bytes"], floor)
+    yield ratio(where, f"steady: all on the wire over the floor ({floor / 1e3:.0f} kB in "
+                f"{mine['steady_points']} points)", 1.1, mine["steady_wire_bytes"], floor)
+
+
+def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
+    """A guest that changes faster than the link carries: does a move end?"""
+    ends = f"{mine['move_s']:.1f} s, blackout {mine['blackout_s'] * 1e3:.0f} ms" \
+        if done(mine) else mine["outcome"]
+    theirs = "not run" if rival is None else \
+        "done" if done(rival) else rival["outcome"]
+    return Verdict(where, "noise: a move converges", "it ends", f"{ends}; QEMU: {theirs}",
+                   done(mine))
+
+
+def judge(rows: list[Row]) -> list[Verdict]:
+    """Every figure that these rows can answer for."""
+    found = {(row["link"], row["load"], row["peer"]): row for row in rows}
+    verdicts: list[Verdict] = []
+    for (link, load, peer), mine in found.items():
+        if peer != "ours":
+            continue
+        where, rival = f"{link}, {load}", found.get((link, load, RIVAL))
+        if load.startswith("noise"):
+            verdicts.append(noisily(where, mine, rival))
+        if done(mine) and rival is not None and done(rival):
+            verdicts += beside(where, mine, rival)
+        if done(mine):
+            verdicts += steadily(where, mine)
+        else:
+            verdicts.append(Verdict(where, "protected and moved", "done", mine["outcome"], False))
+    return verdicts
+
+
+def text_table(heads: list[str], lines: list[list[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(heads, *lines, strict=True)]
+    return "\n".join("  ".join(word.ljust(width) for word, width in zip(line, widths, strict=True)
+                               ).rstrip() for line in [heads, *lines])
+
+
+def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def report(rows: list[Row], markdown: bool = False) -> str:
+    """The table of all cells, and the judgement."""
+    table = markdown_table if markdown else text_table
+    cells = table([head for head, _ in COLUMNS],
+                  [[form(row) for _, form in COLUMNS] for row in rows])
+    verdicts = judge(rows)
+    if not verdicts:
+        return cells
+    lines = [[v.where, v.figure, v.asked, v.measured, "yes" if v.kept else "NO"] for v in verdicts]
+    return cells + "\n\n" + table(["where", "figure", "asked", "measured", "kept"], lines)
