@@ -5,6 +5,7 @@ import glob
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,10 +109,14 @@ class Link:
         return told
 
     @staticmethod
-    def dropped(told: str) -> dict[str, int]:
-        """Packets that the link lost of itself, and those its queue had no room for."""
-        return {f"{kind}_packets": sum(map(int, re.findall(rf"{kind} (\d+)", told)))
-                for kind in ("lost", "overflowed")}
+    def counted(told: str) -> dict[str, int]:
+        """Bytes that arrived either way, packets that the link lost of itself,
+        and those its queue had no room for."""
+        there, back = (re.findall(rf"{way}: packets \d+ bytes (\d+)", told)
+                       for way in ("a->b", "b->a"))
+        figures = {"there_bytes": sum(map(int, there)), "back_bytes": sum(map(int, back))}
+        return figures | {f"{kind}_packets": sum(map(int, re.findall(rf"{kind} (\d+)", told)))
+                          for kind in ("lost", "overflowed")}
 
 
 class Cell:
@@ -153,6 +158,13 @@ class Cell:
                     os.kill(pid, signal.SIGKILL)
             except OSError:
                 continue  # it ended by itself
+
+    def save_logs(self, into: str) -> None:
+        """Keeps what was said, by everything that ran."""
+        for path in glob.glob(f"{self.directory}/**/*.log", recursive=True):
+            place = os.path.join(into, os.path.relpath(path, self.directory))
+            os.makedirs(os.path.dirname(place), exist_ok=True)
+            shutil.copy(path, place)
 
     def keep(self, thing: Held) -> Held:
         self.held.append(thing)

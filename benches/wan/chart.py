@@ -1,4 +1,4 @@
-"""A picture of the figures: bytes and time of a first copy with a move, by peer."""
+"""A picture of the figures: bytes and time of a first copy, by peer."""
 
 from typing import Any
 
@@ -15,7 +15,8 @@ def draw(rows: list[Row], path: str) -> None:
     try:
         import matplotlib
     except ImportError as error:
-        raise RuntimeError("a chart needs: apt-get install -y python3-matplotlib") from error
+        raise SystemExit("a chart needs matplotlib: apt-get install -y python3-matplotlib, then "
+                         "/usr/bin/python3 benches/wan/run --show FILE --chart FILE") from error
     matplotlib.use("Agg")
     matplotlib.rcParams.update({"svg.fonttype": "none", "font.size": 8,
                                 "svg.hashsalt": "farhaven"})
@@ -31,6 +32,8 @@ def draw(rows: list[Row], path: str) -> None:
     marks = [pyplot.Rectangle((0, 0), 1, 1, color=colour) for peer, colour in COLOURS.items()
              if any(row["peer"] == peer for row in rows)]
     names = [peer for peer in COLOURS if any(row["peer"] == peer for row in rows)]
+    figure.suptitle("First copy of memory and disk; for QEMU, with the move that it is part of "
+                    "(× did not end)", x=0.01, ha="left", fontsize=8)
     figure.legend(marks, names, loc="lower center", ncol=4, frameon=False)
     figure.tight_layout(rect=(0, 0.55 / figure.get_figheight(), 1, 1))
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)

@@ -113,10 +113,12 @@ class Console:
 def silence(before: Console, after: Console) -> dict[str, Any]:
     """The blackout as whoever uses the guest sees it: from the last heartbeat
     at one place to the first at the other, a tenth of a second apart when
-    nothing happens; and whether the guest found itself whole."""
+    nothing happens; and whether the guest goes on there, whole."""
     last, first = before.beats[-1], after.beats[0]
-    return {"blackout_s": first[1] - last[1], "missing_beats": first[0] - last[0] - 1,
-            "guest": before.fault or after.fault or "ok"}
+    missing = first[0] - last[0] - 1
+    state = "started anew" if missing < 0 else "lost beats" if missing > 0 else "ok"
+    return {"blackout_s": first[1] - last[1], "missing_beats": missing,
+            "guest": before.fault or after.fault or state}
 
 
 class Guest:

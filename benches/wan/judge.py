@@ -17,7 +17,7 @@ COLUMNS: list[tuple[str, Callable[[Row], str]]] = [
     ("blackout", lambda row: milliseconds(row, "blackout_s")),
     ("stopped", lambda row: milliseconds(row, "stopped_s")),
     ("busy", lambda row: "-" if row.get("load_average") is None else f"{row['load_average']:.1f}"),
-    ("outcome", lambda row: str(row["outcome"])),
+    ("outcome", lambda row: outcome(row)),
 ]
 
 
@@ -33,6 +33,12 @@ def megabytes(row: Row, key: str) -> str:
     return "-" if row.get(key) is None else f"{row[key] / 1e6:.1f} MB"
 
 
+def outcome(row: Row) -> str:
+    """How it ended; what became of the guest, where that is not as it should be."""
+    fault = row.get("guest", "ok")
+    return str(row["outcome"]) + ("" if fault == "ok" else f", but the guest: {fault}")
+
+
 class Verdict(NamedTuple):
     """One figure that is asked for, in one place."""
 
@@ -45,6 +51,11 @@ class Verdict(NamedTuple):
 
 def done(row: Row | None) -> bool:
     return row is not None and row["outcome"] == "done"
+
+
+def whole(row: Row) -> bool:
+    """Did the guest go on where it was, with all it had?"""
+    return row.get("guest", "ok") == "ok" and row.get("missing_beats", 0) == 0
 
 
 def ratio(where: str, figure: str, limit: float, ours: float, theirs: float) -> Verdict:
@@ -99,6 +110,8 @@ def judge(rows: list[Row]) -> list[Verdict]:
             verdicts += beside(where, mine, rival)
         if done(mine):
             verdicts += steadily(where, mine)
+            verdicts.append(Verdict(where, "the guest goes on, whole", "ok",
+                                    mine.get("guest", "ok"), whole(mine)))
         else:
             verdicts.append(Verdict(where, "protected and moved", "done", mine["outcome"], False))
     return verdicts
@@ -116,12 +129,19 @@ def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
 
 
 def report(rows: list[Row], markdown: bool = False) -> str:
-    """The table of all cells, and the judgement."""
-    table = markdown_table if markdown else text_table
-    cells = table([head for head, _ in COLUMNS],
-                  [[form(row) for _, form in COLUMNS] for row in rows])
-    verdicts = judge(rows)
-    if not verdicts:
-        return cells
-    lines = [[v.where, v.figure, v.asked, v.measured, "yes" if v.kept else "NO"] for v in verdicts]
-    return cells + "\n\n" + table(["where", "figure", "asked", "measured", "kept"], lines)
+    """The table of all cells, and the judgement; for a page, a table for each link."""
+    heads = [head for head, _ in COLUMNS]
+    lines = [[form(row) for _, form in COLUMNS] for row in rows]
+    verdicts = [[v.where, v.figure, v.asked, v.measured, "yes" if v.kept else "NO"]
+                for v in judge(rows)]
+    judged = ["where", "figure", "asked", "measured", "kept"]
+    if not markdown:
+        tables = [text_table(heads, lines)]
+        return "\n\n".join(tables + ([text_table(judged, verdicts)] if verdicts else []))
+    tables = []
+    for link in dict.fromkeys(line[0] for line in lines):
+        mine = [line[1:] for line in lines if line[0] == link]
+        tables.append(f"### {link}\n\n" + markdown_table(heads[1:], mine))
+    for line in verdicts:
+        line[4] = line[4].replace("NO", "**no**")
+    return "\n\n".join([*tables, markdown_table(judged, verdicts)])
