@@ -35,8 +35,8 @@ def megabytes(row: Row, key: str) -> str:
 
 def outcome(row: Row) -> str:
     """How it ended; what became of the guest, where that is not as it should be."""
-    fault = row.get("guest", "ok")
-    return str(row["outcome"]) + ("" if fault == "ok" else f", but the guest: {fault}")
+    fault = "started anew" if row.get("missing_beats", 0) < 0 else row.get("guest", "ok")
+    return str(row["outcome"]) + ("" if fault == "ok" else f", but the guest {fault}")
 
 
 class Verdict(NamedTuple):
@@ -71,9 +71,10 @@ def beside(where: str, mine: Row, rival: Row) -> Iterator[Verdict]:
     yield ratio(where, f"first copy: time over that of {peer}", 0.5,
                 mine["copied_s"], rival["copied_s"])
     yield ratio(where, f"move: time over that of {peer}", 0.1, mine["move_s"], rival["move_s"])
+    theirs = milliseconds(rival, "blackout_s") if whole(rival) else "a guest that started anew"
     yield Verdict(where, "blackout between heartbeats", "no longer than QEMU's",
-                  f"{mine['blackout_s'] * 1e3:.0f} against {rival['blackout_s'] * 1e3:.0f} ms",
-                  mine["blackout_s"] <= rival["blackout_s"])
+                  f"{milliseconds(mine, 'blackout_s')} against {theirs}",
+                  whole(mine) and (not whole(rival) or mine["blackout_s"] <= rival["blackout_s"]))
 
 
 def steadily(where: str, mine: Row) -> Iterator[Verdict]:
@@ -90,8 +91,7 @@ def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
     """A guest that changes faster than the link carries: does a move end?"""
     ends = f"{mine['move_s']:.1f} s, blackout {mine['blackout_s'] * 1e3:.0f} ms" \
         if done(mine) else mine["outcome"]
-    theirs = "not run" if rival is None else \
-        "done" if done(rival) else rival["outcome"]
+    theirs = "not run" if rival is None else outcome(rival)
     return Verdict(where, "noise: a move converges", "it ends", f"{ends}; QEMU: {theirs}",
                    done(mine))
 
