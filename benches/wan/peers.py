@@ -118,6 +118,8 @@ def migrate(cell: Cell, mode: str, load: str) -> Figures:
     hand_over(here, there)
     ran = time.monotonic()
     target.console.wait(1, 60)
+    for side in (here, there):
+        side.call("query-status")  # reads the events that came about since
     stopped, runs = here.event_at("STOP"), there.event_at("RESUME")
     return {"outcome": "done", "copied_s": ran - begun, "move_s": ran - begun,
             "wire_bytes": disk_bytes + cell.weigh(), "mirror_s": mirrored,
