@@ -45,6 +45,7 @@ class Verdict(NamedTuple):
     """One figure that is asked for, in one place."""
 
     where: str
+    column: str
     figure: str
     asked: str
     measured: str
@@ -57,24 +58,27 @@ def done(row: Row | None) -> bool:
 
 def whole(row: Row) -> bool:
     """Did the guest go on where it was, with all it had?"""
-    return row.get("guest", "ok") == "ok" and row.get("missing_beats", 0) == 0
+    return bool(row.get("guest", "ok") == "ok" and row.get("missing_beats", 0) == 0)
 
 
-def ratio(where: str, figure: str, limit: float, ours: float, theirs: float) -> Verdict:
+def ratio(where: str, column: str, figure: str, limit: float, ours: float,
+          theirs: float) -> Verdict:
     measured = ours / theirs if theirs else float("inf")
-    return Verdict(where, figure, f"at most {limit:g}", f"{measured:.3f}", measured <= limit)
+    return Verdict(where, f"{column} ≤ {limit:g}", figure, f"at most {limit:g}",
+                   f"{measured:.3f}", measured <= limit)
 
 
 def beside(where: str, mine: Row, rival: Row) -> Iterator[Verdict]:
     """Farhaven beside QEMU, where both came to their end."""
     peer = "multifd-zstd with mirror"
-    yield ratio(where, f"first copy: bytes over those of {peer}", 0.40,
+    yield ratio(where, "copy: bytes", f"first copy: bytes over those of {peer}", 0.40,
                 mine["wire_bytes"], rival["wire_bytes"])
-    yield ratio(where, f"first copy: time over that of {peer}", 0.5,
+    yield ratio(where, "copy: time", f"first copy: time over that of {peer}", 0.5,
                 mine["copied_s"], rival["copied_s"])
-    yield ratio(where, f"move: time over that of {peer}", 0.1, mine["move_s"], rival["move_s"])
+    yield ratio(where, "move: time", f"move: time over that of {peer}", 0.1,
+                mine["move_s"], rival["move_s"])
     theirs = milliseconds(rival, "blackout_s") if whole(rival) else "a guest that started anew"
-    yield Verdict(where, "blackout between heartbeats", "no longer than QEMU's",
+    yield Verdict(where, "blackout", "blackout between heartbeats", "no longer than QEMU's",
                   f"{milliseconds(mine, 'blackout_s')} against {theirs}",
                   whole(mine) and (not whole(rival) or mine["blackout_s"] <= rival["blackout_s"]))
 
@@ -84,9 +88,10 @@ def steadily(where: str, mine: Row) -> Iterator[Verdict]:
     floor = mine.get("steady_floor_bytes")
     if not floor:
         return
-    yield ratio(where, "steady: batches over the floor", 1.1, mine["steady_batch_bytes"], floor)
-    yield ratio(where, f"steady: all on the wire over the floor ({floor / 1e3:.0f} kB in "
-                f"{mine['steady_points']} points)", 1.1, mine["steady_wire_bytes"], floor)
+    yield ratio(where, "steady: batches", "steady: batches over the floor", 1.1,
+                mine["steady_batch_bytes"], floor)
+    yield ratio(where, "steady: wire", "steady: all on the wire over the floor "
+                f"({floor / 1e3:.0f} kB in {mine['steady_points']} points)", 1.1, mine["steady_wire_bytes"], floor)
 
 
 def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
@@ -94,10 +99,11 @@ def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
     a move end, and is the guest stopped no longer than the policy wants?"""
     ends = f"{seconds(mine, 'move_s')}, stopped for {milliseconds(mine, 'stopped_s')}" \
         if done(mine) else mine["outcome"]
-    theirs = "not run" if rival is None else outcome(rival)
-    return Verdict(where, "noise: a move ends within the policy",
+    theirs = "not run" if rival is None else "did not end" if not done(rival) else \
+        "ended" if whole(rival) else "ended, but the guest started anew"
+    return Verdict(where, "noise", "noise: a move ends within the policy",
                    f"stopped for at most {MAX_BLACKOUT_S * 1e3:.0f} ms",
-                   f"{ends}; {RIVAL}: {theirs}",
+                   f"{ends}; QEMU: {theirs}",
                    done(mine) and mine["stopped_s"] <= MAX_BLACKOUT_S)
 
 
@@ -115,10 +121,11 @@ def judge(rows: list[Row]) -> list[Verdict]:
             verdicts += beside(where, mine, rival)
         if done(mine):
             verdicts += steadily(where, mine)
-            verdicts.append(Verdict(where, "the guest goes on, whole", "ok",
+            verdicts.append(Verdict(where, "the guest", "the guest goes on, whole", "ok",
                                     mine.get("guest", "ok"), whole(mine)))
         else:
-            verdicts.append(Verdict(where, "protected and moved", "done", mine["outcome"], False))
+            verdicts.append(Verdict(where, "the guest", "protected and moved", "done",
+                                    mine["outcome"], False))
     return verdicts
 
 
@@ -133,20 +140,33 @@ def markdown_table(heads: list[str], lines: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def pivot(verdicts: list[Verdict]) -> str:
+    """A line for each place, a column for each figure, what was missed in bold."""
+    columns = list(dict.fromkeys(verdict.column for verdict in verdicts))
+    columns.sort(key=lambda column: column in ("noise", "the guest"))
+    lines = []
+    for where in dict.fromkeys(verdict.where for verdict in verdicts):
+        mine = {v.column: v for v in verdicts if v.where == where}
+        cells = [mine.get(column) for column in columns]
+        lines.append([where, *("" if v is None else v.measured if v.kept else f"**{v.measured}**"
+                               for v in cells)])
+    return markdown_table(["where", *columns], lines)
+
+
 def report(rows: list[Row], markdown: bool = False) -> str:
     """The table of all cells, and the judgement; for a page, a table for each link."""
     heads = [head for head, _ in COLUMNS]
     lines = [[form(row) for _, form in COLUMNS] for row in rows]
-    verdicts = [[v.where, v.figure, v.asked, v.measured, "yes" if v.kept else "NO"]
-                for v in judge(rows)]
-    judged = ["where", "figure", "asked", "measured", "kept"]
-    if not markdown:
-        tables = [text_table(heads, lines)]
-        return "\n\n".join(tables + ([text_table(judged, verdicts)] if verdicts else []))
-    tables = []
-    for link in dict.fromkeys(line[0] for line in lines):
-        mine = [line[1:] for line in lines if line[0] == link]
-        tables.append(f"### {link}\n\n" + markdown_table(heads[1:], mine))
-    for line in verdicts:
-        line[4] = line[4].replace("NO", "**no**")
-    return "\n\n".join([*tables, markdown_table(judged, verdicts)])
+    verdicts = judge(rows)
+    if markdown:
+        tables = [pivot(verdicts)] if verdicts else []
+        for link in dict.fromkeys(line[0] for line in lines):
+            mine = [line[1:] for line in lines if line[0] == link]
+            tables.append(f"### {link}\n\n" + markdown_table(heads[1:], mine))
+        return "\n\n".join(tables)
+    judged = [[v.where, v.figure, v.asked, v.measured, "yes" if v.kept else "NO"]
+              for v in verdicts]
+    told = text_table(heads, lines)
+    if judged:
+        told += "\n\n" + text_table(["where", "figure", "asked", "measured", "kept"], judged)
+    return told
