@@ -44,8 +44,9 @@ def bars(axes: Any, rows: list[Row], key: str, scale: float) -> None:
     loads = list(dict.fromkeys(row["load"] for row in rows))
     width = 0.8 / max(1, max(sum(row["load"] == load for row in rows) for load in loads))
     for at, load in enumerate(loads):
-        for turn, row in enumerate(row for row in rows if row["load"] == load):
-            place = at + (turn + 0.5) * width - 0.4
+        group = [row for row in rows if row["load"] == load]
+        for turn, row in enumerate(group):
+            place = at + (turn - (len(group) - 1) / 2) * width
             if row.get(key) is None:
                 axes.text(place, 0, "×", ha="center", va="bottom", color="#b00020")
             else:

@@ -91,7 +91,8 @@ def steadily(where: str, mine: Row) -> Iterator[Verdict]:
     yield ratio(where, "steady: batches", "steady: batches over the floor", 1.1,
                 mine["steady_batch_bytes"], floor)
     yield ratio(where, "steady: wire", "steady: all on the wire over the floor "
-                f"({floor / 1e3:.0f} kB in {mine['steady_points']} points)", 1.1, mine["steady_wire_bytes"], floor)
+                f"({floor / 1e3:.0f} kB in {mine['steady_points']} points)", 1.1,
+                mine["steady_wire_bytes"], floor)
 
 
 def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
