@@ -3,112 +3,169 @@
 import glob
 import json
 import os
+import shutil
 import subprocess
 import threading
 import time
+from typing import Any
 
+from cell import Cell, Process
 from guest import Console, silence
+
+Figures = dict[str, Any]
 
 
 class Site:
-    def __init__(self, bench, name, side, address):
-        self.bench, self.name = bench, name
-        self.directory = f"{bench.directory}/{name}"
-        run = lambda *words: subprocess.run([bench.farhaven, *words], check=True,
-                                            stdout=subprocess.DEVNULL)
-        run("site", "init", name, "--dir", self.directory)
+    """A daemon at one side of the link, with its default policy."""
+
+    def __init__(self, cell: Cell, name: str, side: str, address: str) -> None:
+        self.farhaven, self.name = cell.farhaven, name
+        self.directory = f"{cell.directory}/{name}"
+        self.ram = f"/dev/shm/farhaven-bench-{os.getpid()}-{name}"
+        subprocess.run([self.farhaven, "site", "init", name, "--dir", self.directory],
+                       check=True, stdout=subprocess.DEVNULL)
         settings = {
             "FARHAVEN__LISTEN__ADDRESS": f"{address}:4747",
             "FARHAVEN__LISTEN__ADVERTISE": f"{address}:4747",
             "FARHAVEN__STORE__MIN_FREE": "64MiB",
-            "FARHAVEN__ACTIVATE__RAM_DIR": f"/dev/shm/farhaven-bench-{os.getpid()}-{name}",
+            "FARHAVEN__ACTIVATE__RAM_DIR": self.ram,
         }
-        self.ram = settings["FARHAVEN__ACTIVATE__RAM_DIR"]
-        self.process = bench.run_in(side, bench.farhaven, "site", "run", "--config",
-                                    f"{self.directory}/site.toml", env=settings,
-                                    log=f"{self.directory}/daemon.log")
+        self.process: Process = cell.run_in(side, self.farhaven, "site", "run", "--config",
+                                            f"{self.directory}/site.toml", env=settings)
         deadline = time.monotonic() + 20
         while not os.path.exists(f"{self.directory}/api.sock"):
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{name} does not start, see {self.directory}/daemon.log")
+                raise TimeoutError(f"the daemon {name} does not start")
             time.sleep(0.02)
 
-    def do(self, *words):
-        done = subprocess.run([self.bench.farhaven, *words, "--api", f"{self.directory}/api.sock"],
+    def run(self, *words: str) -> str:
+        done = subprocess.run([self.farhaven, *words, "--api", f"{self.directory}/api.sock"],
                               capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"farhaven {' '.join(words)}: {done.stderr.strip()}")
         return done.stdout
 
-    def ask(self, *words):
-        return json.loads(self.do(*words, "--json"))
+    def ask(self, *words: str) -> Any:
+        return json.loads(self.run(*words, "--json"))
 
-    def end(self):
+    def guest(self) -> Any:
+        return self.ask("status")["guests"][0]
+
+    def end(self) -> None:
         self.process.end()
-        subprocess.run(["rm", "-rf", self.ram], check=False)
+        shutil.rmtree(self.ram, ignore_errors=True)
 
 
 class Arrival(threading.Thread):
     """Opens the guest's console at the other site as soon as it is made, so
     that its first heartbeat is seen when it comes."""
 
-    def __init__(self, bench, run):
+    def __init__(self, run_directory: str) -> None:
         super().__init__(daemon=True)
-        self.bench, self.run_directory, self.found = bench, run, None
+        self.run_directory = run_directory
+        self.found: Console | None = None
+        self.ended = False
         self.start()
 
-    def run(self):
-        deadline = time.monotonic() + 600
-        while self.found is None and time.monotonic() < deadline:
+    def run(self) -> None:
+        while self.found is None and not self.ended:
             for path in glob.glob(f"{self.run_directory}/*/**/console.log", recursive=True):
-                self.found = self.bench.keep_console(Console(path))
+                self.found = Console(path)
             time.sleep(0.002)
 
-    def console(self):
+    def console(self) -> Console:
         self.join(10)
         if self.found is None:
             raise TimeoutError("the guest has no console at the other site")
         return self.found
 
+    def end(self) -> None:
+        self.ended = True
+        if self.found:
+            self.found.end()
 
-def protect_and_move(bench, load):
-    """First copy, points while it runs, then a planned move."""
-    source = bench.guest("source", "a", load)
-    source.console.wait(20, 180)
-    if bench.load_settles:
-        time.sleep(bench.load_settles)
-    east = bench.keep(Site(bench, "east", "a", "10.99.0.1"))
-    west = bench.keep(Site(bench, "west", "b", "10.99.0.2"))
-    token = west.ask("pair")["invitation"]
-    east.do("pair", token)
-    east.do("guest", "add", "bench", "--qmp", source.qmp_path)
-    bench.weigh()
-    begun = time.monotonic()
-    east.do("protect", "bench", "--to", "west", "--rpo", "5s")
+
+def sealed_after(site: Site, count: int, deadline: float) -> Any:
+    """The guest's status once more than `count` points are sealed; None if too late."""
     while True:
-        view = east.ask("status")["guests"][0]
-        if view["points_sealed"] > 0:
-            break
-        if time.monotonic() - begun > bench.patience:
-            return bench.gave_up("the first copy", begun)
+        view = site.guest()
+        if view["points_sealed"] > count:
+            return view
+        if time.monotonic() > deadline:
+            return None
         time.sleep(0.05)
-    copied = time.monotonic() - begun
-    wire = bench.weigh()
-    time.sleep(bench.steady)
-    steady = bench.weigh()
-    arrival = Arrival(bench, f"{west.directory}/run")
-    moving = time.monotonic()
+
+
+def first_copy(cell: Cell, east: Site) -> tuple[Any, Figures]:
+    """From the command until a point is sealed that the guest can be run from."""
+    cell.weigh()
+    begun = time.monotonic()
+    east.run("protect", "bench", "--to", "west", "--rpo", "5s")
+    view = sealed_after(east, 0, begun + cell.patience)
+    if view is None:
+        where = east.guest()
+        given_up = cell.gave_up("the first copy", begun, phase=where["phase"],
+                                trouble=where["trouble"])
+        return None, given_up
+    return view, {"copied_s": time.monotonic() - begun, "wire_bytes": cell.weigh(),
+                  "batch_bytes": view["wan_bytes"]}
+
+
+def steady(cell: Cell, east: Site, first: Any) -> tuple[Any, Figures]:
+    """Points while it runs, from a seal to a seal."""
+    begun = time.monotonic()
+    time.sleep(cell.steady)
+    count = east.guest()["points_sealed"]
+    last = sealed_after(east, count, begun + cell.patience)
+    if last is None:
+        return None, {"steady": "no point was sealed"}
+    took = time.monotonic() - begun
+    return last, {"steady_s": took, "steady_points": last["points_sealed"] - first["points_sealed"],
+                  "steady_wire_bytes": cell.weigh(),
+                  "steady_batch_bytes": last["wan_bytes"] - first["wan_bytes"],
+                  "rpo_ms": last["rpo_ms"], "pause_ms": last["last_pause_ms"]}
+
+
+def move(cell: Cell, east: Site, west: Site, here: Console) -> Figures:
+    """A planned move, from the command until it runs there."""
+    arrival = cell.keep(Arrival(f"{west.directory}/run"))
+    begun = time.monotonic()
     report = east.ask("move", "bench")
-    took = time.monotonic() - moving
-    pid = None
-    for standby in west.ask("status")["standbys"]:
-        if standby.get("active"):
-            pid = standby["active"]["pid"]
-    bench.keep_process(pid)
+    took = time.monotonic() - begun
     there = arrival.console()
-    there.wait(1, 30)
-    blackout, missing = silence(source.console, there)
-    return bench.result(
-        copied_s=copied, wire_bytes=wire, steady_bytes_per_s=steady / bench.steady,
-        move_s=took, move_ms=report["total_ms"], blackout_s=report["blackout_ms"] / 1e3,
-        beats_silent_s=blackout, missing_beats=missing)
+    there.wait(1, 60)
+    return {"move_s": took, "move_bytes": cell.weigh(), "final_bytes": report["final_bytes"],
+            "stopped_s": report["blackout_ms"] / 1e3, **silence(here, there)}
+
+
+def floors(cell: Cell, west: Site, first: int, last: int | None) -> Figures:
+    """What zstd-3 over groups of 64 makes of what was never sent before."""
+    told = subprocess.run([cell.floors, f"{west.directory}/store"], check=True,
+                          capture_output=True, text=True).stdout
+    points = [json.loads(line) for line in told.splitlines()]
+    figures: Figures = {
+        "floor_bytes": sum(p["floor_bytes"] for p in points if p["point"] <= first)}
+    if last is not None:
+        figures["steady_floor_bytes"] = sum(
+            p["floor_bytes"] for p in points if first < p["point"] <= last)
+    return figures
+
+
+def protect_and_move(cell: Cell, load: str) -> Figures:
+    """First copy, points while it runs, then a planned move."""
+    source = cell.guest("source", "a", load)
+    source.warm()
+    west = cell.keep(Site(cell, "west", "b", "10.99.0.2"))
+    east = cell.keep(Site(cell, "east", "a", "10.99.0.1"))
+    east.run("pair", west.ask("pair")["invitation"])
+    east.run("guest", "add", "bench", "--qmp", source.qmp_path)
+    first, figures = first_copy(cell, east)
+    if first is None:
+        return figures
+    last, more = steady(cell, east, first)
+    figures |= more | move(cell, east, west, source.console)
+    east.end()
+    cell.sweep("qemu-system")  # the guest there, which leaves the store with its disks
+    west.end()
+    figures |= floors(cell, west, first["newest_point"], last and last["newest_point"])
+    return {"outcome": "done", **figures}
