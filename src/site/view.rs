@@ -212,8 +212,14 @@ pub struct PeerView {
     pub lost_packets: u64,
     /// Packets sent.
     pub sent_packets: u64,
-    /// Batch bytes sent again after a reconnect.
+    /// Bytes of batches that left again although they had wholly arrived.
     pub resent_bytes: u64,
+    /// Bytes of batches that came from it although they were here.
+    #[serde(default)]
+    pub repeated_bytes: u64,
+    /// Bytes of batches that wait to leave, or are on the wire.
+    #[serde(default)]
+    pub queued_bytes: u64,
     /// Why the last connection ended; empty for never.
     pub last_disconnect: String,
     /// What hinders the peer's store, by its own word.

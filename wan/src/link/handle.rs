@@ -11,7 +11,10 @@ use super::remote::{PeerEvent, Remote};
 use super::status::LinkStatus;
 use crate::limits;
 use crate::peer::{PeerRecord, SiteKey};
-use crate::session::{Acknowledgements, SubmitError};
+use crate::session::{Acknowledgements, SubmitError, queue_bytes};
+
+/// How often a batch that waits to be taken looks at the path.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// The trust in this peer ended, or the node was shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -78,7 +81,8 @@ impl Peer {
         self.remote.record()
     }
 
-    /// Sends a batch: waits while the window is full, then keeps it until the
+    /// Sends a batch: waits while the window is full or enough waits to leave
+    /// ([`crate::session::queue_bytes`]), then keeps it until the
     /// peer acknowledged it, over as many connections as that takes. Numbers
     /// are the caller's and are never used twice, also not after
     /// [`Peer::reset_data`]. A call that is dropped while it waits has sent nothing.
@@ -95,19 +99,25 @@ impl Peer {
             acknowledgements.mark_unchanged();
             {
                 let mut state = self.remote.state();
+                if let Some(live) = &state.live {
+                    let path = live.connection.stats().path;
+                    state.sender.queue_up_to(queue_bytes(path.cwnd, path.rtt));
+                }
                 match state.sender.submit(seq, bytes.clone()) {
                     Ok(()) => {
                         self.remote.publish(&state);
                         self.remote.data_waits.notify_one();
                         return Ok(());
                     }
-                    Err(SubmitError::Full) => {}
+                    Err(SubmitError::Full | SubmitError::Queued) => {}
                     Err(error) => return Err(SendDataError::Batch(error)),
                 }
             }
             tokio::select! {
                 _ = acknowledgements.changed() => {}
                 _ = closed.changed() => {}
+                // The path may carry more than it did.
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
     }
@@ -188,6 +198,12 @@ impl Peer {
         if self.remote.state().receiver.durable(seqs) {
             self.remote.acknowledgements_wait.notify_one();
         }
+    }
+
+    /// An earlier process of this site made these batches of the peer durable:
+    /// they are not to be sent again. Told before the peer may use new numbers.
+    pub fn stored(&self, seqs: impl IntoIterator<Item = u64>) {
+        self.remote.state().receiver.stored(seqs);
     }
 
     /// The application cannot keep the batches it was handed and did not make

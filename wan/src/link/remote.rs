@@ -191,7 +191,7 @@ impl Remote {
         {
             return Ok(());
         }
-        match state.receiver.arrived(seq)? {
+        match state.receiver.arrived(seq, bytes.len())? {
             // Under the lock: what the receiver counts as handed over is handed over.
             Arrival::New => {
                 let event = PeerEvent::Data { seq, bytes };
