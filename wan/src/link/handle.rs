@@ -101,7 +101,11 @@ impl Peer {
                 let mut state = self.remote.state();
                 if let Some(live) = &state.live {
                     let path = live.connection.stats().path;
-                    state.sender.queue_up_to(queue_bytes(path.cwnd, path.rtt));
+                    state.sender.queue_up_to(queue_bytes(
+                        path.cwnd,
+                        path.rtt,
+                        self.remote.options.ahead_bytes,
+                    ));
                 }
                 match state.sender.submit(seq, bytes.clone()) {
                     Ok(()) => {

@@ -18,7 +18,7 @@ mod sender;
 #[cfg(test)]
 mod tests;
 
-pub use queue::queue_bytes;
+pub use queue::{AHEAD_BYTES, queue_bytes};
 pub use ranges::RangeSet;
 pub use receiver::{Arrival, Receiver, ReceiverError};
 pub use sender::{Acknowledgements, Outgoing, Sender, SenderError, SubmitError};

@@ -9,18 +9,18 @@ use std::time::Duration;
 
 /// Two large batches (64 units that do not compress): while one leaves, the
 /// next is there, however slow the link.
-const AHEAD_BYTES: u64 = 512 << 10;
+pub const AHEAD_BYTES: u64 = 512 << 10;
 
 /// The producer may be late by so much before the link runs dry.
 const AHEAD: Duration = Duration::from_millis(100);
 
 /// Bytes that may be on their way over a path with this congestion window and
 /// round trip: what is in flight, and as much again, or what leaves in a tenth
-/// of a second, or two batches, whichever is most.
-pub fn queue_bytes(congestion_window: u64, rtt: Duration) -> u64 {
+/// of a second, or `ahead` (usually [`AHEAD_BYTES`]), whichever is most.
+pub fn queue_bytes(congestion_window: u64, rtt: Duration, ahead: u64) -> u64 {
     let rate = congestion_window as f64 / rtt.as_secs_f64().max(1e-4);
     let late = (rate * AHEAD.as_secs_f64()) as u64;
-    congestion_window.saturating_add(congestion_window.max(late).max(AHEAD_BYTES))
+    congestion_window.saturating_add(congestion_window.max(late).max(ahead))
 }
 
 #[cfg(test)]
@@ -32,7 +32,7 @@ mod tests {
         let rate = megabits * 125_000;
         let rtt = Duration::from_millis(rtt_ms);
         let flight = rate * rtt_ms / 1000;
-        let queued = queue_bytes(flight, rtt) - flight;
+        let queued = queue_bytes(flight, rtt, AHEAD_BYTES) - flight;
         Duration::from_secs_f64(queued as f64 / rate as f64)
     }
 
@@ -49,7 +49,7 @@ mod tests {
                 "{megabits} {rtt_ms}: {waits:?}"
             );
         }
-        assert_eq!(queue_bytes(0, Duration::ZERO), AHEAD_BYTES);
-        assert_eq!(queue_bytes(u64::MAX, Duration::ZERO), u64::MAX);
+        assert_eq!(queue_bytes(0, Duration::ZERO, 77), 77);
+        assert_eq!(queue_bytes(u64::MAX, Duration::ZERO, 0), u64::MAX);
     }
 }

@@ -29,7 +29,11 @@ fn run(megabits: u64, rtt_ms: u64, batch: usize, late_us: u64, bounded: bool) ->
     let product = (rate * rtt as f64) as u64;
     let mut sender = Sender::new(16 << 20);
     if bounded {
-        sender.queue_up_to(queue_bytes(product, Duration::from_micros(rtt)));
+        sender.queue_up_to(queue_bytes(
+            product,
+            Duration::from_micros(rtt),
+            AHEAD_BYTES,
+        ));
     }
     sender
         .resume(&crate::frame::Resume::default())
