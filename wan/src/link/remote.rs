@@ -65,6 +65,8 @@ pub(crate) struct State {
     pub(crate) sender: Sender,
     pub(crate) receiver: Receiver,
     pub(crate) live: Option<Live>,
+    /// When it was last looked how much the path carries.
+    pub(crate) path_seen: Option<Instant>,
     pub(crate) totals: Totals,
     pub(crate) last_heard: Option<Instant>,
     pub(crate) why_last_disconnect: Option<String>,
@@ -117,6 +119,7 @@ impl Remote {
                 sender: Sender::new(options.window_bytes),
                 receiver: Receiver::default(),
                 live: None,
+                path_seen: None,
                 totals: Totals::default(),
                 last_heard: None,
                 why_last_disconnect: None,
