@@ -86,6 +86,9 @@ pub struct SourceView {
     pub last_ram_scan_ms: Option<f64>,
     /// Bytes of RAM looked at in that time.
     pub last_ram_scanned_bytes: Option<u64>,
+    /// Bytes that the last round left to the cut, as they change all the time.
+    #[serde(default)]
+    pub waiting_bytes: u64,
     /// From the last cut until it was sealed.
     pub last_seal_ms: Option<u64>,
     /// Points sealed since the daemon started.

@@ -32,8 +32,8 @@ const CHUNK: u64 = 256 << 10;
 const CHUNK_UNITS: u64 = CHUNK / UNIT as u64;
 /// Chunks of one pass of the workers; bounds what waits to be noted (1 GiB of RAM).
 const PASS: usize = 4096;
-/// Chunks with changes that may wait for the sink.
-const WAITING: usize = 8;
+/// Chunks with changes that may wait for the sink: what waits gets old.
+const WAITING: usize = 2;
 
 /// A block of guest memory and what the peer is known to hold of it.
 pub(super) struct RamBlock {

@@ -318,12 +318,14 @@ fn what_changes_in_every_look_waits_for_the_cut() {
         assert_eq!(sent as u64, 5 - waited[turn], "turn {turn}");
     }
     assert_eq!(waited, [0, 4, 4, 4, 4, 4]);
-    // One cools down: it goes with the next round.
-    for unit in [3, 4, 5] {
-        write(unit, 9000 + unit);
-    }
+    // One cools down: it goes with the second round that finds it as it was.
     let before = model.units;
-    assert_eq!(look(Look::Round, &mut model), 3);
+    for waits in [4, 3] {
+        for unit in [3, 4, 5] {
+            write(unit, 9000 + unit + waits);
+        }
+        assert_eq!(look(Look::Round, &mut model), waits as u64);
+    }
     assert_eq!(model.units - before, 1);
     // The cut takes all, and the next round begins with nothing that waits.
     assert_ne!(model.bytes, std::fs::read(file.path()).expect("reads"));

@@ -33,11 +33,10 @@ pub(super) struct Sieve<'a> {
 impl Sieve<'_> {
     /// Is this changed unit left to the cut?
     pub(super) fn waits(&mut self, unit: u64, digest: Digest) -> bool {
-        if self.before.get(&unit) == Some(&digest) {
-            // It waited, and did not change since the last look.
-            return false;
+        // It waited; did it change since the last look?
+        if self.before.get(&unit) != Some(&digest) {
+            self.hot.changed(self.volume, unit, 1);
         }
-        self.hot.changed(self.volume, unit, 1);
         let waits = self.look == Look::Round && self.hot.waits(self.volume, unit);
         if waits {
             self.waiting.insert(unit, digest);

@@ -7,14 +7,11 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::close::CloseCode;
-use super::remote::{PeerEvent, Remote};
+use super::remote::{LOOK_AGAIN, PeerEvent, Remote};
 use super::status::LinkStatus;
 use crate::limits;
 use crate::peer::{PeerRecord, SiteKey};
-use crate::session::{Acknowledgements, SubmitError, queue_bytes};
-
-/// How often batches that are to be taken look at the path.
-const LOOK_AGAIN: Duration = Duration::from_millis(10);
+use crate::session::{Acknowledgements, SubmitError};
 
 /// The trust in this peer ended, or the node was shut down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -97,7 +94,7 @@ impl Peer {
                 return Err(Closed.into());
             }
             acknowledgements.mark_unchanged();
-            self.look_at_path();
+            self.remote.look_at_path();
             {
                 let mut state = self.remote.state();
                 match state.sender.submit(seq, bytes.clone()) {
@@ -117,25 +114,6 @@ impl Peer {
                 () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
-    }
-
-    /// Sets how much may be on its way by what the path carries now.
-    fn look_at_path(&self) {
-        let live = {
-            let mut state = self.remote.state();
-            let now = Instant::now();
-            if state.path_seen.is_some_and(|seen| now < seen + LOOK_AGAIN) {
-                return;
-            }
-            state.path_seen = Some(now);
-            state.live.as_ref().map(|live| live.connection.clone())
-        };
-        // Not under the lock: QUIC may hold its own for a while.
-        let Some(path) = live.map(|connection| connection.stats().path) else {
-            return;
-        };
-        let bytes = queue_bytes(path.cwnd, path.rtt, self.remote.options.ahead_bytes);
-        self.remote.state().sender.queue_up_to(bytes);
     }
 
     /// How far acknowledgement has come, to watch.

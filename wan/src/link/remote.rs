@@ -2,7 +2,7 @@
 //! queue of its events.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -13,7 +13,10 @@ use super::status::Totals;
 use crate::frame::Ranges;
 use crate::limits;
 use crate::peer::{PeerRecord, SiteKey};
-use crate::session::{Acknowledgements, Arrival, Receiver, ReceiverError, Sender};
+use crate::session::{Acknowledgements, Arrival, Receiver, ReceiverError, Sender, queue_bytes};
+
+/// How often batches that are to be taken look at the path.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What happens on a link, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -145,6 +148,25 @@ impl Remote {
     /// as it was: each change is one call.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets how much may be on its way by what the path carries now.
+    pub(crate) fn look_at_path(&self) {
+        let live = {
+            let mut state = self.state();
+            let now = Instant::now();
+            if state.path_seen.is_some_and(|seen| now < seen + LOOK_AGAIN) {
+                return;
+            }
+            state.path_seen = Some(now);
+            state.live.as_ref().map(|live| live.connection.clone())
+        };
+        // Not under the lock: QUIC may hold its own for a while.
+        let Some(path) = live.map(|connection| connection.stats().path) else {
+            return;
+        };
+        let bytes = queue_bytes(path.cwnd, path.rtt, self.options.ahead_bytes);
+        self.state().sender.queue_up_to(bytes);
     }
 
     pub(crate) fn record(&self) -> PeerRecord {
