@@ -120,6 +120,7 @@ impl Sink for Link {
 #[derive(Default, Clone, Copy)]
 struct Taken {
     round_bytes: u64,
+    round_units: u64,
     cut_bytes: u64,
     cut_units: u64,
     waited_units: u64,
@@ -134,7 +135,7 @@ fn run(
     directory: &Path,
 ) -> Result<Taken, Failure> {
     let run = directory.join(format!("{}-{looks}", workload.replace(':', "-")));
-    let ram = std::env::temp_dir().join(format!("{}.ram", run.display()));
+    let ram = run.with_extension("ram");
     let (vmm, _) = SimGuest::start(SimOptions {
         seed: 7,
         ram_bytes: 64 * MIB,
@@ -155,9 +156,10 @@ fn run(
         for _ in 0..ROUNDS {
             std::thread::sleep(Duration::from_millis(500));
             guest.round(&mut link)?;
-            let (bytes, _) = link.taken();
+            let (bytes, units) = link.taken();
             if point > 0 {
                 taken.round_bytes += bytes;
+                taken.round_units += units;
                 taken.waited_units += guest.waiting();
                 taken.most_waited = taken.most_waited.max(guest.waiting());
             }
@@ -181,16 +183,20 @@ fn run(
 
 fn main() -> Result<(), Failure> {
     let (mut mbit, mut points, mut json) = (20.0, 4, false);
+    let mut workloads: Vec<String> = ["idle", "database:500", "files:8", "noise:8"]
+        .map(str::to_owned)
+        .to_vec();
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or(format!("{word} needs a value"));
         match word.as_str() {
             "--mbit" => mbit = value()?.parse()?,
             "--points" => points = value()?.parse()?,
+            "--workload" => workloads = vec![value()?],
             "--json" => json = true,
             _ => {
                 return Err(format!(
-                    "unknown argument {word}; known are --mbit N, --points N, --json"
+                    "unknown argument {word}; known are --mbit N, --points N, --workload W, --json"
                 )
                 .into());
             }
@@ -199,7 +205,7 @@ fn main() -> Result<(), Failure> {
     let rate = f64::max(mbit, 0.1) * 125_000.0;
     let directory = tempfile::tempdir_in("/dev/shm")?;
     let mut rows = Vec::new();
-    for workload in ["idle", "database:500", "files:8", "noise:8"] {
+    for workload in &workloads {
         let taken = std::thread::scope(|scope| {
             let runs: Vec<_> = (0..4)
                 .map(|looks| {
@@ -216,9 +222,10 @@ fn main() -> Result<(), Failure> {
             let each = |sum: u64| sum / points.max(1);
             if !json {
                 println!(
-                    "{workload:13} waits after {looks}: {:9} bytes a point, {:9} in rounds, {:9} in the cut ({} units); {} units waited at most",
+                    "{workload:13} waits after {looks}: {:9} bytes a point, {:9} in rounds ({} units), {:9} in the cut ({} units); {} units waited at most",
                     each(taken.round_bytes + taken.cut_bytes),
                     each(taken.round_bytes),
+                    each(taken.round_units),
                     each(taken.cut_bytes),
                     each(taken.cut_units),
                     taken.most_waited,
@@ -229,6 +236,7 @@ fn main() -> Result<(), Failure> {
                 "waits_after": looks,
                 "point_bytes": each(taken.round_bytes + taken.cut_bytes),
                 "round_bytes": each(taken.round_bytes),
+                "round_units": each(taken.round_units),
                 "cut_bytes": each(taken.cut_bytes),
                 "cut_units": each(taken.cut_units),
                 "waited_units": each(taken.waited_units),
