@@ -1,5 +1,13 @@
 //! Between a guest and the encoder: the bounded buffer that takes changed RAM
 //! while the guest is stopped, so that a cut never waits for the WAN.
+//!
+//! What lies here is of one instant and is sent as it is, also when the guest has
+//! written over it meanwhile: the point is what the guest was then. So nothing
+//! of it can be replaced by something newer. In a round nothing lies here: units
+//! are read when the session has room for them, and the session takes a batch
+//! only when it leaves within a few hundred milliseconds
+//! (`farhaven_wan::session::queue_bytes`); what is overwritten before it is read is
+//! sent once, as it is when it is read.
 
 use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
 

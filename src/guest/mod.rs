@@ -15,6 +15,7 @@ use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod definition;
 pub mod embedded;
+pub mod hot;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
 pub mod qemu;
@@ -141,12 +142,18 @@ pub trait Guest: Send {
     ) -> Result<(), GuestError>;
 
     /// One pass while the guest runs: everything (first time) or what changed
-    /// (later). May over-report, may be torn; a later cut makes it exact.
+    /// (later). May over-report, may be torn; a later cut makes it exact. What
+    /// changes all the time ([`hot`]) may be left to that cut.
     ///
     /// # Errors
     /// When the guest cannot be read, or the sink refuses. What was handed
     /// over stays handed over.
     fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError>;
+
+    /// Units that changed, and that the last round left to the cut.
+    fn waiting(&self) -> u64 {
+        0
+    }
 
     /// Fixes one instant as recovery point number `point`. On any error the
     /// guest is running again, or the error says that it is not; and nothing of

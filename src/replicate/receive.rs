@@ -26,6 +26,10 @@ const BATCHES_A_SYNC: usize = 256;
 /// Bytes of batches that may wait for the disk: twice the widest window of a session.
 const WAITING_BYTES: usize = 64 << 20;
 
+/// Batches that are told to the session as stored when a daemon starts: twice
+/// what a sender keeps unacknowledged.
+const STORED_BATCHES: usize = 2 * farhaven_wan::limits::MAX_UNACKNOWLEDGED_BATCHES;
+
 /// How long a store that cannot take data is left alone before the next try.
 const RETRY: Duration = Duration::from_secs(2);
 
@@ -46,6 +50,9 @@ impl Incoming {
     ///
     /// Below `min_free` bytes of room in `directory` nothing more is taken.
     pub fn start(store: Store, peer: Peer, directory: PathBuf, min_free: u64) -> Self {
+        // What an earlier process stored, its acknowledgement perhaps lost with
+        // it, is not to be sent again.
+        peer.stored(store.newest_seqs(STORED_BATCHES));
         let (queue, batches) = mpsc::unbounded_channel();
         let waiting = Arc::new(AtomicUsize::new(0));
         let (appended_tx, appended) = watch::channel(0);

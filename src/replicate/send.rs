@@ -3,6 +3,11 @@
 //! A [`Shipment`] collects what belongs to one recovery point of one guest,
 //! over as many rounds and attempted cuts as it takes, and ends with the
 //! point's seal. What the guests of a pair of sites share is in [`Outgoing`].
+//!
+//! Units are pulled: a shipment waits where the session takes no batch, and with
+//! it the guest's pass, so what is to come is still in the guest and not yet
+//! read. Between the two lie the batch being built, and in a QEMU guest's scan
+//! at most a few chunks.
 
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};

@@ -63,6 +63,9 @@ pub(super) async fn make(
     if matches!(made, Err(GuestError::LeftStopped { .. })) {
         driver.left_stopped = true;
     }
+    let waiting_bytes = attached.guest.as_ref().map_or(0, |guest| guest.waiting());
+    let waiting_bytes = waiting_bytes * farhaven_storage_sync::unit::UNIT as u64;
+    driver.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
     let made = driver.interrupted_or(made)?;
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     driver.view.send_modify(|v| {

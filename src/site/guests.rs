@@ -183,6 +183,7 @@ impl Site {
         options.ram = ram;
         options.disks = disks;
         options.scan_threads = threads.min(8);
+        options.capture_buffer = self.config.protect.capture_buffer.bytes();
         Ok(Box::new(QemuGuest::attach(options)?))
     }
 

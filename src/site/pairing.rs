@@ -151,6 +151,8 @@ pub(super) fn peer_view(remote: &Remote) -> PeerView {
         lost_packets: link.lost_packets,
         sent_packets: link.sent_packets,
         resent_bytes: link.data_resent_bytes,
+        repeated_bytes: link.data_repeated_bytes,
+        queued_bytes: link.queued_bytes,
         last_disconnect: link.why_last_disconnect.unwrap_or_default(),
         trouble: remote.trouble(),
     }

@@ -224,6 +224,8 @@ impl Driver {
             (guest, shipment, done)
         });
         let (guest, shipment, done) = self.finishing(work).await?;
+        let waiting_bytes = guest.waiting() * UNIT as u64;
+        self.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
         attached.guest = Some(guest);
         attached.shipment = Some(shipment);
         self.interrupted_or(done)

@@ -86,6 +86,9 @@ pub struct SourceView {
     pub last_ram_scan_ms: Option<f64>,
     /// Bytes of RAM looked at in that time.
     pub last_ram_scanned_bytes: Option<u64>,
+    /// Bytes that the last round left to the cut, as they change all the time.
+    #[serde(default)]
+    pub waiting_bytes: u64,
     /// From the last cut until it was sealed.
     pub last_seal_ms: Option<u64>,
     /// Points sealed since the daemon started.
@@ -212,8 +215,14 @@ pub struct PeerView {
     pub lost_packets: u64,
     /// Packets sent.
     pub sent_packets: u64,
-    /// Batch bytes sent again after a reconnect.
+    /// Bytes of batches that left again although they had wholly arrived.
     pub resent_bytes: u64,
+    /// Bytes of batches that came from it although they were here.
+    #[serde(default)]
+    pub repeated_bytes: u64,
+    /// Bytes of batches that wait to leave, or are on the wire.
+    #[serde(default)]
+    pub queued_bytes: u64,
     /// Why the last connection ended; empty for never.
     pub last_disconnect: String,
     /// What hinders the peer's store, by its own word.

@@ -346,6 +346,12 @@ impl Log {
             .for_each(|(&seq, &location)| visit(seq, location));
     }
 
+    /// The `count` largest batch numbers, descending.
+    pub(crate) fn newest(&self, count: usize) -> Vec<u64> {
+        let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
+        index.keys().rev().take(count).copied().collect()
+    }
+
     /// The largest number in the log, 0 when it is empty.
     pub(crate) fn last_seq(&self) -> u64 {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);

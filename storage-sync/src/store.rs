@@ -254,6 +254,11 @@ impl Store {
         self.0.log.last_seq()
     }
 
+    /// The `count` largest batch numbers in the log, descending.
+    pub fn newest_seqs(&self, count: usize) -> Vec<u64> {
+        self.0.log.newest(count)
+    }
+
     /// Bytes of all segments.
     pub fn bytes(&self) -> u64 {
         self.0.log.bytes()

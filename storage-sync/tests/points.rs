@@ -59,9 +59,14 @@ proptest! {
         }
         guests.iter().for_each(|guest| guest.check(&store));
         let last = store.last_seq();
+        let newest = store.newest_seqs(20);
+        prop_assert_eq!(newest.first().copied().unwrap_or(0), last);
+        prop_assert!(newest.is_sorted_by(|one, next| one > next) && newest.len() <= 20);
+        prop_assert!(newest.iter().all(|seq| store.contains(*seq)));
         drop(store);
         let (store, report) = open(dir.path());
         prop_assert_eq!(store.last_seq(), last);
+        prop_assert_eq!(store.newest_seqs(20), newest);
         prop_assert_eq!(report.points, guests.iter().map(|guest| guest.sealed.len()).sum::<usize>());
         guests.iter().for_each(|guest| guest.check(&store));
     }

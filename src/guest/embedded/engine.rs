@@ -13,6 +13,7 @@ use farhaven_storage_sync::digest::{DigestKey, is_zero};
 use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeIndex, VolumeKind};
 
 use super::{Bitmap, STOP_WITHIN, SharedVmm, Vmm, VmmError, stop};
+use crate::guest::hot::Hot;
 use crate::guest::qemu::units::hand_over;
 use crate::guest::{After, Cut, Guest, GuestError, Sink};
 use owed::Owed;
@@ -37,6 +38,8 @@ pub struct EmbeddedGuest {
     blocks: usize,
     /// Of each RAM block, then of each disk.
     owed: Vec<Owed>,
+    /// What a round leaves to the cut.
+    hot: Hot,
     hasher: Hasher,
     /// What a cut copies while the guest is stopped, at most `buffer_bytes`.
     buffer: Vec<u8>,
@@ -65,11 +68,13 @@ impl EmbeddedGuest {
             .filter(|volume| volume.kind != VolumeKind::DeviceState)
             .map(|volume| Owed::everything(volume.units()))
             .collect();
+        let hot = Hot::new(&volumes, buffer_bytes as u64);
         Ok(Self {
             vmm,
             volumes,
             blocks,
             owed,
+            hot,
             hasher: Hasher::new(key),
             // Written to, so that no cut waits for the kernel to give the pages.
             buffer: vec![1; KEPT_BUFFER.min(buffer_bytes)],
@@ -77,6 +82,12 @@ impl EmbeddedGuest {
             outstanding: None,
             throttled: false,
         })
+    }
+
+    /// After how many looks in which it changed a unit waits for the cut; 0 has
+    /// none wait. For measurements: [`Hot`] has a number that serves.
+    pub fn waits_after(&mut self, looks: u8) {
+        self.hot.after(looks);
     }
 
     /// Hands over what is owed of a disk, as it is now.
@@ -90,14 +101,15 @@ impl EmbeddedGuest {
         let (Some(disk), Some(owed)) = (disk, self.owed.get_mut(index)) else {
             return Err(changed_shape());
         };
-        owed.wrote(&disk.take_changed());
+        let volume = index as VolumeIndex;
+        owed.wrote(&disk.take_changed(), &mut self.hot, volume);
+        let due = owed.due(&mut self.hot, volume);
         let failed = |source| GuestError::Io {
             what: format!("reading disk '{}'", disk.name()),
             source,
         };
-        let volume = index as VolumeIndex;
         let mut at = 0;
-        while let Some((first, run)) = owed.run_from(at, u64::MAX) {
+        while let Some((first, run)) = due.run_from(at, u64::MAX) {
             let offset = first * UNIT as u64;
             let hole = disk.hole(offset);
             let empty = match offset + hole >= disk.bytes() {
@@ -130,15 +142,17 @@ impl EmbeddedGuest {
         let Some(owed) = self.owed.get_mut(index) else {
             return Err(changed_shape());
         };
-        take_dirty(&mut *lock(&self.vmm), index, owed)?;
+        let volume = index as VolumeIndex;
+        take_dirty(&mut *lock(&self.vmm), index, owed, &mut self.hot)?;
+        let due = owed.due(&mut self.hot, volume);
         let mut at = 0;
-        while let Some((first, count)) = owed.run_from(at, PIECE) {
+        while let Some((first, count)) = due.run_from(at, PIECE) {
             let piece = self.hasher.piece(count, count * UNIT as u64);
             lock(&self.vmm)
                 .read_ram(index, first * UNIT as u64, piece)
                 .map_err(explain)?;
             let (bytes, digests) = self.hasher.digests();
-            owed.hand(sink, index as VolumeIndex, first, bytes, digests)?;
+            owed.hand(sink, volume, first, bytes, digests)?;
             pass.did(count, sink);
             at = first + count;
         }
@@ -175,6 +189,7 @@ impl Guest for EmbeddedGuest {
 
     fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError> {
         self.end_cut(false);
+        self.hot.begin();
         let mut pass = Pass {
             done: 0,
             total: self.owed.iter().map(Owed::count).sum(),
@@ -189,7 +204,12 @@ impl Guest for EmbeddedGuest {
         for owed in &mut self.owed {
             owed.compared();
         }
+        self.hot.end();
         Ok(())
+    }
+
+    fn waiting(&self) -> u64 {
+        self.hot.waiting()
     }
 
     fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
@@ -324,22 +344,24 @@ fn digests(key: &DigestKey, bytes: &[u8], out: &mut Vec<Digest>) {
     }
 }
 
-/// Merges the dirty log of a block into what is owed of it.
-fn take_dirty(vmm: &mut dyn Vmm, block: usize, owed: &mut Owed) -> Result<(), GuestError> {
-    match vmm.dirty(block) {
+/// Merges the dirty log of a block into what is owed of it, and is hot.
+fn take_dirty(
+    vmm: &mut dyn Vmm,
+    block: usize,
+    owed: &mut Owed,
+    hot: &mut Hot,
+) -> Result<(), GuestError> {
+    let failed = match vmm.dirty(block) {
         Ok(dirty) if dirty.units() == owed.units() => {
-            owed.wrote(&dirty);
-            Ok(())
+            owed.wrote(&dirty, hot, block as VolumeIndex);
+            return Ok(());
         }
-        Ok(_) => {
-            owed.wrote(&Bitmap::all(owed.units()));
-            Err(changed_shape())
-        }
-        Err(error) => {
-            owed.wrote(&Bitmap::all(owed.units()));
-            Err(explain(error))
-        }
-    }
+        Ok(_) => changed_shape(),
+        Err(error) => explain(error),
+    };
+    // Which pages changed is lost with the log; how hot they are is not known.
+    owed.owe(&Bitmap::all(owed.units()));
+    Err(failed)
 }
 
 fn volumes(vmm: &dyn Vmm) -> Result<Vec<Volume>, GuestError> {

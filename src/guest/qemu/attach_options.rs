@@ -6,6 +6,7 @@ use std::time::Duration;
 use farhaven_storage_sync::unit::{Volume, VolumeIndex, VolumeKind};
 
 use super::super::GuestError;
+use super::super::hot::Hot;
 use super::disk::{Disk, View};
 use super::qmp::Qmp;
 use super::scan::RamBlock;
@@ -40,13 +41,15 @@ pub struct AttachOptions {
     pub state_timeout: Duration,
     /// Most bytes of device state.
     pub state_limit: usize,
+    /// Bytes of changed RAM that a cut can take: what rounds leave to it is bounded by that.
+    pub capture_buffer: u64,
     /// Bytes that must stay free in `work_dir` during a cut.
     pub reserve: u64,
 }
 
 impl AttachOptions {
     /// Options with the usual limits: 2 scan threads, 30 s for an answer of QEMU's, 10 s and
-    /// 256 MiB for device state, 128 MiB of reserve.
+    /// 256 MiB for device state, 64 MiB for changed RAM, 128 MiB of reserve.
     pub fn new(name: &str, qmp: PathBuf, work_dir: PathBuf, replica: &str, key: [u8; 32]) -> Self {
         Self {
             name: name.to_owned(),
@@ -60,6 +63,7 @@ impl AttachOptions {
             qmp_timeout: Duration::from_secs(30),
             state_timeout: Duration::from_secs(10),
             state_limit: 256 << 20,
+            capture_buffer: 64 << 20,
             reserve: 128 << 20,
         }
     }
@@ -155,6 +159,7 @@ impl QemuGuest {
             reserve: options.reserve,
         };
         Ok(Self {
+            hot: Hot::new(&volumes, options.capture_buffer),
             options,
             qmp,
             process,

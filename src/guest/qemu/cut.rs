@@ -29,6 +29,7 @@ use super::attach::{CUT_MARK, HELD_MARK, idle, same_ram, status, sweep};
 use super::disk::{self, Disk};
 use super::fleece::prepare_fleece;
 use super::qmp::{Qmp, QmpError};
+use super::scan::Look;
 use super::stream::Inlet;
 use super::throttle::lives;
 use super::tracking::transaction;
@@ -128,6 +129,7 @@ impl QemuGuest {
         };
         times.device_state = fixed.state_took;
         times.disks = fixed.disks_took;
+        self.hot.end();
         self.ram_went_with(point);
         if let Some(volume) = self
             .volumes
@@ -158,6 +160,8 @@ impl QemuGuest {
         self.qmp.execute("stop", json!({}))?;
         let (qmp, disks, options) = (&mut self.qmp, &mut self.disks, &self.options);
         let (ram, handed) = (&mut self.ram, &mut self.cut_handed);
+        let hot = &mut self.hot;
+        hot.begin();
         let hasher = &self.view.hasher;
         for bits in handed.iter_mut() {
             bits.clear();
@@ -179,7 +183,8 @@ impl QemuGuest {
             let begun = Instant::now();
             let mut scanned = Ok(());
             for ((_, block), handed) in ram.iter_mut().zip(handed) {
-                let looked = block.scan(hasher, options.scan_threads, sink);
+                let look = (Look::Cut, &mut *hot);
+                let looked = block.scan(hasher, options.scan_threads, look, sink);
                 handed.add(&block.handed);
                 match looked {
                     Ok(bytes) => times.ram_scanned_bytes += bytes,

@@ -12,12 +12,13 @@ use std::time::Duration;
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 use serde_json::json;
 
+use super::hot::Hot;
 use super::{After, Cut, Guest, GuestError, Sink};
 use attach::{Before, CUT_MARK, HELD_MARK};
 pub use attach_options::AttachOptions;
 use disk::{Disk, View};
 use qmp::Qmp;
-use scan::RamBlock;
+use scan::{Look, RamBlock};
 use throttle::{THROTTLE_MARK, Throttle};
 use tracking::Bits;
 
@@ -38,6 +39,7 @@ pub mod options;
 pub mod peer;
 pub mod qmp;
 mod scan;
+mod sieve;
 mod stream;
 mod template;
 mod throttle;
@@ -60,6 +62,8 @@ pub struct QemuGuest {
     volumes: Vec<Volume>,
     ram: Vec<(String, RamBlock)>,
     disks: Vec<Disk>,
+    /// What a round leaves to the cut.
+    hot: Hot,
     view: View,
     /// Units of each RAM block handed over since the last cut.
     recent: Vec<Bits>,
@@ -199,12 +203,19 @@ impl Guest for QemuGuest {
             swept?;
             self.must_sweep = false;
         }
+        self.hot.begin();
         for ((_, block), recent) in self.ram.iter_mut().zip(&mut self.recent) {
-            let scanned = block.scan(&self.view.hasher, self.options.scan_threads, sink);
+            let look = (Look::Round, &mut self.hot);
+            let scanned = block.scan(&self.view.hasher, self.options.scan_threads, look, sink);
             recent.add(&block.handed);
             scanned?;
         }
+        self.hot.end();
         Ok(())
+    }
+
+    fn waiting(&self) -> u64 {
+        self.hot.waiting()
     }
 
     fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {

@@ -7,6 +7,7 @@
 //! and only then notes their digests. What was hashed is the very copy that is
 //! handed over, though the guest may write meanwhile.
 
+use std::collections::HashMap;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -15,8 +16,11 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
 
+use super::super::hot::Hot;
 use super::super::{GuestError, Sink, SinkError};
 use super::mapping::Mapping;
+pub(super) use super::sieve::Look;
+use super::sieve::Sieve;
 use super::tracking::Bits;
 use super::units::{Hasher, hand_over};
 
@@ -28,8 +32,8 @@ const CHUNK: u64 = 256 << 10;
 const CHUNK_UNITS: u64 = CHUNK / UNIT as u64;
 /// Chunks of one pass of the workers; bounds what waits to be noted (1 GiB of RAM).
 const PASS: usize = 4096;
-/// Chunks with changes that may wait for the sink.
-const WAITING: usize = 8;
+/// Chunks with changes that may wait for the sink: what waits gets old.
+const WAITING: usize = 2;
 
 /// A block of guest memory and what the peer is known to hold of it.
 pub(super) struct RamBlock {
@@ -39,6 +43,9 @@ pub(super) struct RamBlock {
     table: Vec<Digest>,
     /// Units handed over in the scan under way, or the last one.
     pub(super) handed: Bits,
+    /// Units that the last round left to the cut, as they were: no more than
+    /// half a capture buffer holds.
+    waiting: HashMap<u64, Digest>,
 }
 
 /// A piece of a block for one worker at a time.
@@ -85,6 +92,7 @@ impl RamBlock {
             volume,
             table: vec![Digest::ZERO_UNIT; units],
             handed: Bits::new(units),
+            waiting: HashMap::new(),
         })
     }
 
@@ -122,16 +130,39 @@ impl RamBlock {
         }
     }
 
-    /// Hands over every unit whose content the peer is not known to hold, and
-    /// returns the bytes looked at. `handed` has the units that the sink took,
+    /// Hands over every unit whose content the peer is not known to hold, but
+    /// for what a round leaves to the cut, and returns the bytes looked at. `handed` has the units that the sink took,
     /// also on error.
     pub(super) fn scan(
         &mut self,
         hasher: &Hasher,
         threads: usize,
+        (look, hot): (Look, &mut Hot),
         sink: &mut dyn Sink,
     ) -> Result<u64, GuestError> {
         self.handed.clear();
+        let before = std::mem::take(&mut self.waiting);
+        let mut sieve = Sieve {
+            look,
+            hot,
+            volume: self.volume,
+            before: &before,
+            waiting: HashMap::new(),
+        };
+        let scanned = self.sift(hasher, threads, &mut sieve, sink);
+        let waiting = sieve.waiting;
+        // A scan that failed is looked at again in the same look.
+        self.waiting = if scanned.is_ok() { waiting } else { before };
+        scanned
+    }
+
+    fn sift(
+        &mut self,
+        hasher: &Hasher,
+        threads: usize,
+        sieve: &mut Sieve<'_>,
+        sink: &mut dyn Sink,
+    ) -> Result<u64, GuestError> {
         let total = self.bytes();
         let (data, exact) = self.data_ranges()?;
         self.holes(&data, sink)?;
@@ -149,7 +180,7 @@ impl RamBlock {
             })
             .collect();
         for pass in chunks.chunks(PASS) {
-            self.pass(pass, hasher, threads, sink)?;
+            self.pass(pass, hasher, threads, sieve, sink)?;
             let done = pass
                 .last()
                 .map_or(0, |last| (last.first + CHUNK_UNITS) * UNIT as u64);
@@ -233,12 +264,13 @@ impl RamBlock {
         chunks: &[Chunk],
         hasher: &Hasher,
         threads: usize,
+        sieve: &mut Sieve<'_>,
         sink: &mut dyn Sink,
     ) -> Result<(), GuestError> {
         let next = AtomicUsize::new(0);
         let stop = AtomicBool::new(false);
         let mut taken: Vec<(u64, Digest)> = Vec::new();
-        let (table, volume) = (&self.table, self.volume);
+        let table = &self.table;
         let work = Work {
             ram: &self.ram,
             path: &self.path,
@@ -260,7 +292,7 @@ impl RamBlock {
             drop(send);
             let mut outcome = Ok(());
             for found in &receive {
-                if let Err(error) = deliver(&found, volume, sink, &mut taken) {
+                if let Err(error) = deliver(&found, sieve, sink, &mut taken) {
                     work.stop.store(true, Ordering::Relaxed);
                     outcome = Err(GuestError::from(error));
                     break;
@@ -287,19 +319,27 @@ impl RamBlock {
     }
 }
 
-/// Hands one chunk's changes over; `taken` gets what the sink took.
+/// Hands one chunk's changes over, but for what waits; `taken` gets what the sink took.
 fn deliver(
     found: &Found,
-    volume: VolumeIndex,
+    sieve: &mut Sieve<'_>,
     sink: &mut dyn Sink,
     taken: &mut Vec<(u64, Digest)>,
 ) -> Result<(), SinkError> {
+    let waits: Vec<bool> = (found.units.iter().zip(&found.digests))
+        .map(|(unit, digest)| sieve.waits(*unit, *digest))
+        .collect();
+    let volume = sieve.volume;
     let mut at = 0;
     while at < found.units.len() {
         let first = found.units[at];
         let count = (at..found.units.len())
-            .take_while(|i| found.units[*i] == first + (i - at) as u64)
+            .take_while(|i| found.units[*i] == first + (i - at) as u64 && !waits[*i])
             .count();
+        if count == 0 {
+            at += 1;
+            continue;
+        }
         let end = at + count;
         let digests = &found.digests[at..end];
         hand_over(

@@ -69,6 +69,15 @@ fn ram(units: usize) -> (tempfile::NamedTempFile, RamBlock) {
     (file, block)
 }
 
+fn hot() -> Hot {
+    let volume = farhaven_storage_sync::unit::Volume {
+        name: "ram".to_owned(),
+        kind: farhaven_storage_sync::unit::VolumeKind::Ram,
+        bytes: (4000 * UNIT) as u64,
+    };
+    Hot::new(&vec![volume; 4], (100 * UNIT) as u64)
+}
+
 fn page(tag: usize) -> Vec<u8> {
     (0..UNIT).map(|i| (i * 31 + tag * 7 + 1) as u8).collect()
 }
@@ -78,7 +87,9 @@ fn each_scan_hands_over_exactly_what_changed() {
     let units = 3000;
     let (file, mut block) = ram(units);
     let mut model = Model::new(units);
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(
         (model.units, model.zeros),
         (0, 0),
@@ -89,14 +100,18 @@ fn each_scan_hands_over_exactly_what_changed() {
             .write_all_at(&page(unit), (unit * UNIT) as u64)
             .expect("writes");
     }
-    let looked = block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    let looked = block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.units, 6);
     assert!(looked < (units * UNIT) as u64, "holes are not looked at");
     assert_eq!(
         block.handed.iter().collect::<Vec<_>>(),
         [0, 1, 63, 64, 700, 2999]
     );
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.units, 6, "nothing changed");
     file.as_file()
         .write_all_at(&page(9), 700 * UNIT as u64)
@@ -104,7 +119,9 @@ fn each_scan_hands_over_exactly_what_changed() {
     file.as_file()
         .write_all_at(&[0; UNIT], 64 * UNIT as u64)
         .expect("writes");
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!((model.units, model.zeros), (7, 1));
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
 }
@@ -118,14 +135,20 @@ fn a_page_that_became_a_hole_reads_zero_at_the_peer() {
             .write_all_at(&page(unit), (unit * UNIT) as u64)
             .expect("writes");
     }
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     let flags = rustix::fs::FallocateFlags::PUNCH_HOLE | rustix::fs::FallocateFlags::KEEP_SIZE;
     let hole = (100 * UNIT as u64, 700 * UNIT as u64);
     rustix::fs::fallocate(file.as_file(), flags, hole.0, hole.1).expect("punches");
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.zeros, 700);
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.zeros, 700, "told once");
 }
 
@@ -161,7 +184,7 @@ proptest::proptest! {
                 }
             }
             let held = file.as_file().metadata().expect("facts").blocks();
-            block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+            block.scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model).expect("scans");
             proptest::prop_assert_eq!(file.as_file().metadata().expect("facts").blocks(), held);
             proptest::prop_assert!(std::fs::read(file.path()).expect("reads") == model.bytes);
         }
@@ -178,17 +201,21 @@ fn what_a_full_sink_did_not_take_comes_again() {
     }
     let mut model = Model::new(2000);
     model.limit = 1000;
-    let refused = block.scan(&Hasher::new(KEY), 2, &mut model);
+    let refused = block.scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model);
     assert!(matches!(refused, Err(GuestError::Sink(SinkError::Full))));
     let taken = model.units;
     assert_eq!(block.handed.iter().count(), taken);
     model.limit = usize::MAX;
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.units, 2000, "what was taken does not come twice");
     assert_eq!(std::fs::read(file.path()).expect("reads"), model.bytes);
     let handed = block.handed.clone();
     block.forget(&handed);
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.units, 4000 - taken);
 }
 
@@ -203,7 +230,7 @@ fn a_file_that_shrinks_is_an_error() {
     file.as_file().set_len(10 * UNIT as u64).expect("shrinks");
     // Seen as a hole, or as an early end; never as a crash.
     let mut model = Model::new(1000);
-    let _ = block.scan(&Hasher::new(KEY), 2, &mut model);
+    let _ = block.scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model);
     let mut odd = tempfile::NamedTempFile::new().expect("a file");
     odd.write_all(b"not RAM").expect("writes");
     assert!(RamBlock::open(odd.path(), 0).is_err());
@@ -215,7 +242,9 @@ fn a_table_of_another_size_is_refused() {
     assert!(block.know(vec![Digest::UNKNOWN; 9]).is_err());
     block.know(vec![Digest::UNKNOWN; 10]).expect("fits");
     let mut model = Model::new(10);
-    block.scan(&Hasher::new(KEY), 1, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 1, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     assert_eq!(model.zeros, 10, "unknown units are told, holes too");
 }
 
@@ -235,7 +264,9 @@ fn scan_speed() {
             .expect("writes");
     }
     let mut model = Model::new(units);
-    block.scan(&Hasher::new(KEY), 2, &mut model).expect("scans");
+    block
+        .scan(&Hasher::new(KEY), 2, (Look::Cut, &mut hot()), &mut model)
+        .expect("scans");
     let hasher = Hasher::new(KEY);
     for threads in [1, 2] {
         let cpu = || {
@@ -243,10 +274,109 @@ fn scan_speed() {
             now.tv_sec as f64 + now.tv_nsec as f64 / 1e9
         };
         let (begun, busy) = (std::time::Instant::now(), cpu());
-        let looked = block.scan(&hasher, threads, &mut model).expect("scans");
+        let looked = block
+            .scan(&hasher, threads, (Look::Cut, &mut hot()), &mut model)
+            .expect("scans");
         let rate = looked as f64 / begun.elapsed().as_secs_f64() / 1e9;
         let core = looked as f64 / (cpu() - busy) / 1e9;
         eprintln!("{threads} threads: {rate:.2} GB/s, {core:.2} GB in a core's second");
     }
     assert_eq!(model.units, units);
+}
+
+#[test]
+fn what_changes_in_every_look_waits_for_the_cut() {
+    let units = 600;
+    let (file, mut block) = ram(units);
+    let (mut model, mut hot) = (Model::new(units), hot());
+    let hasher = Hasher::new(KEY);
+    let write = |unit: usize, tag: usize| {
+        let at = (unit * UNIT) as u64;
+        file.as_file().write_all_at(&page(tag), at).expect("writes");
+    };
+    let mut look = |what: Look, model: &mut Model| {
+        hot.begin();
+        block
+            .scan(&hasher, 2, (what, &mut hot), model)
+            .expect("scans");
+        hot.end();
+        hot.waiting()
+    };
+    for unit in 0..units {
+        write(unit, unit);
+    }
+    assert_eq!(look(Look::Round, &mut model), 0, "a first look finds all");
+    let mut waited = Vec::new();
+    for turn in 0..6 {
+        for unit in [3, 4, 5, 300] {
+            write(unit, 1000 + turn * 7 + unit);
+        }
+        write(400 + turn, 5000 + turn);
+        let before = model.units;
+        waited.push(look(Look::Round, &mut model));
+        let sent = model.units - before;
+        assert_eq!(sent as u64, 5 - waited[turn], "turn {turn}");
+    }
+    assert_eq!(waited, [0, 4, 4, 4, 4, 4]);
+    // One cools down: it goes with the second round that finds it as it was.
+    let before = model.units;
+    for waits in [4, 3] {
+        for unit in [3, 4, 5] {
+            write(unit, 9000 + unit + waits);
+        }
+        assert_eq!(look(Look::Round, &mut model), waits as u64);
+    }
+    assert_eq!(model.units - before, 1);
+    // The cut takes all, and the next round begins with nothing that waits.
+    assert_ne!(model.bytes, std::fs::read(file.path()).expect("reads"));
+    assert_eq!(look(Look::Cut, &mut model), 0);
+    assert_eq!(model.bytes, std::fs::read(file.path()).expect("reads"));
+    assert_eq!(look(Look::Round, &mut model), 0);
+    assert_eq!(model.units - before, 1 + 3);
+}
+
+#[test]
+fn any_looks_that_fail_or_not_leave_cuts_exact() {
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+    for seed in 0..40 {
+        let mut random = StdRng::seed_from_u64(seed);
+        let units = 300;
+        let (file, mut block) = ram(units);
+        let (mut model, mut hot) = (Model::new(units), hot());
+        let (hasher, mut waits) = (Hasher::new(KEY), 0);
+        for _ in 0..60 {
+            for _ in 0..random.random_range(0..40) {
+                let unit = random
+                    .random_range(0..units)
+                    .min(random.random_range(0..units));
+                let tag = random.random_range(0..9);
+                let bytes = if tag == 0 { vec![0; UNIT] } else { page(tag) };
+                let at = (unit * UNIT) as u64;
+                file.as_file().write_all_at(&bytes, at).expect("writes");
+            }
+            model.limit = match random.random_bool(0.2) {
+                true => model.units + random.random_range(0..20),
+                false => usize::MAX,
+            };
+            let what = match random.random_bool(0.6) {
+                true => Look::Round,
+                false => Look::Cut,
+            };
+            hot.begin();
+            let scanned = block.scan(&hasher, 2, (what, &mut hot), &mut model);
+            waits += hot.waiting();
+            match scanned {
+                Ok(_) => {
+                    hot.end();
+                    if what == Look::Cut {
+                        assert_eq!(model.bytes, std::fs::read(file.path()).expect("reads"));
+                    }
+                }
+                Err(_) if what == Look::Cut => block.forget(&block.handed.clone()),
+                Err(_) => {}
+            }
+        }
+        assert!(waits > 0, "nothing ever waited: seed {seed}");
+    }
 }

@@ -112,6 +112,10 @@ impl Scan<'_> {
                 }
             }
         }
+        if last {
+            // Written whole, but the process may have ended before it synced.
+            file.sync_all().map_err(FileError::at("sync", &path))?;
+        }
         Ok(length)
     }
 

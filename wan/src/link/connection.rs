@@ -241,33 +241,19 @@ async fn work(
     }
 }
 
-/// Short header with an 8-byte connection id, packet number, frame header, authentication tag.
-const LEAST_PACKET_BYTES: u64 = 1 + 8 + 1 + 3 + 16;
-
 /// The link is down: what was not acknowledged waits to be sent again.
 async fn detach(remote: &Remote, connection: &Connection, why: String) {
     {
         let mut state = remote.state();
         state.live = None;
         let stats = connection.stats();
-        state.sender.disconnected(left(&stats));
+        state.sender.disconnected();
         state.totals.add(&stats);
         state.why_last_disconnect = Some(why.clone());
         remote.publish(&state);
     }
     remote.connected.send_replace(false);
     remote.notice(PeerEvent::Disconnected { why }).await;
-}
-
-/// Most bytes of batches that a connection sent: packets without what was lost,
-/// and so sent again by QUIC itself, and without the least that each packet adds.
-fn left(stats: &quinn::ConnectionStats) -> u64 {
-    let packets = stats.udp_tx.datagrams.saturating_mul(LEAST_PACKET_BYTES);
-    stats
-        .udp_tx
-        .bytes
-        .saturating_sub(stats.path.lost_bytes)
-        .saturating_sub(packets)
 }
 
 async fn write_messages(

@@ -8,7 +8,7 @@ use bytes::Bytes;
 use quinn::{Connection, SendStream, VarInt};
 use tokio::task::JoinSet;
 
-use super::remote::Remote;
+use super::remote::{Remote, State};
 use super::streams::{self, Fault};
 use crate::frame::{BATCH_NUMBER_BYTES, HEADER_BYTES, batch_head};
 use crate::limits;
@@ -16,6 +16,9 @@ use crate::session::Outgoing;
 
 /// What a stream that is given up is closed with.
 const GIVEN_UP: VarInt = VarInt::from_u32(0);
+
+/// Small batches share a stream up to so many bytes at least.
+const SHORTEST_STREAM: usize = 64 << 10;
 
 /// Sends what the session's sender has, as streams become free: the peer
 /// allows a number of them at once.
@@ -55,11 +58,7 @@ async fn next_stream(remote: &Remote, connection: &Connection) -> Result<SendStr
 /// as sent that nobody will get.
 fn take(remote: &Remote, generation: u64, room: usize) -> Option<Outgoing> {
     let mut state = remote.state();
-    if state
-        .live
-        .as_ref()
-        .is_none_or(|live| live.generation != generation)
-    {
+    if !is_link(&state, generation) {
         return None;
     }
     let fits = state
@@ -67,6 +66,13 @@ fn take(remote: &Remote, generation: u64, room: usize) -> Option<Outgoing> {
         .next_bytes()
         .is_some_and(|bytes| bytes + HEADER_BYTES + BATCH_NUMBER_BYTES <= room);
     if fits { state.sender.next() } else { None }
+}
+
+fn is_link(state: &State, generation: u64) -> bool {
+    state
+        .live
+        .as_ref()
+        .is_some_and(|live| live.generation == generation)
 }
 
 /// Writes a batch, and further small ones that wait, then waits until the peer
@@ -83,17 +89,24 @@ async fn write_stream(
         written = write_batches(&remote, &mut stream, generation, first) => Some(written),
         _ = forgotten.wait_for(|now| now.resets != resets) => None,
     };
-    match written {
+    let seqs = match written {
         Some(written) => written?,
         None => {
             let _ = stream.reset(GIVEN_UP);
             return Ok(());
         }
-    }
+    };
     let stopped = stream.stopped();
     tokio::select! {
         stopped = stopped => match stopped {
-            Ok(None) => Ok(()),
+            Ok(None) => {
+                let mut state = remote.state();
+                if is_link(&state, generation) {
+                    state.sender.arrived(&seqs);
+                    remote.publish(&state);
+                }
+                Ok(())
+            }
             Ok(Some(_)) => Err(Fault::Ended),
             Err(_) => Err(Fault::Gone),
         },
@@ -109,15 +122,23 @@ async fn write_batches(
     stream: &mut SendStream,
     generation: u64,
     first: Outgoing,
-) -> Result<(), Fault> {
-    let mut room = limits::MAX_STREAM_BYTES;
+) -> Result<Vec<u64>, Fault> {
+    // What arrived is learned stream by stream: short ones, so that it is
+    // learned soon, but never so short that their number bounds the rate.
+    let share = remote.state().sender.queue_bytes() / u64::from(limits::MAX_DATA_STREAMS / 2);
+    let mut room = usize::try_from(share)
+        .unwrap_or(usize::MAX)
+        .clamp(SHORTEST_STREAM, limits::MAX_STREAM_BYTES);
+    let mut seqs = Vec::new();
     let mut next = Some(first);
     while let Some(Outgoing { seq, bytes }) = next {
+        seqs.push(seq);
         room = room.saturating_sub(HEADER_BYTES + BATCH_NUMBER_BYTES + bytes.len());
         let head = batch_head(seq, bytes.len());
         streams::write_bytes(stream, Bytes::copy_from_slice(&head)).await?;
         streams::write_bytes(stream, bytes).await?;
         next = take(remote, generation, room);
     }
-    stream.finish().map_err(|_| Fault::Gone)
+    stream.finish().map_err(|_| Fault::Gone)?;
+    Ok(seqs)
 }

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use super::close::CloseCode;
-use super::remote::{PeerEvent, Remote};
+use super::remote::{LOOK_AGAIN, PeerEvent, Remote};
 use super::status::LinkStatus;
 use crate::limits;
 use crate::peer::{PeerRecord, SiteKey};
@@ -78,7 +78,8 @@ impl Peer {
         self.remote.record()
     }
 
-    /// Sends a batch: waits while the window is full, then keeps it until the
+    /// Sends a batch: waits while the window is full or enough waits to leave
+    /// ([`crate::session::queue_bytes`]), then keeps it until the
     /// peer acknowledged it, over as many connections as that takes. Numbers
     /// are the caller's and are never used twice, also not after
     /// [`Peer::reset_data`]. A call that is dropped while it waits has sent nothing.
@@ -93,6 +94,7 @@ impl Peer {
                 return Err(Closed.into());
             }
             acknowledgements.mark_unchanged();
+            self.remote.look_at_path();
             {
                 let mut state = self.remote.state();
                 match state.sender.submit(seq, bytes.clone()) {
@@ -101,13 +103,15 @@ impl Peer {
                         self.remote.data_waits.notify_one();
                         return Ok(());
                     }
-                    Err(SubmitError::Full) => {}
+                    Err(SubmitError::Full | SubmitError::Queued) => {}
                     Err(error) => return Err(SendDataError::Batch(error)),
                 }
             }
             tokio::select! {
                 _ = acknowledgements.changed() => {}
                 _ = closed.changed() => {}
+                // The path may carry more than it did.
+                () = tokio::time::sleep(LOOK_AGAIN) => {}
             }
         }
     }
@@ -188,6 +192,12 @@ impl Peer {
         if self.remote.state().receiver.durable(seqs) {
             self.remote.acknowledgements_wait.notify_one();
         }
+    }
+
+    /// An earlier process of this site made these batches of the peer durable:
+    /// they are not to be sent again. Told before the peer may use new numbers.
+    pub fn stored(&self, seqs: impl IntoIterator<Item = u64>) {
+        self.remote.state().receiver.stored(seqs);
     }
 
     /// The application cannot keep the batches it was handed and did not make

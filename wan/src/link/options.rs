@@ -7,6 +7,7 @@ use quinn::{IdleTimeout, TransportConfig, VarInt};
 use super::control;
 use crate::limits;
 use crate::rate::RateOptions;
+use crate::session::AHEAD_BYTES;
 
 /// What may be set of a link. Start from the default and change fields.
 #[derive(Clone)]
@@ -14,6 +15,9 @@ pub struct LinkOptions {
     /// Batches kept unacknowledged, in bytes: at least what the peer makes
     /// durable in the time a batch and its acknowledgement need.
     pub window_bytes: u64,
+    /// Bytes of batches that may wait to leave on a slow path; on a fast one as
+    /// many more as keep it full.
+    pub ahead_bytes: u64,
     /// Bytes QUIC keeps unacknowledged: at least twice the link's
     /// bandwidth-delay product.
     pub send_window_bytes: u64,
@@ -41,6 +45,7 @@ impl Default for LinkOptions {
     fn default() -> Self {
         LinkOptions {
             window_bytes: 16 << 20,
+            ahead_bytes: AHEAD_BYTES,
             send_window_bytes: 32 << 20,
             receive_queue_bytes: 32 << 20,
             keep_alive: Duration::from_secs(2),
@@ -58,6 +63,7 @@ impl std::fmt::Debug for LinkOptions {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("LinkOptions")
             .field("window_bytes", &self.window_bytes)
+            .field("ahead_bytes", &self.ahead_bytes)
             .field("send_window_bytes", &self.send_window_bytes)
             .field("receive_queue_bytes", &self.receive_queue_bytes)
             .field("keep_alive", &self.keep_alive)

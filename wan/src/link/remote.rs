@@ -2,7 +2,7 @@
 //! queue of its events.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, mpsc, watch};
@@ -13,7 +13,10 @@ use super::status::Totals;
 use crate::frame::Ranges;
 use crate::limits;
 use crate::peer::{PeerRecord, SiteKey};
-use crate::session::{Acknowledgements, Arrival, Receiver, ReceiverError, Sender};
+use crate::session::{Acknowledgements, Arrival, Receiver, ReceiverError, Sender, queue_bytes};
+
+/// How often batches that are to be taken look at the path.
+pub(crate) const LOOK_AGAIN: Duration = Duration::from_millis(10);
 
 /// What happens on a link, in order.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -65,6 +68,8 @@ pub(crate) struct State {
     pub(crate) sender: Sender,
     pub(crate) receiver: Receiver,
     pub(crate) live: Option<Live>,
+    /// When it was last looked how much the path carries.
+    pub(crate) path_seen: Option<Instant>,
     pub(crate) totals: Totals,
     pub(crate) last_heard: Option<Instant>,
     pub(crate) why_last_disconnect: Option<String>,
@@ -117,6 +122,7 @@ impl Remote {
                 sender: Sender::new(options.window_bytes),
                 receiver: Receiver::default(),
                 live: None,
+                path_seen: None,
                 totals: Totals::default(),
                 last_heard: None,
                 why_last_disconnect: None,
@@ -142,6 +148,25 @@ impl Remote {
     /// as it was: each change is one call.
     pub(crate) fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Sets how much may be on its way by what the path carries now.
+    pub(crate) fn look_at_path(&self) {
+        let live = {
+            let mut state = self.state();
+            let now = Instant::now();
+            if state.path_seen.is_some_and(|seen| now < seen + LOOK_AGAIN) {
+                return;
+            }
+            state.path_seen = Some(now);
+            state.live.as_ref().map(|live| live.connection.clone())
+        };
+        // Not under the lock: QUIC may hold its own for a while.
+        let Some(path) = live.map(|connection| connection.stats().path) else {
+            return;
+        };
+        let bytes = queue_bytes(path.cwnd, path.rtt, self.options.ahead_bytes);
+        self.state().sender.queue_up_to(bytes);
     }
 
     pub(crate) fn record(&self) -> PeerRecord {
@@ -191,7 +216,7 @@ impl Remote {
         {
             return Ok(());
         }
-        match state.receiver.arrived(seq)? {
+        match state.receiver.arrived(seq, bytes.len())? {
             // Under the lock: what the receiver counts as handed over is handed over.
             Arrival::New => {
                 let event = PeerEvent::Data { seq, bytes };

@@ -58,8 +58,16 @@ pub struct LinkStatus {
     pub unacknowledged_batches: usize,
     /// Batch bytes put on streams, repeats included.
     pub data_sent_bytes: u64,
-    /// Batch bytes that left a second time, after a lost connection, at most.
+    /// Batch bytes put on streams once more, after a lost connection.
+    pub data_requeued_bytes: u64,
+    /// Of these, bytes of batches that had wholly arrived before.
     pub data_resent_bytes: u64,
+    /// Batch bytes that came from the peer although they were here.
+    pub data_repeated_bytes: u64,
+    /// Batch bytes that wait to leave, or are on the wire.
+    pub queued_bytes: u64,
+    /// As many may be, as the path is now.
+    pub queue_bytes: u64,
     /// When the peer was last heard of.
     pub last_heard: Option<Instant>,
     /// Why the last connection, or attempt at one, ended.
@@ -90,7 +98,11 @@ impl LinkStatus {
             unacknowledged_bytes: waiting.unacknowledged_bytes,
             unacknowledged_batches: waiting.unacknowledged_batches,
             data_sent_bytes: state.sender.sent_bytes(),
+            data_requeued_bytes: state.sender.requeued_bytes(),
             data_resent_bytes: state.sender.resent_bytes(),
+            data_repeated_bytes: state.receiver.repeated_bytes(),
+            queued_bytes: state.sender.queued_bytes(),
+            queue_bytes: state.sender.queue_bytes(),
             last_heard: state.last_heard,
             why_last_disconnect: state.why_last_disconnect.clone(),
         }

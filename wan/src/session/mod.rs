@@ -7,8 +7,10 @@
 //! is new, is told what became durable, and hands out acknowledgements. When a
 //! connection begins, the receiver tells what it has ([`Receiver::resume`]),
 //! so that nothing which arrived is sent a second time; a restart of either
-//! process begins with another incarnation, and with nothing remembered.
+//! process begins with another incarnation, and with nothing remembered but
+//! what the receiver's disk holds ([`Receiver::stored`]).
 
+mod queue;
 mod ranges;
 mod receiver;
 mod sender;
@@ -16,6 +18,7 @@ mod sender;
 #[cfg(test)]
 mod tests;
 
+pub use queue::{AHEAD_BYTES, queue_bytes};
 pub use ranges::RangeSet;
 pub use receiver::{Arrival, Receiver, ReceiverError};
 pub use sender::{Acknowledgements, Outgoing, Sender, SenderError, SubmitError};

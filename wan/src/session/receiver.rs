@@ -35,21 +35,38 @@ pub struct Receiver {
     durable: RangeSet,
     /// Durable, and to be told.
     to_acknowledge: RangeSet,
+    repeated_bytes: u64,
 }
 
 impl Receiver {
     /// A connection of a sender begins. Another incarnation than before is
     /// another process, which knows nothing of the earlier batches.
     pub fn begin(&mut self, incarnation: u64) {
-        if self.incarnation != Some(incarnation) {
-            *self = Receiver {
-                incarnation: Some(incarnation),
-                ..Receiver::default()
-            };
+        match self.incarnation {
+            Some(known) if known == incarnation => {}
+            // The first of this process: what is stored counts.
+            None => self.incarnation = Some(incarnation),
+            Some(_) => {
+                *self = Receiver {
+                    incarnation: Some(incarnation),
+                    repeated_bytes: self.repeated_bytes,
+                    ..Receiver::default()
+                };
+            }
         }
         // What was acknowledged on the last connection may not have got there;
         // `resume` tells it all.
         self.to_acknowledge.clear();
+    }
+
+    /// An earlier process of this side made these durable: they are not to be
+    /// sent again. For a log whose numbers are never used twice, and before the
+    /// sender may use numbers beyond it.
+    pub fn stored(&mut self, seqs: impl IntoIterator<Item = u64>) {
+        for seq in seqs {
+            self.durable.insert(seq);
+        }
+        self.forget_lowest();
     }
 
     /// What this side has, for the sender.
@@ -65,16 +82,17 @@ impl Receiver {
         }
     }
 
-    /// A batch arrived.
+    /// A batch of so many bytes arrived.
     ///
     /// # Errors
     /// When the sender goes beyond what is remembered of one.
-    pub fn arrived(&mut self, seq: u64) -> Result<Arrival, ReceiverError> {
-        if self.durable.contains(seq) {
+    pub fn arrived(&mut self, seq: u64, bytes: usize) -> Result<Arrival, ReceiverError> {
+        let durable = self.durable.contains(seq);
+        if durable {
             self.to_acknowledge.insert(seq);
-            return Ok(Arrival::Duplicate);
         }
-        if self.in_hand.contains(&seq) {
+        if durable || self.in_hand.contains(&seq) {
+            self.repeated_bytes += bytes as u64;
             return Ok(Arrival::Duplicate);
         }
         if self.in_hand.len() >= limits::MAX_IN_HAND_BATCHES {
@@ -94,12 +112,21 @@ impl Receiver {
                 self.to_acknowledge.insert(seq);
             }
         }
-        // The lowest are forgotten first. One of them sent again would be handed
-        // over again: never is a batch called durable that is not.
+        self.forget_lowest();
+        !self.to_acknowledge.is_empty()
+    }
+
+    /// The lowest are forgotten first. One of them sent again would be handed
+    /// over again: never is a batch called durable that is not.
+    fn forget_lowest(&mut self) {
         while self.durable.ranges() > limits::MAX_REMEMBERED_RANGES {
             self.durable.take(1);
         }
-        !self.to_acknowledge.is_empty()
+    }
+
+    /// Payload bytes of batches that arrived although they were here.
+    pub fn repeated_bytes(&self) -> u64 {
+        self.repeated_bytes
     }
 
     /// The application could not keep what it was handed: the sender has to

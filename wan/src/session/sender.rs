@@ -1,4 +1,12 @@
 //! The sending half: keeps every batch until it is durable at the peer.
+//!
+//! What is taken here is fixed: whatever the guest writes later, these bytes
+//! leave. So a batch is taken as late as the link allows: two bounds say when.
+//! The *window* is what may be unacknowledged at all, with all that waits for
+//! the peer's disk. The *queue* ([`super::queue_bytes`]) is what may be under
+//! way and not yet at the peer: a little more than fills the path, so that what
+//! waits here leaves within a few hundred milliseconds. Everything else waits
+//! with its producer, which may still replace it.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -23,6 +31,10 @@ pub enum SubmitError {
     /// The window is full; try again when something was acknowledged.
     #[error("the window of unacknowledged batches is full")]
     Full,
+    /// What was taken before has to leave first; try again when some of it
+    /// arrived, or the path carries more.
+    #[error("enough waits to leave")]
+    Queued,
     /// The number was used before, also by a batch that is forgotten by now.
     /// The peer could not tell the two apart.
     #[error("batch number {0} was used before; take the next unused one")]
@@ -66,27 +78,32 @@ impl Acknowledgements {
 #[derive(Debug)]
 struct Kept {
     bytes: Bytes,
+    /// It was put on a stream, of this connection or an earlier one.
     sent: bool,
+    /// All of it is at the peer, over this connection or told by its RESUME.
+    arrived: bool,
+    /// All of it was at the peer once.
+    had_arrived: bool,
 }
 
 /// The sending half of a session.
 #[derive(Debug)]
 pub struct Sender {
     window_bytes: u64,
+    queue_bytes: u64,
     kept: BTreeMap<u64, Kept>,
     /// Numbers of kept batches that must leave (again), lowest first.
     pending: BTreeSet<u64>,
     /// Every number ever submitted.
     used: RangeSet,
     unacknowledged_bytes: u64,
+    /// Of these, bytes of batches that are not all at the peer.
+    queued_bytes: u64,
     acknowledged_batches: u64,
     resets: u64,
     sent_bytes: u64,
+    requeued_bytes: u64,
     resent_bytes: u64,
-    /// Bytes acknowledged over the present connection.
-    acknowledged_bytes: u64,
-    /// Of what must leave again, at most so many bytes had left before.
-    had_left: u64,
 }
 
 impl Sender {
@@ -94,24 +111,31 @@ impl Sender {
     pub fn new(window_bytes: u64) -> Sender {
         Sender {
             window_bytes,
+            queue_bytes: window_bytes,
             kept: BTreeMap::new(),
             pending: BTreeSet::new(),
             used: RangeSet::default(),
             unacknowledged_bytes: 0,
+            queued_bytes: 0,
             acknowledged_batches: 0,
             resets: 0,
             sent_bytes: 0,
+            requeued_bytes: 0,
             resent_bytes: 0,
-            acknowledged_bytes: 0,
-            had_left: 0,
         }
+    }
+
+    /// From now on a batch is taken while less than `bytes` are on their way.
+    pub fn queue_up_to(&mut self, bytes: u64) {
+        self.queue_bytes = bytes;
     }
 
     /// Takes a batch, to be sent and kept until acknowledged. An empty window
     /// takes any batch, so one larger than the window does not wait for ever.
     ///
     /// # Errors
-    /// When the window is full, the number was used before, or it is too large.
+    /// When the window is full or enough waits to leave, the number was used
+    /// before, or it is too large.
     pub fn submit(&mut self, seq: u64, bytes: Bytes) -> Result<(), SubmitError> {
         if bytes.len() > limits::MAX_BATCH_BYTES {
             return Err(SubmitError::TooLarge(bytes.len()));
@@ -126,12 +150,22 @@ impl Sender {
         {
             return Err(SubmitError::Full);
         }
+        if self.queued_bytes > 0 && self.queued_bytes >= self.queue_bytes {
+            return Err(SubmitError::Queued);
+        }
         self.used.insert(seq);
         while self.used.ranges() > limits::MAX_REMEMBERED_RANGES {
             self.used.take(1);
         }
         self.unacknowledged_bytes += length;
-        self.kept.insert(seq, Kept { bytes, sent: false });
+        self.queued_bytes += length;
+        let kept = Kept {
+            bytes,
+            sent: false,
+            arrived: false,
+            had_arrived: false,
+        };
+        self.kept.insert(seq, kept);
         self.pending.insert(seq);
         Ok(())
     }
@@ -151,15 +185,29 @@ impl Sender {
         let length = kept.bytes.len() as u64;
         self.sent_bytes += length;
         if kept.sent {
-            let again = length.min(self.had_left);
-            self.resent_bytes += again;
-            self.had_left -= again;
+            self.requeued_bytes += length;
+        }
+        if kept.had_arrived {
+            self.resent_bytes += length;
         }
         kept.sent = true;
         Some(Outgoing {
             seq,
             bytes: kept.bytes.clone(),
         })
+    }
+
+    /// All of these batches is at the peer, which has yet to make them durable.
+    pub fn arrived(&mut self, seqs: &[u64]) {
+        for seq in seqs {
+            if let Some(kept) = self.kept.get_mut(seq)
+                && kept.sent
+                && !kept.arrived
+            {
+                kept.arrived = true;
+                self.queued_bytes -= kept.bytes.len() as u64;
+            }
+        }
     }
 
     /// The peer says these are durable. Numbers that are not kept (any more)
@@ -172,7 +220,9 @@ impl Sender {
         for seq in &durable {
             if let Some(kept) = self.kept.remove(seq) {
                 self.unacknowledged_bytes -= kept.bytes.len() as u64;
-                self.acknowledged_bytes += kept.bytes.len() as u64;
+                if !kept.arrived {
+                    self.queued_bytes -= kept.bytes.len() as u64;
+                }
                 self.acknowledged_batches += 1;
             }
             self.pending.remove(seq);
@@ -188,26 +238,22 @@ impl Sender {
     pub fn resume(&mut self, resume: &Resume) -> Result<(), SenderError> {
         let held = self.sent_within(&resume.held)?;
         self.acknowledged(&resume.durable)?;
-        // What arrived over the last connection had left, and does not leave again.
-        self.had_left = self.had_left.saturating_sub(self.acknowledged_bytes);
-        self.acknowledged_bytes = 0;
-        for seq in held {
-            if self.pending.remove(&seq)
-                && let Some(kept) = self.kept.get(&seq)
-            {
-                self.had_left = self.had_left.saturating_sub(kept.bytes.len() as u64);
-            }
+        for seq in &held {
+            self.pending.remove(seq);
         }
+        self.arrived(&held);
         Ok(())
     }
 
     /// The connection is gone: what was not acknowledged must leave again, in
-    /// order. At most `left` bytes of batches went out over it: what still
-    /// waited in its queues is not sent a second time when it leaves.
-    pub fn disconnected(&mut self, left: u64) {
+    /// order, unless the peer says that it is there.
+    pub fn disconnected(&mut self) {
         self.pending = self.kept.keys().copied().collect();
-        self.had_left = left.saturating_sub(self.acknowledged_bytes);
-        self.acknowledged_bytes = 0;
+        for kept in self.kept.values_mut() {
+            kept.had_arrived |= kept.arrived;
+            kept.arrived = false;
+        }
+        self.queued_bytes = self.unacknowledged_bytes;
     }
 
     /// Forgets everything unacknowledged. The numbers stay used.
@@ -215,6 +261,7 @@ impl Sender {
         self.kept.clear();
         self.pending.clear();
         self.unacknowledged_bytes = 0;
+        self.queued_bytes = 0;
         self.resets += 1;
     }
 
@@ -234,10 +281,26 @@ impl Sender {
         self.sent_bytes
     }
 
-    /// Payload bytes that left a second time, at most: which of them waited in
-    /// a lost connection's queues is known by their sum only.
+    /// Payload bytes put on streams once more, as their connection was lost.
+    pub fn requeued_bytes(&self) -> u64 {
+        self.requeued_bytes
+    }
+
+    /// Of these, payload bytes of batches that had wholly arrived before: what
+    /// the peer lost again as its process ended.
     pub fn resent_bytes(&self) -> u64 {
         self.resent_bytes
+    }
+
+    /// Payload bytes taken that are not at the peer: they wait here and in
+    /// QUIC, or are on the wire.
+    pub fn queued_bytes(&self) -> u64 {
+        self.queued_bytes
+    }
+
+    /// From how many such bytes on no batch is taken.
+    pub fn queue_bytes(&self) -> u64 {
+        self.queue_bytes
     }
 
     /// Kept numbers within ranges, all of which must have left. Walks what is

@@ -10,6 +10,9 @@ use proptest::prelude::*;
 use super::*;
 use crate::frame::{Ranges, Resume};
 
+mod cuts;
+mod fills;
+
 const WINDOW: u64 = 4_000;
 
 #[derive(Debug, Clone)]
@@ -94,7 +97,7 @@ impl Pair {
         self.connected = false;
         self.batches.clear();
         self.acknowledgements.clear();
-        self.sender.disconnected(u64::MAX);
+        self.sender.disconnected();
     }
 
     fn note_told(&mut self, ranges: &Ranges) {
@@ -151,7 +154,7 @@ impl Pair {
         let batch = self.batches.swap_remove(at);
         match self
             .receiver
-            .arrived(batch.seq)
+            .arrived(batch.seq, batch.bytes.len())
             .expect("the sender is honest")
         {
             Arrival::New => {
@@ -267,7 +270,7 @@ proptest! {
             pair.perform(step);
         }
         pair.settle();
-        let sent = pair.sender.sent_bytes() - pair.sender.resent_bytes();
+        let sent = pair.sender.sent_bytes() - pair.sender.requeued_bytes();
         prop_assert_eq!(sent, pair.submitted.values().map(|bytes| bytes.len() as u64).sum::<u64>());
     }
 }
@@ -290,7 +293,7 @@ fn a_reconnect_sends_only_what_did_not_arrive() {
         again.push(batch.seq);
     }
     assert_eq!(again.len(), 2, "{again:?}");
-    assert_eq!(pair.sender.resent_bytes(), 200);
+    assert_eq!(pair.sender.requeued_bytes(), 200);
 }
 
 #[test]
@@ -338,7 +341,7 @@ fn a_receiver_bounds_what_it_remembers() {
     receiver.begin(1);
     let mut accepted = 0u64;
     let refused = loop {
-        match receiver.arrived(accepted * 2) {
+        match receiver.arrived(accepted * 2, 9) {
             Ok(_) => accepted += 1,
             Err(error) => break error,
         }
@@ -349,13 +352,13 @@ fn a_receiver_bounds_what_it_remembers() {
     // The highest numbers are remembered, however many gaps there are.
     let many = crate::limits::MAX_REMEMBERED_RANGES as u64 + 10;
     for seq in (accepted..many).map(|number| number * 2) {
-        assert_eq!(receiver.arrived(seq), Ok(Arrival::New));
+        assert_eq!(receiver.arrived(seq, 9), Ok(Arrival::New));
         receiver.durable(&[seq]);
     }
-    assert_eq!(receiver.arrived(many * 2 - 2), Ok(Arrival::Duplicate));
-    assert_eq!(receiver.arrived(0), Ok(Arrival::New));
+    assert_eq!(receiver.arrived(many * 2 - 2, 9), Ok(Arrival::Duplicate));
+    assert_eq!(receiver.arrived(0, 9), Ok(Arrival::New));
     // A gap was never received, and is never called durable.
-    assert_eq!(receiver.arrived(many * 2 - 3), Ok(Arrival::New));
+    assert_eq!(receiver.arrived(many * 2 - 3, 9), Ok(Arrival::New));
     assert!(receiver.resume().durable.len() <= crate::limits::MAX_RANGES);
 }
 
@@ -363,51 +366,73 @@ fn a_receiver_bounds_what_it_remembers() {
 fn another_incarnation_starts_anew() {
     let mut receiver = Receiver::default();
     receiver.begin(1);
-    assert_eq!(receiver.arrived(0), Ok(Arrival::New));
+    assert_eq!(receiver.arrived(0, 9), Ok(Arrival::New));
     receiver.begin(2);
     assert!(
         !receiver.durable(&[0]),
         "handed over by another incarnation"
     );
-    assert_eq!(receiver.arrived(0), Ok(Arrival::New));
+    assert_eq!(receiver.arrived(0, 9), Ok(Arrival::New));
 }
 
 #[test]
-fn only_what_had_left_counts_as_sent_again() {
+fn only_what_had_wholly_arrived_counts_as_sent_again() {
     let batch = || Bytes::from_static(&[7; 100]);
     let mut sender = Sender::new(10_000);
     for seq in 0..10 {
         sender.submit(seq, batch()).expect("room");
     }
+    sender.arrived(&[0, 1]);
+    assert_eq!(sender.queued_bytes(), 1000, "what never left cannot arrive");
     while sender.next().is_some() {}
+    sender.arrived(&[0, 1, 2, 3, 4]);
     assert_eq!(sender.acknowledged(&[(0, 2)]), Ok(3));
-    // Ten were put on streams, four and a half left the machine, three arrived
-    // and one is held.
-    sender.disconnected(450);
+    assert_eq!(sender.queued_bytes(), 500);
+
+    // Of the two that wait at the peer one is told as held, one is lost there.
+    sender.disconnected();
+    assert_eq!(sender.queued_bytes(), 700);
     let resume = Resume {
         durable: vec![(0, 2)],
         held: vec![(3, 3)],
     };
     sender.resume(&resume).expect("it was sent");
+    assert_eq!(sender.queued_bytes(), 600);
     let mut again = 0;
     while sender.next().is_some() {
         again += 1;
     }
-    assert_eq!((again, sender.resent_bytes()), (6, 50));
+    assert_eq!(
+        (again, sender.requeued_bytes(), sender.resent_bytes()),
+        (6, 600, 100)
+    );
 
-    // What the resume tells as durable is not sent again either.
-    sender.disconnected(300);
-    let resume = Resume {
-        durable: vec![(3, 5)],
-        held: vec![],
-    };
-    sender.resume(&resume).expect("it was sent");
-    while sender.next().is_some() {}
-    assert_eq!(sender.resent_bytes(), 50);
-
-    // More than was left is never counted.
-    sender.disconnected(u64::MAX);
+    // The process that held it ends: that one was there, and comes again.
+    sender.disconnected();
     sender.resume(&Resume::default()).expect("nothing new");
     while sender.next().is_some() {}
-    assert_eq!(sender.resent_bytes(), 50 + 400);
+    assert_eq!(sender.resent_bytes(), 100 + 200);
+}
+
+#[test]
+fn a_batch_is_taken_only_when_it_leaves_soon() {
+    let batch = || Bytes::from_static(&[7; 100]);
+    let mut sender = Sender::new(10_000);
+    sender.queue_up_to(250);
+    for seq in 0..3 {
+        sender.submit(seq, batch()).expect("below the bound");
+    }
+    assert_eq!(sender.submit(3, batch()), Err(SubmitError::Queued));
+    while sender.next().is_some() {}
+    assert_eq!(sender.submit(3, batch()), Err(SubmitError::Queued));
+    // It waits for the peer's disk now, not for the link.
+    sender.arrived(&[0]);
+    sender.submit(3, batch()).expect("one has arrived");
+    assert_eq!(sender.acknowledgements().unacknowledged_bytes, 400);
+    // However narrow the path, there is always one batch for it.
+    sender.queue_up_to(0);
+    assert_eq!(sender.submit(4, batch()), Err(SubmitError::Queued));
+    sender.next();
+    sender.arrived(&[1, 2, 3]);
+    sender.submit(4, batch()).expect("nothing is on its way");
 }

@@ -61,6 +61,7 @@ impl EmbeddedGuest {
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError> {
         self.end_cut(false);
+        self.hot.begin();
         self.fits()?;
         let mut times = CutTimes::default();
         let at = SystemTime::now();
@@ -95,6 +96,9 @@ impl EmbeddedGuest {
         };
         let mut disks: Vec<Box<dyn DiskInstant>> = Vec::with_capacity(fixed.views.len());
         for (index, view) in (self.blocks..).zip(fixed.views) {
+            for (first, count) in view.set().runs(u64::MAX) {
+                self.hot.changed(index as VolumeIndex, first, count);
+            }
             let done = Arc::new(AtomicBool::new(false));
             outstanding.disks.push(Reading {
                 index,
@@ -110,6 +114,7 @@ impl EmbeddedGuest {
             }));
         }
         self.outstanding = Some(outstanding);
+        self.hot.end();
         Ok(Cut {
             at,
             times,
@@ -158,7 +163,7 @@ impl EmbeddedGuest {
     fn fix(&mut self, vmm: &mut dyn Vmm, times: &mut CutTimes) -> Result<Fixed, GuestError> {
         let begun = Instant::now();
         for (block, owed) in self.owed.iter_mut().take(self.blocks).enumerate() {
-            take_dirty(vmm, block, owed)?;
+            take_dirty(vmm, block, owed, &mut self.hot)?;
         }
         self.fits()?;
         let mut runs = Vec::new();

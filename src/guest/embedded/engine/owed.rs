@@ -8,6 +8,7 @@ use farhaven_storage_sync::unit::{Digest, VolumeIndex};
 
 use super::hand_over;
 use crate::guest::embedded::Bitmap;
+use crate::guest::hot::Hot;
 use crate::guest::{Sink, SinkError};
 
 /// Most cuts remembered apart while they wait to be sealed.
@@ -89,15 +90,33 @@ impl Owed {
         &self.owed
     }
 
-    pub(super) fn run_from(&self, from: u64, longest: u64) -> Option<(u64, u64)> {
-        self.owed.run_from(from, longest)
-    }
-
-    pub(super) fn wrote(&mut self, units: &Bitmap) {
+    /// The guest wrote these units since the last look.
+    pub(super) fn wrote(&mut self, units: &Bitmap, hot: &mut Hot, volume: VolumeIndex) {
+        for (first, count) in units.runs(u64::MAX) {
+            hot.changed(volume, first, count);
+        }
         self.owed.merge(units);
     }
 
-    /// What is owed, to be handed over by a cut; [`Owed::wrote`] gives it back.
+    /// These units are owed, whoever wrote them when.
+    pub(super) fn owe(&mut self, units: &Bitmap) {
+        self.owed.merge(units);
+    }
+
+    /// What a round hands over: what is owed, but for what waits for the cut.
+    pub(super) fn due(&self, hot: &mut Hot, volume: VolumeIndex) -> Bitmap {
+        let mut due = self.owed.clone();
+        for (first, count) in self.owed.runs(u64::MAX) {
+            for unit in first..first + count {
+                if hot.waits(volume, unit) {
+                    due.clear(unit);
+                }
+            }
+        }
+        due
+    }
+
+    /// What is owed, to be handed over by a cut; [`Owed::owe`] gives it back.
     pub(super) fn take(&mut self) -> Bitmap {
         self.owed.take()
     }

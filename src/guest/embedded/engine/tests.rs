@@ -27,6 +27,7 @@ struct Story {
     next: u64,
     sealed: u64,
     failed_cuts: u64,
+    waited: u64,
 }
 
 impl Story {
@@ -48,6 +49,7 @@ impl Story {
             next: 1,
             sealed: 0,
             failed_cuts: 0,
+            waited: 0,
         };
         story.attach();
         story
@@ -114,7 +116,10 @@ impl Story {
     fn round(&mut self) {
         let mut taker = self.taker(0.3);
         // Whatever was handed over stays so, also when the round fails.
-        let _ = self.guest.as_mut().unwrap().round(&mut taker);
+        let guest = self.guest.as_mut().unwrap();
+        if guest.round(&mut taker).is_ok() {
+            self.waited += guest.waiting();
+        }
         self.peer.pending.append(&mut taker.taken);
     }
 
@@ -203,7 +208,7 @@ fn scratch() -> tempfile::TempDir {
 
 #[test]
 fn every_sealed_point_is_what_the_guest_was() {
-    let (mut sealed, mut failed) = (0, 0);
+    let (mut sealed, mut failed, mut waited) = (0, 0, 0);
     for seed in 0..SEEDS {
         let directory = scratch();
         let mut story = Story::new(seed, directory.path());
@@ -211,17 +216,18 @@ fn every_sealed_point_is_what_the_guest_was() {
             for _ in 0..40 {
                 story.go();
             }
-            (story.sealed, story.failed_cuts)
+            (story.sealed, story.failed_cuts, story.waited)
         }));
         let Ok(told) = told else {
             panic!("seed {seed} fails");
         };
         sealed += told.0;
         failed += told.1;
+        waited += told.2;
     }
     assert!(
-        sealed > 2 * SEEDS && failed > SEEDS,
-        "{sealed} points, {failed} failed cuts"
+        sealed > 2 * SEEDS && failed > SEEDS && waited > SEEDS,
+        "{sealed} points, {failed} failed cuts, {waited} units waited"
     );
 }
 
