@@ -209,6 +209,7 @@ pub(super) async fn seal(
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
+    let before = driver.last_cut.replace(made.stopped);
     let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
@@ -242,7 +243,9 @@ pub(super) async fn seal(
         cut_at: made.cut_at,
         pause: made.times.pause,
         took,
+        since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
         sent_bytes: made.shipped.sent_bytes,
+        final_bytes: made.final_bytes,
     })
 }
 

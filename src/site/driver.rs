@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
 use super::view::{MoveReport, Phase, SourceView};
-use super::{Site, handover};
+use super::{Site, converge, handover};
 use crate::activate::fence::Term;
 use crate::guest::embedded::VmmError;
 use crate::guest::{After, Guest, GuestError};
@@ -36,8 +36,12 @@ pub(super) enum Command {
     /// A newer term is known: stop the guest for good. Answered when it is
     /// stopped, or with why it is not.
     Fence(Term, oneshot::Sender<Result<(), String>>),
-    /// Move it to the peer.
-    Move(oneshot::Sender<Result<MoveReport, String>>),
+    /// Move it to the peer, even if it stands longer than the policy allows
+    /// when that is accepted.
+    Move {
+        accept_pause: bool,
+        reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
+    },
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
 }
@@ -49,9 +53,22 @@ impl Command {
     }
 }
 
+/// Why a guest was not moved.
+#[derive(Debug)]
+pub(super) enum NotMoved {
+    /// It would have stood longer than its policy allows: it runs here, and is
+    /// protected as before.
+    TooLong(String),
+    /// It went wrong; the message says where the guest is.
+    Failed(String),
+}
+
 /// Why an attempt ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriveError {
+    /// A move would take longer than the policy allows, and nobody accepted that.
+    #[error("{0}")]
+    TooLong(String),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -92,6 +109,8 @@ pub(super) struct Driver {
     pub(super) last_point: u64,
     /// A cut of ours stopped it and could not let it go on.
     pub(super) left_stopped: bool,
+    /// When the newest sealed cut of this process was made.
+    pub(super) last_cut: Option<Instant>,
     sealing: Measured,
     pausing: Measured,
 }
@@ -147,6 +166,7 @@ impl Driver {
             cap,
             last_point: 0,
             left_stopped: false,
+            last_cut: None,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -222,13 +242,13 @@ impl Driver {
                 Command::Fence(term, done) => {
                     let _ = done.send(self.fence(term, None).await);
                 }
-                Command::Move(reply) => {
+                Command::Move { reply, .. } => {
                     let trouble = self.view.borrow().trouble.clone();
-                    let _ = reply.send(Err(format!(
+                    let _ = reply.send(Err(NotMoved::Failed(format!(
                         "'{}' is not protected at this moment{}{trouble}; see farhaven status",
                         self.record.name,
                         if trouble.is_empty() { "" } else { ": " },
-                    )));
+                    ))));
                 }
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
@@ -243,6 +263,7 @@ impl Driver {
     async fn attempt(&mut self) -> Result<Next, DriveError> {
         // Kept even while nobody listens, unlike `send`.
         self.stop.send_replace(false);
+        self.last_cut = None;
         let name = self.record.name.clone();
         if let Err(error) = self.site.fence.may_run(self.record.id, self.site.key()) {
             let moved = self.view.borrow().phase == Phase::Moved;
@@ -345,6 +366,9 @@ impl Driver {
             let sealed = self.point(attached, After::Continue).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
+            let facts = converge::measured(self, &sealed);
+            let outlook = converge::outlook(&self.protection.policy, &facts);
+            self.view.send_modify(|v| v.outlook = Some(outlook));
             self.phase(Phase::Protected);
             self.look_at_commands();
             while self.waiting.is_empty() {
@@ -361,24 +385,25 @@ impl Driver {
             }
             match self.waiting.pop_front() {
                 None => {}
-                Some(Command::Move(reply)) => {
-                    let outcome = handover::perform(self, attached).await;
-                    let moved = outcome.is_ok();
-                    let held = self.protection.moving.is_some();
-                    let told = outcome.map_err(|e| match held {
-                        true => format!(
-                            "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
-                            self.record.name, self.protection.to
-                        ),
-                        false => e.to_string(),
-                    });
-                    let failed = told.as_ref().err().cloned();
-                    let _ = reply.send(told);
-                    if moved {
+                Some(Command::Move {
+                    accept_pause,
+                    reply,
+                }) => match self.move_it(attached, accept_pause).await {
+                    Ok(report) => {
+                        let _ = reply.send(Ok(report));
                         return Ok(Next::Again(Duration::ZERO));
                     }
-                    return Err(DriveError::Other(failed.unwrap_or_default()));
-                }
+                    Err(NotMoved::TooLong(why)) => {
+                        // Nothing was done: protection goes on in this very attempt.
+                        tracing::warn!(guest = %self.record.name, why, "not moved");
+                        self.view.send_modify(|v| v.trouble.clone_from(&why));
+                        let _ = reply.send(Err(NotMoved::TooLong(why)));
+                    }
+                    Err(NotMoved::Failed(why)) => {
+                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                        return Err(DriveError::Other(why));
+                    }
+                },
                 Some(Command::Resume) => {}
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
@@ -393,6 +418,24 @@ impl Driver {
             }
             self.phase(Phase::Shipping);
         }
+    }
+
+    /// A move, with what is told when it is not made.
+    async fn move_it(
+        &mut self,
+        attached: &mut Attached,
+        accept_pause: bool,
+    ) -> Result<MoveReport, NotMoved> {
+        let outcome = handover::perform(self, attached, accept_pause).await;
+        let held = self.protection.moving.is_some();
+        outcome.map_err(|e| match e {
+            DriveError::TooLong(why) => NotMoved::TooLong(why),
+            e if held => NotMoved::Failed(format!(
+                "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
+                self.record.name, self.protection.to
+            )),
+            e => NotMoved::Failed(e.to_string()),
+        })
     }
 
     /// How long until the next cut begins, by policy and by what the last took; `None` for now.
@@ -484,6 +527,10 @@ pub(super) struct Sealed {
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
+    /// From the cut before until this one; of a first one, as `took`.
+    pub(super) since_before: Duration,
     /// Bytes of its batches.
     pub(super) sent_bytes: u64,
+    /// Of those, what was sent after the guest was stopped.
+    pub(super) final_bytes: u64,
 }

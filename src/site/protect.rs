@@ -9,10 +9,10 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
-use super::driver::Command;
+use super::driver::{Command, NotMoved};
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Protection};
-use super::view::{MoveReport, Phase};
+use super::view::{MoveOutlook, MoveReport, Phase};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
 
@@ -339,18 +339,45 @@ impl Site {
         Ok(())
     }
 
-    /// Moves a guest to its peer.
+    /// Moves a guest to its peer, if it will stand no longer than its policy
+    /// allows (`protect.max_blackout`), or that is accepted.
     ///
     /// # Errors
-    /// When it is not protected at this moment, or the move failed; the
-    /// message says where the guest runs.
-    pub async fn move_guest(&self, name: &str) -> Result<MoveReport, OperateError> {
+    /// When it is not protected at this moment, it would stand too long
+    /// ([`OperateError::TooLong`]), or the move failed; the message says where
+    /// the guest runs.
+    pub async fn move_guest(
+        &self,
+        name: &str,
+        accept_pause: bool,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        self.command(name, Command::Move(reply)).await?;
-        answer
+        let order = Command::Move {
+            accept_pause,
+            reply,
+        };
+        self.command(name, order).await?;
+        let moved = answer
             .await
-            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?
-            .map_err(OperateError::Failed)
+            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?;
+        moved.map_err(|why| match why {
+            NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::Failed(why) => OperateError::Failed(why),
+        })
+    }
+
+    /// What a move now would take, by what its newest point showed: nothing is
+    /// done. A move takes rounds, and throttles, so it may do better.
+    ///
+    /// # Errors
+    /// When the guest is not protected, or nothing was measured yet.
+    pub fn move_outlook(&self, name: &str) -> Result<MoveOutlook, OperateError> {
+        let view = self.source_view(&self.guest(name)?);
+        view.outlook.ok_or_else(|| {
+            OperateError::Conflict(format!(
+                "nothing was measured of '{name}' yet: that takes a point that was sealed since this daemon started (see farhaven status)"
+            ))
+        })
     }
 
     /// Runs a held guest here again, by an operator's decision.
