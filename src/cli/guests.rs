@@ -186,15 +186,23 @@ pub(super) async fn protect(
     name: &str,
     to: String,
     rpo: Option<Period>,
+    seeded: bool,
 ) -> Outcome {
     let body = Protect {
         to: to.clone(),
         rpo,
+        seeded,
     };
     let _: Done = client
         .post(&guest_path(name, "/protect"), &body)
         .await
         .map_err(told)?;
+    if seeded {
+        println!(
+            "'{name}' will be protected to '{to}' once its seed is imported there: farhaven seed import FILE"
+        );
+        return Ok(());
+    }
     println!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
     Ok(())
 }
@@ -243,7 +251,7 @@ pub(super) async fn waiting<T>(what: String, work: impl Future<Output = T>) -> T
 }
 
 /// Something that turns, until it is dropped.
-fn spinner(what: String) -> ProgressBar {
+pub(super) fn spinner(what: String) -> ProgressBar {
     let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
     if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg} {elapsed}") {
         bar.set_style(style);

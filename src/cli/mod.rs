@@ -4,6 +4,7 @@
 mod drill;
 mod guests;
 mod policy;
+mod seed;
 pub(crate) mod show;
 mod site;
 
@@ -58,7 +59,13 @@ enum Verb {
         /// The most that a disaster may cost, like 10s; by the site's policy if not given.
         #[arg(long, value_name = "TIME")]
         rpo: Option<Period>,
+        /// Its first copy comes by a seed: send nothing before that is imported there.
+        #[arg(long)]
+        seeded: bool,
     },
+    /// A first copy by parcel: write it to a medium here, import it at the peer.
+    #[command(subcommand)]
+    Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
         /// The guest.
@@ -205,7 +212,13 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Pair(pair) => site::pair(&client, pair).await,
         Verb::Peer(verb) => site::peer(&client, verb).await,
         Verb::Guest(verb) => guests::guest(&client, verb).await,
-        Verb::Protect { name, to, rpo } => guests::protect(&client, &name, to, rpo).await,
+        Verb::Protect {
+            name,
+            to,
+            rpo,
+            seeded,
+        } => guests::protect(&client, &name, to, rpo, seeded).await,
+        Verb::Seed(verb) => seed::run(&client, verb).await,
         Verb::Pause { name } => guests::pause(&client, &name).await,
         Verb::Resume { name } => guests::resume(&client, &name).await,
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,

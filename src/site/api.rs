@@ -83,6 +83,27 @@ pub struct Protect {
     pub to: String,
     /// Like `10s`; by the site's policy when absent.
     pub rpo: Option<Period>,
+    /// The first copy comes by a seed: nothing is sent before it is imported.
+    #[serde(default)]
+    pub seeded: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/seed`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportSeed {
+    /// The peer that will import it.
+    pub to: String,
+    /// An absolute path on this host: a file that is not there, or a directory.
+    pub path: PathBuf,
+}
+
+/// Body of `POST /v1/seeds`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportSeed {
+    /// An absolute path on this host.
+    pub path: PathBuf,
 }
 
 /// Body of `POST /v1/guests/{name}/unprotect`.
@@ -188,6 +209,11 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/v1/guests/{name}/check", get(check_guest))
         .route("/v1/guests/{name}/end", post(end_guest))
         .route("/v1/guests/{name}/protect", post(protect))
+        .route("/v1/guests/{name}/seed", post(export_seed))
+        .route(
+            "/v1/seeds",
+            get(async |State(site): Here| Json(site.seeds())).post(import_seed),
+        )
         .route("/v1/guests/{name}/unprotect", post(unprotect))
         .route("/v1/guests/{name}/pause", post(pause))
         .route("/v1/guests/{name}/resume", post(resume))
@@ -354,10 +380,32 @@ async fn protect(
     Json(body): Json<Protect>,
 ) -> Answer<Done> {
     whole(async move {
-        site.protect(&name, &body.to, body.rpo).await?;
+        match body.seeded {
+            true => site.protect_seeded(&name, &body.to, body.rpo).await?,
+            false => site.protect(&name, &body.to, body.rpo).await?,
+        }
         Ok(Done {})
     })
     .await
+}
+
+/// Not to its end when the client goes away: it begins anew then, and a medium
+/// may be wanted back.
+async fn export_seed(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<ExportSeed>,
+) -> Answer<super::seed::SeedExported> {
+    let exported = site.export_seed(&name, &body.to, &body.path).await;
+    exported.map(Json)
+}
+
+/// As [`export_seed`].
+async fn import_seed(
+    State(site): Here,
+    Json(body): Json<ImportSeed>,
+) -> Answer<super::seed::SeedImported> {
+    site.import_seed(&body.path).await.map(Json)
 }
 
 async fn unprotect(

@@ -123,6 +123,9 @@ pub(super) struct DriverHandle {
     pub(super) totals: Arc<Totals>,
 }
 
+/// How often the peer is asked whether it has the seed by now.
+const LOOK_FOR_SEED: Duration = Duration::from_secs(5);
+
 /// What the main loop does after an attempt.
 enum Next {
     Again(Duration),
@@ -291,6 +294,9 @@ impl Driver {
         if self.protection.paused {
             self.phase(Phase::Paused);
             return Ok(self.wait_for_command().await);
+        }
+        if self.protection.seeded && !self.seed_is_there().await? {
+            return Ok(Next::Again(LOOK_FOR_SEED));
         }
         // A lost guest stays lost, and said to be, until it is found again.
         if self.view.borrow().phase != Phase::Lost {

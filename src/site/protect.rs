@@ -142,6 +142,7 @@ impl Site {
             )));
         }
         drop(drivers);
+        self.unless_seeding(record.id, || Ok(()))?;
         if self.hosted(record.id).is_some() {
             return Err(OperateError::Conflict(format!(
                 "'{name}' lives in this daemon, and forgotten it could not be reached any more; to end it: farhaven guest end {name}"
@@ -204,6 +205,30 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
+        self.begin_protection(name, to, rpo, false).await
+    }
+
+    /// As [`Site::protect`], but the first copy comes by a seed
+    /// ([`Site::export_seed`]): nothing is sent before the peer has imported it.
+    ///
+    /// # Errors
+    /// As of [`Site::protect`].
+    pub async fn protect_seeded(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        rpo: Option<Period>,
+    ) -> Result<(), OperateError> {
+        self.begin_protection(name, to, rpo, true).await
+    }
+
+    async fn begin_protection(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        rpo: Option<Period>,
+        seeded: bool,
+    ) -> Result<(), OperateError> {
         let record = self.guest(name)?;
         self.remote(to).ok_or_else(|| self.no_peer(to))?;
         let elsewhere = self.fence.may_run(record.id, self.key());
@@ -221,21 +246,8 @@ impl Site {
                 "'{name}' is protected to '{peer}' already; to change that: farhaven unprotect {name}"
             )));
         }
-        let findings = self.check_guest(name, Some(to)).await?;
-        let blocks: Vec<_> = findings
-            .iter()
-            .filter(|f| f.severity == Severity::Blocks)
-            .collect();
-        if !blocks.is_empty() {
-            let list: Vec<_> = blocks
-                .iter()
-                .map(|f| format!("{}: {}", f.what, f.mend))
-                .collect();
-            return Err(OperateError::Conflict(format!(
-                "'{name}' cannot be protected to '{to}' as it is:\n  {}",
-                list.join("\n  ")
-            )));
-        }
+        self.unless_seeding(record.id, || Ok(()))?;
+        self.unblocked(name, to).await?;
         let mut policy = self.config.protect.clone();
         if let Some(rpo) = rpo {
             policy.rpo = rpo;
@@ -251,14 +263,39 @@ impl Site {
             to: to.to_owned(),
             policy,
             paused: false,
+            seeded,
             moving: None,
             moved: None,
         })
     }
 
     fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
-        self.keep_protection(&protection).map_err(failed)?;
-        self.drive(protection).map_err(OperateError::Failed)
+        // Not beside an export: two would be attached to one guest.
+        self.unless_seeding(protection.guest, || {
+            self.keep_protection(&protection).map_err(failed)?;
+            self.drive(protection).map_err(OperateError::Failed)
+        })
+    }
+
+    /// Nothing stops the guest's protection to `to`, here or there.
+    pub(super) async fn unblocked(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+    ) -> Result<(), OperateError> {
+        let findings = self.check_guest(name, Some(to)).await?;
+        let blocks: Vec<_> = findings
+            .iter()
+            .filter(|f| f.severity == Severity::Blocks)
+            .map(|f| format!("{}: {}", f.what, f.mend))
+            .collect();
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        Err(OperateError::Conflict(format!(
+            "'{name}' cannot be protected to '{to}' as it is:\n  {}",
+            blocks.join("\n  ")
+        )))
     }
 
     async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {

@@ -22,6 +22,10 @@ pub enum Phase {
     Resuming,
     /// Everything is being copied for the first time.
     FirstCopy,
+    /// A first copy is being written to a medium.
+    Exporting,
+    /// The peer has not imported its seed yet.
+    AwaitingSeed,
     /// A cut is being taken or shipped.
     Shipping,
     /// The newest point is sealed; waiting for the next cut.
@@ -49,6 +53,8 @@ impl Phase {
             Phase::Connecting => "waiting for peer",
             Phase::Resuming => "resuming",
             Phase::FirstCopy => "first copy",
+            Phase::Exporting => "writing seed",
+            Phase::AwaitingSeed => "waiting for seed",
             Phase::Shipping => "shipping",
             Phase::Protected => "protected",
             Phase::Paused => "paused",
