@@ -7,6 +7,7 @@ mod counter;
 mod drills;
 mod limits;
 mod mended;
+mod seeds;
 
 use std::net::UdpSocket;
 use std::path::Path;

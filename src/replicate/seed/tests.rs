@@ -21,9 +21,13 @@ use crate::replicate::outlet::Outlet;
 const GUEST: GuestId = GuestId([7; 16]);
 const NAME: &str = "treasury";
 
+/// A key for a name, of which the first letter counts: 52 digits of base 32.
 fn site(of: &str) -> SiteKey {
-    let hash = blake3::hash(of.as_bytes()).to_hex().to_string();
-    serde_json::from_value(serde_json::Value::String(hash)).unwrap()
+    let first = match of {
+        "east" => 'b',
+        _ => 'c',
+    };
+    format!("{first}{}", "0".repeat(51)).parse().unwrap()
 }
 
 fn about() -> SeedAbout {
