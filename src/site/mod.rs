@@ -15,6 +15,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod commands;
 mod converge;
 mod cut;
 mod drill;

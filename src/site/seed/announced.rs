@@ -59,6 +59,8 @@ pub(in crate::site) struct Announced {
 impl Announced {
     /// Reads what is there. What cannot be read cannot be imported any more.
     ///
+    /// Its numbers are free again then: nothing will come under them.
+    ///
     /// # Errors
     /// When the directory is there and cannot be read: the numbers that were
     /// promised must not be given out again.
@@ -231,5 +233,82 @@ pub(in crate::site) async fn announce(
             format!("the seed's key cannot be kept: {error}"),
         ),
         Err(error) => refused(Refusal::Unable, error),
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
+    use super::*;
+
+    fn key(first: char) -> SiteKey {
+        format!("{first}{}", "0".repeat(51)).parse().unwrap()
+    }
+
+    fn seed(from: SiteKey, guest: u8, number: u8, last: u64) -> Seed {
+        Seed {
+            from,
+            guest: GuestId([guest; 16]),
+            name: format!("guest{guest}"),
+            seed: [number; 16],
+            key: Some(SeedKey::random()),
+            point: u64::from(number),
+            first: last - 99,
+            last,
+            announced_at: 1,
+        }
+    }
+
+    #[test]
+    fn what_was_announced_is_used_also_after_a_restart() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = dir.path().join("seeds");
+        let (east, south) = (key('b'), key('c'));
+        let known = Announced::open(&at).unwrap();
+        assert_eq!((known.last_seq(&east), known.awaited().len()), (0, 0));
+        known.keep(seed(east, 1, 10, 1_000)).unwrap();
+        known.keep(seed(east, 2, 20, 5_000)).unwrap();
+        known.keep(seed(south, 1, 30, 9_000)).unwrap();
+        // Exported again: the older one is void.
+        known.keep(seed(east, 1, 11, 3_000)).unwrap();
+        let spent = known.find(&[20; 16]).unwrap();
+        known.imported(spent).unwrap();
+
+        fs::write(at.join("torn.seed"), b"{\"from\":").unwrap();
+        let again = Announced::open(&at).unwrap();
+        for known in [known, again] {
+            assert_eq!(known.find(&[10; 16]).map(|s| s.point), None);
+            assert_eq!(known.last_seq(&east), 5_000);
+            assert_eq!(known.last_seq(&south), 9_000);
+            assert_eq!(known.next_point(&east, GuestId([1; 16])), 12);
+            assert_eq!(known.next_point(&east, GuestId([9; 16])), 1);
+            assert!(known.find(&[20; 16]).unwrap().key.is_none());
+            let awaited: Vec<_> = known.awaited().iter().map(|s| s.point).collect();
+            assert_eq!(awaited, [11, 30]);
+        }
+        for entry in fs::read_dir(&at).unwrap().map(Result::unwrap) {
+            let mode = entry.metadata().unwrap().permissions().mode();
+            let torn = entry.file_name() == "torn.seed";
+            assert!(torn || mode & 0o077 == 0, "{mode:o}");
+        }
+    }
+
+    #[test]
+    fn one_peer_cannot_fill_the_directory() {
+        let dir = tempfile::tempdir().unwrap();
+        let known = Announced::open(dir.path()).unwrap();
+        let from = key('b');
+        {
+            let mut seeds = known.seeds.write().unwrap();
+            for guest in 0..MOST as u64 {
+                let mut one = seed(from, 1, 1, 1_000);
+                one.guest.0[..8].copy_from_slice(&guest.to_le_bytes());
+                seeds.insert((from, one.guest), one);
+            }
+        }
+        assert!(known.keep(seed(from, 200, 1, 2_000)).is_err());
+        assert!(known.keep(seed(key('c'), 200, 1, 2_000)).is_ok());
     }
 }

@@ -89,7 +89,9 @@ impl Site {
         let reader = reader.await?.map_err(|e| told(&at.to_string(), &e))?;
         self.fits(&seed, &remote, &reader)?;
         let opening = reader.about().opening.clone();
-        let standby = match self.standby_of(&remote, seed.guest) {
+        let known = self.standby_of(&remote, seed.guest);
+        let is_new = known.is_none();
+        let standby = match known {
             Some(standby) => standby,
             None => self
                 .standby(&remote, opening)
@@ -105,7 +107,7 @@ impl Site {
         };
         let path = at.to_string();
         let taken = blocking(move || work.perform(&path)).await?;
-        if taken.is_err() && standby.points().is_empty() {
+        if taken.is_err() && is_new && standby.points().is_empty() {
             // Nothing is known of the guest here but what a failed seed told.
             self.forget_standby(seed.guest).map_err(failed)?;
         }

@@ -392,3 +392,21 @@ fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> 
         count,
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_are_reserved_are_given_out_once() {
+        let numbers = Sequence::starting_at(5);
+        assert_eq!(numbers.reserve(10), Some(5));
+        assert_eq!(numbers.take(), 15);
+        assert_eq!(numbers.reserve(u64::MAX), None);
+        assert_eq!(numbers.reserve(SEQ), None);
+        assert_eq!(numbers.take(), 16);
+        let range = Sequence::within(5, 6);
+        assert_eq!((range.take(), range.is_spent()), (5, false));
+        assert_eq!((range.take(), range.is_spent()), (6, true));
+    }
+}
