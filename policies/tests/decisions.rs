@@ -272,7 +272,7 @@ proptest! {
     ) {
         let policy = Policy { max_throttle, max_blackout: Period::from_millis(blackout), ..Policy::default() };
         let mut moved = Moved { rate, set, link, overhead: MS(overhead), facts: begin(set, link, MS(fixed), MS(overhead)) };
-        let end = moved.to_its_end(&policy, accept);
+        let end = moved.steps_to_the_end(&policy, accept);
         let facts = moved.facts;
         match end {
             MoveStep::LastCut { expected_blackout, within } => {
@@ -380,7 +380,7 @@ struct Moved {
 
 impl Moved {
     /// Follows every step; the one that ends it.
-    fn to_its_end(&mut self, policy: &Policy, accept: bool) -> MoveStep {
+    fn steps_to_the_end(&mut self, policy: &Policy, accept: bool) -> MoveStep {
         loop {
             // Did the throttle stay as it was for this round?
             let mut settled = true;
@@ -432,7 +432,7 @@ fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
         ..Policy::default()
     };
     let mut moved = noise(64 << 20);
-    let end = moved.to_its_end(&policy, false);
+    let end = moved.steps_to_the_end(&policy, false);
     assert!(
         matches!(end, MoveStep::LastCut { within: true, .. }),
         "{end:?}"
@@ -451,7 +451,7 @@ fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
         ..Policy::default()
     };
     let mut moved = noise(64 << 20);
-    let end = moved.to_its_end(&patient, false);
+    let end = moved.steps_to_the_end(&patient, false);
     assert!(
         matches!(end, MoveStep::LastCut { within: true, .. }),
         "{end:?} {:?}",
@@ -463,12 +463,12 @@ fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
         max_throttle: 0,
         ..Policy::default()
     };
-    let end = noise(64 << 20).to_its_end(&never, false);
+    let end = noise(64 << 20).steps_to_the_end(&never, false);
     assert!(
         matches!(end, MoveStep::TooLong { expected_blackout } if expected_blackout > S(20)),
         "{end:?}"
     );
-    let end = noise(64 << 20).to_its_end(&never, true);
+    let end = noise(64 << 20).steps_to_the_end(&never, true);
     assert!(
         matches!(end, MoveStep::LastCut { within: false, .. }),
         "{end:?}"
