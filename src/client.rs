@@ -10,7 +10,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use crate::site::api::ErrorBody;
+use crate::site::api::{ErrorBody, TOO_LONG};
 
 /// Longest answer taken.
 const LONGEST_ANSWER: usize = 64 << 20;
@@ -32,6 +32,9 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
+    /// The guest would stand longer than its policy allows: nothing was done.
+    #[error("{0}")]
+    TooLong(String),
     /// The connection broke, or the answer makes no sense.
     #[error("the daemon at {path} gave no proper answer ({why}); see its log")]
     Broken {
@@ -123,6 +126,7 @@ impl Client {
             return serde_json::from_slice(&answer).map_err(|e| self.broken(e));
         }
         Err(match serde_json::from_slice::<ErrorBody>(&answer) {
+            Ok(body) if body.code.as_deref() == Some(TOO_LONG) => ClientError::TooLong(body.error),
             Ok(body) => ClientError::Refused(body.error),
             Err(_) => {
                 let text = String::from_utf8_lossy(&answer[..answer.len().min(300)]).into_owned();

@@ -58,7 +58,7 @@
 //!     }
 //!     // From here on nothing older than a second is lost with east. A planned
 //!     // move loses nothing at all:
-//!     let report = east.move_guest("web").await?;
+//!     let report = east.move_guest("web", false).await?;
 //!     println!("it runs at {}; stopped for {} ms", report.to, report.blackout_ms);
 //!     # west.end_guest("web").await?;
 //!     east.shutdown().await;

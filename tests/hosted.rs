@@ -184,3 +184,107 @@ fn what_cannot_be_started_is_said_and_leaves_nothing() {
     pair.east.cli(&["guest", "end", "x"]).good();
     pair.east.cli(&["guest", "end", "x"]).bad("no guest 'x'");
 }
+
+/// A guest that writes faster than the link carries, and may not be throttled:
+/// it stays, protected as before, and that is told with the figure.
+#[test]
+fn a_move_that_would_stand_too_long_stays_unless_that_is_accepted() {
+    let policy = "[protect]\nmax_throttle = 0\nmax_blackout = \"400ms\"";
+    let pair = Pair::start("20mbit,40ms", policy, "");
+    start_noise(&pair.east);
+    pair.east.cli(&["move", "trial"]).bad("is not protected");
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "2s"])
+        .good();
+    pair.east.until_sealed("trial", 2, LONG);
+    let outlook = pair.east.cli(&["move", "trial", "--dry-run"]).good();
+    assert!(
+        outlook.out.contains("link") && outlook.out.contains("left"),
+        "{}",
+        outlook.out
+    );
+
+    let told = pair.east.cli(&["move", "trial"]);
+    assert_eq!(told.status, Some(3), "{}{}", told.out, told.err);
+    for words in [
+        "runs on here, protected as before",
+        "protect.max_blackout is 400ms",
+        "--accept-pause",
+        "/s",
+    ] {
+        assert!(told.err.contains(words), "no '{words}' in: {}", told.err);
+    }
+    let view = pair.east.source("trial");
+    let outlook = view.outlook.clone().unwrap();
+    assert!(outlook.expected_blackout_ms > 400.0 && !outlook.within);
+    assert_eq!(outlook.throttle_percent, 0);
+    assert!(pair.west.target("trial").active.is_none());
+    pair.east
+        .until_sealed("trial", view.points_sealed + 2, LONG);
+
+    let told = pair
+        .east
+        .cli(&["move", "trial", "--accept-pause", "--json"])
+        .good();
+    let report: serde_json::Value = serde_json::from_str(&told.out).unwrap();
+    assert!(
+        report["expected_blackout_ms"].as_f64().unwrap() > 400.0,
+        "{report}"
+    );
+    assert!(
+        report["note"].as_str().unwrap().contains("stand still"),
+        "{report}"
+    );
+    assert_eq!(pair.east.source("trial").phase, Phase::Moved);
+}
+
+/// The same guest, throttled within a policy that suffices, is moved: the
+/// throttle is what makes the difference, and it ends with the move.
+#[test]
+fn a_guest_that_outruns_the_link_is_throttled_and_moved() {
+    let policy = "[protect]\nmax_throttle = 95\nmax_blackout = \"2s\"";
+    let pair = Pair::start("20mbit,40ms", policy, "");
+    let console = start_noise(&pair.east);
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "2s"])
+        .good();
+    pair.east.until_sealed("trial", 2, LONG);
+    let told = pair.east.cli(&["move", "trial", "--json"]).good();
+    let report: serde_json::Value = serde_json::from_str(&told.out).unwrap();
+    assert!(
+        report["expected_blackout_ms"].as_f64().unwrap() <= 2000.0,
+        "{report}"
+    );
+    assert!(
+        report["note"].as_str().unwrap().contains("throttled by"),
+        "{report}"
+    );
+    assert!(told.err.contains("moving 'trial': round 1"), "{}", told.err);
+    let last = console.last_beat().unwrap();
+    let there = TestSite::console_of(&pair.west.target("trial").active.unwrap());
+    there.await_beat(last.number + 1, LONG);
+    ok(&there);
+}
+
+fn start_noise(site: &TestSite) -> Console {
+    let told = site.cli(&[
+        "guest",
+        "start",
+        "trial",
+        "--kind",
+        "sim",
+        "--ram",
+        "64MiB",
+        "--disk",
+        "4MiB",
+        "--workload",
+        "noise:8",
+        "--json",
+    ]);
+    let record: GuestRecord = serde_json::from_str(&told.good().out).unwrap();
+    let paths = record.console.unwrap();
+    Console {
+        log: paths.log,
+        socket: paths.socket,
+    }
+}

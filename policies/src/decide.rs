@@ -28,8 +28,10 @@ const BUFFER_SHARE: u64 = 60;
 const SHRUNK: u64 = 80;
 /// Rounds after which a move ends whatever is left.
 const MOST_ROUNDS: u32 = 30;
-/// A throttle grows by so many percent of the guest's time.
-const THROTTLE_STEP: u8 = 20;
+/// A throttle grows by at least so many percent of the guest's time...
+const THROTTLE_STEP: u8 = 5;
+/// ...and by so many where it is not known how fast the guest writes.
+const BLIND_STEP: u8 = 20;
 
 /// A time that is measured again and again: mean and deviation, as TCP keeps
 /// its round-trip time (RFC 6298).
@@ -200,12 +202,19 @@ pub struct MoveFacts {
     pub rounds: u32,
     /// Bytes on the link that a last cut now would need.
     pub remaining_bytes: u64,
-    /// The same after the round before; `None` after the first.
+    /// The same after the round before; `None` after the first, and after one
+    /// in which the throttle changed: part of what that one found was written
+    /// at another speed.
     pub remaining_before: Option<u64>,
+    /// Bytes a second that the guest's changes need on the link, measured over
+    /// the last round at the present throttle; 0 if that is not known.
+    pub dirty_bytes_per_second: u64,
     /// Bytes a second that the link was measured to carry; 0 if it carries none.
     pub link_bytes_per_second: u64,
     /// What a last cut costs whatever is left: device state, start at the target.
     pub fixed: Duration,
+    /// What a round takes whatever it carries: the guest writes on meanwhile.
+    pub overhead: Duration,
     /// Percent of its time that the guest is throttled by now.
     pub throttle: u8,
 }
@@ -218,7 +227,8 @@ pub enum MoveStep {
     LastCut {
         /// How long it will run nowhere, by estimate.
         expected_blackout: Duration,
-        /// That is within the policy. If not, more rounds would not help.
+        /// That is within the policy. If not, more rounds would not help, and
+        /// whoever asked for the move accepted it.
         within: bool,
     },
     /// Another round while the guest runs.
@@ -228,29 +238,44 @@ pub enum MoveStep {
         /// Percent of its time that the guest loses.
         percent: u8,
     },
+    /// More rounds would not help, and a last cut would take longer than the
+    /// policy allows: leave the guest running where it is, and say so.
+    TooLong {
+        /// How long it would run nowhere, by estimate.
+        expected_blackout: Duration,
+    },
     /// The link carries nothing: give the move up, or wait for the link.
     LinkDown,
 }
 
 /// Plans the next step of a planned move, so that it ends: rounds as long as
-/// they leave less each time; then throttling, step by step, within the policy;
-/// then the last cut, even if it takes longer than the policy wants.
-pub fn next_move_step(policy: &Policy, facts: &MoveFacts) -> MoveStep {
+/// they leave less each time; then throttling, within the policy, by as much
+/// as the measured rates ask for; then the last cut. One that takes longer than
+/// the policy wants is planned only when that is accepted (`accept_pause`).
+pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) -> MoveStep {
     if facts.link_bytes_per_second == 0 {
         return MoveStep::LinkDown;
     }
     let expected_blackout = expected_blackout(facts);
     let within = expected_blackout <= policy.max_blackout.duration();
-    let last_cut = MoveStep::LastCut {
-        expected_blackout,
-        within,
+    let end = match within || accept_pause {
+        true => MoveStep::LastCut {
+            expected_blackout,
+            within,
+        },
+        false => MoveStep::TooLong { expected_blackout },
     };
-    // Where the fixed part alone is too long, and nearly all of it, rounds have nothing left to win.
+    // Where the fixed part alone is too long, rounds cannot mend it; who accepts
+    // that still wants the rest to be small beside it.
     let rest = expected_blackout.saturating_sub(facts.fixed);
-    let too_long_anyway = facts.fixed >= policy.max_blackout.duration() && rest < facts.fixed / 10;
-    let exhausted = too_long_anyway || facts.rounds >= MOST_ROUNDS;
-    if within || exhausted {
-        return last_cut;
+    let fixed_too_long = facts.fixed >= policy.max_blackout.duration();
+    let too_long_anyway = fixed_too_long && (!accept_pause || rest < facts.fixed / 10);
+    if within || too_long_anyway || facts.rounds >= MOST_ROUNDS {
+        return end;
+    }
+    let may_throttle = facts.throttle < policy.max_throttle;
+    if may_throttle && outruns(facts) {
+        return throttle(policy, facts);
     }
     if facts
         .remaining_before
@@ -258,15 +283,46 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts) -> MoveStep {
     {
         return MoveStep::Round;
     }
-    if facts.throttle < policy.max_throttle {
-        return MoveStep::Throttle {
-            percent: facts
-                .throttle
-                .saturating_add(THROTTLE_STEP)
-                .min(policy.max_throttle),
-        };
+    match may_throttle {
+        true => throttle(policy, facts),
+        false => end,
     }
-    last_cut
+}
+
+/// Does the guest write so fast that rounds cannot shrink? Not believed of a
+/// round in which the throttle changed.
+fn outruns(facts: &MoveFacts) -> bool {
+    let settled = facts.throttle == 0 || facts.remaining_before.is_some();
+    let link = u128::from(facts.link_bytes_per_second);
+    settled && u128::from(facts.dirty_bytes_per_second) * 100 >= link * u128::from(SHRUNK)
+}
+
+/// The throttle under which what a round leaves fits the blackout, if the guest
+/// writes as much less as it runs less; at least a step more than now.
+fn throttle(policy: &Policy, facts: &MoveFacts) -> MoveStep {
+    let seconds = |time: Duration| time.as_secs_f64().max(1e-3);
+    let room = policy
+        .max_blackout
+        .duration()
+        .saturating_sub(facts.fixed)
+        .max(facts.fixed / 10);
+    // A round over such a rest takes so long, and the guest writes on in it.
+    let round = seconds(facts.overhead) + seconds(room);
+    let wanted = facts.link_bytes_per_second as f64 * seconds(room) / round;
+    let runs = f64::from(100 - facts.throttle.min(99)) / 100.0;
+    let freely = facts.dirty_bytes_per_second as f64 / runs;
+    let (needed, step) = match freely > 0.0 {
+        true => {
+            let share = wanted * SHRUNK as f64 / 100.0 / freely;
+            (100.0 * (1.0 - share), THROTTLE_STEP)
+        }
+        false => (0.0, BLIND_STEP),
+    };
+    let least = facts.throttle.saturating_add(step);
+    MoveStep::Throttle {
+        // A float that is too large for the type becomes its largest value.
+        percent: least.max(needed.ceil() as u8).min(policy.max_throttle),
+    }
 }
 
 /// How long the guest would run nowhere if the last cut were now.

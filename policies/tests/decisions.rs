@@ -6,8 +6,8 @@
 use std::time::Duration;
 
 use farhaven_policies::decide::{
-    Alert, CutFacts, Measured, MoveFacts, MoveStep, NextCut, WaitReason, back_off, interval,
-    next_cut, next_move_step, rpo_alert,
+    Alert, CutFacts, Measured, MoveFacts, MoveStep, NextCut, WaitReason, back_off,
+    expected_blackout, interval, next_cut, next_move_step, rpo_alert,
 };
 use farhaven_policies::policy::Policy;
 use farhaven_policies::units::{ByteSize, Period};
@@ -268,36 +268,66 @@ proptest! {
     #[test]
     fn every_move_ends(
         rate in 0u64..50_000_000, set in 0u64..500_000_000, link in 100_000u64..20_000_000,
-        fixed in 0u64..600, max_throttle in 0u8..=95, blackout in 100u64..2000,
+        fixed in 0u64..600, overhead in 0u64..400, max_throttle in 0u8..=95, blackout in 100u64..2000, accept: bool,
     ) {
         let policy = Policy { max_throttle, max_blackout: Period::from_millis(blackout), ..Policy::default() };
-        let mut facts = MoveFacts {
-            rounds: 0, remaining_bytes: set, remaining_before: None, link_bytes_per_second: link,
-            fixed: MS(fixed), throttle: 0,
-        };
-        let mut steps = 0;
-        let (expected, within) = loop {
-            steps += 1;
-            prop_assert!(steps < 100, "no end: {facts:?}");
-            match next_move_step(&policy, &facts) {
-                MoveStep::LastCut { expected_blackout, within } => break (expected_blackout, within),
+        let mut moved = Moved { rate, set, link, overhead: MS(overhead), facts: begin(set, link, MS(fixed), MS(overhead)) };
+        let end = moved.steps_to_the_end(&policy, accept);
+        let facts = moved.facts;
+        match end {
+            MoveStep::LastCut { expected_blackout, within } => {
+                prop_assert_eq!(within, expected_blackout <= MS(blackout));
+                prop_assert!(within || accept, "nobody accepted {expected_blackout:?}");
+            }
+            MoveStep::TooLong { expected_blackout } => {
+                prop_assert!(!accept && expected_blackout > MS(blackout));
+            }
+            other => prop_assert!(false, "{other:?} is no end"),
+        }
+        // Rounds alone converge where the guest writes at half the link's rate,
+        // and what it writes in a round's overhead fits.
+        let room = blackout.saturating_sub(fixed);
+        if rate < link / 2 && room > 20 && rate * (overhead + room) < link * room / 2 {
+            prop_assert!(facts.throttle == 0, "{facts:?}");
+            prop_assert!(expected_blackout(&facts) <= MS(blackout), "{facts:?}");
+        }
+    }
+
+    /// Whatever is measured, round by round: it ends, in a bounded number of
+    /// rounds, throttles within the policy only, and never acts beyond the
+    /// blackout unless that was accepted.
+    #[test]
+    fn no_measurements_keep_a_move_from_its_end(
+        measured in proptest::collection::vec(any::<(u64, u64, u32, u16, u16)>(), 1..8),
+        max_throttle in 0u8..=95, blackout in 1u64..10_000, accept: bool,
+    ) {
+        let policy = Policy { max_throttle, max_blackout: Period::from_millis(blackout), ..Policy::default() };
+        let (mut throttle, mut before) = (0, None);
+        for rounds in 1.. {
+            prop_assert!(rounds <= 40, "no end");
+            let (bytes, dirty, link, fixed, overhead) = measured[rounds as usize % measured.len()];
+            let facts = MoveFacts {
+                rounds, remaining_bytes: bytes, remaining_before: before, dirty_bytes_per_second: dirty,
+                link_bytes_per_second: link.into(), fixed: MS(fixed.into()), overhead: MS(overhead.into()), throttle,
+            };
+            before = Some(bytes);
+            match next_move_step(&policy, &facts, accept) {
                 MoveStep::Throttle { percent } => {
-                    prop_assert!(percent > facts.throttle && percent <= max_throttle);
-                    facts.throttle = percent;
+                    prop_assert!(percent > throttle && percent <= max_throttle);
+                    (throttle, before) = (percent, None);
                 }
                 MoveStep::Round => {}
-                MoveStep::LinkDown => prop_assert!(false, "the link is up"),
+                MoveStep::LastCut { expected_blackout, within } => {
+                    prop_assert_eq!(within, expected_blackout <= MS(blackout));
+                    prop_assert!(within || accept);
+                    break;
+                }
+                MoveStep::TooLong { expected_blackout } => {
+                    prop_assert!(!accept && expected_blackout > MS(blackout));
+                    break;
+                }
+                MoveStep::LinkDown => { prop_assert_eq!(link, 0); break; }
             }
-            let seconds = facts.remaining_bytes as f64 / link as f64;
-            let dirtied = rate as f64 * (1.0 - f64::from(facts.throttle) / 100.0) * seconds;
-            facts.remaining_before = Some(facts.remaining_bytes);
-            facts.remaining_bytes = (dirtied as u64).min(set);
-            facts.rounds += 1;
-        };
-        prop_assert_eq!(within, expected <= MS(blackout));
-        // Rounds alone converge where the guest writes at half the link's rate.
-        if rate < link / 2 && fixed + 20 < blackout {
-            prop_assert!(within && facts.throttle == 0, "{facts:?}");
         }
     }
 
@@ -317,76 +347,142 @@ proptest! {
         let _ = next_cut(&policy, &facts);
         let facts = MoveFacts {
             rounds: failures, remaining_bytes: bytes[0], remaining_before: Some(bytes[1]),
-            link_bytes_per_second: bytes[2], fixed: seal, throttle,
+            dirty_bytes_per_second: bytes[3], link_bytes_per_second: bytes[2], fixed: seal, overhead: pause, throttle,
         };
-        let _ = next_move_step(&policy, &facts);
+        let _ = next_move_step(&policy, &facts, failures % 2 == 0);
         let _ = rpo_alert(&policy, Some(sealed));
+    }
+}
+
+/// Before the first round.
+fn begin(remaining: u64, link: u64, fixed: Duration, overhead: Duration) -> MoveFacts {
+    MoveFacts {
+        rounds: 0,
+        remaining_bytes: remaining,
+        remaining_before: None,
+        dirty_bytes_per_second: 0,
+        link_bytes_per_second: link,
+        fixed,
+        overhead,
+        throttle: 0,
+    }
+}
+
+/// A move in virtual time: a guest that dirties `rate` bytes a second of a
+/// working set of `set` when it runs freely, and a link.
+struct Moved {
+    rate: u64,
+    set: u64,
+    link: u64,
+    overhead: Duration,
+    facts: MoveFacts,
+}
+
+impl Moved {
+    /// Follows every step; the one that ends it.
+    fn steps_to_the_end(&mut self, policy: &Policy, accept: bool) -> MoveStep {
+        loop {
+            // Did the throttle stay as it was for this round?
+            let mut settled = true;
+            assert!(self.facts.rounds < 60, "no end: {:?}", self.facts);
+            match next_move_step(policy, &self.facts, accept) {
+                MoveStep::Throttle { percent } => {
+                    assert!(percent > self.facts.throttle && percent <= policy.max_throttle);
+                    self.facts.throttle = percent;
+                    settled = false;
+                }
+                MoveStep::Round => {}
+                end => return end,
+            }
+            let took =
+                self.facts.remaining_bytes as f64 / self.link as f64 + self.overhead.as_secs_f64();
+            let runs = 1.0 - f64::from(self.facts.throttle) / 100.0;
+            let dirtied = ((self.rate as f64 * runs * took) as u64).min(self.set);
+            self.facts.remaining_before = settled.then_some(self.facts.remaining_bytes);
+            self.facts.remaining_bytes = dirtied;
+            self.facts.dirty_bytes_per_second = (dirtied as f64 / took.max(1e-6)) as u64;
+            self.facts.rounds += 1;
+        }
     }
 }
 
 #[test]
 fn a_dead_link_ends_no_move() {
-    let facts = MoveFacts {
-        rounds: 3,
-        remaining_bytes: 1,
-        remaining_before: None,
-        link_bytes_per_second: 0,
-        fixed: MS(1),
-        throttle: 0,
-    };
-    assert_eq!(
-        next_move_step(&Policy::default(), &facts),
-        MoveStep::LinkDown
-    );
+    let facts = begin(1, 0, MS(1), MS(1));
+    for accept in [false, true] {
+        assert_eq!(
+            next_move_step(&Policy::default(), &facts, accept),
+            MoveStep::LinkDown
+        );
+    }
 }
 
-/// 8 MB/s of noise over 20 Mbit/s: rounds alone never end, a throttled guest does.
+/// 8 MB/s of noise over 20 Mbit/s, 80 ms: rounds alone never end, a throttled guest does.
 #[test]
-fn a_guest_that_outruns_the_link_is_throttled_step_by_step_until_the_move_fits() {
+fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
+    let noise = |remaining| Moved {
+        rate: 8_000_000,
+        set: 64 << 20,
+        link: 2_500_000,
+        overhead: MS(200),
+        facts: begin(remaining, 2_500_000, MS(310), MS(200)),
+    };
     let policy = Policy {
         max_throttle: 95,
         ..Policy::default()
     };
-    let mut facts = MoveFacts {
-        rounds: 1,
-        remaining_bytes: 64 << 20,
-        remaining_before: None,
-        link_bytes_per_second: 2_500_000,
-        fixed: MS(250),
-        throttle: 0,
-    };
-    let mut throttles = Vec::new();
-    let within = loop {
-        match next_move_step(&policy, &facts) {
-            MoveStep::LastCut { within, .. } => break within,
-            MoveStep::Throttle { percent } => {
-                throttles.push(percent);
-                facts.throttle = percent;
-            }
-            MoveStep::Round => {}
-            MoveStep::LinkDown => panic!("the link is up"),
-        }
-        let seconds = facts.remaining_bytes as f64 / 2_500_000.0;
-        let written = 8e6 * (100.0 - f64::from(facts.throttle)) / 100.0 * seconds;
-        facts.remaining_before = Some(facts.remaining_bytes);
-        facts.remaining_bytes = (written as u64).min(64 << 20);
-        facts.rounds += 1;
-    };
-    assert_eq!((throttles, within), (vec![20, 40, 60, 80], true));
+    let mut moved = noise(64 << 20);
+    let end = moved.steps_to_the_end(&policy, false);
+    assert!(
+        matches!(end, MoveStep::LastCut { within: true, .. }),
+        "{end:?}"
+    );
+    assert!(moved.facts.rounds <= 16, "{:?}", moved.facts);
+    // Not more is taken than the figures ask for.
+    assert!(
+        (80..95).contains(&moved.facts.throttle),
+        "{:?}",
+        moved.facts
+    );
 
-    // A policy that forbids it gets the last cut, and is told that it takes longer.
+    // With a second to stand still in, the default throttle is enough.
+    let patient = Policy {
+        max_blackout: Period::from_secs(1),
+        ..Policy::default()
+    };
+    let mut moved = noise(64 << 20);
+    let end = moved.steps_to_the_end(&patient, false);
+    assert!(
+        matches!(end, MoveStep::LastCut { within: true, .. }),
+        "{end:?} {:?}",
+        moved.facts
+    );
+
+    // A policy that forbids it: nothing is done unless that is accepted.
     let never = Policy {
         max_throttle: 0,
         ..Policy::default()
     };
-    let facts = MoveFacts {
-        remaining_bytes: 64 << 20,
-        remaining_before: Some(64 << 20),
-        throttle: 0,
-        ..facts
-    };
-    assert!(matches!(
-        next_move_step(&never, &facts),
-        MoveStep::LastCut { within: false, .. }
-    ));
+    let end = noise(64 << 20).steps_to_the_end(&never, false);
+    assert!(
+        matches!(end, MoveStep::TooLong { expected_blackout } if expected_blackout > S(20)),
+        "{end:?}"
+    );
+    let end = noise(64 << 20).steps_to_the_end(&never, true);
+    assert!(
+        matches!(end, MoveStep::LastCut { within: false, .. }),
+        "{end:?}"
+    );
+}
+
+/// Where the hand-over alone takes longer than the policy wants, nobody is
+/// throttled in vain.
+#[test]
+fn a_hand_over_that_is_too_long_by_itself_is_told_at_once() {
+    let facts = begin(64 << 20, 1_000_000, S(2), MS(200));
+    let step = next_move_step(&Policy::default(), &facts, false);
+    assert!(matches!(step, MoveStep::TooLong { .. }), "{step:?}");
+    // Accepted, what is left is made small beside it first.
+    let step = next_move_step(&Policy::default(), &facts, true);
+    assert_eq!(step, MoveStep::Round);
 }

@@ -5,14 +5,14 @@ use std::time::Duration;
 
 use clap::Subcommand;
 use farhaven_policies::units::{ByteSize, Period};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 
-use super::{Json, Outcome, guest_path, print_json, show, told};
-use crate::client::Client;
+use super::{EXIT_TOO_LONG, Failure, Json, Outcome, guest_path, print_json, show, told};
+use crate::client::{Client, ClientError};
 use crate::guest::qemu::check::{Finding, Severity};
-use crate::site::api::{AddGuest, Done, Failover, Protect, StartGuest, TakeBack, Unprotect};
+use crate::site::api::{AddGuest, Done, Failover, Move, Protect, StartGuest, TakeBack, Unprotect};
 use crate::site::records::GuestRecord;
-use crate::site::view::{FailoverReport, MoveReport, SourceView};
+use crate::site::view::{FailoverReport, MoveOutlook, MoveReport, Phase, SourceView};
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GuestVerb {
@@ -186,15 +186,23 @@ pub(super) async fn protect(
     name: &str,
     to: String,
     rpo: Option<Period>,
+    seeded: bool,
 ) -> Outcome {
     let body = Protect {
         to: to.clone(),
         rpo,
+        seeded,
     };
     let _: Done = client
         .post(&guest_path(name, "/protect"), &body)
         .await
         .map_err(told)?;
+    if seeded {
+        println!(
+            "'{name}' will be protected to '{to}' once its seed is imported there: farhaven seed import FILE"
+        );
+        return Ok(());
+    }
     println!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
     Ok(())
 }
@@ -236,15 +244,21 @@ pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Out
 
 /// Shows that something goes on while `work` does.
 pub(super) async fn waiting<T>(what: String, work: impl Future<Output = T>) -> T {
-    let bar = ProgressBar::new_spinner();
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} {elapsed}") {
+    let bar = spinner(what);
+    let done = work.await;
+    bar.finish_and_clear();
+    done
+}
+
+/// Something that turns, until it is dropped.
+pub(super) fn spinner(what: String) -> ProgressBar {
+    let bar = ProgressBar::new_spinner().with_finish(ProgressFinish::AndClear);
+    if let Ok(style) = ProgressStyle::with_template("{spinner} {wide_msg} {elapsed}") {
         bar.set_style(style);
     }
     bar.set_message(what);
     bar.enable_steady_tick(Duration::from_millis(100));
-    let done = work.await;
-    bar.finish_and_clear();
-    done
+    bar
 }
 
 pub(super) async fn failover(
@@ -267,15 +281,69 @@ pub(super) async fn failover(
     Ok(())
 }
 
-pub(super) async fn move_guest(client: &Client, name: &str, json: bool) -> Outcome {
+pub(super) async fn move_guest(
+    client: &Client,
+    name: &str,
+    accept_pause: bool,
+    json: bool,
+) -> Result<(), Failure> {
     let path = guest_path(name, "/move");
-    let report: MoveReport = waiting(format!("moving '{name}'"), client.post(&path, &Done {}))
-        .await
-        .map_err(told)?;
+    let body = Move { accept_pause };
+    let moving = client.post(&path, &body);
+    let moved: Result<MoveReport, _> = tokio::select! {
+        moved = moving => moved,
+        never = rounds_told(client, name) => match never {},
+    };
+    let report = moved.map_err(|error| Failure {
+        status: match error {
+            ClientError::TooLong(_) => EXIT_TOO_LONG,
+            _ => 1,
+        },
+        why: told(error),
+    })?;
     if json {
-        return print_json(&report);
+        return Ok(print_json(&report)?);
     }
     show::moved(&report);
+    Ok(())
+}
+
+/// Tells how a move under way converges: in place on a terminal, else a line a round.
+async fn rounds_told(client: &Client, name: &str) -> std::convert::Infallible {
+    let bar = spinner(format!("moving '{name}'"));
+    let mut told = 0;
+    loop {
+        tokio::time::sleep(Duration::from_millis(250)).await;
+        let guests: Result<Vec<SourceView>, _> = client.get("/v1/guests").await;
+        let guests = guests.unwrap_or_default();
+        let guest = guests.into_iter().find(|g| g.name == name);
+        let Some(guest) = guest.filter(|g| matches!(g.phase, Phase::Moving | Phase::Held)) else {
+            continue;
+        };
+        let Some(outlook) = guest.outlook.filter(|o| o.rounds > told) else {
+            continue;
+        };
+        told = outlook.rounds;
+        let line = format!("moving '{name}': round {told}, {outlook}");
+        if bar.is_hidden() {
+            eprintln!("{line}");
+        }
+        bar.set_message(line);
+    }
+}
+
+pub(super) async fn move_outlook(client: &Client, name: &str, json: bool) -> Outcome {
+    let outlook: MoveOutlook = client.get(&guest_path(name, "/move")).await.map_err(told)?;
+    if json {
+        return print_json(&outlook);
+    }
+    println!("'{name}', by its newest point: {outlook}.");
+    if !outlook.within {
+        println!(
+            "A move takes rounds first, and may throttle it by up to {} %. Should that not suffice, it stays unless you add --accept-pause.",
+            outlook.max_throttle_percent
+        );
+    }
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 mod drill;
 mod guests;
 mod policy;
+mod seed;
 pub(crate) mod show;
 mod site;
 
@@ -58,7 +59,13 @@ enum Verb {
         /// The most that a disaster may cost, like 10s; by the site's policy if not given.
         #[arg(long, value_name = "TIME")]
         rpo: Option<Period>,
+        /// Its first copy comes by a seed: send nothing before that is imported there.
+        #[arg(long)]
+        seeded: bool,
     },
+    /// A first copy by parcel: write it to a medium here, import it at the peer.
+    #[command(subcommand)]
+    Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
         /// The guest.
@@ -104,9 +111,16 @@ enum Verb {
     /// Run a guest here as a test, on no network, while it is protected on.
     Test(drill::Test),
     /// Move a guest to its peer with nothing lost; run it where the guest runs.
+    /// It stays, and exit status 3 says so, if it would stand too long.
     Move {
         /// The guest.
         name: String,
+        /// Even if it will stand longer than its policy allows (protect.max_blackout).
+        #[arg(long)]
+        accept_pause: bool,
+        /// Only tell what a move now would take, by the newest point.
+        #[arg(long, conflicts_with = "accept_pause")]
+        dry_run: bool,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -137,6 +151,22 @@ struct Json {
 /// A command's failure, told in one paragraph.
 type Outcome = Result<(), String>;
 
+/// Exit status of a move that was not made because the guest would stand
+/// longer than its policy allows: it runs where it ran.
+const EXIT_TOO_LONG: u8 = 3;
+
+/// A failure with the exit status that programs tell it by: 1 for most.
+struct Failure {
+    why: String,
+    status: u8,
+}
+
+impl From<String> for Failure {
+    fn from(why: String) -> Self {
+        Self { why, status: 1 }
+    }
+}
+
 /// Runs what was typed.
 pub fn main() -> ExitCode {
     quiet_when_unread();
@@ -156,9 +186,9 @@ pub fn main() -> ExitCode {
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
-        Err(why) => {
+        Err(Failure { why, status }) => {
             eprintln!("farhaven: {why}");
-            ExitCode::FAILURE
+            ExitCode::from(status)
         }
     }
 }
@@ -175,14 +205,20 @@ fn quiet_when_unread() {
     }));
 }
 
-async fn run(cli: Cli) -> Outcome {
+async fn run(cli: Cli) -> Result<(), Failure> {
     let client = Client::new(&cli.api);
-    match cli.verb {
+    let outcome = match cli.verb {
         Verb::Site(verb) => site::run(&client, verb).await,
         Verb::Pair(pair) => site::pair(&client, pair).await,
         Verb::Peer(verb) => site::peer(&client, verb).await,
         Verb::Guest(verb) => guests::guest(&client, verb).await,
-        Verb::Protect { name, to, rpo } => guests::protect(&client, &name, to, rpo).await,
+        Verb::Protect {
+            name,
+            to,
+            rpo,
+            seeded,
+        } => guests::protect(&client, &name, to, rpo, seeded).await,
+        Verb::Seed(verb) => seed::run(&client, verb).await,
         Verb::Pause { name } => guests::pause(&client, &name).await,
         Verb::Resume { name } => guests::resume(&client, &name).await,
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
@@ -195,11 +231,23 @@ async fn run(cli: Cli) -> Outcome {
             json,
         } => guests::failover(&client, &name, point, force, json).await,
         Verb::Test(test) => drill::run(&client, test).await,
-        Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
+        Verb::Move {
+            name,
+            dry_run: true,
+            json,
+            ..
+        } => guests::move_outlook(&client, &name, json).await,
+        Verb::Move {
+            name,
+            accept_pause,
+            json,
+            ..
+        } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
-    }
+    };
+    Ok(outcome?)
 }
 
 /// A guest's path in the API, whatever its name.

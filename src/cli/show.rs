@@ -11,6 +11,7 @@ use super::{Outcome, guest_path, print_json, told};
 use crate::client::Client;
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::site::records::GuestRecord;
+pub(crate) use crate::site::view::bytes;
 use crate::site::view::{
     FailoverReport, MoveReport, PeerView, Phase, PointView, SiteView, SourceView, TargetView,
 };
@@ -183,6 +184,11 @@ pub(super) fn guests(guests: &[SourceView]) {
         ]);
     }
     println!("{rows}");
+    for guest in guests.iter().filter(|g| g.phase == Phase::Moving) {
+        if let Some(outlook) = &guest.outlook {
+            println!("  {}: round {}, {outlook}", guest.name, outlook.rounds);
+        }
+    }
     for guest in guests.iter().filter(|g| !g.trouble.is_empty()) {
         println!("! {}: {}", guest.name, guest.trouble);
     }
@@ -345,29 +351,13 @@ pub(super) fn moved(report: &MoveReport) {
         report.guest, report.to, report.term
     );
     println!(
-        "  it stood still        {:.0} ms (with the way of the news)",
-        report.blackout_ms
+        "  it stood still        {:.0} ms (with the way of the news; {:.0} ms expected)",
+        report.blackout_ms, report.expected_blackout_ms
     );
     println!("  from the command      {:.0} ms", report.total_ms);
     println!("  sent while it stood   {}", bytes(report.final_bytes));
     if !report.note.is_empty() {
         println!("! {}", report.note);
-    }
-}
-
-/// Bytes for people: `4.2 MB`.
-pub(crate) fn bytes(n: u64) -> String {
-    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
-    let mut value = n as f64;
-    let mut unit = 0;
-    while value >= 999.95 && unit + 1 < UNITS.len() {
-        value /= 1000.0;
-        unit += 1;
-    }
-    if unit == 0 {
-        format!("{n} B")
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
     }
 }
 

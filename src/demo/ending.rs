@@ -8,7 +8,7 @@ use super::drill::Tested;
 use super::stage::Daemon;
 use super::story::{NAME, Play};
 use crate::cli::show::millis;
-use crate::site::api::{Done, Failover};
+use crate::site::api::{Failover, Move};
 use crate::site::view::{FailoverReport, MoveReport};
 
 /// For the first heartbeat at west.
@@ -93,7 +93,9 @@ pub(super) async fn planned(play: &mut Play) -> Result<After, String> {
     let east = play.stage.east.client.clone();
     let moving = tokio::spawn(async move {
         let path = format!("/v1/guests/{NAME}/move");
-        east.post::<MoveReport>(&path, &Done {}).await
+        // The story goes on however slow the link is; what it stood is in the report.
+        let body = Move { accept_pause: true };
+        east.post::<MoveReport>(&path, &body).await
     });
     // The heartbeat goes on here until the last cut, and there after it.
     let mut there: Option<Console> = None;

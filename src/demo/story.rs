@@ -138,6 +138,7 @@ async fn first_copy(play: &mut Play) -> Result<First, String> {
     let body = Protect {
         to: "west".to_owned(),
         rpo: Some(play.settled.rpo),
+        seeded: false,
     };
     let path = format!("/v1/guests/{NAME}/protect");
     let asked = play.stage.east.client.post::<Done>(&path, &body);

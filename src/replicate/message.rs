@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
+use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::view::PointView;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
@@ -34,7 +35,7 @@ pub const RETIRE_BATCHES: usize = 64 * 1024;
 pub const MOST_POINTS: usize = 3000;
 
 /// Far more than any message nests; CBOR could nest a million.
-const LEVELS: usize = 64;
+pub(super) const LEVELS: usize = 64;
 
 /// A message with its place in the conversation.
 #[derive(Debug, Serialize, Deserialize)]
@@ -129,6 +130,26 @@ pub struct SealRequest {
     pub context: PointContext,
     /// A planned move: run the guest from this point, under this term.
     pub activate: Option<Term>,
+}
+
+/// A seed that a source is about to write. What the target has written down of
+/// it counts as used: its point, and every number of its range.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct SeedAnnouncement {
+    /// Of whom.
+    pub guest: GuestId,
+    /// The guest's name at the source.
+    pub name: String,
+    /// The seed's number.
+    pub seed: SeedId,
+    /// Its secret.
+    pub key: SeedKey,
+    /// The point that it will hold.
+    pub point: u64,
+    /// The first batch number that it may use.
+    pub first: u64,
+    /// The last.
+    pub last: u64,
 }
 
 /// What goes into a point's manifest beside the data, so that a point can be
@@ -315,6 +336,23 @@ pub enum Message {
         /// Their numbers; at most [`RETIRE_BATCHES`] a message.
         seqs: Vec<u64>,
     },
+    /// Source: a first copy of this guest is to go by another way. What is here of it?
+    SeedAsk {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: this, what was announced of seeds included.
+    SeedMay {
+        /// Newest sealed point, 0 for none.
+        newest: u64,
+        /// The smallest number that the seed's point may have.
+        next_point: u64,
+        /// The highest batch number that is used, 0 for none.
+        last_seq: u64,
+    },
+    /// Source: this seed is about to be written. Answered with `Done` when its
+    /// key and numbers are durable.
+    SeedAnnounce(Box<SeedAnnouncement>),
     /// Target: something here hinders replication (a full store); for the source's status.
     Trouble {
         /// One sentence; empty when it is over.

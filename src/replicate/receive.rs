@@ -110,24 +110,7 @@ impl Incoming {
     /// # Errors
     /// When the point does not fit what is here, or cannot be made durable.
     pub async fn seal(&self, request: &SealRequest) -> Result<PointHeader, SealStep> {
-        let mut context = Vec::new();
-        ciborium::into_writer(&request.context, &mut context)
-            .map_err(|e| SealStep::Failed(e.to_string()))?;
-        let seal = Seal {
-            guest: request.guest,
-            point: request.point,
-            parent: request.parent,
-            cut_at_unix_ns: request.cut_at,
-            volumes: request.volumes.clone(),
-            batches: request.batches,
-            chain: request.chain,
-            context,
-            stats: PointStats {
-                pause_ns: nanos(request.context.pause),
-                guest_bytes: request.context.changed_bytes,
-                wan_bytes: request.context.sent_bytes,
-            },
-        };
+        let seal = seal_of(request)?;
         let mut appended = self.appended.clone();
         loop {
             appended.mark_unchanged();
@@ -198,6 +181,31 @@ impl Incoming {
             why: error.to_string(),
         })
     }
+}
+
+/// What the store is asked, of what the source asked.
+///
+/// # Errors
+/// When the context cannot be written.
+pub fn seal_of(request: &SealRequest) -> Result<Seal, SealStep> {
+    let mut context = Vec::new();
+    ciborium::into_writer(&request.context, &mut context)
+        .map_err(|e| SealStep::Failed(e.to_string()))?;
+    Ok(Seal {
+        guest: request.guest,
+        point: request.point,
+        parent: request.parent,
+        cut_at_unix_ns: request.cut_at,
+        volumes: request.volumes.clone(),
+        batches: request.batches,
+        chain: request.chain,
+        context,
+        stats: PointStats {
+            pause_ns: nanos(request.context.pause),
+            guest_bytes: request.context.changed_bytes,
+            wan_bytes: request.context.sent_bytes,
+        },
+    })
 }
 
 /// Why a point was not sealed.

@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::codec::{Batch, Chain, EncodeError, Encoder};
+use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
@@ -108,28 +109,9 @@ impl Shipment {
         self.patience = patience;
     }
 
-    /// Sends the changed units of the device state. `known` is the state as
-    /// the peer has it after this shipment; padded with zeros to whole units.
-    ///
-    /// # Errors
-    /// As for [`Sink::units`].
-    pub fn device_state(
-        &mut self,
-        volume: VolumeIndex,
-        state: &[u8],
-        known: &mut Vec<Digest>,
-    ) -> Result<(), SinkError> {
-        let mut padded = state.to_vec();
-        padded.resize(state.len().next_multiple_of(UNIT), 0);
-        let mut digests = Vec::new();
-        self.outgoing.key.digests(&padded, &mut digests);
-        for (unit, (bytes, digest)) in padded.chunks_exact(UNIT).zip(&digests).enumerate() {
-            if known.get(unit) != Some(digest) {
-                self.units(volume, unit as u64, bytes, std::slice::from_ref(digest))?;
-            }
-        }
-        *known = digests;
-        Ok(())
+    /// Key of the digests that it gets.
+    pub fn key(&self) -> &DigestKey {
+        &self.outgoing.key
     }
 
     /// Sends what is still being collected.

@@ -9,6 +9,7 @@ use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
 
 use super::remote::Remote;
+use super::seed::announced;
 use super::standby::Standby;
 use super::{Site, records};
 use crate::activate::fence::Term;
@@ -84,6 +85,8 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             None => unknown_guest(),
         },
+        Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
+        Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,
         Message::Retire { seqs } => {
             if let Some(outgoing) = remote.begun() {
                 let seqs: BTreeSet<u64> = seqs.into_iter().collect();
@@ -174,6 +177,9 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         );
     }
     let store = remote.incoming.store.clone();
+    // What was announced of seeds is used, too.
+    let of = &remote.record.key;
+    let (used_point, used_seq) = (site.seeds.next_point(of, guest), site.seeds.last_seq(of));
     blocking(move || {
         // What an earlier attempt sent without sealing it is no part of any point.
         store.abandon(guest);
@@ -181,8 +187,8 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         Message::Opened(Opened {
             newest: newest.as_ref().map_or(0, |p| p.point),
             newest_cut_at: newest.as_ref().map_or(0, |p| p.cut_at_unix_ns),
-            next_point: store.next_point(guest),
-            last_seq: store.last_seq(),
+            next_point: store.next_point(guest).max(used_point),
+            last_seq: store.last_seq().max(used_seq),
             volumes: newest.map_or_else(Vec::new, |p| p.volumes),
         })
     })
@@ -190,7 +196,7 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
 }
 
 /// What an honest source would not tell.
-fn unsound(opening: &Opening) -> Option<&'static str> {
+pub(super) fn unsound(opening: &Opening) -> Option<&'static str> {
     if !super::protect::is_guest_name(&opening.name) {
         return Some("that is no name for a guest");
     }
@@ -252,7 +258,7 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
     }
 }
 
-fn refused(code: Refusal, why: impl ToString) -> Message {
+pub(super) fn refused(code: Refusal, why: impl ToString) -> Message {
     Message::Refused {
         code,
         why: why.to_string(),

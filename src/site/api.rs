@@ -1,6 +1,7 @@
 //! The HTTP API of a site, on its unix socket. The command line speaks it, and
 //! scripts may: every answer is JSON; an error is `{"error": "…"}` with 404
-//! (no such thing), 409 (it contradicts what is) or 500 (it went wrong).
+//! (no such thing), 409 (it contradicts what is), 412 (a move that would take
+//! longer than the policy allows) or 500 (it went wrong).
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -82,6 +83,27 @@ pub struct Protect {
     pub to: String,
     /// Like `10s`; by the site's policy when absent.
     pub rpo: Option<Period>,
+    /// The first copy comes by a seed: nothing is sent before it is imported.
+    #[serde(default)]
+    pub seeded: bool,
+}
+
+/// Body of `POST /v1/guests/{name}/seed`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ExportSeed {
+    /// The peer that will import it.
+    pub to: String,
+    /// An absolute path on this host: a file that is not there, or a directory.
+    pub path: PathBuf,
+}
+
+/// Body of `POST /v1/seeds`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ImportSeed {
+    /// An absolute path on this host.
+    pub path: PathBuf,
 }
 
 /// Body of `POST /v1/guests/{name}/unprotect`.
@@ -110,6 +132,14 @@ pub struct TestFailover {
     pub point: Option<u64>,
 }
 
+/// Body of `POST /v1/guests/{name}/move`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Move {
+    /// Even if the guest stands longer than its policy allows.
+    pub accept_pause: bool,
+}
+
 /// Body of `POST /v1/guests/{name}/take-back`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -123,19 +153,28 @@ pub struct TakeBack {
 pub struct ErrorBody {
     /// What happened, and what to do next.
     pub error: String,
+    /// Set where programs tell one refusal from another: [`TOO_LONG`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub code: Option<String>,
 }
+
+/// The code of a move that was not made because the guest would stand longer
+/// than its policy allows.
+pub const TOO_LONG: &str = "too_long";
 
 impl IntoResponse for OperateError {
     fn into_response(self) -> Response {
         let status = match self {
             OperateError::Unknown(_) => StatusCode::NOT_FOUND,
             OperateError::Conflict(_) => StatusCode::CONFLICT,
+            OperateError::TooLong(_) => StatusCode::PRECONDITION_FAILED,
             OperateError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
         (
             status,
             Json(ErrorBody {
                 error: self.to_string(),
+                code: matches!(self, OperateError::TooLong(_)).then(|| TOO_LONG.to_owned()),
             }),
         )
             .into_response()
@@ -170,13 +209,18 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/v1/guests/{name}/check", get(check_guest))
         .route("/v1/guests/{name}/end", post(end_guest))
         .route("/v1/guests/{name}/protect", post(protect))
+        .route("/v1/guests/{name}/seed", post(export_seed))
+        .route(
+            "/v1/seeds",
+            get(async |State(site): Here| Json(site.seeds())).post(import_seed),
+        )
         .route("/v1/guests/{name}/unprotect", post(unprotect))
         .route("/v1/guests/{name}/pause", post(pause))
         .route("/v1/guests/{name}/resume", post(resume))
         .route("/v1/guests/{name}/points", get(points))
         .route("/v1/guests/{name}/failover", post(failover))
         .route("/v1/guests/{name}/test", post(test).delete(end_test))
-        .route("/v1/guests/{name}/move", post(move_guest))
+        .route("/v1/guests/{name}/move", get(move_outlook).post(move_guest))
         .route("/v1/guests/{name}/take-back", post(take_back))
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
@@ -202,7 +246,7 @@ async fn errors_in_json(response: Response) -> Response {
         "" => format!("{status}: not a request of this version of the API"),
         said => said.to_owned(),
     };
-    (status, Json(ErrorBody { error })).into_response()
+    (status, Json(ErrorBody { error, code: None })).into_response()
 }
 
 /// Serves the API until `stop` is ready. A socket file left by a daemon that
@@ -336,10 +380,32 @@ async fn protect(
     Json(body): Json<Protect>,
 ) -> Answer<Done> {
     whole(async move {
-        site.protect(&name, &body.to, body.rpo).await?;
+        match body.seeded {
+            true => site.protect_seeded(&name, &body.to, body.rpo).await?,
+            false => site.protect(&name, &body.to, body.rpo).await?,
+        }
         Ok(Done {})
     })
     .await
+}
+
+/// Not to its end when the client goes away: it begins anew then, and a medium
+/// may be wanted back.
+async fn export_seed(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<ExportSeed>,
+) -> Answer<super::seed::SeedExported> {
+    let exported = site.export_seed(&name, &body.to, &body.path).await;
+    exported.map(Json)
+}
+
+/// As [`export_seed`].
+async fn import_seed(
+    State(site): Here,
+    Json(body): Json<ImportSeed>,
+) -> Answer<super::seed::SeedImported> {
+    site.import_seed(&body.path).await.map(Json)
 }
 
 async fn unprotect(
@@ -397,8 +463,16 @@ async fn end_test(
 async fn move_guest(
     State(site): Here,
     InPath(name): InPath<String>,
+    Json(body): Json<Move>,
 ) -> Answer<super::view::MoveReport> {
-    whole(async move { site.move_guest(&name).await }).await
+    whole(async move { site.move_guest(&name, body.accept_pause).await }).await
+}
+
+async fn move_outlook(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::view::MoveOutlook> {
+    site.move_outlook(&name).map(Json)
 }
 
 async fn take_back(

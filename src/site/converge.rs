@@ -1,58 +1,90 @@
 //! Before the last cut of a planned move: points while the guest runs, each
 //! leaving less, until what is left fits into the blackout that the policy
 //! allows. A guest that changes faster than the link carries is throttled.
+//!
+//! What is expected, and the figures that this rests on, are in the status all
+//! the while ([`MoveOutlook`]). A blackout that the policy does not allow is
+//! told before anything is done, and the move ends there unless whoever asked
+//! for it accepted that.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
 use farhaven_policies::policy::Policy;
 
-use super::driver::{Attached, DriveError, Driver};
+use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
 use super::steps::blocking;
+use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
 
 /// What a last cut costs whatever is left: device state, sealing, restoring.
 const HAND_OVER: Duration = Duration::from_millis(150);
 
+/// Bytes of a cut from which on the time they took tells the link's rate.
+const TELLING_BYTES: u64 = 1 << 20;
+
+/// How a move came to its last cut.
+pub(super) struct Converged {
+    /// For the report: what was taken of the guest, what will take longer.
+    pub(super) note: String,
+    /// How long it should run nowhere.
+    pub(super) expected: Duration,
+}
+
 /// Points while the guest runs, until the last cut keeps within the policy or
 /// more of them would not help. What the policy allows of the guest's time is
 /// taken before it is told that the last cut will be longer than it wants:
-/// that is what comes back then, for the report.
+/// that is an error, or comes back for the report when it was accepted.
 pub(super) async fn converge(
     driver: &mut Driver,
     attached: &mut Attached,
-) -> Result<String, DriveError> {
+    accept_pause: bool,
+) -> Result<Converged, DriveError> {
     let mut before = None;
     let mut throttled = 0;
-    for rounds in 1.. {
+    let mut rounds = 0;
+    loop {
         let sealed = driver.point(attached, After::Continue).await?;
-        let link = driver.remote.peer.status();
-        let rtt = link.rtt.unwrap_or_default();
-        let rate = link.congestion_window_bytes.unwrap_or(0) as f64 / rtt.as_secs_f64().max(1e-4);
+        rounds += 1;
         let facts = MoveFacts {
             rounds,
-            remaining_bytes: sealed.sent_bytes,
             remaining_before: before,
-            link_bytes_per_second: rate as u64,
-            fixed: HAND_OVER + rtt * 2,
             throttle: throttled,
+            ..measured(driver, &sealed)
         };
-        before = Some(sealed.sent_bytes);
-        let step = next_move_step(&driver.protection.policy, &facts);
-        tracing::info!(guest = %driver.record.name, rounds, remaining_bytes = sealed.sent_bytes, throttled, ?step, "a round of the move");
-        match step {
+        let policy = driver.protection.policy.clone();
+        let outlook = outlook(&policy, &facts);
+        tracing::info!(guest = %driver.record.name, ?outlook, "a round of the move");
+        driver.view.send_modify(|v| v.outlook = Some(outlook));
+        before = Some(facts.remaining_bytes);
+        match next_move_step(&policy, &facts, accept_pause) {
             MoveStep::Round => {}
-            MoveStep::LastCut { within: true, .. } => return Ok(slowed(throttled)),
-            MoveStep::LastCut { .. } => {
-                let told = too_long(&driver.protection.policy, &facts);
-                tracing::warn!(guest = %driver.record.name, "{told}");
-                driver.view.send_modify(|v| v.trouble.clone_from(&told));
-                return Ok(told);
+            MoveStep::LastCut {
+                within,
+                expected_blackout,
+            } => {
+                let note = match within {
+                    true => slowed(throttled),
+                    false => too_long(&policy, &facts),
+                };
+                if !within {
+                    tracing::warn!(guest = %driver.record.name, "{note}");
+                    driver.view.send_modify(|v| v.trouble.clone_from(&note));
+                }
+                return Ok(Converged {
+                    note,
+                    expected: expected_blackout,
+                });
+            }
+            MoveStep::TooLong { .. } => {
+                return Err(DriveError::TooLong(too_long(&policy, &facts)));
             }
             MoveStep::Throttle { percent } => {
                 throttle(attached, percent).await?;
                 throttled = percent;
+                // Part of what the next point finds was written before now.
+                before = None;
                 driver.view.send_modify(|v| v.trouble = slowed(percent));
             }
             MoveStep::LinkDown => {
@@ -60,7 +92,61 @@ pub(super) async fn converge(
             }
         }
     }
-    Ok(slowed(throttled))
+}
+
+/// What the point that was just sealed tells of the guest and the link, as of
+/// a first round of a guest that runs freely.
+pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
+    let link = driver.remote.peer.status();
+    let rtt = link.rtt.unwrap_or_default();
+    let window = link.congestion_window_bytes.unwrap_or(0);
+    let told = window as f64 / rtt.as_secs_f64().max(1e-4);
+    let capped = driver.cap.is_some();
+    let rate = link_rate(told as u64, sealed, capped);
+    let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
+    // A guest that writes as before leaves as much to a last cut as this one
+    // found, or more if sealing took longer than its changes took to be made.
+    // Not less: what it writes again and again counts once, however long.
+    let share = sealed.took.as_secs_f64() / sealed.since_before.as_secs_f64().max(1e-3);
+    MoveFacts {
+        rounds: 0,
+        remaining_bytes: (sealed.sent_bytes as f64 * share.max(1.0)) as u64,
+        remaining_before: None,
+        dirty_bytes_per_second: (sealed.sent_bytes as f64
+            / sealed.since_before.as_secs_f64().max(1e-3)) as u64,
+        link_bytes_per_second: rate,
+        fixed: HAND_OVER + rtt * 2,
+        overhead: sealed.took.saturating_sub(carried.unwrap_or_default()),
+        throttle: 0,
+    }
+}
+
+/// What the transport tells, held against what a cut that was large enough
+/// showed: at least that, and hardly more. A policy's cap holds cuts back, but
+/// not the last one.
+fn link_rate(told: u64, sealed: &Sealed, capped: bool) -> u64 {
+    if capped || sealed.final_bytes < TELLING_BYTES || told == 0 {
+        return told;
+    }
+    let shown = (sealed.final_bytes as f64 / sealed.took.as_secs_f64().max(1e-3)) as u64;
+    told.clamp(shown, shown.saturating_mul(2))
+}
+
+/// For people and programs.
+pub(super) fn outlook(policy: &Policy, facts: &MoveFacts) -> MoveOutlook {
+    let expected = expected_blackout(facts);
+    MoveOutlook {
+        rounds: facts.rounds,
+        remaining_bytes: facts.remaining_bytes,
+        dirty_bytes_per_s: facts.dirty_bytes_per_second,
+        link_bytes_per_s: facts.link_bytes_per_second,
+        throttle_percent: facts.throttle,
+        max_throttle_percent: policy.max_throttle,
+        expected_blackout_ms: expected.as_secs_f64() * 1e3,
+        max_blackout_ms: policy.max_blackout.duration().as_secs_f64() * 1e3,
+        within: expected <= policy.max_blackout.duration(),
+        at: super::unix_ns(SystemTime::now()),
+    }
 }
 
 fn slowed(percent: u8) -> String {
@@ -78,10 +164,15 @@ fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
     };
     let why = match facts.fixed >= policy.max_blackout.duration() {
         true => "the hand-over alone takes long on this link".to_owned(),
-        false => format!("the guest{throttled} changes faster than the link carries"),
+        false => format!(
+            "the guest{throttled} changes {}/s, and the link carries {}/s",
+            bytes(facts.dirty_bytes_per_second),
+            bytes(facts.link_bytes_per_second)
+        ),
     };
     format!(
-        "{why}: it will stand still for about {:.1} s, where protect.max_blackout is {}",
+        "{why}: with {} left it would stand still for about {:.1} s, where protect.max_blackout is {}",
+        bytes(facts.remaining_bytes),
         expected_blackout(facts).as_secs_f64(),
         policy.max_blackout
     )
@@ -105,6 +196,62 @@ pub(super) async fn throttle(attached: &mut Attached, percent: u8) -> Result<(),
 mod tests {
     use super::*;
 
+    fn sealed(final_bytes: u64, took: Duration) -> Sealed {
+        Sealed {
+            cut_at: SystemTime::UNIX_EPOCH,
+            pause: Duration::ZERO,
+            took,
+            since_before: Duration::from_secs(1),
+            sent_bytes: final_bytes,
+            final_bytes,
+        }
+    }
+
+    #[test]
+    fn the_links_rate_is_held_against_what_a_cut_showed() {
+        let large = sealed(10_000_000, Duration::from_secs(4));
+        for (told, capped, rate) in [
+            (3_000_000, false, 3_000_000),
+            (1_000_000, false, 2_500_000),
+            (90_000_000, false, 5_000_000),
+            (90_000_000, true, 90_000_000),
+            (0, false, 0),
+        ] {
+            assert_eq!(link_rate(told, &large, capped), rate, "{told} {capped}");
+        }
+        let small = sealed(10_000, Duration::from_secs(4));
+        assert_eq!(link_rate(90_000_000, &small, false), 90_000_000);
+    }
+
+    #[test]
+    fn the_outlook_tells_what_it_rests_on() {
+        let policy = Policy::default();
+        let facts = MoveFacts {
+            rounds: 3,
+            remaining_bytes: 1_000_000,
+            remaining_before: None,
+            dirty_bytes_per_second: 300_000,
+            link_bytes_per_second: 2_500_000,
+            fixed: Duration::from_millis(310),
+            overhead: Duration::from_millis(200),
+            throttle: 40,
+        };
+        let outlook = outlook(&policy, &facts);
+        assert_eq!(outlook.expected_blackout_ms, 710.0);
+        assert!(!outlook.within && outlook.max_blackout_ms == 500.0);
+        let told = outlook.to_string();
+        for words in [
+            "1.0 MB",
+            "300.0 kB/s",
+            "2.5 MB/s",
+            "40 %",
+            "710 ms",
+            "500 ms",
+        ] {
+            assert!(told.contains(words), "no '{words}' in: {told}");
+        }
+    }
+
     #[test]
     fn a_blackout_that_cannot_be_kept_is_told_with_its_reason() {
         let policy = Policy::default();
@@ -112,14 +259,18 @@ mod tests {
             rounds: 9,
             remaining_bytes: 4_000_000,
             remaining_before: Some(4_000_000),
+            dirty_bytes_per_second: 3_000_000,
             link_bytes_per_second: 1_000_000,
             fixed: HAND_OVER,
+            overhead: HAND_OVER,
             throttle: 80,
         };
         let told = too_long(&policy, &facts);
         for words in [
             "throttled by 80 %",
-            "faster than the link",
+            "3.0 MB/s",
+            "1.0 MB/s",
+            "4.0 MB left",
             "4.2 s",
             "500ms",
         ] {

@@ -12,15 +12,12 @@ use crate::capture::CaptureBuffer;
 use crate::guest::embedded::VmmError;
 use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
 use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
-use crate::replicate::send::{Shipment, Shipped};
+use crate::replicate::outlet::Outlet;
+use crate::replicate::send::Shipped;
 
 /// A guest that changes more than the capture buffer holds between a round
 /// and the cut after it gets this many rounds to calm down in.
 const ROUNDS: usize = 4;
-
-/// While the guest waits for nothing, the copy-before-write images of a cut
-/// grow with every write: give the cut up when the link takes no data for so long.
-const STALLED: Duration = Duration::from_secs(20);
 
 /// A cut whose every byte is on its way.
 pub(super) struct Made {
@@ -28,9 +25,9 @@ pub(super) struct Made {
     pub(super) cut_at: SystemTime,
     pub(super) stopped: Instant,
     pub(super) times: CutTimes,
-    volumes: Vec<Volume>,
-    shipped: Shipped,
-    chain: [u8; 32],
+    pub(super) volumes: Vec<Volume>,
+    pub(super) shipped: Shipped,
+    pub(super) chain: [u8; 32],
     /// Bytes of batches sent after the stop.
     pub(super) final_bytes: u64,
 }
@@ -76,9 +73,11 @@ pub(super) async fn make(
     Ok(made)
 }
 
-fn ship(
+/// Stops a guest that is being copied, lets it go on unless it is held, and
+/// ships what that instant is made of.
+pub(super) fn ship(
     guest: &mut dyn Guest,
-    shipment: &mut Shipment,
+    shipment: &mut dyn Outlet,
     known: &mut Vec<farhaven_storage_sync::unit::Digest>,
     point: u64,
     after: After,
@@ -139,10 +138,10 @@ fn everything(
     volumes: usize,
     cut: &mut Cut,
     buffer: CaptureBuffer,
-    shipment: &mut Shipment,
+    shipment: &mut dyn Outlet,
     known: &mut Vec<farhaven_storage_sync::unit::Digest>,
 ) -> Result<(), GuestError> {
-    shipment.patience(Some(STALLED));
+    shipment.hurry(true);
     let shipped = (|| {
         buffer.drain_into(shipment)?;
         let state = u16::try_from(volumes.saturating_sub(1)).unwrap_or(u16::MAX);
@@ -152,7 +151,7 @@ fn everything(
         }
         Ok(shipment.flush()?)
     })();
-    shipment.patience(None);
+    shipment.hurry(false);
     shipped
 }
 
@@ -212,6 +211,7 @@ pub(super) async fn seal(
     }
     attached.newest = made.point;
     attached.next = made.point + 1;
+    let before = driver.last_cut.replace(made.stopped);
     let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
@@ -245,7 +245,9 @@ pub(super) async fn seal(
         cut_at: made.cut_at,
         pause: made.times.pause,
         took,
+        since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
         sent_bytes: made.shipped.sent_bytes,
+        final_bytes: made.final_bytes,
     })
 }
 

@@ -13,45 +13,23 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_policies::decide::{self, Measured};
 use farhaven_storage_sync::unit::Digest;
 use farhaven_wan::pace::TokenBucket;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{mpsc, watch};
 
+pub(super) use super::commands::{Command, NotMoved};
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
-use super::view::{MoveReport, Phase, SourceView};
-use super::{Site, handover};
-use crate::activate::fence::Term;
+use super::view::{Phase, SourceView};
+use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
 use crate::guest::{After, Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
-/// What a driver is asked to do.
-#[derive(Debug)]
-pub(super) enum Command {
-    /// Leave the guest alone until told otherwise.
-    Pause,
-    /// Go on.
-    Resume,
-    /// Stop protecting; the guest runs on.
-    End,
-    /// A newer term is known: stop the guest for good. Answered when it is
-    /// stopped, or with why it is not.
-    Fence(Term, oneshot::Sender<Result<(), String>>),
-    /// Move it to the peer.
-    Move(oneshot::Sender<Result<MoveReport, String>>),
-    /// Give up waiting for the peer's word about a move, and run the guest here.
-    TakeBack(oneshot::Sender<Result<(), String>>),
-}
-
-impl Command {
-    /// Must the step under way stop for it?
-    pub(super) fn is_urgent(&self) -> bool {
-        matches!(self, Command::Pause | Command::End | Command::Fence(..))
-    }
-}
-
 /// Why an attempt ended.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum DriveError {
+    /// A move would take longer than the policy allows, and nobody accepted that.
+    #[error("{0}")]
+    TooLong(String),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -92,6 +70,8 @@ pub(super) struct Driver {
     pub(super) last_point: u64,
     /// A cut of ours stopped it and could not let it go on.
     pub(super) left_stopped: bool,
+    /// When the newest sealed cut of this process was made.
+    pub(super) last_cut: Option<Instant>,
     sealing: Measured,
     pausing: Measured,
 }
@@ -104,8 +84,11 @@ pub(super) struct DriverHandle {
     pub(super) totals: Arc<Totals>,
 }
 
+/// How often the peer is asked whether it has the seed by now.
+const LOOK_FOR_SEED: Duration = Duration::from_secs(5);
+
 /// What the main loop does after an attempt.
-enum Next {
+pub(super) enum Next {
     Again(Duration),
     Ended,
 }
@@ -147,6 +130,7 @@ impl Driver {
             cap,
             last_point: 0,
             left_stopped: false,
+            last_cut: None,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -209,40 +193,11 @@ impl Driver {
         }
     }
 
-    /// Commands between attempts, with no guest attached. True: the task ends.
-    async fn idle_commands(&mut self) -> bool {
-        while let Some(command) = self.waiting.pop_front() {
-            match command {
-                Command::Pause => self.set_paused(true).await,
-                Command::Resume => self.set_paused(false).await,
-                Command::End => {
-                    self.clear_away().await;
-                    return true;
-                }
-                Command::Fence(term, done) => {
-                    let _ = done.send(self.fence(term, None).await);
-                }
-                Command::Move(reply) => {
-                    let trouble = self.view.borrow().trouble.clone();
-                    let _ = reply.send(Err(format!(
-                        "'{}' is not protected at this moment{}{trouble}; see farhaven status",
-                        self.record.name,
-                        if trouble.is_empty() { "" } else { ": " },
-                    )));
-                }
-                Command::TakeBack(reply) => {
-                    let answer = self.take_back().await;
-                    let _ = reply.send(answer);
-                }
-            }
-        }
-        false
-    }
-
     /// One attempt, from the attach to whatever ends it.
     async fn attempt(&mut self) -> Result<Next, DriveError> {
         // Kept even while nobody listens, unlike `send`.
         self.stop.send_replace(false);
+        self.last_cut = None;
         let name = self.record.name.clone();
         if let Err(error) = self.site.fence.may_run(self.record.id, self.site.key()) {
             let moved = self.view.borrow().phase == Phase::Moved;
@@ -270,6 +225,9 @@ impl Driver {
         if self.protection.paused {
             self.phase(Phase::Paused);
             return Ok(self.wait_for_command().await);
+        }
+        if self.protection.seeded && !self.seed_is_there().await? {
+            return Ok(Next::Again(LOOK_FOR_SEED));
         }
         // A lost guest stays lost, and said to be, until it is found again.
         if self.view.borrow().phase != Phase::Lost {
@@ -313,25 +271,6 @@ impl Driver {
         ended
     }
 
-    /// Urgent commands that stopped an attempt, with the guest still attached.
-    async fn attached_commands(&mut self, attached: &mut Attached) -> Result<Next, DriveError> {
-        while let Some(command) = self.waiting.pop_front() {
-            match command {
-                Command::Pause => self.set_paused(true).await,
-                Command::Resume => self.set_paused(false).await,
-                Command::End => return Ok(Next::Ended),
-                Command::Fence(term, done) => {
-                    let _ = done.send(self.fence(term, attached.guest.take()).await);
-                }
-                later => {
-                    self.waiting.push_front(later);
-                    break;
-                }
-            }
-        }
-        Ok(Next::Again(Duration::ZERO))
-    }
-
     /// First copy, then cut after cut.
     async fn protect(&mut self, attached: &mut Attached) -> Result<Next, DriveError> {
         self.view.send_modify(|v| v.trouble.clear());
@@ -345,6 +284,9 @@ impl Driver {
             let sealed = self.point(attached, After::Continue).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
+            let facts = converge::measured(self, &sealed);
+            let outlook = converge::outlook(&self.protection.policy, &facts);
+            self.view.send_modify(|v| v.outlook = Some(outlook));
             self.phase(Phase::Protected);
             self.look_at_commands();
             while self.waiting.is_empty() {
@@ -361,24 +303,25 @@ impl Driver {
             }
             match self.waiting.pop_front() {
                 None => {}
-                Some(Command::Move(reply)) => {
-                    let outcome = handover::perform(self, attached).await;
-                    let moved = outcome.is_ok();
-                    let held = self.protection.moving.is_some();
-                    let told = outcome.map_err(|e| match held {
-                        true => format!(
-                            "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
-                            self.record.name, self.protection.to
-                        ),
-                        false => e.to_string(),
-                    });
-                    let failed = told.as_ref().err().cloned();
-                    let _ = reply.send(told);
-                    if moved {
+                Some(Command::Move {
+                    accept_pause,
+                    reply,
+                }) => match self.move_it(attached, accept_pause).await {
+                    Ok(report) => {
+                        let _ = reply.send(Ok(report));
                         return Ok(Next::Again(Duration::ZERO));
                     }
-                    return Err(DriveError::Other(failed.unwrap_or_default()));
-                }
+                    Err(NotMoved::TooLong(why)) => {
+                        // Nothing was done: protection goes on in this very attempt.
+                        tracing::warn!(guest = %self.record.name, why, "not moved");
+                        self.view.send_modify(|v| v.trouble.clone_from(&why));
+                        let _ = reply.send(Err(NotMoved::TooLong(why)));
+                    }
+                    Err(NotMoved::Failed(why)) => {
+                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                        return Err(DriveError::Other(why));
+                    }
+                },
                 Some(Command::Resume) => {}
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
@@ -433,14 +376,6 @@ impl Driver {
         Next::Again(Duration::ZERO)
     }
 
-    async fn set_paused(&mut self, paused: bool) {
-        self.protection.paused = paused;
-        let _ = self.keep_protection().await;
-        if paused {
-            self.phase(Phase::Paused);
-        }
-    }
-
     /// Writes the protection down, durably. What fails is told in the status, too.
     pub(super) async fn keep_protection(&self) -> Result<(), String> {
         let (site, protection) = (self.site.clone(), self.protection.clone());
@@ -467,13 +402,6 @@ impl Driver {
         handover::resolve(self).await?;
         Ok(Next::Again(Duration::ZERO))
     }
-
-    async fn take_back(&mut self) -> Result<(), String> {
-        if self.protection.moving.is_none() {
-            return Err(format!("'{}' is not held for a move", self.record.name));
-        }
-        handover::take_back(self).await.map_err(|e| e.to_string())
-    }
 }
 
 /// A point that is durable at the peer.
@@ -484,6 +412,10 @@ pub(super) struct Sealed {
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
     pub(super) took: Duration,
+    /// From the cut before until this one; of a first one, as `took`.
+    pub(super) since_before: Duration,
     /// Bytes of its batches.
     pub(super) sent_bytes: u64,
+    /// Of those, what was sent after the guest was stopped.
+    pub(super) final_bytes: u64,
 }

@@ -9,7 +9,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::converge::{converge, throttle};
+use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
@@ -27,8 +27,9 @@ const PREPARATION: Duration = Duration::from_secs(120);
 pub(super) async fn perform(
     driver: &mut Driver,
     attached: &mut Attached,
+    accept_pause: bool,
 ) -> Result<MoveReport, DriveError> {
-    let outcome = hand_over(driver, attached).await;
+    let outcome = hand_over(driver, attached, accept_pause).await;
     // However it ended: a guest that is still here gets all of its time.
     throttle(attached, 0).await.unwrap_or_else(|error| {
         tracing::warn!(guest = %driver.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
@@ -36,7 +37,11 @@ pub(super) async fn perform(
     outcome
 }
 
-async fn hand_over(driver: &mut Driver, attached: &mut Attached) -> Result<MoveReport, DriveError> {
+async fn hand_over(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    accept_pause: bool,
+) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
     let id = driver.record.id;
@@ -64,7 +69,7 @@ async fn hand_over(driver: &mut Driver, attached: &mut Attached) -> Result<MoveR
             .ask_within(Message::Prepare { guest: id }, PREPARATION)
             .await
     });
-    let round = converge(driver, attached).await;
+    let round = converge(driver, attached, accept_pause).await;
     let prepared = driver
         .interruptible(preparing)
         .await?
@@ -152,6 +157,10 @@ async fn hand_over(driver: &mut Driver, attached: &mut Attached) -> Result<MoveR
 fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
     match error {
         DriveError::Interrupted => error,
+        DriveError::TooLong(why) => DriveError::TooLong(format!(
+            "'{}' runs on here, protected as before, and was not moved: {why}. To move it all the same: farhaven move {0} --accept-pause",
+            driver.record.name
+        )),
         error => DriveError::Other(format!(
             "'{}' runs on here and was not moved: {error}",
             driver.record.name
@@ -165,11 +174,13 @@ fn give_up(driver: &Driver) {
     tokio::spawn(async move { remote.ask(Message::GiveUp { guest }).await });
 }
 
-fn join(first: String, then: String) -> String {
-    match first.is_empty() || then.is_empty() {
-        true => first + &then,
-        false => format!("{first}; {then}"),
+fn join(mut converged: Converged, then: String) -> Converged {
+    let first = &mut converged.note;
+    if !first.is_empty() && !then.is_empty() {
+        first.push_str("; ");
     }
+    first.push_str(&then);
+    converged
 }
 
 fn report(
@@ -179,18 +190,19 @@ fn report(
     total: Duration,
     times: ActivationTimes,
     term: Term,
-    note: String,
+    converged: Converged,
 ) -> MoveReport {
     MoveReport {
         guest: driver.record.name.clone(),
         to: driver.protection.to.clone(),
         point: made.point,
         blackout_ms: blackout.as_secs_f64() * 1e3,
+        expected_blackout_ms: converged.expected.as_secs_f64() * 1e3,
         total_ms: total.as_secs_f64() * 1e3,
         final_bytes: made.final_bytes,
         term: term.number,
         times,
-        note,
+        note: converged.note,
     }
 }
 

@@ -10,10 +10,12 @@ pub mod files;
 pub mod hosted;
 pub mod records;
 pub mod remote;
+pub mod seed;
 pub mod view;
 
 mod adopt;
 mod answer;
+mod commands;
 mod converge;
 mod cut;
 mod drill;
@@ -61,6 +63,7 @@ pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use sealed::SealedTimes;
+use seed::announced::Announced;
 use standby::Standby;
 
 /// Why a site does not start.
@@ -135,6 +138,10 @@ pub struct Site {
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
     sealed: SealedTimes,
+    /// Seeds that peers announced.
+    seeds: Announced,
+    /// Guests whose seed is being written or taken here.
+    seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
@@ -186,6 +193,12 @@ impl Site {
             tracing::warn!(set_aside = ?report.set_aside, "the catalogue was damaged or missing, and was rebuilt");
         }
         let fence = Fence::open(&state.join("terms"))?;
+        let seeds = state.join("seeds");
+        let seeds = Announced::open(&seeds).map_err(|source| SiteError::Directory {
+            path: seeds,
+            key: "site.state_dir",
+            source,
+        })?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
         let node = Arc::new(Node::start(&identity, node_options(&config))?);
         let site = Arc::new(Self {
@@ -199,6 +212,8 @@ impl Site {
             drivers: RwLock::default(),
             standbys: RwLock::default(),
             sealed: SealedTimes::open(&state.join("sealed")),
+            seeds,
+            seeding: Mutex::default(),
             exports,
             builders,
             naming: Mutex::default(),
@@ -244,6 +259,7 @@ impl Site {
         if guests > 0 {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
+        self.stop_seeding();
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()

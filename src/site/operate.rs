@@ -22,6 +22,10 @@ pub enum OperateError {
     /// It contradicts what is.
     #[error("{0}")]
     Conflict(String),
+    /// A move would take longer than the guest's policy allows, and nobody
+    /// accepted that: nothing was done.
+    #[error("{0}")]
+    TooLong(String),
     /// It went wrong.
     #[error("{0}")]
     Failed(String),

@@ -9,10 +9,10 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
-use super::driver::Command;
+use super::driver::{Command, NotMoved};
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Protection};
-use super::view::{MoveReport, Phase};
+use super::view::{MoveOutlook, MoveReport, Phase};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
 
@@ -142,6 +142,7 @@ impl Site {
             )));
         }
         drop(drivers);
+        self.unless_seeding(record.id, || Ok(()))?;
         if self.hosted(record.id).is_some() {
             return Err(OperateError::Conflict(format!(
                 "'{name}' lives in this daemon, and forgotten it could not be reached any more; to end it: farhaven guest end {name}"
@@ -204,6 +205,30 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
+        self.begin_protection(name, to, rpo, false).await
+    }
+
+    /// As [`Site::protect`], but the first copy comes by a seed
+    /// ([`Site::export_seed`]): nothing is sent before the peer has imported it.
+    ///
+    /// # Errors
+    /// As of [`Site::protect`].
+    pub async fn protect_seeded(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        rpo: Option<Period>,
+    ) -> Result<(), OperateError> {
+        self.begin_protection(name, to, rpo, true).await
+    }
+
+    async fn begin_protection(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+        rpo: Option<Period>,
+        seeded: bool,
+    ) -> Result<(), OperateError> {
         let record = self.guest(name)?;
         self.remote(to).ok_or_else(|| self.no_peer(to))?;
         let elsewhere = self.fence.may_run(record.id, self.key());
@@ -221,21 +246,8 @@ impl Site {
                 "'{name}' is protected to '{peer}' already; to change that: farhaven unprotect {name}"
             )));
         }
-        let findings = self.check_guest(name, Some(to)).await?;
-        let blocks: Vec<_> = findings
-            .iter()
-            .filter(|f| f.severity == Severity::Blocks)
-            .collect();
-        if !blocks.is_empty() {
-            let list: Vec<_> = blocks
-                .iter()
-                .map(|f| format!("{}: {}", f.what, f.mend))
-                .collect();
-            return Err(OperateError::Conflict(format!(
-                "'{name}' cannot be protected to '{to}' as it is:\n  {}",
-                list.join("\n  ")
-            )));
-        }
+        self.unless_seeding(record.id, || Ok(()))?;
+        self.unblocked(name, to).await?;
         let mut policy = self.config.protect.clone();
         if let Some(rpo) = rpo {
             policy.rpo = rpo;
@@ -251,14 +263,39 @@ impl Site {
             to: to.to_owned(),
             policy,
             paused: false,
+            seeded,
             moving: None,
             moved: None,
         })
     }
 
     fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
-        self.keep_protection(&protection).map_err(failed)?;
-        self.drive(protection).map_err(OperateError::Failed)
+        // Not beside an export: two would be attached to one guest.
+        self.unless_seeding(protection.guest, || {
+            self.keep_protection(&protection).map_err(failed)?;
+            self.drive(protection).map_err(OperateError::Failed)
+        })
+    }
+
+    /// Nothing stops the guest's protection to `to`, here or there.
+    pub(super) async fn unblocked(
+        self: &Arc<Self>,
+        name: &str,
+        to: &str,
+    ) -> Result<(), OperateError> {
+        let findings = self.check_guest(name, Some(to)).await?;
+        let blocks: Vec<_> = findings
+            .iter()
+            .filter(|f| f.severity == Severity::Blocks)
+            .map(|f| format!("{}: {}", f.what, f.mend))
+            .collect();
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        Err(OperateError::Conflict(format!(
+            "'{name}' cannot be protected to '{to}' as it is:\n  {}",
+            blocks.join("\n  ")
+        )))
     }
 
     async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
@@ -339,18 +376,45 @@ impl Site {
         Ok(())
     }
 
-    /// Moves a guest to its peer.
+    /// Moves a guest to its peer, if it will stand no longer than its policy
+    /// allows (`protect.max_blackout`), or that is accepted.
     ///
     /// # Errors
-    /// When it is not protected at this moment, or the move failed; the
-    /// message says where the guest runs.
-    pub async fn move_guest(&self, name: &str) -> Result<MoveReport, OperateError> {
+    /// When it is not protected at this moment, it would stand too long
+    /// ([`OperateError::TooLong`]), or the move failed; the message says where
+    /// the guest runs.
+    pub async fn move_guest(
+        &self,
+        name: &str,
+        accept_pause: bool,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
-        self.command(name, Command::Move(reply)).await?;
-        answer
+        let order = Command::Move {
+            accept_pause,
+            reply,
+        };
+        self.command(name, order).await?;
+        let moved = answer
             .await
-            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?
-            .map_err(OperateError::Failed)
+            .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?;
+        moved.map_err(|why| match why {
+            NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::Failed(why) => OperateError::Failed(why),
+        })
+    }
+
+    /// What a move now would take, by what its newest point showed: nothing is
+    /// done. A move takes rounds, and throttles, so it may do better.
+    ///
+    /// # Errors
+    /// When the guest is not protected, or nothing was measured yet.
+    pub fn move_outlook(&self, name: &str) -> Result<MoveOutlook, OperateError> {
+        let view = self.source_view(&self.guest(name)?);
+        view.outlook.ok_or_else(|| {
+            OperateError::Conflict(format!(
+                "nothing was measured of '{name}' yet: that takes a point that was sealed since this daemon started (see farhaven status)"
+            ))
+        })
     }
 
     /// Runs a held guest here again, by an operator's decision.

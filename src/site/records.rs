@@ -42,6 +42,9 @@ pub struct Protection {
     pub policy: farhaven_policies::policy::Policy,
     /// The operator paused it.
     pub paused: bool,
+    /// Its first copy comes by a seed: the link waits until that is imported.
+    #[serde(default)]
+    pub seeded: bool,
     /// A planned move is being handed over under this term: until the peer's
     /// word is known, the guest stays stopped here.
     pub moving: Option<Term>,

@@ -38,6 +38,7 @@ impl Site {
     }
 
     pub(super) fn source_view(&self, record: &GuestRecord) -> SourceView {
+        let seed = self.exporting(record.id);
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(driver) = drivers.get(&record.id) else {
             let trouble = match record.definition.is_embedded() {
@@ -47,10 +48,12 @@ impl Site {
             return SourceView {
                 name: record.name.clone(),
                 id: record.id.to_string(),
-                phase: match trouble.is_empty() {
-                    true => Phase::Unprotected,
-                    false => Phase::Lost,
+                phase: match (&seed, trouble.is_empty()) {
+                    (_, false) => Phase::Lost,
+                    (Some(_), _) => Phase::Exporting,
+                    (None, _) => Phase::Unprotected,
                 },
+                progress: seed.flatten(),
                 trouble,
                 ..SourceView::default()
             };

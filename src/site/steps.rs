@@ -24,6 +24,32 @@ impl Driver {
         Ok(attached?)
     }
 
+    /// Has the peer imported the guest's first copy? Once it has, that is not
+    /// asked again. The peer is asked for points only: an opening would give up
+    /// what an import there has brought so far.
+    pub(super) async fn seed_is_there(&mut self) -> Result<bool, DriveError> {
+        self.phase(Phase::AwaitingSeed);
+        let told = format!(
+            "nothing is sent before its seed is imported at '{0}' (there: farhaven seed import FILE). To send the first copy over the link instead: farhaven unprotect {1}, then farhaven protect {1} --to {0}",
+            self.protection.to, self.record.name
+        );
+        self.view.send_modify(|v| v.trouble = told);
+        let remote = self.remote.clone();
+        let guest = self.record.id;
+        self.interruptible(remote.reachable()).await?;
+        let asked = remote.ask(Message::Points { guest });
+        match self.interruptible(asked).await? {
+            Ok(Message::PointList { points }) if !points.is_empty() => {}
+            // It does not know the guest yet, or is away for a moment.
+            _ => return Ok(false),
+        }
+        self.protection.seeded = false;
+        let kept = self.keep_protection().await;
+        kept.map_err(DriveError::Other)?;
+        self.view.send_modify(|v| v.trouble.clear());
+        Ok(true)
+    }
+
     /// A guest that a cut of ours left stopped goes on before anything else: a
     /// stopped guest would be protected as one that its operator had stopped.
     pub(super) async fn let_go_on(

@@ -22,6 +22,10 @@ pub enum Phase {
     Resuming,
     /// Everything is being copied for the first time.
     FirstCopy,
+    /// A first copy is being written to a medium.
+    Exporting,
+    /// The peer has not imported its seed yet.
+    AwaitingSeed,
     /// A cut is being taken or shipped.
     Shipping,
     /// The newest point is sealed; waiting for the next cut.
@@ -49,6 +53,8 @@ impl Phase {
             Phase::Connecting => "waiting for peer",
             Phase::Resuming => "resuming",
             Phase::FirstCopy => "first copy",
+            Phase::Exporting => "writing seed",
+            Phase::AwaitingSeed => "waiting for seed",
             Phase::Shipping => "shipping",
             Phase::Protected => "protected",
             Phase::Paused => "paused",
@@ -105,8 +111,69 @@ pub struct SourceView {
     pub throughput_bytes_per_s: u64,
     /// The group's term.
     pub term: Option<u64>,
+    /// What a move would take, by the newest point, or by the newest round
+    /// while one is under way.
+    #[serde(default)]
+    pub outlook: Option<MoveOutlook>,
     /// What hinders it, and what to do. Empty when nothing does.
     pub trouble: String,
+}
+
+/// What a planned move is expected to take, and the figures that rests on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct MoveOutlook {
+    /// Rounds of the move so far; 0 while none is under way.
+    pub rounds: u32,
+    /// Bytes on the link that a last cut now would need, by estimate.
+    pub remaining_bytes: u64,
+    /// Bytes a second on the link that the guest's changes need, measured over
+    /// the last round.
+    pub dirty_bytes_per_s: u64,
+    /// Bytes a second that the link carries, measured.
+    pub link_bytes_per_s: u64,
+    /// Percent of its time that the guest loses now.
+    pub throttle_percent: u8,
+    /// What the policy allows of that.
+    pub max_throttle_percent: u8,
+    /// How long the guest would run nowhere if the last cut were now, by estimate.
+    pub expected_blackout_ms: f64,
+    /// What the policy allows of that.
+    pub max_blackout_ms: f64,
+    /// Is that within the policy?
+    pub within: bool,
+    /// When this was measured, nanoseconds since 1970.
+    pub at: u64,
+}
+
+impl std::fmt::Display for MoveOutlook {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "{} left, changes {}/s, link {}/s, throttle {} %: it would stand for about {:.0} ms (at most {:.0} ms)",
+            bytes(self.remaining_bytes),
+            bytes(self.dirty_bytes_per_s),
+            bytes(self.link_bytes_per_s),
+            self.throttle_percent,
+            self.expected_blackout_ms,
+            self.max_blackout_ms
+        )
+    }
+}
+
+/// Bytes for people: `4.2 MB`.
+pub(crate) fn bytes(n: u64) -> String {
+    const UNITS: [&str; 6] = ["B", "kB", "MB", "GB", "TB", "PB"];
+    let mut value = n as f64;
+    let mut unit = 0;
+    while value >= 999.95 && unit + 1 < UNITS.len() {
+        value /= 1000.0;
+        unit += 1;
+    }
+    if unit == 0 {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {}", UNITS[unit])
+    }
 }
 
 /// A guest that a peer sends here.
@@ -343,6 +410,9 @@ pub struct MoveReport {
     pub point: u64,
     /// From the stop here until word came that it runs there: the blackout and half a round trip.
     pub blackout_ms: f64,
+    /// What was expected of that before the last cut.
+    #[serde(default)]
+    pub expected_blackout_ms: f64,
     /// From the command until it ran.
     pub total_ms: f64,
     /// Bytes sent while it was stopped.

@@ -320,6 +320,16 @@ impl Store {
             .map_or(1, |guest| guest.largest.max(guest.claimed) + 1)
     }
 
+    /// Gives up what was received for one point that is not sealed; its batches
+    /// stay as in [`Store::abandon`], and count again if they come again.
+    pub fn abandon_point(&self, guest: GuestId, point: u64) {
+        if let Some(guest) = held(&self.0.state).guests.get_mut(&guest) {
+            for seq in guest.unsealed.remove(&point).unwrap_or_default() {
+                guest.rebuilt.remove(&seq);
+            }
+        }
+    }
+
     /// Gives up what was received for points that are not sealed: the next
     /// attempt has a new number. The batches stay for dedup until a prune.
     pub fn abandon(&self, guest: GuestId) {

@@ -103,7 +103,7 @@ async fn failovers_moves_and_restarts_beside_a_test() {
     let stage = Stage::protected().await;
     stage.west.test("web", None).await.unwrap();
     let tested = stage.at_west.newest();
-    stage.east.move_guest("web").await.unwrap();
+    stage.east.move_guest("web", true).await.unwrap();
     counts_on(&stage.at_west.newest()).await;
     counts_on(&tested).await;
     // A daemon takes its test with it.

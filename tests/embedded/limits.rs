@@ -52,7 +52,12 @@ async fn a_move_asks_by_what_the_guest_is_by_now() {
     stage.guest.lock().unwrap().ask_for(b"flies");
     let found = stage.east.check_guest("web", None).await.unwrap();
     assert!(blocks("peer-counter", &found), "{found:?}");
-    let refused = stage.east.move_guest("web").await.unwrap_err().to_string();
+    let refused = stage
+        .east
+        .move_guest("web", true)
+        .await
+        .unwrap_err()
+        .to_string();
     assert!(refused.contains("runs on here"), "{refused}");
     assert!(refused.contains("it cannot count; teach it"), "{refused}");
     assert!(stage.at_west.built.lock().unwrap().is_empty());
@@ -64,7 +69,7 @@ async fn a_move_asks_by_what_the_guest_is_by_now() {
         (view.trouble.is_empty() && view.phase == Phase::Protected).then_some(())
     })
     .await;
-    stage.east.move_guest("web").await.unwrap();
+    stage.east.move_guest("web", true).await.unwrap();
     counts_on(&stage.at_west.newest()).await;
     stage.end().await;
 }

@@ -7,6 +7,7 @@ mod counter;
 mod drills;
 mod limits;
 mod mended;
+mod seeds;
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -164,7 +165,7 @@ async fn counts_on(counter: &Arc<Mutex<Counter>>) -> u64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_planned_move_loses_nothing_and_ends_the_source() {
     let stage = Stage::protected().await;
-    let report = stage.east.move_guest("web").await.unwrap();
+    let report = stage.east.move_guest("web", true).await.unwrap();
     let last = stage.guest.lock().unwrap().count();
     assert_eq!(stage.guest.lock().unwrap().running(), None);
     let there = stage.at_west.newest();
@@ -334,7 +335,7 @@ async fn a_restart_leaves_a_lost_guest_that_its_program_may_bring_back() {
         (source(&east, "web").newest_point > points + 1).then_some(())
     })
     .await;
-    east.move_guest("web").await.unwrap();
+    east.move_guest("web", true).await.unwrap();
     counts_on(&stage.at_west.newest()).await;
     assert!(stage.at_west.newest().lock().unwrap().count() >= again.lock().unwrap().count());
     east.shutdown().await;

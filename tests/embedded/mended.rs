@@ -22,7 +22,7 @@ async fn a_second_takeover_keeps_the_disks_of_the_first() {
     let stage = Stage::set_paired(true).await.protect().await;
     let id = source(&stage.east, "web").id;
     let root = stage.dir.path();
-    stage.east.move_guest("web").await.unwrap();
+    stage.east.move_guest("web", true).await.unwrap();
     let first = stage.at_west.newest();
     counts_on(&first).await;
     let before = images(root, "west", &id);
@@ -175,7 +175,7 @@ async fn no_test_begins_while_its_points_are_dropped() {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_became_of_an_ended_guest_is_not_written_over() {
     let stage = Stage::protected().await;
-    stage.east.move_guest("web").await.unwrap();
+    stage.east.move_guest("web", true).await.unwrap();
     // Its disks are being copied, which ends with it.
     stage.west.end_guest("web").await.unwrap();
     tokio::time::sleep(Duration::from_millis(1200)).await;

@@ -17,6 +17,8 @@ use super::{Console, GuestVm};
 #[derive(Debug)]
 pub struct Told {
     pub ok: bool,
+    /// Its exit status.
+    pub status: Option<i32>,
     pub out: String,
     pub err: String,
 }
@@ -187,6 +189,7 @@ impl TestSite {
             .unwrap();
         Told {
             ok: output.status.success(),
+            status: output.status.code(),
             out: String::from_utf8_lossy(&output.stdout).into_owned(),
             err: String::from_utf8_lossy(&output.stderr).into_owned(),
         }

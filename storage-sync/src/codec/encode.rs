@@ -29,26 +29,51 @@ const HURRIED: i32 = 1;
 
 /// Numbers for the batches of one pair of sites, shared by all its encoders.
 #[derive(Debug)]
-pub struct Sequence(AtomicU64);
+pub struct Sequence {
+    next: AtomicU64,
+    last: u64,
+}
 
 impl Sequence {
     /// The first batch gets `next` (at least 1): one more than the last the peer holds.
     pub fn starting_at(next: u64) -> Sequence {
-        Sequence(AtomicU64::new(next.max(1)))
+        Sequence::within(next, SEQ)
+    }
+
+    /// Numbers from `first` to `last`: a range that was [reserved](Sequence::reserve).
+    pub fn within(first: u64, last: u64) -> Sequence {
+        Sequence {
+            next: AtomicU64::new(first.max(1)),
+            last: last.min(SEQ),
+        }
+    }
+
+    /// Takes `count` numbers out, to be given out elsewhere; the first of them.
+    /// `None` when there are not so many.
+    pub fn reserve(&self, count: u64) -> Option<u64> {
+        let order = Ordering::Relaxed;
+        let taken = self.next.fetch_update(order, order, |next| {
+            next.checked_add(count).filter(|end| *end <= self.last)
+        });
+        taken.ok()
     }
 
     /// The number that the next batch would get.
     pub fn next(&self) -> u64 {
-        self.0.load(Ordering::Relaxed)
+        self.next.load(Ordering::Relaxed)
     }
 
     /// Makes the next number at least `next`: a peer that was found to hold more.
     pub fn raise_to(&self, next: u64) {
-        self.0.fetch_max(next, Ordering::Relaxed);
+        self.next.fetch_max(next, Ordering::Relaxed);
     }
 
     fn take(&self) -> u64 {
-        self.0.fetch_add(1, Ordering::Relaxed)
+        self.next.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn is_spent(&self) -> bool {
+        self.next() > self.last
     }
 }
 
@@ -323,7 +348,7 @@ impl Encoder {
             self.compressor = Some(compressor);
         }
         if self.open.is_none() {
-            if self.point == 0 || self.point > POINT || self.seqs.next() >= SEQ {
+            if self.point == 0 || self.point > POINT || self.seqs.is_spent() {
                 return Err(EncodeError::Numbers);
             }
             let seq = self.seqs.take();
@@ -366,4 +391,22 @@ fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> 
         unit,
         count,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_that_are_reserved_are_given_out_once() {
+        let numbers = Sequence::starting_at(5);
+        assert_eq!(numbers.reserve(10), Some(5));
+        assert_eq!(numbers.take(), 15);
+        assert_eq!(numbers.reserve(u64::MAX), None);
+        assert_eq!(numbers.reserve(SEQ), None);
+        assert_eq!(numbers.take(), 16);
+        let range = Sequence::within(5, 6);
+        assert_eq!((range.take(), range.is_spent()), (5, false));
+        assert_eq!((range.take(), range.is_spent()), (6, true));
+    }
 }

@@ -1,0 +1,137 @@
+//! What operators and terms ask of a [`Driver`], and what it does about it
+//! between its steps.
+
+use std::time::Duration;
+
+use tokio::sync::oneshot;
+
+use super::driver::{Attached, DriveError, Driver, Next};
+use super::handover;
+use super::view::{MoveReport, Phase};
+use crate::activate::fence::Term;
+
+/// What a driver is asked to do.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Leave the guest alone until told otherwise.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Stop protecting; the guest runs on.
+    End,
+    /// A newer term is known: stop the guest for good. Answered when it is
+    /// stopped, or with why it is not.
+    Fence(Term, oneshot::Sender<Result<(), String>>),
+    /// Move it to the peer, even if it stands longer than the policy allows
+    /// when that is accepted.
+    Move {
+        accept_pause: bool,
+        reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
+    },
+    /// Give up waiting for the peer's word about a move, and run the guest here.
+    TakeBack(oneshot::Sender<Result<(), String>>),
+}
+
+impl Command {
+    /// Must the step under way stop for it?
+    pub(super) fn is_urgent(&self) -> bool {
+        matches!(self, Command::Pause | Command::End | Command::Fence(..))
+    }
+}
+
+/// Why a guest was not moved.
+#[derive(Debug)]
+pub(super) enum NotMoved {
+    /// It would have stood longer than its policy allows: it runs here, and is
+    /// protected as before.
+    TooLong(String),
+    /// It went wrong; the message says where the guest is.
+    Failed(String),
+}
+
+impl Driver {
+    /// Commands between attempts, with no guest attached. True: the task ends.
+    pub(super) async fn idle_commands(&mut self) -> bool {
+        while let Some(command) = self.waiting.pop_front() {
+            match command {
+                Command::Pause => self.set_paused(true).await,
+                Command::Resume => self.set_paused(false).await,
+                Command::End => {
+                    self.clear_away().await;
+                    return true;
+                }
+                Command::Fence(term, done) => {
+                    let _ = done.send(self.fence(term, None).await);
+                }
+                Command::Move { reply, .. } => {
+                    let trouble = self.view.borrow().trouble.clone();
+                    let _ = reply.send(Err(NotMoved::Failed(format!(
+                        "'{}' is not protected at this moment{}{trouble}; see farhaven status",
+                        self.record.name,
+                        if trouble.is_empty() { "" } else { ": " },
+                    ))));
+                }
+                Command::TakeBack(reply) => {
+                    let answer = self.take_back().await;
+                    let _ = reply.send(answer);
+                }
+            }
+        }
+        false
+    }
+
+    /// Urgent commands that stopped an attempt, with the guest still attached.
+    pub(super) async fn attached_commands(
+        &mut self,
+        attached: &mut Attached,
+    ) -> Result<Next, DriveError> {
+        while let Some(command) = self.waiting.pop_front() {
+            match command {
+                Command::Pause => self.set_paused(true).await,
+                Command::Resume => self.set_paused(false).await,
+                Command::End => return Ok(Next::Ended),
+                Command::Fence(term, done) => {
+                    let _ = done.send(self.fence(term, attached.guest.take()).await);
+                }
+                later => {
+                    self.waiting.push_front(later);
+                    break;
+                }
+            }
+        }
+        Ok(Next::Again(Duration::ZERO))
+    }
+
+    /// A move, with what is told when it is not made.
+    pub(super) async fn move_it(
+        &mut self,
+        attached: &mut Attached,
+        accept_pause: bool,
+    ) -> Result<MoveReport, NotMoved> {
+        let outcome = handover::perform(self, attached, accept_pause).await;
+        let held = self.protection.moving.is_some();
+        outcome.map_err(|e| match e {
+            DriveError::TooLong(why) => NotMoved::TooLong(why),
+            e if held => NotMoved::Failed(format!(
+                "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
+                self.record.name, self.protection.to
+            )),
+            e => NotMoved::Failed(e.to_string()),
+        })
+    }
+
+    pub(super) async fn set_paused(&mut self, paused: bool) {
+        self.protection.paused = paused;
+        let _ = self.keep_protection().await;
+        if paused {
+            self.phase(Phase::Paused);
+        }
+    }
+
+    pub(super) async fn take_back(&mut self) -> Result<(), String> {
+        if self.protection.moving.is_none() {
+            return Err(format!("'{}' is not held for a move", self.record.name));
+        }
+        handover::take_back(self).await.map_err(|e| e.to_string())
+    }
+}
