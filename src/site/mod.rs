@@ -21,6 +21,7 @@ mod driver;
 mod fencing;
 mod guests;
 mod handover;
+pub mod limits;
 mod operate;
 mod pairing;
 mod promote;
@@ -35,7 +36,6 @@ mod takeover;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -106,6 +106,9 @@ pub enum SiteError {
     /// Its terms.
     #[error(transparent)]
     Fence(#[from] FenceError),
+    /// The time zone of its windows.
+    #[error(transparent)]
+    Zone(#[from] limits::ZoneError),
     /// Its exports of points.
     #[error(transparent)]
     Exports(#[from] NbdError),
@@ -136,6 +139,7 @@ pub struct Site {
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
     sealed: SealedTimes,
     exports: Arc<NbdServer>,
+    limits: limits::Limits,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Held while a new guest is put into the catalogue: names are given once.
@@ -187,7 +191,8 @@ impl Site {
         }
         let fence = Fence::open(&state.join("terms"))?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
-        let node = Arc::new(Node::start(&identity, node_options(&config))?);
+        let limits = limits::Limits::open(&config)?;
+        let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
         let site = Arc::new(Self {
             config,
             fence,
@@ -200,6 +205,7 @@ impl Site {
             standbys: RwLock::default(),
             sealed: SealedTimes::open(&state.join("sealed")),
             exports,
+            limits,
             builders,
             naming: Mutex::default(),
             hosted: RwLock::default(),
@@ -227,6 +233,7 @@ impl Site {
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tracing::info!(
             site = %site.config.site.name,
             key = %site.key(),
@@ -410,7 +417,7 @@ impl Site {
     }
 }
 
-fn node_options(config: &SiteConfig) -> NodeOptions {
+fn node_options(config: &SiteConfig, limits: &limits::Limits) -> NodeOptions {
     let link = &config.link;
     NodeOptions {
         listen: config.listen.address,
@@ -423,10 +430,7 @@ fn node_options(config: &SiteConfig) -> NodeOptions {
             segmentation_offload: link.gso,
             socket_buffer_bytes: usize::try_from(link.socket_buffer.bytes()).unwrap_or(usize::MAX),
             rate: RateOptions {
-                cap: link
-                    .rate_limit
-                    .rate()
-                    .map(|rate| Arc::new(AtomicU64::new(rate.bits_per_second()))),
+                cap: Some(limits.controllers()),
                 initial: None,
             },
             ..LinkOptions::default()

@@ -176,7 +176,11 @@ async fn main() -> Result<(), Failure> {
         true => session::begin(&arguments, &seen).await?,
         false => raw::begin(&arguments, &seen).await?,
     };
-    let overflowed = || emulator.as_ref().map_or(0, |e| e.counters().forward.overflowed);
+    let overflowed = || {
+        emulator
+            .as_ref()
+            .map_or(0, |e| e.counters().forward.overflowed)
+    };
 
     let mut cpu = cpu_seconds();
     let begun = Instant::now();

@@ -165,9 +165,7 @@ impl Flow {
                 Step::Stuck(since, slack) => (None, Some((since, slack))),
             };
             let given_up = match (stuck, patience) {
-                (Some((since, slack)), Some(patience)) => {
-                    Some(begun.max(since) + patience + slack)
-                }
+                (Some((since, slack)), Some(patience)) => Some(begun.max(since) + patience + slack),
                 _ => None,
             };
             if given_up.is_some_and(|at| at <= Instant::now()) {

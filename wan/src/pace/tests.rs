@@ -1,9 +1,9 @@
 //! The cap and the shares, as properties.
 
 use super::*;
+use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
-use proptest::prelude::*;
 
 /// Sends requests of the given sizes for `seconds`, waiting as told; bytes sent.
 fn run(bucket: &mut TokenBucket, start: Instant, seconds: u64, sizes: &[u64]) -> u64 {
@@ -243,7 +243,11 @@ fn a_flow_is_never_far_behind_its_share() {
     let mut pace = pace(0, now, &[200, 100]);
     let turns = turns(&mut pace, now, 2, 30);
     for three in turns.chunks(3) {
-        assert_eq!(three.iter().filter(|flow| **flow == 0).count(), 2, "{turns:?}");
+        assert_eq!(
+            three.iter().filter(|flow| **flow == 0).count(),
+            2,
+            "{turns:?}"
+        );
     }
 }
 
@@ -326,8 +330,5 @@ fn limits_are_told() {
     for flow in 0..FLOW_LIMIT {
         pace.join(now, flow, ()).unwrap();
     }
-    assert_eq!(
-        pace.join(now, FLOW_LIMIT, ()),
-        Err(PaceError::TooManyFlows)
-    );
+    assert_eq!(pace.join(now, FLOW_LIMIT, ()), Err(PaceError::TooManyFlows));
 }

@@ -87,7 +87,8 @@ impl<L> FlowState<L> {
     /// The virtual time of its next turn. What is far behind has been idle, or held back by
     /// its own cap: that is not saved up.
     fn begins(&self, time: u128) -> u128 {
-        self.tag.max(time.saturating_sub(BEHIND * BYTE / self.share()))
+        self.tag
+            .max(time.saturating_sub(BEHIND * BYTE / self.share()))
     }
 }
 

@@ -29,7 +29,9 @@ impl Window {
                 tokio::time::sleep(Duration::from_millis(1)).await;
                 let bytes = bytes_a_millisecond.load(Ordering::Relaxed);
                 if bytes > 0 && *emptied.used.borrow() > 0 {
-                    emptied.used.send_modify(|used| *used = used.saturating_sub(bytes));
+                    emptied
+                        .used
+                        .send_modify(|used| *used = used.saturating_sub(bytes));
                 }
             }
         });
@@ -105,7 +107,10 @@ fn wide() -> (Arc<Window>, Arc<AtomicU64>) {
 
 #[track_caller]
 fn close_to(what: f64, due: f64, within: f64) {
-    assert!((what / due - 1.0).abs() <= within, "{what} where {due} is due");
+    assert!(
+        (what / due - 1.0).abs() <= within,
+        "{what} where {due} is due"
+    );
 }
 
 #[tokio::test(start_paused = true)]
@@ -122,7 +127,9 @@ async fn a_cap_is_exact_over_ten_seconds_and_shared_by_weights() {
     let flows = [&large, &small, &middling];
     let before = flows.map(Shipping::sent);
     tokio::time::sleep(10 * SECOND).await;
-    let sent: Vec<f64> = (0..3).map(|i| (flows[i].sent() - before[i]) as f64).collect();
+    let sent: Vec<f64> = (0..3)
+        .map(|i| (flows[i].sent() - before[i]) as f64)
+        .collect();
     close_to(sent.iter().sum(), 25e6, 0.015);
     for (sent, weight) in sent.iter().zip([200.0, 100.0, 50.0]) {
         close_to(*sent, 25e6 * weight / 350.0, 0.03);
@@ -211,11 +218,17 @@ async fn a_cap_is_no_stall_and_a_link_that_takes_nothing_is() {
     let capped = shares.join(peer(2)).unwrap();
     capped.set(1, 8_000).unwrap();
     let (open, _) = wide();
-    assert_eq!(one(&capped, &open, Rank::Usual, patience).await.0, Passed::Sent);
+    assert_eq!(
+        one(&capped, &open, Rank::Usual, patience).await.0,
+        Passed::Sent
+    );
     let late = one(&capped, &open, Rank::Usual, patience).await;
     assert_eq!(late, (Passed::Sent, 100 * SECOND));
 
-    assert_eq!(one(&flow, &window, Rank::Usual, patience).await.0, Passed::Sent);
+    assert_eq!(
+        one(&flow, &window, Rank::Usual, patience).await.0,
+        Passed::Sent
+    );
     // Several wait for the same link: none waits for the others' patience as well.
     let second = shares.join(peer(1)).unwrap();
     let (a, b) = tokio::join!(
