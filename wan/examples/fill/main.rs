@@ -11,9 +11,11 @@
 //! what the link can carry, packets dropped at the link's queue against packets sent, and
 //! the round trip against the idle one. `--control` has the session send a message ten times
 //! a second beside the data, and says when its answer was back; `--idle` leaves the data
-//! out, for comparison. `--controller` compares ours with quinn's own.
+//! out, for comparison. `--between` runs the session between two network namespaces, over a
+//! link that others may use, too. `--controller` compares ours with quinn's own.
 
 use std::error::Error;
+use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -37,8 +39,26 @@ const STREAM_PAYLOAD: u64 = PACKET - 36;
 
 type Failure = Box<dyn Error + Send + Sync>;
 
+/// Where a site is.
+struct Place {
+    namespace: String,
+    address: SocketAddr,
+}
+
+impl Place {
+    fn of(text: &str) -> Result<Self, Failure> {
+        let (namespace, address) = text.split_once('=').ok_or("NAMESPACE=ADDRESS:PORT")?;
+        Ok(Place {
+            namespace: namespace.to_owned(),
+            address: address.parse()?,
+        })
+    }
+}
+
 struct Arguments {
     link: LinkShape,
+    /// Two network namespaces with a link between them: from, to.
+    between: Option<[Place; 2]>,
     /// No emulated link.
     direct: bool,
     seconds: f64,
@@ -60,6 +80,7 @@ struct Arguments {
 fn arguments() -> Result<Arguments, Failure> {
     let mut arguments = Arguments {
         link: "100mbit,80ms,0.1%".parse()?,
+        between: None,
         direct: false,
         seconds: 20.0,
         skip: 0.0,
@@ -80,6 +101,13 @@ fn arguments() -> Result<Arguments, Failure> {
                 "loopback" => arguments.direct = true,
                 shape => arguments.link = shape.parse()?,
             },
+            // The link is somebody else's; --link says what it carries.
+            "--between" => {
+                let value = value()?;
+                let (from, to) = value.split_once(',').ok_or("--between FROM,TO")?;
+                arguments.between = Some([Place::of(from)?, Place::of(to)?]);
+                (arguments.session, arguments.direct) = (true, true);
+            }
             "--seconds" => arguments.seconds = value()?.parse()?,
             "--skip" => arguments.skip = value()?.parse()?,
             "--controller" => arguments.controller = value()?,
@@ -103,7 +131,7 @@ fn arguments() -> Result<Arguments, Failure> {
             _ => {
                 return Err(format!(
                     "unknown argument {word}; known are --link {LINK_FORM} or loopback, \
-                     --seconds N, --skip N, --session, --control, --idle, \
+                     --between NAMESPACE=ADDRESS:PORT,NAMESPACE=ADDRESS:PORT, --seconds N, --skip N, --session, --control, --idle, \
                      --controller ours|cubic|bbr, --seed N, --step SECONDS:LINK, --json, --trace"
                 )
                 .into());
@@ -276,7 +304,7 @@ async fn main() -> Result<(), Failure> {
     }
     let rate = bytes as f64 * 8e-6 / seconds;
     let cost = cpu / (bytes as f64 / 1e9);
-    if arguments.direct {
+    if arguments.direct && arguments.between.is_none() {
         println!(
             "loopback: {rate:.0} Mbit/s of payload, CPU {:.2} cores, {cost:.2} s per GB, both ends",
             cpu / seconds

@@ -1,6 +1,8 @@
 //! Batches through two whole sessions, as the daemon sends them: window, streams,
 //! acknowledgements, messages.
 
+use std::os::fd::AsFd;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -8,11 +10,20 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use farhaven_wan::emulate::{Emulator, EmulatorOptions};
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, Peer, PeerEvent, PeerRecord};
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::{Arguments, Failure, Look, Seen, random};
 
 /// A batch of 64 units that do not compress.
 const BATCH_BYTES: usize = 256 << 10;
+
+/// What this thread opens from now on is in this network namespace.
+fn enter(namespace: &str) -> Result<(), Failure> {
+    let namespace = std::fs::File::open(Path::new("/run/netns").join(namespace))?;
+    let kind = Some(LinkNameSpaceType::Network);
+    move_into_link_name_space(namespace.as_fd(), kind)?;
+    Ok(())
+}
 
 /// Takes everything at once, and sends messages back.
 async fn receive(peer: Peer, seen: Arc<Seen>) {
@@ -69,10 +80,17 @@ pub(super) async fn begin(
 ) -> Result<(Option<Emulator>, Box<dyn Fn() -> Look>), Failure> {
     let directory = std::env::temp_dir().join(format!("farhaven-fill-{}", std::process::id()));
     let mut sites = Vec::new();
-    for name in ["east", "west"] {
+    // The receiving site is the first of them.
+    for (number, name) in ["east", "west"].into_iter().enumerate() {
+        let mut listen = "127.0.0.1:0".parse()?;
+        if let Some(places) = &arguments.between {
+            let place = &places[1 - number];
+            enter(&place.namespace)?;
+            listen = place.address;
+        }
         let identity = Identity::load_or_create(&directory.join(name), name)?;
         let options = NodeOptions {
-            listen: "127.0.0.1:0".parse()?,
+            listen,
             link: LinkOptions::default(),
         };
         sites.push((identity.key(), Node::start(&identity, options)?));
