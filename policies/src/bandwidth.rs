@@ -98,7 +98,7 @@ pub fn problems(windows: &BTreeMap<String, Window>) -> Vec<Problem> {
         for (other, before) in covered.iter().take(index) {
             if let Some(minute) = overlap(before, own) {
                 found.push(Problem::new(
-                    &format!("windows.{name}"),
+                    format!("windows.{name}"),
                     format!(
                         "overlaps window '{other}', both hold at {}; change one's days or times",
                         minute_of_week(minute)
