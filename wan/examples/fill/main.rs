@@ -171,6 +171,17 @@ struct Look {
     known: String,
 }
 
+/// What our controller knows, for the trace.
+fn known(status: rate::RateStatus) -> String {
+    format!(
+        "estimate {:.1} Mbit/s base {:.1} ms loss {:.3}{}",
+        status.bandwidth as f64 / 1e6,
+        status.base_rtt.unwrap_or_default().as_secs_f64() * 1e3,
+        status.loss,
+        if status.competing { " competing" } else { "" },
+    )
+}
+
 fn random(bytes: usize) -> bytes::Bytes {
     let mut data = vec![0; bytes];
     rand::rng().fill_bytes(&mut data);

@@ -94,20 +94,6 @@ async fn send(connection: Connection, data: bytes::Bytes) -> Result<(), Failure>
     }
 }
 
-/// What our controller knows, for the trace.
-fn known(connection: &Connection) -> String {
-    let Some(status) = control::status(connection.congestion_state()) else {
-        return String::new();
-    };
-    format!(
-        "estimate {:.1} Mbit/s base {:.1} ms loss {:.3}{}",
-        status.bandwidth as f64 / 1e6,
-        status.base_rtt.unwrap_or_default().as_secs_f64() * 1e3,
-        status.loss,
-        if status.competing { " competing" } else { "" },
-    )
-}
-
 /// Begins to send, and says how to look at it.
 pub(super) async fn begin(
     arguments: &Arguments,
@@ -138,7 +124,9 @@ pub(super) async fn begin(
             window: stats.path.cwnd,
             lost: stats.path.lost_packets,
             sent: stats.path.sent_packets,
-            known: known(&connection),
+            known: control::status(connection.congestion_state())
+                .map(super::known)
+                .unwrap_or_default(),
         }
     };
     Ok((emulator, Box::new(look)))

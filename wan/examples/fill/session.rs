@@ -136,7 +136,7 @@ pub(super) async fn begin(
             window: status.congestion_window_bytes.unwrap_or(0),
             lost: status.lost_packets,
             sent: status.sent_packets,
-            known: format!("unacknowledged {}", status.unacknowledged_bytes),
+            known: status.path.map(super::known).unwrap_or_default(),
         }
     };
     Ok((emulator, Box::new(look)))

@@ -67,8 +67,8 @@ proptest! {
         let mut pace = pace(0, now, &weights);
         let mut sent = vec![0u64; weights.len()];
         let mut tickets = BTreeMap::new();
-        for flow in 0..weights.len() {
-            tickets.insert(pace.request(&flow, sizes[flow], Rank::Usual).unwrap(), flow);
+        for (flow, bytes) in sizes.iter().enumerate().take(weights.len()) {
+            tickets.insert(pace.request(&flow, *bytes, Rank::Usual).unwrap(), flow);
         }
         let total: u64 = 200_000_000;
         while sent.iter().sum::<u64>() < total {
@@ -129,8 +129,8 @@ proptest! {
         let mut pace = pace(1_000_000_000, now, &[1, 1, 1]);
         pace.set_flow(now, &1, 1, cap).unwrap();
         let mut tickets = BTreeMap::new();
-        for flow in 0..3 {
-            tickets.insert(pace.request(&flow, sizes[flow], Rank::Usual).unwrap(), flow);
+        for (flow, bytes) in sizes.iter().enumerate() {
+            tickets.insert(pace.request(&flow, *bytes, Rank::Usual).unwrap(), flow);
         }
         let mut sent = [0u64; 3];
         while now < start + Duration::from_secs(10) {
