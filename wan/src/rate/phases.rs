@@ -183,7 +183,7 @@ impl RateController {
     pub(super) fn compete_round(&mut self, now: Instant, round: RoundSummary) {
         self.bandwidth.reset(round.rate);
         let queue = round.least_rtt - self.base.seconds();
-        if round.loss > INTOLERABLE / 2.0 {
+        if round.loss > INTOLERABLE {
             self.competition.on_heavy_loss();
         }
         let since = now.saturating_duration_since(self.dipped);
