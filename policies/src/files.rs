@@ -17,7 +17,8 @@ use crate::keep::Schedule;
 use crate::load::{Checked, LoadError, Loaded, files_of, load_files};
 use crate::site::ENV_PREFIX;
 use crate::units::{ByteSize, Period, RateLimit};
-use crate::week::{Days, TimeOfDay};
+
+pub use crate::bandwidth::Window;
 
 mod check;
 pub mod show;
@@ -66,7 +67,8 @@ pub struct NamedPolicy {
     pub standby: Standby,
     /// Memory for changes that are not yet sent; when it is full the RPO stretches.
     pub capture_buffer: ByteSize,
-    /// Of groups that compete for the link, the higher goes first (0 to 255).
+    /// Its share where groups want more of the link than there is: in proportion to this.
+    /// 0 gets what the others leave.
     pub priority: u8,
 }
 
@@ -103,20 +105,6 @@ pub enum Standby {
     Warm,
     /// It is not.
     Cold,
-}
-
-/// A time of the week with a bandwidth of its own, by the source site's clock.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
-#[serde(default, deny_unknown_fields)]
-pub struct Window {
-    /// On which days it begins.
-    pub days: Days,
-    /// When it begins.
-    pub from: TimeOfDay,
-    /// When it ends; if that is not after its begin, on the next day.
-    pub until: TimeOfDay,
-    /// Most that the group puts on the link in it.
-    pub bandwidth: RateLimit,
 }
 
 /// Guests that are cut at the same instant and moved together.
@@ -222,17 +210,6 @@ impl Default for NamedPolicy {
             standby: Standby::Auto,
             capture_buffer: ByteSize::from_mib(64),
             priority: 100,
-        }
-    }
-}
-
-impl Default for Window {
-    fn default() -> Window {
-        Window {
-            days: Days::DAILY,
-            from: TimeOfDay::default(),
-            until: TimeOfDay::END,
-            bandwidth: RateLimit::NONE,
         }
     }
 }

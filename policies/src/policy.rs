@@ -4,8 +4,11 @@
 //! the command line), kept with the group, and read by [`crate::decide`] and
 //! [`crate::retain`].
 
+use std::collections::BTreeMap;
+
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::{self, LinkTerms, Window};
 use crate::load::Problem;
 use crate::units::{ByteSize, Period, RateLimit};
 
@@ -22,8 +25,10 @@ pub struct Policy {
     /// How much of its processor time a guest may lose to throttling, in percent,
     /// so that a planned move ends when the guest writes faster than the link carries.
     pub max_throttle: u8,
-    /// Most bytes a second this group may put on the link.
+    /// Most bits a second that this group puts on the link, outside of windows.
     pub bandwidth: RateLimit,
+    /// Times of the week with a bandwidth of their own. They must not overlap.
+    pub windows: BTreeMap<String, Window>,
     /// Memory for changes that were captured and are not yet sent. When it is
     /// full the cut is given up and the RPO stretches; the guest never waits.
     /// For a guest inside of the daemon there may be three times as much for
@@ -32,7 +37,8 @@ pub struct Policy {
     /// Keep the newest point's memory ready in RAM at the peer: a faster
     /// failover for as much memory as the guest has.
     pub warm: bool,
-    /// Of groups that compete for the link, the higher goes first.
+    /// Its share of the link where several groups want more than there is: they get of it
+    /// in proportion to these. 0 gets what the others leave.
     pub priority: u8,
     /// Which points are kept.
     pub retention: Retention,
@@ -60,6 +66,7 @@ impl Default for Policy {
             max_blackout: Period::from_millis(500),
             max_throttle: 80,
             bandwidth: RateLimit::NONE,
+            windows: BTreeMap::new(),
             capture_buffer: ByteSize::from_mib(64),
             warm: true,
             priority: 100,
@@ -88,6 +95,15 @@ pub const SMALLEST_CAPTURE_BUFFER: ByteSize = ByteSize::from_mib(1);
 pub const STRONGEST_THROTTLE: u8 = 95;
 
 impl Policy {
+    /// What it may take of the link.
+    pub fn link_terms(&self) -> LinkTerms {
+        LinkTerms {
+            bandwidth: self.bandwidth,
+            windows: self.windows.clone(),
+            priority: self.priority,
+        }
+    }
+
     /// What is wrong with the values, keys relative to the policy.
     pub fn problems(&self) -> Vec<Problem> {
         let mut found = Vec::new();
@@ -146,6 +162,7 @@ impl Policy {
             "retention.then_every",
             "is 0s; to keep every point set 'retention.all' as long as 'retention.until'".into(),
         );
+        found.extend(bandwidth::problems(&self.windows));
         found
     }
 }

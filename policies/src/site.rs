@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::bandwidth::Window;
 use crate::policy::Policy;
 use crate::units::{ByteSize, Period, RateLimit};
 
@@ -77,8 +78,13 @@ pub struct Api {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Link {
-    /// Most bits a second that this site puts on the link, all groups together.
+    /// Most bits a second that this site puts on its links, all groups together, outside
+    /// of windows.
     pub rate_limit: RateLimit,
+    /// Times of the week with a limit of their own. They must not overlap.
+    pub windows: BTreeMap<String, Window>,
+    /// The time zone of all windows, like `Europe/Berlin`; empty: the host's own.
+    pub time_zone: String,
     /// Most bytes on their way to one peer: at least twice rate times round-trip time.
     pub window: ByteSize,
     /// Kernel buffer of the UDP socket, each way.
@@ -172,6 +178,8 @@ impl Default for Link {
     fn default() -> Link {
         Link {
             rate_limit: RateLimit::NONE,
+            windows: BTreeMap::new(),
+            time_zone: String::new(),
             window: ByteSize::from_mib(32),
             socket_buffer: ByteSize::from_mib(4),
             gso: true,

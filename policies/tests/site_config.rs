@@ -5,6 +5,7 @@
 
 use std::path::Path;
 
+use farhaven_policies::bandwidth::Window;
 use farhaven_policies::load::{Checked, LARGEST_FILE, LoadError, load, load_from};
 use farhaven_policies::shape::Shape;
 use farhaven_policies::site::{ENV_PREFIX, LogFormat, SiteConfig};
@@ -254,6 +255,8 @@ fn the_template_is_the_defaults_and_names_every_key() {
         }
     }
     let mut valid = Shape::of::<SiteConfig>().keys();
+    // Windows have names of the operator's choice; the file shows one in a comment.
+    valid.retain(|key| !key.contains(".windows."));
     keys.sort();
     valid.sort();
     assert_eq!(keys, valid);
@@ -277,6 +280,9 @@ fn a_new_sites_file_loads_with_its_name_and_directory() {
 fn the_probe_agrees_with_what_serde_writes() {
     let mut config = SiteConfig::default();
     config.networks.insert("*".into(), "user".into());
+    let window = Window::default;
+    config.link.windows.insert("*".into(), window());
+    config.protect.windows.insert("*".into(), window());
     fn walk(value: &toml::Value, prefix: &str, keys: &mut Vec<String>) {
         for (key, value) in value.as_table().into_iter().flatten() {
             let key = if prefix.is_empty() {
@@ -293,6 +299,25 @@ fn the_probe_agrees_with_what_serde_writes() {
     written.sort();
     probed.sort();
     assert_eq!(written, probed);
+}
+
+#[test]
+fn windows_of_the_link_are_read_and_judged() {
+    let text = "[site]\nname = \"a\"\n[link]\n\
+                windows.office = { days = \"mon-fri\", from = \"08:00\", until = \"18:00\", bandwidth = \"20mbit\" }\n\
+                [protect]\nwindows.night = { from = \"22:00\", until = \"04:00\" }\n";
+    let config = read(text, &[], &[]).unwrap();
+    let bandwidth = config.link.windows["office"].bandwidth;
+    assert_eq!(bandwidth, RateLimit::at("20mbit".parse().unwrap()));
+    assert_eq!(config.protect.link_terms().windows.len(), 1);
+    let both = format!("{text}windows.late = {{ from = \"23:00\", until = \"23:30\" }}\n");
+    let told = mistakes(&both, &[], &[]);
+    assert!(
+        told.contains("overlaps window 'late', both hold at mon 23:00"),
+        "{told}"
+    );
+    let wrong = mistakes(&text.replace("08:00", "25:00"), &[], &[]);
+    assert!(wrong.contains("office"), "{wrong}");
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod drill;
 mod guests;
+mod link;
 mod policy;
 mod seed;
 pub(crate) mod show;
@@ -133,6 +134,9 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// What guests may take of the link, and who goes first.
+    #[command(subcommand)]
+    Link(link::LinkVerb),
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
@@ -244,6 +248,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };

@@ -6,7 +6,7 @@ use clap::{Args, Subcommand};
 use farhaven_policies::load;
 use farhaven_policies::site::{ENV_PREFIX, LogFormat, SiteConfig};
 use farhaven_policies::units::Period;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 use super::{Json, Outcome, print_json, show, told};
@@ -120,7 +120,8 @@ async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
         })?;
         overrides.push((key.to_owned(), value.to_owned()));
     }
-    let config: SiteConfig = load::load(config.as_deref(), ENV_PREFIX, &overrides).map_err(told)?;
+    let file = config;
+    let config: SiteConfig = load::load(file.as_deref(), ENV_PREFIX, &overrides).map_err(told)?;
     let filter = EnvFilter::try_new(&config.log.level)
         .map_err(|e| format!("log.level '{}' is not understood: {e}", config.log.level))?;
     let log = tracing_subscriber::fmt()
@@ -142,9 +143,39 @@ async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
         }
         tracing::info!("stopping");
     };
+    let hang_up = signal(SignalKind::hangup()).map_err(told)?;
+    let reloading = tokio::spawn(reload(site.clone(), hang_up, file, overrides));
     let served = api::serve(site.clone(), &socket, stop).await;
+    reloading.abort();
     site.shutdown().await;
     served.map_err(|e| format!("cannot serve the API on {}: {e}", socket.display()))
+}
+
+/// At SIGHUP the configuration is read anew, as at the start.
+async fn reload(
+    site: std::sync::Arc<Site>,
+    mut hang_up: Signal,
+    file: Option<PathBuf>,
+    overrides: Vec<(String, String)>,
+) {
+    while hang_up.recv().await.is_some() {
+        let read = load::load::<SiteConfig>(file.as_deref(), ENV_PREFIX, &overrides);
+        let done = read
+            .map_err(told)
+            .and_then(|config| site.reload(&config).map_err(told));
+        match done {
+            Ok(false) => tracing::info!("the configuration was read anew"),
+            Ok(true) => tracing::warn!(
+                "the configuration was read anew: limits, windows and priorities hold now; other keys differ, too, and wait for a restart"
+            ),
+            Err(error) => {
+                tracing::error!(
+                    error,
+                    "the configuration cannot be read; all stays as it was"
+                );
+            }
+        }
+    }
 }
 
 pub(super) async fn pair(client: &Client, pair: Pair) -> Outcome {

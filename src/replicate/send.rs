@@ -9,14 +9,15 @@
 //! read. Between the two lie the batch being built, and in a QEMU guest's scan
 //! at most a few chunks.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::codec::{Batch, Chain, EncodeError, Encoder};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
-use farhaven_wan::pace::TokenBucket;
+use farhaven_wan::link::SendDataError;
+use farhaven_wan::pace::{Flow, Rank};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -58,7 +59,8 @@ pub struct Shipment {
     stop: watch::Receiver<bool>,
     runtime: Handle,
     patience: Option<Duration>,
-    cap: Option<Arc<Mutex<TokenBucket>>>,
+    flow: Option<Arc<Flow>>,
+    rank: Rank,
 }
 
 impl Shipment {
@@ -92,14 +94,22 @@ impl Shipment {
             stop,
             runtime,
             patience: None,
-            cap: None,
+            flow: None,
+            rank: Rank::Usual,
         }
     }
 
-    /// Sends no faster than this bucket allows: the policy's cap, shared by all
-    /// shipments of the guest.
-    pub fn capped(mut self, cap: Option<Arc<Mutex<TokenBucket>>>) -> Self {
-        self.cap = cap;
+    /// Sends in this flow's turns: within its cap and that of the site, and by
+    /// shares with other guests.
+    pub fn in_turns_of(mut self, flow: Option<Arc<Flow>>) -> Self {
+        self.flow = flow;
+        self
+    }
+
+    /// The guest stands still for it: it goes before others, and no cap but the
+    /// site's holds it back.
+    pub fn held(mut self) -> Self {
+        self.rank = Rank::Held;
         self
     }
 
@@ -162,34 +172,23 @@ impl Shipment {
 
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
-        let patience = self.patience;
-        let (cap, bytes) = (self.cap.clone(), batch.bytes.len() as u64);
+        let (patience, flow, rank) = (self.patience, self.flow.clone(), self.rank);
         self.runtime.block_on(async {
-            // The policy's cap is no stall of the link.
-            let paced = async {
-                while let Some(cap) = &cap {
-                    let taken = {
-                        let mut cap = cap.lock().unwrap_or_else(PoisonError::into_inner);
-                        cap.take(Instant::now(), bytes)
-                    };
-                    match taken {
-                        Ok(()) => break,
-                        Err(wait) => tokio::time::sleep(wait).await,
-                    }
-                }
+            let sent = async {
+                let Some(flow) = flow else {
+                    return peer.send_data(batch.seq, batch.bytes).await;
+                };
+                // A cap, or another guest's turn, is no stall of the link.
+                peer.send_in_turn(&flow, rank, patience, batch.seq, batch.bytes)
+                    .await
             };
             tokio::select! {
-                () = paced => {}
-                _ = stop.wait_for(|stopped| *stopped) => return Err(SinkError::Closed),
+                sent = sent => sent.map_err(|error| match error {
+                    SendDataError::Stalled(_) => SinkError::Stalled,
+                    _ => SinkError::Closed,
+                }),
+                _ = stop.wait_for(|stopped| *stopped) => Err(SinkError::Closed),
             }
-            let sent = peer.send_data(batch.seq, batch.bytes);
-            tokio::pin!(sent);
-            tokio::select! {
-                sent = &mut sent => return sent.map_err(|_| SinkError::Closed),
-                _ = stop.wait_for(|stopped| *stopped) => return Err(SinkError::Closed),
-                () = tokio::time::sleep(patience.unwrap_or(Duration::MAX)), if patience.is_some() => {}
-            }
-            Err(SinkError::Stalled)
         })
     }
 

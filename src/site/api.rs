@@ -205,6 +205,8 @@ pub fn router(site: Arc<Site>) -> Router {
             "/v1/guests",
             get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
         )
+        .route("/v1/link", get(async |State(site): Here| Json(site.link())))
+        .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
         .route("/v1/guests/{name}/check", get(check_guest))
         .route("/v1/guests/{name}/end", post(end_guest))
@@ -328,6 +330,13 @@ async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::
 async fn remove_peer(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_peer(&name)?;
     Ok(Json(Done {}))
+}
+
+async fn set_limit(
+    State(site): Here,
+    Json(body): Json<super::limits::SetLimit>,
+) -> Answer<super::limits::LinkView> {
+    whole(async move { site.set_limit(&body) }).await
 }
 
 async fn add_guest(

@@ -101,7 +101,7 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     let rtt = link.rtt.unwrap_or_default();
     let window = link.congestion_window_bytes.unwrap_or(0);
     let told = window as f64 / rtt.as_secs_f64().max(1e-4);
-    let capped = driver.cap.is_some();
+    let capped = driver.site.limits.holds_back(driver.record.id);
     let rate = link_rate(told as u64, sealed, capped);
     let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
     // A guest that writes as before leaves as much to a last cut as this one

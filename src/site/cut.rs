@@ -42,7 +42,7 @@ pub(super) async fn make(
     let mut shipment = driver.shipment(attached);
     if after == After::Hold {
         // The guest stands still: nothing else is worth more.
-        shipment = shipment.capped(None);
+        shipment = shipment.held();
     }
     let mut known = std::mem::take(&mut attached.state_known);
     let limit =

@@ -7,12 +7,12 @@
 //! pause, end) stop the step under way.
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::decide::{self, Measured};
 use farhaven_storage_sync::unit::Digest;
-use farhaven_wan::pace::TokenBucket;
+use farhaven_wan::pace::Flow;
 use tokio::sync::{mpsc, watch};
 
 pub(super) use super::commands::{Command, NotMoved};
@@ -65,7 +65,8 @@ pub(super) struct Driver {
     pub(super) stop: watch::Sender<bool>,
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) waiting: VecDeque<Command>,
-    pub(super) cap: Option<Arc<Mutex<TokenBucket>>>,
+    /// Its turns on the link.
+    pub(super) flow: Option<Arc<Flow>>,
     /// The largest number of any point of this process: none is used twice.
     pub(super) last_point: u64,
     /// A cut of ours stopped it and could not let it go on.
@@ -110,12 +111,7 @@ impl Driver {
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
-        let cap = protection.policy.bandwidth.rate().map(|rate| {
-            Arc::new(Mutex::new(TokenBucket::new(
-                rate.bits_per_second(),
-                Instant::now(),
-            )))
-        });
+        let flow = site.limits.join(record.id, &record.name, remote.peer.key());
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -127,7 +123,7 @@ impl Driver {
             stop: watch::channel(false).0,
             commands,
             waiting: VecDeque::new(),
-            cap,
+            flow,
             last_point: 0,
             left_stopped: false,
             last_cut: None,

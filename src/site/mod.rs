@@ -23,6 +23,7 @@ mod driver;
 mod fencing;
 mod guests;
 mod handover;
+pub mod limits;
 mod operate;
 mod pairing;
 mod promote;
@@ -37,7 +38,6 @@ mod takeover;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, SystemTime};
 
@@ -109,6 +109,9 @@ pub enum SiteError {
     /// Its terms.
     #[error(transparent)]
     Fence(#[from] FenceError),
+    /// The time zone of its windows.
+    #[error(transparent)]
+    Zone(#[from] limits::ZoneError),
     /// Its exports of points.
     #[error(transparent)]
     Exports(#[from] NbdError),
@@ -143,6 +146,7 @@ pub struct Site {
     /// Guests whose seed is being written or taken here.
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
+    limits: limits::Limits,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Held while a new guest is put into the catalogue: names are given once.
@@ -200,7 +204,8 @@ impl Site {
             source,
         })?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
-        let node = Arc::new(Node::start(&identity, node_options(&config))?);
+        let limits = limits::Limits::open(&config)?;
+        let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
         let site = Arc::new(Self {
             config,
             fence,
@@ -215,6 +220,7 @@ impl Site {
             seeds,
             seeding: Mutex::default(),
             exports,
+            limits,
             builders,
             naming: Mutex::default(),
             hosted: RwLock::default(),
@@ -242,6 +248,7 @@ impl Site {
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tracing::info!(
             site = %site.config.site.name,
             key = %site.key(),
@@ -426,7 +433,7 @@ impl Site {
     }
 }
 
-fn node_options(config: &SiteConfig) -> NodeOptions {
+fn node_options(config: &SiteConfig, limits: &limits::Limits) -> NodeOptions {
     let link = &config.link;
     NodeOptions {
         listen: config.listen.address,
@@ -439,10 +446,7 @@ fn node_options(config: &SiteConfig) -> NodeOptions {
             segmentation_offload: link.gso,
             socket_buffer_bytes: usize::try_from(link.socket_buffer.bytes()).unwrap_or(usize::MAX),
             rate: RateOptions {
-                cap: link
-                    .rate_limit
-                    .rate()
-                    .map(|rate| Arc::new(AtomicU64::new(rate.bits_per_second()))),
+                cap: Some(limits.controllers()),
                 initial: None,
             },
             ..LinkOptions::default()

@@ -279,7 +279,7 @@ impl Driver {
                 self.stop.subscribe(),
                 tokio::runtime::Handle::current(),
             )
-            .capped(self.cap.clone())
+            .in_turns_of(self.flow.clone())
         })
     }
 

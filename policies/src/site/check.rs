@@ -1,5 +1,6 @@
 //! Which values of a site's configuration cannot be used, and what to do instead.
 
+use crate::bandwidth;
 use crate::files::PolicyFiles;
 use crate::load::{Checked, Problem};
 use crate::shape::Shape;
@@ -84,8 +85,10 @@ impl Checked for SiteConfig {
             socket_buffer,
             idle_timeout,
             keep_alive,
+            ref windows,
             ..
         } = self.link;
+        let overlapping = bandwidth::problems(windows);
         require(
             window >= ByteSize::from_mib(1),
             "link.window",
@@ -144,6 +147,7 @@ impl Checked for SiteConfig {
             "log.level",
             "is empty; try info",
         );
+        found.extend(overlapping.into_iter().map(|problem| problem.under("link")));
         found.extend(
             self.protect
                 .problems()

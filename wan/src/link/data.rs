@@ -20,6 +20,12 @@ const GIVEN_UP: VarInt = VarInt::from_u32(0);
 /// Small batches share a stream up to so many bytes at least.
 const SHORTEST_STREAM: usize = 64 << 10;
 
+/// Below those of control and acknowledgements. Each stream has a lower one than those
+/// before it: batches become whole, and durable, in order. (quinn's own way to that,
+/// `send_fairness(false)`, ends a stream that it began before it looks at any other, and
+/// control would wait for the rest of a batch.)
+const FIRST_PRIORITY: i32 = 0;
+
 /// Sends what the session's sender has, as streams become free: the peer
 /// allows a number of them at once.
 pub(crate) async fn send(
@@ -28,10 +34,13 @@ pub(crate) async fn send(
     generation: u64,
 ) -> Result<Infallible, Fault> {
     let mut writers: JoinSet<Result<(), Fault>> = JoinSet::new();
+    let mut priority = FIRST_PRIORITY;
     loop {
         tokio::select! {
             stream = next_stream(remote, connection) => {
                 let stream = stream?;
+                let _ = stream.set_priority(priority);
+                priority = priority.saturating_sub(1);
                 let resets = remote.acknowledgements.borrow().resets;
                 // Taken by another stream while this one was waited for.
                 let Some(first) = take(remote, generation, usize::MAX) else { continue };

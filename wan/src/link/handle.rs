@@ -10,6 +10,7 @@ use super::close::CloseCode;
 use super::remote::{LOOK_AGAIN, PeerEvent, Remote};
 use super::status::LinkStatus;
 use crate::limits;
+use crate::pace::{Door, Flow, PaceError, Passed, Rank};
 use crate::peer::{PeerRecord, SiteKey};
 use crate::session::{Acknowledgements, SubmitError};
 
@@ -27,6 +28,64 @@ pub enum SendDataError {
     /// The batch cannot be sent, now or later.
     #[error(transparent)]
     Batch(SubmitError),
+    /// The link took nothing for as long as there was patience.
+    #[error("the link took no data for {0:?}")]
+    Stalled(Duration),
+    /// It cannot wait for its turn.
+    #[error(transparent)]
+    Pace(#[from] PaceError),
+}
+
+/// A batch at the session's window.
+struct AtWindow<'a> {
+    remote: &'a Remote,
+    seq: u64,
+    bytes: Bytes,
+    acknowledgements: watch::Receiver<Acknowledgements>,
+    closed: watch::Receiver<bool>,
+}
+
+impl<'a> AtWindow<'a> {
+    fn new(remote: &'a Remote, seq: u64, bytes: Bytes) -> Self {
+        Self {
+            remote,
+            seq,
+            bytes,
+            acknowledgements: remote.acknowledgements.subscribe(),
+            closed: remote.closed.subscribe(),
+        }
+    }
+}
+
+impl Door for AtWindow<'_> {
+    type Error = SendDataError;
+
+    fn attempt(&mut self) -> Result<bool, SendDataError> {
+        if *self.closed.borrow_and_update() {
+            return Err(Closed.into());
+        }
+        self.acknowledgements.mark_unchanged();
+        self.remote.look_at_path();
+        let mut state = self.remote.state();
+        match state.sender.submit(self.seq, self.bytes.clone()) {
+            Ok(()) => {
+                self.remote.publish(&state);
+                self.remote.data_waits.notify_one();
+                Ok(true)
+            }
+            Err(SubmitError::Full | SubmitError::Queued) => Ok(false),
+            Err(error) => Err(SendDataError::Batch(error)),
+        }
+    }
+
+    async fn room(&mut self) {
+        tokio::select! {
+            _ = self.acknowledgements.changed() => {}
+            _ = self.closed.changed() => {}
+            // The path may carry more than it did.
+            () = tokio::time::sleep(LOOK_AGAIN) => {}
+        }
+    }
 }
 
 /// Why a message was not taken.
@@ -87,32 +146,32 @@ impl Peer {
     /// # Errors
     /// When the link is closed, or the batch is too large or its number was used.
     pub async fn send_data(&self, seq: u64, bytes: Bytes) -> Result<(), SendDataError> {
-        let mut acknowledgements = self.remote.acknowledgements.subscribe();
-        let mut closed = self.remote.closed.subscribe();
-        loop {
-            if *closed.borrow_and_update() {
-                return Err(Closed.into());
-            }
-            acknowledgements.mark_unchanged();
-            self.remote.look_at_path();
-            {
-                let mut state = self.remote.state();
-                match state.sender.submit(seq, bytes.clone()) {
-                    Ok(()) => {
-                        self.remote.publish(&state);
-                        self.remote.data_waits.notify_one();
-                        return Ok(());
-                    }
-                    Err(SubmitError::Full | SubmitError::Queued) => {}
-                    Err(error) => return Err(SendDataError::Batch(error)),
-                }
-            }
-            tokio::select! {
-                _ = acknowledgements.changed() => {}
-                _ = closed.changed() => {}
-                // The path may carry more than it did.
-                () = tokio::time::sleep(LOOK_AGAIN) => {}
-            }
+        let mut window = AtWindow::new(&self.remote, seq, bytes);
+        while !window.attempt()? {
+            window.room().await;
+        }
+        Ok(())
+    }
+
+    /// As [`Peer::send_data`], in the turn of a flow: within its cap and that of all flows,
+    /// and by shares where several want to send. A link that takes nothing is left after
+    /// `patience`; what waits for a cap or another's turn waits as long as that takes.
+    ///
+    /// # Errors
+    /// As for [`Peer::send_data`], and [`SendDataError::Stalled`].
+    pub async fn send_in_turn(
+        &self,
+        flow: &Flow,
+        rank: Rank,
+        patience: Option<Duration>,
+        seq: u64,
+        bytes: Bytes,
+    ) -> Result<(), SendDataError> {
+        let size = bytes.len() as u64;
+        let mut window = AtWindow::new(&self.remote, seq, bytes);
+        match flow.pass(size, rank, patience, &mut window).await? {
+            Passed::Sent => Ok(()),
+            Passed::Stalled => Err(SendDataError::Stalled(patience.unwrap_or_default())),
         }
     }
 

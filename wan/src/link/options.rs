@@ -93,8 +93,9 @@ impl LinkOptions {
             .stream_receive_window(VarInt::from_u32(limits::STREAM_RECEIVE_WINDOW))
             .receive_window(VarInt::from_u32(limits::RECEIVE_WINDOW))
             .send_window(self.send_window_bytes.max(limits::MAX_BATCH_BYTES as u64))
-            // Oldest stream first: batches become whole, and durable, in order.
-            .send_fairness(false)
+            // Every packet goes to the stream of highest priority: control, and then the
+            // oldest batch (see `data`).
+            .send_fairness(true)
             .keep_alive_interval(Some(self.keep_alive))
             .max_idle_timeout(IdleTimeout::try_from(self.idle_timeout).ok())
             .datagram_receive_buffer_size(None)

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
+use super::control;
 use super::remote::State;
+use crate::rate::RateStatus;
 
 /// Counters of the connections of a link that ended.
 #[derive(Debug, Clone, Copy, Default)]
@@ -40,6 +42,8 @@ pub struct LinkStatus {
     pub rtt: Option<Duration>,
     /// Congestion window, bytes.
     pub congestion_window_bytes: Option<u64>,
+    /// What the congestion controller knows of the path.
+    pub path: Option<RateStatus>,
     /// UDP payload that fits the path, bytes.
     pub mtu: Option<u16>,
     /// UDP payload bytes sent.
@@ -89,6 +93,7 @@ impl LinkStatus {
             remote_address: live.map(|live| live.connection.remote_address()),
             rtt: stats.map(|stats| stats.path.rtt),
             congestion_window_bytes: stats.map(|stats| stats.path.cwnd),
+            path: live.and_then(|live| control::status(live.connection.congestion_state())),
             mtu: stats.map(|stats| stats.path.current_mtu),
             udp_tx_bytes: totals.udp_tx_bytes,
             udp_rx_bytes: totals.udp_rx_bytes,

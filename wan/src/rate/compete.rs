@@ -94,14 +94,20 @@ impl Competition {
         window - bytes
     }
 
-    /// The dip left a `queue`, in seconds.
-    pub(super) fn end_dip(&mut self, now: Instant, queue: f64) -> Finding {
+    /// The dip left a `queue`, in seconds. `overflows`: packets are lost as before a full
+    /// queue, so it is there although it does not shrink: a neighbour that heeds no loss
+    /// fills every gap. What is known of the link then stays.
+    pub(super) fn end_dip(&mut self, now: Instant, queue: f64, overflows: bool) -> Finding {
         let Some(dip) = self.dip.take() else {
             return Finding::Shared;
         };
         let fallen = dip.queue - queue;
         if fallen < UNANSWERED_SECONDS.max(UNANSWERED * dip.queue) {
             self.unanswered += 1;
+            if overflows {
+                self.unanswered = 0;
+                self.measured = Some(now);
+            }
             if self.unanswered < UNANSWERED_DIPS {
                 return Finding::Shared;
             }

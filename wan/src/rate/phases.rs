@@ -29,6 +29,8 @@ const SQUEEZE: f64 = 0.93;
 /// Growth within so many rounds that is worth a startup of its own.
 const GROWTH_ROUNDS: u32 = 4;
 const GROWTH: f64 = 1.12;
+/// Loss beyond that of the path that only a full queue explains.
+const OVERFLOW: f64 = 0.01;
 /// What we leave of a path that loses more than any should.
 const RETREAT_GAIN: f64 = 0.8;
 
@@ -181,7 +183,7 @@ impl RateController {
     pub(super) fn compete_round(&mut self, now: Instant, round: RoundSummary) {
         self.bandwidth.reset(round.rate);
         let queue = round.least_rtt - self.base.seconds();
-        if round.loss > INTOLERABLE / 2.0 {
+        if round.loss > INTOLERABLE {
             self.competition.on_heavy_loss();
         }
         let since = now.saturating_duration_since(self.dipped);
@@ -200,7 +202,8 @@ impl RateController {
     pub(super) fn compete_dip_round(&mut self, now: Instant, round: RoundSummary) {
         self.seen_empty(now);
         let queue = round.least_rtt - self.base.seconds();
-        match self.competition.end_dip(now, queue) {
+        let overflows = round.loss > self.losses.random() + OVERFLOW;
+        match self.competition.end_dip(now, queue, overflows) {
             Finding::Alone => self.cruise_again(),
             Finding::Shared => {
                 self.phase = Phase::Compete;
