@@ -162,7 +162,7 @@ fn chunks_end_anywhere() {
         let (file, _) = stream.finish().unwrap();
         let mut back = vec![0; length];
         let mut reader = super::cipher::Decrypting::begin(&file[HEADER..], &header, &key);
-        assert_eq!(reader.fill(&mut back).unwrap(), length > 0);
+        assert!(reader.fill(&mut back).unwrap());
         assert!(back == bytes, "{length}");
         reader.end().unwrap();
     }
