@@ -3,6 +3,8 @@
 //! keep one order: open, baseline, data, seal, hand over, end. What they say
 //! to each other beside the data is in [`message`].
 
+mod ahead;
+pub mod asking;
 pub mod message;
 pub mod outgoing;
 pub mod receive;

@@ -10,11 +10,26 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use farhaven_storage_sync::codec::{Bases, DedupIndex, LevelControl, Measured, Sequence};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::limits::BASES_BYTES;
+use farhaven_storage_sync::unit::{Digest, GROUP, GuestId, Place, VolumeIndex};
 use farhaven_wan::Peer;
 use tokio::sync::Notify;
+
+use super::asking::{Asking, places};
+use super::message::Message;
+
+/// How the link stands.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LinkNow {
+    /// What it carries in a round trip.
+    pub(super) round_trip_bytes: u64,
+    /// What waits for it, beyond what is on its way.
+    pub(super) backlog: u64,
+    pub(super) bytes_a_second: f64,
+}
 
 /// One source's half of a pair of sites, shared by all its guests.
 pub struct Outgoing {
@@ -30,6 +45,8 @@ pub struct Outgoing {
     level: Mutex<(LevelControl, Instant)>,
     /// Key of every digest in the index and in the guests' tables.
     pub key: DigestKey,
+    /// What the peer may hold that the index does not know.
+    pub asking: Asking,
     /// Batches on their way: other guests refer to them only once they are acknowledged.
     on_the_way: Mutex<BTreeSet<u64>>,
     open: Mutex<BTreeSet<u64>>,
@@ -47,6 +64,7 @@ impl Outgoing {
             bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
             level: Mutex::new((LevelControl::new(), Instant::now())),
             key,
+            asking: Asking::default(),
             on_the_way: Mutex::default(),
             open: Mutex::default(),
             next_shipment: AtomicU64::new(0),
@@ -56,6 +74,87 @@ impl Outgoing {
 
     fn bases(&self) -> MutexGuard<'_, Bases> {
         self.bases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn index(&self) -> MutexGuard<'_, DedupIndex> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The link as it is now.
+    pub(super) fn link(&self) -> LinkNow {
+        let link = self.peer.status();
+        let window = link.congestion_window_bytes.unwrap_or(0);
+        let round_trip = link.rtt.unwrap_or_default().as_secs_f64();
+        LinkNow {
+            round_trip_bytes: window,
+            backlog: link.unacknowledged_bytes.saturating_sub(window),
+            bytes_a_second: match round_trip > 0.0 {
+                true => window as f64 / round_trip,
+                false => 0.0,
+            },
+        }
+    }
+
+    /// An answer to what `asked` says, of a guest's volume: what the peer holds
+    /// goes into the index, unless it retired it since. `None`: no answer came.
+    pub(super) fn take_answer(
+        &self,
+        question: u64,
+        (guest, volume): (GuestId, VolumeIndex),
+        asked: &[Digest],
+        answer: Option<Message>,
+    ) {
+        // Held throughout: what is retired now is retired before or after all of it.
+        let mut answers = self.asking.answers();
+        let hits = match &answer {
+            Some(Message::Found { batches, sampling }) => {
+                let mut index = self.index();
+                for (digest, place) in places(batches, self.sequence.next()) {
+                    if answers.may_name(question, place.seq()) {
+                        index.insert(digest, place);
+                    }
+                }
+                self.asking.sample(*sampling);
+                let known = |digest: &&Digest| index.get_for(guest, **digest).is_some();
+                Some(asked.iter().filter(known).count() as u64)
+            }
+            _ => None,
+        };
+        answers.end(question);
+        drop(answers);
+        let asked = asked.len() as u64;
+        self.asking.worth(guest, volume, |worth| match hits {
+            Some(hits) => worth.answered(asked, hits),
+            None => worth.failed(),
+        });
+        self.asking.count(asked, hits.unwrap_or(0));
+    }
+
+    /// What the peer holds is about to be learned: see [`Outgoing::learn`].
+    pub fn begin_learning(&self) -> u64 {
+        self.asking.answers().begin()
+    }
+
+    /// Nothing more is learned under this number.
+    pub fn end_learning(&self, learning: u64) {
+        self.asking.answers().end(learning);
+    }
+
+    /// Batches that the peer holds of an earlier process, by the digests of
+    /// their literals. What it retired since `learning` began is left out.
+    pub fn learn(&self, learning: u64, batches: &[(u64, Bytes)]) {
+        let answers = self.asking.answers();
+        let mut index = self.index();
+        for (seq, digests) in batches {
+            let known = (1..self.sequence.next()).contains(seq);
+            if !known || !answers.may_name(learning, *seq) {
+                continue;
+            }
+            let digests = digests.as_chunks::<16>().0.iter().take(GROUP);
+            for (slot, digest) in (0..).zip(digests) {
+                index.insert(Digest(*digest), Place::new(*seq, slot));
+            }
+        }
     }
 
     /// No batch may refer to these any more, nor tell a difference from them.
@@ -134,6 +233,9 @@ impl Outgoing {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        if index.forgotten() > 0 {
+            self.asking.index_forgot();
+        }
         let mut bases = self.bases();
         on_the_way.retain(|seq| {
             let reached = acknowledged.reached(*seq);
@@ -149,6 +251,8 @@ impl Outgoing {
     /// more. Returns once no shipment is open that may have referred to them
     /// before, so that the peer sees every reference there is when it checks.
     pub async fn retire(&self, seqs: &BTreeSet<u64>) {
+        // Before the index: an answer that is being taken in is in it by then.
+        self.asking.answers().retire(seqs);
         self.forget_these(seqs);
         let before = self.next_shipment.load(Ordering::Acquire);
         loop {
