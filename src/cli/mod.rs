@@ -3,6 +3,7 @@
 
 mod drill;
 mod guests;
+mod image;
 mod policy;
 pub(crate) mod show;
 mod site;
@@ -119,6 +120,9 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Base images stored here, for the guests of paired sites.
+    #[command(subcommand)]
+    Image(image::ImageVerb),
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
@@ -197,6 +201,7 @@ async fn run(cli: Cli) -> Outcome {
         Verb::Test(test) => drill::run(&client, test).await,
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     }

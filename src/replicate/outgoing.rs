@@ -155,6 +155,9 @@ impl Outgoing {
                 index.insert(Digest(*digest), Place::new(*seq, slot));
             }
         }
+        if index.forgotten() > 0 {
+            self.asking.index_forgot();
+        }
     }
 
     /// No batch may refer to these any more, nor tell a difference from them.

@@ -8,6 +8,7 @@
 pub mod api;
 pub mod files;
 pub mod hosted;
+pub mod images;
 pub mod records;
 pub mod remote;
 pub mod view;
@@ -138,6 +139,8 @@ pub struct Site {
     exports: Arc<NbdServer>,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
+    /// Images that are being stored.
+    adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
     naming: Mutex<()>,
     /// Guests whose monitor lives in this process.
@@ -202,6 +205,7 @@ impl Site {
             sealed: SealedTimes::open(&state.join("sealed")),
             exports,
             builders,
+            adding: Mutex::default(),
             naming: Mutex::default(),
             hosted: RwLock::default(),
             unstopped: Mutex::default(),
