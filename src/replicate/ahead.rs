@@ -301,3 +301,6 @@ impl Drop for Ahead {
         self.outgoing.asking.release(bytes);
     }
 }
+
+#[cfg(test)]
+mod tests;

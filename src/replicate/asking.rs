@@ -273,6 +273,12 @@ impl Asking {
         self.held.load(Ordering::Relaxed) >= HELD_BYTES
     }
 
+    /// Bytes of units that wait.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> usize {
+        self.held.load(Ordering::Relaxed)
+    }
+
     pub(super) fn hold(&self, bytes: usize) {
         self.held.fetch_add(bytes, Ordering::Relaxed);
     }
