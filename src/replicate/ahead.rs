@@ -6,12 +6,12 @@
 //! waiting units is used up, or the point ends. Where nothing is asked,
 //! nothing is copied and nothing waits.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
+use farhaven_storage_sync::unit::{Digest, GuestId, Place, UNIT, VolumeIndex};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
@@ -45,7 +45,29 @@ pub(super) enum Next {
     /// It can be encoded.
     Piece(Piece),
     /// Its answer must be waited for.
-    Wait(watch::Receiver<bool>),
+    Wait(watch::Receiver<Option<Found>>),
+}
+
+/// What was found of a question: kept until its units are encoded, since a
+/// small index may have forgotten it by then.
+pub(super) type Found = HashMap<Digest, Place>;
+
+/// A question on its way. While anybody has it, what the peer retires is noted.
+struct Asked {
+    outgoing: Arc<Outgoing>,
+    id: u64,
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.outgoing.asking.answers().end(self.id);
+    }
+}
+
+struct Open {
+    number: u64,
+    asked: Arc<Asked>,
+    answered: watch::Receiver<Option<Found>>,
 }
 
 /// Units of one shipment that wait.
@@ -60,8 +82,8 @@ pub(super) struct Ahead {
     asked_already: HashSet<Digest>,
     /// Of the last unit that was asked for.
     volume: VolumeIndex,
-    /// Questions on their way, the oldest first: they are told `true` when done.
-    open: VecDeque<(u64, watch::Receiver<bool>)>,
+    /// Questions on their way, or whose units still wait, the oldest first.
+    open: VecDeque<Open>,
     /// No answer is worth waiting for any more.
     impatient: bool,
 }
@@ -187,15 +209,22 @@ impl Ahead {
         };
         let front = |digest: &Digest| digest.0.into_iter().take(ASKED_BYTES);
         let prefixes: Bytes = asked.iter().flat_map(front).collect();
-        let (done, answered) = watch::channel(false);
-        self.open.push_back((number, answered));
-        let id = self.outgoing.asking.answers().begin();
+        let (done, answered) = watch::channel(None);
+        let question = Arc::new(Asked {
+            outgoing: self.outgoing.clone(),
+            id: self.outgoing.asking.answers().begin(),
+        });
+        self.open.push_back(Open {
+            number,
+            asked: question.clone(),
+            answered,
+        });
         let outgoing = self.outgoing.clone();
         let whose = (self.guest, self.volume);
         self.runtime.spawn(async move {
             let answer = questions.find(prefixes).await;
-            outgoing.take_answer(id, whose, &asked, answer);
-            done.send_replace(true);
+            let found = outgoing.take_answer(question.id, whose, &asked, answer);
+            done.send_replace(Some(found));
         });
     }
 
@@ -204,6 +233,7 @@ impl Ahead {
     pub(super) fn next(&mut self, all: bool) -> Next {
         let Some(front) = self.pieces.front() else {
             self.impatient = false;
+            self.open.clear();
             self.asked.clear();
             self.asked_already.clear();
             return Next::Nothing;
@@ -221,12 +251,12 @@ impl Ahead {
             }
             self.send();
         }
-        while self.open.front().is_some_and(|(open, _)| *open < question) {
-            self.open.pop_front();
-        }
-        let open = self.open.front().filter(|(open, _)| *open == question);
+        self.close_before(question);
+        let open = self.open.front().filter(|open| open.number == question);
         match open {
-            Some((_, answered)) if !*answered.borrow() => {
+            Some(open)
+                if open.answered.borrow().is_none() && open.answered.has_changed().is_ok() =>
+            {
                 if !must_go {
                     return Next::Nothing;
                 }
@@ -234,9 +264,37 @@ impl Ahead {
                     self.impatient = true;
                     return self.pop();
                 }
-                Next::Wait(answered.clone())
+                Next::Wait(open.answered.clone())
             }
             _ => self.pop(),
+        }
+    }
+
+    fn close_before(&mut self, question: u64) {
+        while self.open.front().is_some_and(|open| open.number < question) {
+            self.open.pop_front();
+        }
+    }
+
+    /// What was found of these goes into the index again, for now they are encoded.
+    fn remember(&mut self, question: u64, digests: &[Digest]) {
+        self.close_before(question);
+        let Some(open) = self.open.front().filter(|open| open.number == question) else {
+            return;
+        };
+        let found = open.answered.borrow();
+        let Some(found) = found.as_ref().filter(|found| !found.is_empty()) else {
+            return;
+        };
+        let answers = self.outgoing.asking.answers();
+        let mut index = self.outgoing.index();
+        for digest in digests {
+            if let Some(place) = found.get(digest)
+                && index.get_for(self.guest, *digest).is_none()
+                && answers.may_name(open.asked.id, place.seq())
+            {
+                index.insert(*digest, *place);
+            }
         }
     }
 
@@ -244,6 +302,9 @@ impl Ahead {
         match self.pieces.pop_front() {
             Some(piece) => {
                 self.outgoing.asking.release(piece.bytes());
+                if let (Some(question), What::Units(_, digests)) = (piece.question, &piece.what) {
+                    self.remember(question, digests);
+                }
                 Next::Piece(piece)
             }
             None => Next::Nothing,
@@ -255,7 +316,11 @@ impl Ahead {
     fn is_worth_it(&self) -> bool {
         let units = self.open.len() * QUESTION + self.asked.len();
         let link = self.outgoing.link();
-        let idle = link.round_trip_bytes.saturating_sub(link.backlog);
+        let idle = match link.is_short {
+            // Hardly a delay, and what is not sent is not stored twice either.
+            true => UNIT as u64,
+            false => link.round_trip_bytes.saturating_sub(link.backlog),
+        };
         let worth = |worth: &mut super::asking::Worth| worth.is_worth(units as u64, idle as f64);
         self.outgoing.asking.worth(self.guest, self.volume, worth)
     }

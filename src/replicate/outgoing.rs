@@ -5,7 +5,7 @@
 //! Both tables follow what the peer says: a batch counts in full once it is
 //! acknowledged, and not at all once it was given up or is about to be pruned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -21,6 +21,9 @@ use tokio::sync::Notify;
 use super::asking::{Asking, places};
 use super::message::Message;
 
+/// A round trip that delays no point by anything that counts.
+const SHORT: Duration = Duration::from_millis(10);
+
 /// How the link stands.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct LinkNow {
@@ -29,6 +32,8 @@ pub(super) struct LinkNow {
     /// What waits for it, beyond what is on its way.
     pub(super) backlog: u64,
     pub(super) bytes_a_second: f64,
+    /// A round trip is next to nothing.
+    pub(super) is_short: bool,
 }
 
 /// One source's half of a pair of sites, shared by all its guests.
@@ -87,6 +92,7 @@ impl Outgoing {
         let round_trip = link.rtt.unwrap_or_default().as_secs_f64();
         LinkNow {
             round_trip_bytes: window,
+            is_short: link.rtt.is_some_and(|rtt| rtt < SHORT),
             backlog: link.unacknowledged_bytes.saturating_sub(window),
             bytes_a_second: match round_trip > 0.0 {
                 true => window as f64 / round_trip,
@@ -97,37 +103,41 @@ impl Outgoing {
 
     /// An answer to what `asked` says, of a guest's volume: what the peer holds
     /// goes into the index, unless it retired it since. `None`: no answer came.
+    /// Returns what was asked for.
     pub(super) fn take_answer(
         &self,
         question: u64,
         (guest, volume): (GuestId, VolumeIndex),
         asked: &[Digest],
         answer: Option<Message>,
-    ) {
+    ) -> HashMap<Digest, Place> {
         // Held throughout: what is retired now is retired before or after all of it.
-        let mut answers = self.asking.answers();
-        let hits = match &answer {
-            Some(Message::Found { batches, sampling }) => {
-                let mut index = self.index();
-                for (digest, place) in places(batches, self.sequence.next()) {
-                    if answers.may_name(question, place.seq()) {
-                        index.insert(digest, place);
+        let answers = self.asking.answers();
+        let mut found = HashMap::new();
+        let came = if let Some(Message::Found { batches, sampling }) = &answer {
+            let wanted: HashSet<Digest> = asked.iter().copied().collect();
+            let mut index = self.index();
+            for (digest, place) in places(batches, self.sequence.next()) {
+                if answers.may_name(question, place.seq()) {
+                    index.insert(digest, place);
+                    if wanted.contains(&digest) {
+                        found.insert(digest, place);
                     }
                 }
-                self.asking.sample(*sampling);
-                let known = |digest: &&Digest| index.get_for(guest, **digest).is_some();
-                Some(asked.iter().filter(known).count() as u64)
             }
-            _ => None,
+            self.asking.sample(*sampling);
+            true
+        } else {
+            false
         };
-        answers.end(question);
         drop(answers);
-        let asked = asked.len() as u64;
-        self.asking.worth(guest, volume, |worth| match hits {
-            Some(hits) => worth.answered(asked, hits),
-            None => worth.failed(),
+        let (asked, hits) = (asked.len() as u64, found.len() as u64);
+        self.asking.worth(guest, volume, |worth| match came {
+            true => worth.answered(asked, hits),
+            false => worth.failed(),
         });
-        self.asking.count(asked, hits.unwrap_or(0));
+        self.asking.count(asked, hits);
+        found
     }
 
     /// What the peer holds is about to be learned: see [`Outgoing::learn`].

@@ -14,7 +14,7 @@ use farhaven_wan::pace::TokenBucket;
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
-use super::ahead::{Ahead, Next, What};
+use super::ahead::{Ahead, Found, Next, What};
 use super::asking::PATIENCE;
 pub use super::outgoing::Outgoing;
 pub use super::totals::Totals;
@@ -235,13 +235,16 @@ impl Shipment {
         }
     }
 
-    fn await_answer(&mut self, mut answered: watch::Receiver<bool>) -> Result<(), SinkError> {
+    fn await_answer(
+        &mut self,
+        mut answered: watch::Receiver<Option<Found>>,
+    ) -> Result<(), SinkError> {
         let (link, begun) = (self.outgoing.link(), Instant::now());
         let stop = &mut self.stop;
         let came = self.runtime.block_on(async {
             tokio::select! {
                 // One that went away without an answer counts as answered.
-                _ = answered.wait_for(|done| *done) => Ok(true),
+                _ = answered.wait_for(Option::is_some) => Ok(true),
                 _ = stop.wait_for(|stopped| *stopped) => Err(SinkError::Closed),
                 () = tokio::time::sleep(PATIENCE) => Ok(false),
             }

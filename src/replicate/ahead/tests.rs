@@ -122,7 +122,7 @@ fn drain(ahead: &mut Ahead, all: bool, out: &mut Vec<Told>) {
             Next::Wait(mut answered) => {
                 let patience = Duration::from_millis(10);
                 let came = runtime().block_on(async {
-                    let came = answered.wait_for(|done| *done);
+                    let came = answered.wait_for(Option::is_some);
                     tokio::time::timeout(patience, came).await.is_ok()
                 });
                 if !came {
@@ -245,7 +245,9 @@ fn a_retired_batch_is_not_learned_from_an_answer_that_crossed() {
         sampling: 0,
     };
     let asked = [digest(1), digest(2)];
-    outgoing.take_answer(question, (GuestId([1; 16]), 0), &asked, Some(answer));
+    let found = outgoing.take_answer(question, (GuestId([1; 16]), 0), &asked, Some(answer));
+    assert_eq!(found, HashMap::from([(digest(2), Place::new(8, 0))]));
+    outgoing.asking.answers().end(question);
     let index = outgoing.index();
     assert_eq!(index.get(digest(1)), None);
     assert_eq!(index.get(digest(2)), Some(Place::new(8, 0)));
