@@ -368,4 +368,5 @@ impl Drop for Ahead {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
 mod tests;
