@@ -103,7 +103,7 @@ impl Outgoing {
 
     /// An answer to what `asked` says, of a guest's volume: what the peer holds
     /// goes into the index, unless it retired it since. `None`: no answer came.
-    /// Returns what was asked for.
+    /// Returns all of it.
     pub(super) fn take_answer(
         &self,
         question: u64,
@@ -113,16 +113,16 @@ impl Outgoing {
     ) -> HashMap<Digest, Place> {
         // Held throughout: what is retired now is retired before or after all of it.
         let answers = self.asking.answers();
-        let mut found = HashMap::new();
+        let (mut found, mut hits) = (HashMap::new(), 0);
         let came = if let Some(Message::Found { batches, sampling }) = &answer {
-            let wanted: HashSet<Digest> = asked.iter().copied().collect();
+            let mut wanted: HashSet<Digest> = asked.iter().copied().collect();
             let mut index = self.index();
             for (digest, place) in places(batches, self.sequence.next()) {
                 if answers.may_name(question, place.seq()) {
                     index.insert(digest, place);
-                    if wanted.contains(&digest) {
-                        found.insert(digest, place);
-                    }
+                    // Neighbours too: what was not asked for, since hints are thin, is among them.
+                    found.insert(digest, place);
+                    hits += u64::from(wanted.remove(&digest));
                 }
             }
             self.asking.sample(*sampling);
@@ -131,7 +131,7 @@ impl Outgoing {
             false
         };
         drop(answers);
-        let (asked, hits) = (asked.len() as u64, found.len() as u64);
+        let asked = asked.len() as u64;
         self.asking.worth(guest, volume, |worth| match came {
             true => worth.answered(asked, hits),
             false => worth.failed(),

@@ -227,7 +227,6 @@ impl Remote {
             let learning = outgoing.begin_learning();
             let learned = self.learn(outgoing, last_seq, learning).await;
             outgoing.end_learning(learning);
-            self.tell_key();
             learned
         });
         learned.await?;
@@ -264,10 +263,17 @@ impl Remote {
         Ok(())
     }
 
-    /// Tells the peer the digest key, so that it can keep hints of what it holds.
-    fn tell_key(self: &Arc<Self>) {
-        let asker = Asker(Arc::downgrade(self));
-        tokio::spawn(async move { asker.find(Bytes::new()).await });
+    /// Tells the peer the digest key, so that it keeps hints of what it holds
+    /// before it is asked for any of it.
+    fn tell_key(self: &Arc<Self>, key: &DigestKey) {
+        let (remote, key) = (self.clone(), *key.bytes());
+        tokio::spawn(async move {
+            let prefixes = Bytes::new();
+            let told = remote.ask(Message::Find { key, prefixes }).await;
+            if let Err(error) = told {
+                tracing::debug!(peer = %remote.record.site, %error, "it keeps no hints yet");
+            }
+        });
     }
 
     /// Tells the peer what images are stored here, so that it asks for them.
@@ -307,9 +313,7 @@ impl Remote {
                         self.tell(Message::Trouble { what }).await;
                     }
                     self.tell_images().await;
-                    if self.outgoing.get().is_some() {
-                        self.tell_key();
-                    }
+                    self.tell_key(&site.tracking_key);
                 }
                 Some(PeerEvent::Disconnected { why }) => {
                     tracing::warn!(peer = %self.record.site, why, "disconnected");
