@@ -45,6 +45,9 @@ fn fill(store: &Store) {
     while store.fill_hints() {}
 }
 
+/// What befalls the hints.
+type Damage<'a> = &'a dyn Fn(&mut Vec<u8>);
+
 /// A raw image of these units.
 fn image(dir: &Path, content: impl Iterator<Item = u64>) -> std::path::PathBuf {
     let path = dir.join("image.raw");
@@ -185,7 +188,7 @@ fn answers_outlive_restarts_losses_and_damage() {
     let path = dir.path().join("hints");
     let kept = std::fs::read(&path).unwrap();
     assert!(kept.len() < content.len() * 8, "{} bytes", kept.len());
-    let damages: [&dyn Fn(&mut Vec<u8>); 5] = [
+    let damages: [Damage<'_>; 5] = [
         &|_| {},
         &|bytes| bytes.clear(),
         &|bytes| bytes[20] ^= 1,
