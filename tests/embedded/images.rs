@@ -230,7 +230,4 @@ async fn again(config: SiteConfig, builders: Builders) -> Arc<Site> {
     }
 }
 
-#[test]
-fn a_disk_here_is_larger_than_what_its_guest_changes() {
-    assert!(BLOCKS < DISK / 10 && PAGES < DISK / 10);
-}
+const _: () = assert!(BLOCKS < DISK / 10 && PAGES < DISK / 10);
