@@ -107,7 +107,7 @@ pub struct Store {
     pub segment_bytes: ByteSize,
     /// Room that stays free on that filesystem: below it nothing more is taken from peers.
     pub min_free: ByteSize,
-    /// Memory for the index of what the peer holds; a smaller one costs bandwidth only.
+    /// Memory for the index of what a peer holds, and as much to answer it from; less costs bandwidth only.
     pub index_bytes: ByteSize,
 }
 

@@ -3,6 +3,7 @@
 
 mod drill;
 mod guests;
+mod image;
 mod link;
 mod policy;
 mod seed;
@@ -137,6 +138,9 @@ enum Verb {
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
+    /// Base images stored here, for the guests of paired sites.
+    #[command(subcommand)]
+    Image(image::ImageVerb),
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
@@ -249,6 +253,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Link(verb) => link::run(&client, verb).await,
+        Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };

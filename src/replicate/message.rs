@@ -245,7 +245,8 @@ pub enum Message {
     Open(Box<Opening>),
     /// Target: what is here of it.
     Opened(Opened),
-    /// Source, after a restart: the digests of batches from `from_seq` on.
+    /// Source, after a restart: the digests of batches from `from_seq` on. It
+    /// learns the newest so, and asks for the rest when it needs it.
     Digests {
         /// Where to begin.
         from_seq: u64,
@@ -258,6 +259,26 @@ pub enum Message {
         batches: Vec<(u64, Bytes)>,
         /// Where to go on.
         next: Option<u64>,
+    },
+    /// Source: which of these do you hold? At most `ASKED` digests; none at all
+    /// only tells the key, so that the target can keep hints under it.
+    Find {
+        /// The pair's digest key.
+        key: [u8; 32],
+        /// The first six bytes of each digest.
+        prefixes: Bytes,
+    },
+    /// Target: these. What is asked for and not found is not here, or not now.
+    Found {
+        /// Batch number, a bit for each slot that is told, 16 bytes of digest for each.
+        batches: Vec<(u64, u64, Bytes)>,
+        /// Only digests whose sixth byte ends in so many zero bits are worth asking for.
+        sampling: u8,
+    },
+    /// Target, whenever it changes and on every connection: stored images.
+    Holds {
+        /// Bytes of all of them.
+        images: u64,
     },
     /// Source, after a restart: digests of a point's units from `unit` on.
     Baseline {

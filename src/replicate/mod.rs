@@ -4,6 +4,8 @@
 //! to each other beside the data is in [`message`]. A first copy may go by another
 //! way: [`seed`].
 
+mod ahead;
+pub mod asking;
 pub mod message;
 pub mod outgoing;
 pub mod outlet;

@@ -5,16 +5,36 @@
 //! Both tables follow what the peer says: a batch counts in full once it is
 //! acknowledged, and not at all once it was given up or is about to be pruned.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use farhaven_storage_sync::codec::{Bases, DedupIndex, LevelControl, Measured, Sequence};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::limits::BASES_BYTES;
+use farhaven_storage_sync::unit::{Digest, GROUP, GuestId, Place, VolumeIndex};
 use farhaven_wan::Peer;
 use tokio::sync::Notify;
+
+use super::asking::{Asking, places};
+use super::message::Message;
+
+/// A round trip that delays no point by anything that counts.
+const SHORT: Duration = Duration::from_millis(10);
+
+/// How the link stands.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct LinkNow {
+    /// What it carries in a round trip.
+    pub(super) round_trip_bytes: u64,
+    /// What waits for it, beyond what is on its way.
+    pub(super) backlog: u64,
+    pub(super) bytes_a_second: f64,
+    /// A round trip is next to nothing.
+    pub(super) is_short: bool,
+}
 
 /// One source's half of a pair of sites, shared by all its guests.
 pub struct Outgoing {
@@ -30,6 +50,8 @@ pub struct Outgoing {
     level: Mutex<(LevelControl, Instant)>,
     /// Key of every digest in the index and in the guests' tables.
     pub key: DigestKey,
+    /// What the peer may hold that the index does not know.
+    pub asking: Asking,
     /// Batches on their way: other guests refer to them only once they are acknowledged.
     on_the_way: Mutex<BTreeSet<u64>>,
     open: Mutex<BTreeSet<u64>>,
@@ -47,6 +69,7 @@ impl Outgoing {
             bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
             level: Mutex::new((LevelControl::new(), Instant::now())),
             key,
+            asking: Asking::default(),
             on_the_way: Mutex::default(),
             open: Mutex::default(),
             next_shipment: AtomicU64::new(0),
@@ -56,6 +79,95 @@ impl Outgoing {
 
     fn bases(&self) -> MutexGuard<'_, Bases> {
         self.bases.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn index(&self) -> MutexGuard<'_, DedupIndex> {
+        self.index.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The link as it is now.
+    pub(super) fn link(&self) -> LinkNow {
+        let link = self.peer.status();
+        let window = link.congestion_window_bytes.unwrap_or(0);
+        let round_trip = link.rtt.unwrap_or_default().as_secs_f64();
+        LinkNow {
+            round_trip_bytes: window,
+            is_short: link.rtt.is_some_and(|rtt| rtt < SHORT),
+            backlog: link.unacknowledged_bytes.saturating_sub(window),
+            bytes_a_second: match round_trip > 0.0 {
+                true => window as f64 / round_trip,
+                false => 0.0,
+            },
+        }
+    }
+
+    /// An answer to what `asked` says, of a guest's volume: what the peer holds
+    /// goes into the index, unless it retired it since. `None`: no answer came.
+    /// Returns all of it.
+    pub(super) fn take_answer(
+        &self,
+        question: u64,
+        (guest, volume): (GuestId, VolumeIndex),
+        asked: &[Digest],
+        answer: Option<Message>,
+    ) -> HashMap<Digest, Place> {
+        // Held throughout: what is retired now is retired before or after all of it.
+        let answers = self.asking.answers();
+        let (mut found, mut hits) = (HashMap::new(), 0);
+        let came = if let Some(Message::Found { batches, sampling }) = &answer {
+            let mut wanted: HashSet<Digest> = asked.iter().copied().collect();
+            let mut index = self.index();
+            for (digest, place) in places(batches, self.sequence.next()) {
+                if answers.may_name(question, place.seq()) {
+                    index.insert(digest, place);
+                    // Neighbours too: what was not asked for, since hints are thin, is among them.
+                    found.insert(digest, place);
+                    hits += u64::from(wanted.remove(&digest));
+                }
+            }
+            self.asking.sample(*sampling);
+            true
+        } else {
+            false
+        };
+        drop(answers);
+        let asked = asked.len() as u64;
+        self.asking.worth(guest, volume, |worth| match came {
+            true => worth.answered(asked, hits),
+            false => worth.failed(),
+        });
+        self.asking.count(asked, hits);
+        found
+    }
+
+    /// What the peer holds is about to be learned: see [`Outgoing::learn`].
+    pub fn begin_learning(&self) -> u64 {
+        self.asking.answers().begin()
+    }
+
+    /// Nothing more is learned under this number.
+    pub fn end_learning(&self, learning: u64) {
+        self.asking.answers().end(learning);
+    }
+
+    /// Batches that the peer holds of an earlier process, by the digests of
+    /// their literals. What it retired since `learning` began is left out.
+    pub fn learn(&self, learning: u64, batches: &[(u64, Bytes)]) {
+        let answers = self.asking.answers();
+        let mut index = self.index();
+        for (seq, digests) in batches {
+            let known = (1..self.sequence.next()).contains(seq);
+            if !known || !answers.may_name(learning, *seq) {
+                continue;
+            }
+            let digests = digests.as_chunks::<16>().0.iter().take(GROUP);
+            for (slot, digest) in (0..).zip(digests) {
+                index.insert(Digest(*digest), Place::new(*seq, slot));
+            }
+        }
+        if index.forgotten() > 0 {
+            self.asking.index_forgot();
+        }
     }
 
     /// No batch may refer to these any more, nor tell a difference from them.
@@ -134,6 +246,9 @@ impl Outgoing {
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
+        if index.forgotten() > 0 {
+            self.asking.index_forgot();
+        }
         let mut bases = self.bases();
         on_the_way.retain(|seq| {
             let reached = acknowledged.reached(*seq);
@@ -149,6 +264,8 @@ impl Outgoing {
     /// more. Returns once no shipment is open that may have referred to them
     /// before, so that the peer sees every reference there is when it checks.
     pub async fn retire(&self, seqs: &BTreeSet<u64>) {
+        // Before the index: an answer that is being taken in is in it by then.
+        self.asking.answers().retire(seqs);
         self.forget_these(seqs);
         let before = self.next_shipment.load(Ordering::Acquire);
         loop {

@@ -8,7 +8,7 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use farhaven_storage_sync::digest::DigestKey;
@@ -18,6 +18,7 @@ use farhaven_storage_sync::{PointHeader, PointStats};
 use farhaven_wan::Peer;
 use tokio::sync::{mpsc, watch};
 
+use super::asking::ASKED_BYTES;
 use super::message::{BASELINE_PAGE_UNITS, DIGEST_PAGE_BATCHES, Message, Refusal, SealRequest};
 
 /// Batches taken for one sync at most.
@@ -43,6 +44,8 @@ pub struct Incoming {
     peer: Peer,
     appended: watch::Receiver<u64>,
     trouble: watch::Receiver<String>,
+    /// Changes when hints may have to be made.
+    hints: Arc<watch::Sender<u64>>,
 }
 
 impl Incoming {
@@ -67,6 +70,8 @@ impl Incoming {
             min_free,
         };
         tokio::task::spawn_blocking(move || appending.run(batches));
+        let (hints, asked) = watch::channel(1);
+        tokio::spawn(make_hints(store.clone(), asked));
         Self {
             store,
             queue,
@@ -74,6 +79,7 @@ impl Incoming {
             peer,
             appended,
             trouble,
+            hints: Arc::new(hints),
         }
     }
 
@@ -138,6 +144,27 @@ impl Incoming {
                 .map(|(seq, digests)| (seq, digests.iter().flat_map(|d| d.0).collect()))
                 .collect(),
         }
+    }
+
+    /// Says what of this is here, and keeps hints under this key from now on.
+    pub fn find(&self, key: [u8; 32], prefixes: &[u8]) -> Message {
+        let key = DigestKey::new(key);
+        self.store.hint_with(&key);
+        self.hints.send_modify(|n| *n += 1);
+        let found = self.store.find(&key, prefixes.as_chunks::<ASKED_BYTES>().0);
+        let batches = found.batches.into_iter().map(|batch| {
+            let digests = batch.digests.iter().flat_map(|digest| digest.0).collect();
+            (batch.seq, batch.slots, digests)
+        });
+        Message::Found {
+            batches: batches.collect(),
+            sampling: found.sampling,
+        }
+    }
+
+    /// Bytes of the stored images.
+    pub fn image_bytes(&self) -> u64 {
+        self.store.images().iter().map(|image| image.bytes).sum()
     }
 
     /// One page of the digests of a point's volume.
@@ -206,6 +233,22 @@ pub fn seal_of(request: &SealRequest) -> Result<Seal, SealStep> {
             wan_bytes: request.context.sent_bytes,
         },
     })
+}
+
+/// Makes the hints that the store lacks, beside everything else: it rests as
+/// long as it works.
+async fn make_hints(store: Store, mut asked: watch::Receiver<u64>) {
+    asked.mark_changed();
+    while asked.changed().await.is_ok() {
+        loop {
+            let (store, begun) = (store.clone(), Instant::now());
+            let more = tokio::task::spawn_blocking(move || store.fill_hints()).await;
+            if !more.unwrap_or(false) || asked.has_changed().is_err() {
+                break;
+            }
+            tokio::time::sleep(begun.elapsed()).await;
+        }
+    }
 }
 
 /// Why a point was not sealed.

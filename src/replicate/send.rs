@@ -21,6 +21,8 @@ use farhaven_wan::pace::{Flow, Rank};
 use tokio::runtime::Handle;
 use tokio::sync::watch;
 
+use super::ahead::{Ahead, Found, Next, What};
+use super::asking::PATIENCE;
 pub use super::outgoing::Outgoing;
 pub use super::totals::Totals;
 use crate::guest::{Sink, SinkError};
@@ -51,6 +53,7 @@ pub struct Shipment {
     outgoing: Arc<Outgoing>,
     id: u64,
     encoder: Encoder,
+    ahead: Ahead,
     /// Of its time, what the level was told of.
     compressed: Duration,
     chain: Chain,
@@ -87,6 +90,7 @@ impl Shipment {
             outgoing: outgoing.clone(),
             id,
             encoder,
+            ahead: Ahead::new(outgoing, guest, runtime.clone()),
             compressed: Duration::ZERO,
             chain: Chain::new(),
             shipped: Shipped::default(),
@@ -129,6 +133,7 @@ impl Shipment {
     /// # Errors
     /// When the shipment was stopped.
     pub fn flush(&mut self) -> Result<(), SinkError> {
+        self.encode_waiting(true)?;
         match self.encoder.flush() {
             Some(batch) => self.send(batch),
             None => Ok(()),
@@ -192,6 +197,65 @@ impl Shipment {
         })
     }
 
+    /// Encodes what need not wait any longer for the peer's word on what it holds.
+    fn encode_waiting(&mut self, all: bool) -> Result<(), SinkError> {
+        loop {
+            match self.ahead.next(all) {
+                Next::Nothing => return Ok(()),
+                Next::Wait(answered) => self.await_answer(answered)?,
+                Next::Piece(piece) => {
+                    let (volume, unit) = (piece.volume, piece.unit);
+                    let encoded = match &piece.what {
+                        What::Units(bytes, digests) => self.encode(volume, unit, bytes, digests),
+                        What::Zeros(count) => {
+                            let batch = self.encoder.zeros(volume, unit, *count);
+                            self.encoded(batch)
+                        }
+                    };
+                    if encoded.is_err() {
+                        self.ahead.put_back(piece);
+                    }
+                    encoded?;
+                }
+            }
+        }
+    }
+
+    fn await_answer(
+        &mut self,
+        mut answered: watch::Receiver<Option<Found>>,
+    ) -> Result<(), SinkError> {
+        let (link, begun) = (self.outgoing.link(), Instant::now());
+        let stop = &mut self.stop;
+        let came = self.runtime.block_on(async {
+            tokio::select! {
+                // One that went away without an answer counts as answered.
+                _ = answered.wait_for(Option::is_some) => Ok(true),
+                _ = stop.wait_for(|stopped| *stopped) => Err(SinkError::Closed),
+                () = tokio::time::sleep(PATIENCE) => Ok(false),
+            }
+        })?;
+        self.ahead.waited(&link, begun.elapsed());
+        if !came {
+            self.ahead.give_up();
+        }
+        Ok(())
+    }
+
+    fn encode(
+        &mut self,
+        volume: VolumeIndex,
+        unit: u64,
+        bytes: &[u8],
+        digests: &[Digest],
+    ) -> Result<(), SinkError> {
+        for (i, (bytes, digest)) in bytes.chunks_exact(UNIT).zip(digests).enumerate() {
+            let batch = self.encoder.unit(volume, unit + i as u64, bytes, *digest);
+            self.encoded(batch)?;
+        }
+        Ok(())
+    }
+
     fn count(&mut self, units: u64) {
         let bytes = units * UNIT as u64;
         self.shipped.changed_bytes += bytes;
@@ -220,17 +284,28 @@ impl Sink for Shipment {
         bytes: &[u8],
         digests: &[Digest],
     ) -> Result<(), SinkError> {
-        for (i, (bytes, digest)) in bytes.chunks_exact(UNIT).zip(digests).enumerate() {
-            let batch = self.encoder.unit(volume, unit + i as u64, bytes, *digest);
-            self.encoded(batch)?;
+        let (mut at, all) = (unit, digests.len() as u64);
+        let (mut bytes, mut digests) = (bytes, digests);
+        while !digests.is_empty() {
+            let count = self.ahead.piece(digests.len());
+            let (piece, rest) = bytes.split_at(bytes.len().min(count * UNIT));
+            let (told, untold) = digests.split_at(count);
+            if !self.ahead.takes(volume, at, piece, told) {
+                self.encode(volume, at, piece, told)?;
+            }
+            self.encode_waiting(false)?;
+            (at, bytes, digests) = (at + count as u64, rest, untold);
         }
-        self.count(digests.len() as u64);
+        self.count(all);
         Ok(())
     }
 
     fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), SinkError> {
-        let batch = self.encoder.zeros(volume, unit, count);
-        self.encoded(batch)?;
+        if !self.ahead.takes_zeros(volume, unit, count) {
+            let batch = self.encoder.zeros(volume, unit, count);
+            self.encoded(batch)?;
+        }
+        self.encode_waiting(false)?;
         self.count(count);
         Ok(())
     }

@@ -44,6 +44,10 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             let incoming = remote.incoming.clone();
             blocking(move || incoming.digests(from_seq, key)).await
         }
+        Message::Find { key, prefixes } => {
+            let incoming = remote.incoming.clone();
+            blocking(move || incoming.find(key, &prefixes)).await
+        }
         Message::Baseline {
             guest,
             point,

@@ -148,6 +148,27 @@ pub struct TakeBack {
     pub force: bool,
 }
 
+/// Body of `POST /v1/images`.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AddImage {
+    /// A raw image that the daemon may read.
+    pub path: PathBuf,
+    /// How it shall be called.
+    pub name: String,
+    /// For the guests of this site; of every paired one when absent.
+    #[serde(default)]
+    pub peer: Option<String>,
+}
+
+/// Query of `DELETE /v1/images/{name}`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct OfPeer {
+    /// That for the guests of this site; of every paired one when absent.
+    pub peer: Option<String>,
+}
+
 /// An error's body.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct ErrorBody {
@@ -224,6 +245,11 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/v1/guests/{name}/test", post(test).delete(end_test))
         .route("/v1/guests/{name}/move", get(move_outlook).post(move_guest))
         .route("/v1/guests/{name}/take-back", post(take_back))
+        .route(
+            "/v1/images",
+            get(async |State(site): Here| Json(site.images())).post(add_image),
+        )
+        .route("/v1/images/{name}", delete(remove_image))
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -482,6 +508,22 @@ async fn move_outlook(
     InPath(name): InPath<String>,
 ) -> Answer<super::view::MoveOutlook> {
     site.move_outlook(&name).map(Json)
+}
+
+async fn add_image(
+    State(site): Here,
+    Json(body): Json<AddImage>,
+) -> Answer<Vec<super::images::ImageView>> {
+    let AddImage { path, name, peer } = body;
+    whole(async move { site.add_image(&path, &name, peer.as_deref()).await }).await
+}
+
+async fn remove_image(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Query(query): Query<OfPeer>,
+) -> Answer<Vec<super::images::ImageView>> {
+    whole(async move { site.remove_image(&name, query.peer.as_deref()).await }).await
 }
 
 async fn take_back(

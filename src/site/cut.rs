@@ -174,6 +174,7 @@ pub(super) async fn seal(
             Ok(Message::Dangling { missing }) => {
                 // Where one is gone others may be: bandwidth is cheaper than a round trip each.
                 attached.outgoing.forget_all();
+                attached.outgoing.asking.distrust();
                 return Err(DriveError::Other(format!(
                     "batch {missing} is gone at the peer; point {} begins anew",
                     made.point

@@ -2,8 +2,10 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::Path;
+
+use farhaven_storage_sync::digest::DigestKey;
 
 /// Makes a directory (and its parents) that only the owner may enter.
 ///
@@ -23,6 +25,23 @@ pub fn usable_directory(path: &Path) -> io::Result<()> {
     let probe = path.join(".farhaven-writable");
     File::create(&probe)?;
     fs::remove_file(probe)
+}
+
+/// The key of all digests of a site, made when there is none. It is kept, so
+/// that what peers remember by digest outlives this process; one that is lost,
+/// damaged or was readable by others is replaced: that costs them some reading.
+pub fn digest_key(path: &Path) -> DigestKey {
+    let private = fs::metadata(path).is_ok_and(|m| m.permissions().mode() & 0o077 == 0);
+    let kept = fs::read(path).ok().filter(|_| private);
+    let kept: Option<[u8; 32]> = kept.and_then(|bytes| bytes.try_into().ok());
+    if let Some(bytes) = kept {
+        return DigestKey::new(bytes);
+    }
+    let key = DigestKey::random();
+    if let Err(error) = replace(path, key.bytes()) {
+        tracing::warn!(path = %path.display(), %error, "the digest key cannot be kept; after a restart peers must read what they hold anew");
+    }
+    key
 }
 
 /// Replaces a small file: synced, renamed, directory synced.

@@ -8,6 +8,7 @@
 pub mod api;
 pub mod files;
 pub mod hosted;
+pub mod images;
 pub mod records;
 pub mod remote;
 pub mod seed;
@@ -135,7 +136,7 @@ pub struct Site {
     identity: Identity,
     node: Arc<Node>,
     catalogue: Arc<Catalogue>,
-    /// Key of every digest of this process.
+    /// Key of every digest of this site's guests.
     tracking_key: DigestKey,
     remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
@@ -149,6 +150,8 @@ pub struct Site {
     limits: limits::Limits,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
+    /// Images that are being stored.
+    adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
     naming: Mutex<()>,
     /// Guests whose monitor lives in this process.
@@ -192,6 +195,7 @@ impl Site {
         }
         start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
+        let tracking_key = files::digest_key(&state.join("identity").join("digest-key"));
         let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
         if report.rebuilt || report.journal_rebuilt {
             tracing::warn!(set_aside = ?report.set_aside, "the catalogue was damaged or missing, and was rebuilt");
@@ -212,7 +216,7 @@ impl Site {
             identity,
             node,
             catalogue: Arc::new(catalogue),
-            tracking_key: DigestKey::random(),
+            tracking_key,
             remotes: RwLock::default(),
             drivers: RwLock::default(),
             standbys: RwLock::default(),
@@ -222,6 +226,7 @@ impl Site {
             exports,
             limits,
             builders,
+            adding: Mutex::default(),
             naming: Mutex::default(),
             hosted: RwLock::default(),
             unstopped: Mutex::default(),
@@ -329,6 +334,8 @@ impl Site {
     fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
         let options = StoreOptions {
             segment_bytes: self.config.store.segment_bytes.bytes(),
+            hint_bytes: usize::try_from(self.config.store.index_bytes.bytes())
+                .unwrap_or(usize::MAX),
             ..StoreOptions::default()
         };
         let (store, report) = Store::open(&self.store_directory(&record.key), options)?;

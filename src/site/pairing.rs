@@ -140,6 +140,8 @@ impl Site {
 
 pub(super) fn peer_view(remote: &Remote) -> PeerView {
     let link = remote.peer.status();
+    let asked = remote.begun().map(|outgoing| outgoing.asking.counts());
+    let (asked_units, found_units) = asked.unwrap_or_default();
     PeerView {
         site: remote.record.site.clone(),
         key: remote.record.key.to_string(),
@@ -155,5 +157,7 @@ pub(super) fn peer_view(remote: &Remote) -> PeerView {
         queued_bytes: link.queued_bytes,
         last_disconnect: link.why_last_disconnect.unwrap_or_default(),
         trouble: remote.trouble(),
+        asked_units,
+        found_units,
     }
 }

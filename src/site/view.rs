@@ -294,6 +294,12 @@ pub struct PeerView {
     pub last_disconnect: String,
     /// What hinders the peer's store, by its own word.
     pub trouble: String,
+    /// Units that it was asked for by digest, since the daemon started.
+    #[serde(default)]
+    pub asked_units: u64,
+    /// Of those, how many it held: they were not sent.
+    #[serde(default)]
+    pub found_units: u64,
 }
 
 /// A recovery point.

@@ -37,6 +37,9 @@ pub const POINT_HEADER_BYTES: usize = 1024 * 1024;
 
 /// Largest batch number.
 pub const SEQ: u64 = (1 << 58) - 1;
+/// First number of the batches of stored images. Sources number theirs below
+/// it, so that a site can store an image without asking anybody for numbers.
+pub const IMAGE_SEQ: u64 = 1 << 56;
 /// Largest point number.
 pub const POINT: u64 = 1 << 62;
 
@@ -51,6 +54,15 @@ pub const MAP_BRANCH: usize = 512;
 pub const SEGMENT_BYTES_LEAST: u64 = 64 * 1024;
 /// Largest segment: offsets in the index have 32 bits.
 pub const SEGMENT_BYTES_MOST: u64 = 1 << 31;
+
+/// Memory for hints which batch holds which content, unless configured.
+pub const HINT_BYTES: usize = 256 << 20;
+/// Batches whose digests are kept in memory once they were asked for: 1 KiB each.
+pub const ANSWERS_KEPT: usize = 4096;
+/// Most digests of one question.
+pub const ASKED: usize = 4096;
+/// Most batches of one answer: their digests are 512 KiB.
+pub const ANSWER_BATCHES: usize = 512;
 
 /// Segment files kept open for reading.
 pub const SEGMENTS_OPEN: usize = 64;
@@ -69,6 +81,10 @@ const _: () = assert!(DELTA_BYTES < UNIT && DELTA_BYTES < 1 << 14);
 const _: () = assert!(GROUP == 64, "places have 6 bits of index");
 const _: () = assert!(UNIT == 4096 && UNIT.is_power_of_two());
 const _: () = assert!(SEGMENT_BYTES_MOST + (BATCH_BYTES as u64) < u32::MAX as u64);
+const _: () = assert!(
+    IMAGE_SEQ < SEQ && IMAGE_SEQ << 7 == 1 << 63,
+    "steps between places of images have 63 bits"
+);
 const _: () = assert!(VOLUMES <= u16::MAX as usize);
 const _: () = assert!(
     BATCH_BYTES < 512 * 1024,

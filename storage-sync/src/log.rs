@@ -11,12 +11,14 @@ mod scan;
 use std::collections::{BTreeMap, HashMap};
 use std::fs::File;
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::codec::BatchHeader;
 use crate::files::{FileError, make_dir, open_private, sync_dir};
+use crate::limits::{IMAGE_SEQ, SEQ};
 
 pub use scan::{BadRange, ScanReport};
 
@@ -328,14 +330,10 @@ impl Log {
             .copied()
     }
 
-    /// Numbers of batches from `from` on, at most `most`.
-    pub(crate) fn seqs_from(&self, from: u64, most: usize) -> Vec<u64> {
+    /// Numbers of batches in `range`, at most `most`.
+    pub(crate) fn seqs_in(&self, range: Range<u64>, most: usize) -> Vec<u64> {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index
-            .range(from..)
-            .take(most)
-            .map(|(&seq, _)| seq)
-            .collect()
+        index.range(range).take(most).map(|(&seq, _)| seq).collect()
     }
 
     /// Calls `visit` for every batch, in the order of their numbers.
@@ -346,16 +344,26 @@ impl Log {
             .for_each(|(&seq, &location)| visit(seq, location));
     }
 
-    /// The `count` largest batch numbers, descending.
+    /// The `count` largest numbers of a source's batches, descending.
     pub(crate) fn newest(&self, count: usize) -> Vec<u64> {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.keys().rev().take(count).copied().collect()
+        let of_source = index.range(..IMAGE_SEQ).rev();
+        of_source.take(count).map(|(seq, _)| *seq).collect()
     }
 
-    /// The largest number in the log, 0 when it is empty.
+    /// The largest number of a source's batch in the log, 0 when there is none.
     pub(crate) fn last_seq(&self) -> u64 {
+        self.last_in(0..IMAGE_SEQ)
+    }
+
+    /// The largest number of an image's batch in the log, 0 when there is none.
+    pub(crate) fn last_image_seq(&self) -> u64 {
+        self.last_in(IMAGE_SEQ..SEQ)
+    }
+
+    fn last_in(&self, range: Range<u64>) -> u64 {
         let index = self.index.read().unwrap_or_else(PoisonError::into_inner);
-        index.last_key_value().map_or(0, |(&seq, _)| seq)
+        index.range(range).next_back().map_or(0, |(&seq, _)| seq)
     }
 
     /// Bytes in all segments.

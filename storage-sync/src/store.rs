@@ -5,7 +5,10 @@
 //! to read. [`Store::plan_prune`] and [`Store::perform_prune`] let points go.
 //! A `Store` is a handle: clones share one store, from any thread.
 
+mod answers;
 mod digests;
+mod hints;
+mod images;
 mod open;
 mod read;
 mod rebuild;
@@ -18,15 +21,21 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
-use crate::codec::{BatchError, BatchHeader, BatchView, Body, Expander};
+use crate::codec::{BatchError, BatchHeader, BatchView, Body, Expander, Sequence};
 use crate::files::{FileError, LockError};
-use crate::limits::{MANIFEST_CHAIN, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::limits::{
+    HINT_BYTES, IMAGE_SEQ, MANIFEST_CHAIN, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST,
+};
 use crate::log::{Log, LogError, ScanReport};
 use crate::manifest::PointHeader;
 use crate::map::PointMap;
 use crate::unit::GuestId;
 
+pub use answers::{Held, HeldBatch};
 pub use digests::DigestPage;
+pub use hints::Prefix;
+use hints::{Hints, hints_of};
+pub use images::{Image, ImageError, ImageProgress};
 pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
 pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
 pub use seal::{Seal, SealError};
@@ -43,6 +52,8 @@ pub struct StoreOptions {
     pub map_bytes: usize,
     /// Memory for expanded batches, per open point.
     pub cache_bytes: usize,
+    /// Memory for hints which batch holds which content.
+    pub hint_bytes: usize,
 }
 
 impl Default for StoreOptions {
@@ -52,6 +63,7 @@ impl Default for StoreOptions {
             bytes_most: None,
             map_bytes: 1 << 30,
             cache_bytes: 8 << 20,
+            hint_bytes: HINT_BYTES,
         }
     }
 }
@@ -174,6 +186,9 @@ pub(crate) struct Inner {
     pub(crate) options: StoreOptions,
     pub(crate) log: Log,
     pub(crate) state: Mutex<State>,
+    pub(crate) hints: Mutex<Hints>,
+    /// Numbers for the batches of images.
+    pub(crate) image_numbers: Arc<Sequence>,
     /// Held through a seal or a prune: they write manifests.
     pub(crate) writing: Mutex<()>,
     /// Held through a prune: one at a time.
@@ -213,7 +228,13 @@ impl Store {
     /// One damaged batch refuses them all. After a log error some may be
     /// durable; sending them again is harmless.
     pub fn append(&self, batches: &[Bytes]) -> Result<Vec<u64>, StoreError> {
+        self.append_of(batches, false)
+    }
+
+    fn append_of(&self, batches: &[Bytes], image: bool) -> Result<Vec<u64>, StoreError> {
         let mut verified = Vec::with_capacity(batches.len());
+        let key = held(&self.0.hints).key();
+        let (mut hints, mut digests) = (Vec::new(), Vec::new());
         let mut expander = Expander::new();
         let mut body = Body::new();
         let mut waiting = Waiting::new();
@@ -222,12 +243,20 @@ impl Store {
             // A batch that would not expand is worth nothing: tell its sender now.
             view.expand(&mut expander, &mut body)?;
             let header = *view.header();
+            if (header.seq >= IMAGE_SEQ, header.guest.is_image()) != (image, image) {
+                let why = "its number or guest is kept for images that are stored here";
+                return Err(BatchError::Invalid(why).into());
+            }
+            if let Some(key) = &key {
+                hints.push((header.seq, hints_of(key, &body, &mut digests)));
+            }
             verified.push((header, &bytes[..]));
             if header.deltas {
                 waiting.add_all(&body, header.seq);
             }
         }
         self.0.log.append(&verified)?;
+        self.0.add_hints(&hints);
         // A difference that does not come out right is not refused here: the
         // seal asks again, and the source gets an answer that it can act on.
         let wrong = self.0.wrong(waiting);
@@ -249,7 +278,7 @@ impl Store {
         self.0.log.locate(seq).is_some()
     }
 
-    /// The largest batch number in the log; 0 when it is empty.
+    /// The largest number of a source's batch in the log; 0 when there is none.
     pub fn last_seq(&self) -> u64 {
         self.0.log.last_seq()
     }
@@ -297,7 +326,8 @@ impl Store {
         let known = state.guests.iter();
         let known =
             known.filter(|(_, guest)| !guest.points.is_empty() || !guest.unsealed.is_empty());
-        known.map(|(&guest, _)| guest).collect()
+        let known = known.map(|(&guest, _)| guest);
+        known.filter(|guest| !guest.is_image()).collect()
     }
 
     /// The batches that were received for a point that is not sealed.

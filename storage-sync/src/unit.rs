@@ -24,7 +24,23 @@ impl GuestId {
         id[8] = id[8] & 0x3f | 0x80;
         GuestId(id)
     }
+
+    /// A new identity for a stored image: it stands where a guest's would, and
+    /// is none that a guest ever has.
+    pub fn random_image() -> GuestId {
+        let mut id: [u8; 16] = rand::random();
+        id[..8].copy_from_slice(&IMAGE);
+        GuestId(id)
+    }
+
+    /// Does it stand for a stored image?
+    pub fn is_image(&self) -> bool {
+        self.0.starts_with(&IMAGE)
+    }
 }
+
+/// How the identities of images begin: byte 6 is not that of a version 4 UUID.
+const IMAGE: [u8; 8] = *b"FH-image";
 
 impl fmt::Display for GuestId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -192,7 +192,7 @@ fn changed(change: impl FnOnce(&mut Vec<u8>)) -> BatchError {
 fn what_a_newer_version_writes_is_refused_by_that_name() {
     let newer = [
         changed(|bytes| bytes[4] = 2),
-        changed(|bytes| bytes[6] = 2),
+        changed(|bytes| bytes[6] = 4),
         changed(|bytes| bytes[7] = 2),
         changed(|bytes| bytes[BATCH_HEADER] = 5),
         changed(|bytes| bytes[BATCH_HEADER] |= 0x40),

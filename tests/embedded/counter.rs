@@ -18,7 +18,7 @@ use farhaven::guest::qemu::check::Finding;
 
 pub const PAGES: u64 = 64;
 pub const BLOCKS: u64 = 48;
-const PAGE: u64 = 4096;
+pub const PAGE: u64 = 4096;
 pub const KIND: &str = "counter";
 
 struct Inner {
@@ -147,10 +147,19 @@ impl Counter {
 
     /// A guest that counts from 1, in a directory.
     pub fn start(directory: &Path) -> (Arc<Mutex<Self>>, Definition) {
+        Self::start_on(directory, BLOCKS)
+    }
+
+    /// The same, with a disk of so many blocks, of which it uses the first.
+    pub fn start_on(directory: &Path, blocks: u64) -> (Arc<Mutex<Self>>, Definition) {
         std::fs::create_dir_all(directory).unwrap();
-        let disk = TrackedDisk::open("disk", &directory.join("disk.img"), BLOCKS * PAGE);
+        let disk = TrackedDisk::open("disk", &directory.join("disk.img"), blocks * PAGE);
         let counter = Self::new(&directory.join("ram"), disk.unwrap(), true);
-        (Arc::new(Mutex::new(counter)), definition())
+        let definition = Definition {
+            disks: vec![("disk".to_owned(), blocks * PAGE)],
+            ..definition()
+        };
+        (Arc::new(Mutex::new(counter)), definition)
     }
 
     /// How far it is.

@@ -5,6 +5,7 @@
 
 mod counter;
 mod drills;
+mod images;
 mod limits;
 mod mended;
 mod seeds;
@@ -94,6 +95,27 @@ impl Stage {
         let dir = tempfile::tempdir().unwrap();
         let east = site(dir.path(), "east", Builders::new()).await;
         let west = site(dir.path(), "west", builders(&at_west)).await;
+        Self::pair(dir, east, west, at_west, west_dials).await
+    }
+
+    /// One with other bounds of what is kept of digests: west's, and east's in bytes.
+    async fn set_sized(west_dials: bool, west_index: ByteSize, east_index: u64) -> Self {
+        let (dir, at_west) = (tempfile::tempdir().unwrap(), CounterBuilder::default());
+        let (mut of_east, mut of_west) = (config(dir.path(), "east"), config(dir.path(), "west"));
+        of_east.store.index_bytes = ByteSize::from_bytes(east_index);
+        of_west.store.index_bytes = west_index;
+        let east = Site::start_with(of_east, Builders::new()).await.unwrap();
+        let west = Site::start_with(of_west, builders(&at_west)).await.unwrap();
+        Self::pair(dir, east, west, at_west, west_dials).await
+    }
+
+    async fn pair(
+        dir: tempfile::TempDir,
+        east: Arc<Site>,
+        west: Arc<Site>,
+        at_west: CounterBuilder,
+        west_dials: bool,
+    ) -> Self {
         let (host, dials) = match west_dials {
             true => (&east, &west),
             false => (&west, &east),

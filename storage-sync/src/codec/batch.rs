@@ -19,6 +19,8 @@ pub const VERSION: u16 = 1;
 const HASH: usize = 88;
 /// The flag of a batch that has differences: an older version refuses it by name.
 const DELTAS: u8 = 1;
+/// The flag of a batch that refers to a stored image: likewise.
+const IMAGES: u8 = 2;
 
 /// A finished batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -97,6 +99,8 @@ pub struct BatchHeader {
     pub literals: u8,
     /// Are some of them differences?
     pub deltas: bool,
+    /// Does it refer to batches of stored images?
+    pub images: bool,
     /// Bytes of the body, expanded.
     pub body_raw: usize,
     /// How the body is stored.
@@ -143,7 +147,7 @@ impl BatchHeader {
                 what: format!("layout {}", u16_at(4)),
             });
         }
-        if fixed[6] & !DELTAS != 0 || fixed[47] != 0 {
+        if fixed[6] & !(DELTAS | IMAGES) != 0 || fixed[47] != 0 {
             return Err(BatchError::Newer {
                 what: format!("flags {:#04x}", fixed[6]),
             });
@@ -165,6 +169,7 @@ impl BatchHeader {
             entries: u16_at(44).into(),
             literals: fixed[46],
             deltas: fixed[6] & DELTAS != 0,
+            images: fixed[6] & IMAGES != 0,
             body_raw: u32_at(48),
             codec,
             body_stored: u32_at(52),
@@ -207,7 +212,8 @@ impl BatchHeader {
     fn put(&self, out: &mut Vec<u8>) {
         out.extend_from_slice(&MAGIC);
         out.extend_from_slice(&VERSION.to_le_bytes());
-        out.push(if self.deltas { DELTAS } else { 0 });
+        let deltas = if self.deltas { DELTAS } else { 0 };
+        out.push(deltas | if self.images { IMAGES } else { 0 });
         out.push(match self.codec {
             Codec::Raw => 0,
             Codec::Zstd => 1,

@@ -52,6 +52,13 @@ impl Body {
         }
     }
 
+    /// The literals, one behind the other in the order of their slots.
+    pub(crate) fn literals(&self) -> &[u8] {
+        let whole = self.slots.iter();
+        let whole = whole.filter(|slot| matches!(slot, At::Whole(_))).count();
+        self.bytes.get(..whole * UNIT).unwrap_or_default()
+    }
+
     /// The whole units at the front, when there are no differences: all slots together.
     pub(crate) fn all_whole(&self) -> Option<&[u8]> {
         let whole = self.slots.iter().all(|slot| matches!(slot, At::Whole(_)));

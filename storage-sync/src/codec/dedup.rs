@@ -57,6 +57,7 @@ pub struct DedupIndex {
     shards: Vec<Shard>,
     buckets_most: usize,
     len: usize,
+    forgotten: u64,
     pending: BTreeMap<u64, GuestId>,
 }
 
@@ -74,6 +75,7 @@ impl DedupIndex {
             shards: (0..SHARDS).map(|_| Shard::default()).collect(),
             buckets_most: (bytes / SHARDS / size_of::<Bucket>()).max(1),
             len: 0,
+            forgotten: 0,
             pending: BTreeMap::new(),
         }
     }
@@ -125,6 +127,7 @@ impl DedupIndex {
                 shard.grow(most, &mut self.len);
             } else {
                 shard.evict(digest, place);
+                self.forgotten += 1;
                 return;
             }
         }
@@ -181,6 +184,11 @@ impl DedupIndex {
     /// Units known.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Units that had to be forgotten for want of room: the peer may hold more than is known.
+    pub fn forgotten(&self) -> u64 {
+        self.forgotten
     }
 
     /// Is nothing known?

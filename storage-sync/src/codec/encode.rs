@@ -20,7 +20,7 @@ use crate::codec::entry::{Content, Delta, Entry, EntryWriter};
 use crate::codec::group::Group;
 use crate::digest::is_zero;
 use crate::limits::{
-    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, POINT, SEQ, VOLUME_UNITS, VOLUMES,
+    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, IMAGE_SEQ, POINT, SEQ, VOLUME_UNITS, VOLUMES,
 };
 use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
 
@@ -37,7 +37,9 @@ pub struct Sequence {
 impl Sequence {
     /// The first batch gets `next` (at least 1): one more than the last the peer holds.
     pub fn starting_at(next: u64) -> Sequence {
-        Sequence::within(next, SEQ)
+        // A source's numbers end where those of images begin.
+        let last = if next < IMAGE_SEQ { IMAGE_SEQ - 1 } else { SEQ };
+        Sequence::within(next, last)
     }
 
     /// Numbers from `first` to `last`: a range that was [reserved](Sequence::reserve).
@@ -111,6 +113,7 @@ struct Open {
     group: Group,
     digests: HashMap<Digest, u8>,
     units: u64,
+    images: bool,
 }
 
 /// Encodes one guest's units for one point.
@@ -241,12 +244,14 @@ impl Encoder {
                 content
             }
         };
-        open.entries.push(Entry {
+        let entry = Entry {
             volume,
             unit,
             count: 1,
             content,
-        });
+        };
+        open.images |= entry.of_image(open.seq);
+        open.entries.push(entry);
         open.units += 1;
         Ok(self.flush_when_full())
     }
@@ -295,6 +300,7 @@ impl Encoder {
             entries: packed.count,
             literals,
             deltas: packed.deltas > 0,
+            images: open.images,
             body_raw: packed.raw,
             codec: packed.codec,
             body_stored: open.group.packed().len(),
@@ -335,10 +341,10 @@ impl Encoder {
             return Some(Place::new(open.seq, index));
         }
         // A place from a number after this batch's own (another guest's, sent
-        // earlier but numbered later) cannot be referred to.
+        // earlier but numbered later) cannot be referred to; a stored image's can.
         self.index()
             .get_for(self.guest, digest)
-            .filter(|place| place.seq() < open.seq)
+            .filter(|place| place.seq() < open.seq || place.seq() >= IMAGE_SEQ)
     }
 
     /// Makes sure that there is an open batch, and a compressor.
@@ -359,6 +365,7 @@ impl Encoder {
                 group: std::mem::take(&mut self.spare),
                 digests: HashMap::new(),
                 units: 0,
+                images: false,
             });
         }
         Ok(())

@@ -5,7 +5,7 @@
 //! [`EntryWriter`] and [`EntryReader`]; `FORMAT.md` draws the bytes.
 
 use crate::codec::varint;
-use crate::limits::{DELTA_BYTES, DELTA_BYTES_LEAST, SEQ, VOLUME_UNITS, VOLUMES};
+use crate::limits::{DELTA_BYTES, DELTA_BYTES_LEAST, IMAGE_SEQ, SEQ, VOLUME_UNITS, VOLUMES};
 use crate::unit::{GROUP, Place, UNIT, VolumeIndex};
 
 const KIND: u8 = 0b0000_0111;
@@ -38,7 +38,7 @@ pub enum Content {
     Zeros,
     /// Consecutive slots of this batch, told whole, the first with this index.
     Literals(u8),
-    /// Consecutive slots of one batch that was sent before, or of this one.
+    /// Consecutive slots of one batch that was sent before, of a stored image, or of this one.
     Refs(Place),
     /// One slot of this batch, told as a difference.
     Delta(Delta),
@@ -58,6 +58,14 @@ pub struct Delta {
 }
 
 impl Entry {
+    /// Does it refer to a stored image, from batch `seq`, which is of none?
+    pub(crate) fn of_image(&self, seq: u64) -> bool {
+        let Content::Refs(place) = self.content else {
+            return false;
+        };
+        place.seq() >= IMAGE_SEQ && seq < IMAGE_SEQ
+    }
+
     /// The place of the first unit, given the number of the batch it is in.
     /// The units after it lie in the places after it, except zeros.
     pub fn place(&self, seq: u64) -> Place {
@@ -345,7 +353,9 @@ impl<'a> EntryReader<'a> {
         use EntryError::Invalid;
         let place = varint::take_step(&mut self.rest, self.cursor.place);
         let place = Place(place.ok_or(Invalid("place out of range"))?);
-        if place.seq() == 0 || place.seq() > SEQ || place.seq() > self.seq {
+        // What images hold was there before any batch of a source.
+        let earlier = place.seq() <= self.seq || place.seq() >= IMAGE_SEQ && self.seq < IMAGE_SEQ;
+        if place.seq() == 0 || place.seq() > SEQ || !earlier {
             return Err(Invalid("a reference to no earlier batch"));
         }
         if count > GROUP as u64 - u64::from(place.index()) {

@@ -42,7 +42,7 @@ impl<'a> EntriesView<'a> {
 
     fn check(&self) -> Result<(), BatchError> {
         let mut reader = EntryReader::new(self.entries, self.header.seq);
-        let (mut count, mut deltas) = (0, false);
+        let (mut count, mut deltas, mut images) = (0, false, false);
         while let Some(entry) = reader.take().map_err(from_entry)? {
             count += 1;
             if count > self.header.entries {
@@ -56,9 +56,8 @@ impl<'a> EntriesView<'a> {
                     "a reference to a slot it does not have",
                 ));
             }
-            if matches!(entry.content, Content::Delta(_)) {
-                deltas = true;
-            }
+            deltas |= matches!(entry.content, Content::Delta(_));
+            images |= entry.of_image(self.header.seq);
         }
         if count != self.header.entries {
             return Err(BatchError::Invalid("fewer entries than its header says"));
@@ -72,6 +71,11 @@ impl<'a> EntriesView<'a> {
         if deltas != self.header.deltas {
             return Err(BatchError::Invalid(
                 "it has differences and no flag, or a flag and none",
+            ));
+        }
+        if images != self.header.images {
+            return Err(BatchError::Invalid(
+                "it refers to images and has no flag, or a flag and does not",
             ));
         }
         Ok(())

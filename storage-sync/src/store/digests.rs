@@ -3,6 +3,7 @@
 use super::{Reader, Store, Waiting, held};
 use crate::codec::{Body, Slot};
 use crate::digest::DigestKey;
+use crate::limits::IMAGE_SEQ;
 use crate::unit::Digest;
 
 /// Digests of batches in the log, for a source that rebuilds its index.
@@ -18,7 +19,10 @@ impl Store {
     /// Digests, under the source's key, of the literals of up to `most` batches
     /// from number `from` on. Damaged batches are left out.
     pub fn live_digests(&self, key: &DigestKey, from: u64, most: usize) -> DigestPage {
-        let seqs = self.0.log.seqs_from(from, most.max(1));
+        let seqs = self
+            .0
+            .log
+            .seqs_in(from.min(IMAGE_SEQ)..IMAGE_SEQ, most.max(1));
         let next = match seqs.last() {
             Some(last) if seqs.len() >= most.max(1) => Some(last + 1),
             _ => None,

@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex};
 
+use super::hints::Hints;
 use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Store, StoreError};
 use super::{StoreOptions, held};
+use crate::codec::Sequence;
 use crate::files::{FileError, lock, make_dir};
-use crate::limits::{SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
+use crate::limits::{IMAGE_SEQ, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
 use crate::log::Log;
 use crate::manifest::{self, ManifestError};
 use crate::unit::GuestId;
@@ -29,11 +31,14 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenRepo
         options.bytes_most,
         &mut |header| noted.push(*header),
     )?;
+    let image_numbers = Sequence::starting_at(log.last_image_seq().max(IMAGE_SEQ) + 1);
     let inner = Inner {
         manifests,
-        options,
         log,
         state: Mutex::new(State::default()),
+        hints: Mutex::new(Hints::open(dir.join("hints"), options.hint_bytes)),
+        image_numbers: Arc::new(image_numbers),
+        options,
         writing: Mutex::new(()),
         pruning: Mutex::new(()),
         _lock: lock,
@@ -50,8 +55,11 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenRepo
         }
     }
     let mut state = held(&inner.state);
-    noted.iter().for_each(|header| state.belongs(header));
-    report.points = state.guests.values().map(|guest| guest.points.len()).sum();
+    // An image that was not stored to its end is none: a prune frees its batches.
+    let points = noted.iter().filter(|header| !header.guest.is_image());
+    points.for_each(|header| state.belongs(header));
+    let guests = state.guests.iter().filter(|(guest, _)| !guest.is_image());
+    report.points = guests.map(|(_, guest)| guest.points.len()).sum();
     drop(state);
     Ok((Store(Arc::new(inner)), report))
 }
