@@ -72,9 +72,7 @@ impl fmt::Display for Mode {
 }
 
 /// What follows when a step fails, is refused or takes too long.
-#[derive(
-    Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema,
-)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "kebab-case")]
 pub enum OnError {
     /// Nothing more is begun until a person decides: repeat, take as done, roll back or end.

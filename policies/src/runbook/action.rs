@@ -47,6 +47,7 @@ pub enum Action {
     Promote {
         /// From which point.
         #[serde(default)]
+        #[schemars(with = "PointText")]
         point: PointChoice,
     },
     /// The guests get this site's networks.
@@ -173,14 +174,46 @@ impl Readiness {
 }
 
 /// A recovery point to run from.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(from = "PointText", into = "PointText")]
 pub enum PointChoice {
     /// The newest sealed one.
     #[default]
     Newest,
     /// The one of this number.
     Number(u64),
+}
+
+/// As in a file: the word newest, or a number.
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+enum PointText {
+    Word(PointWord),
+    Number(u64),
+}
+
+#[derive(Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+enum PointWord {
+    Newest,
+}
+
+impl From<PointText> for PointChoice {
+    fn from(text: PointText) -> PointChoice {
+        match text {
+            PointText::Word(PointWord::Newest) => PointChoice::Newest,
+            PointText::Number(number) => PointChoice::Number(number),
+        }
+    }
+}
+
+impl From<PointChoice> for PointText {
+    fn from(point: PointChoice) -> PointText {
+        match point {
+            PointChoice::Newest => PointText::Word(PointWord::Newest),
+            PointChoice::Number(number) => PointText::Number(number),
+        }
+    }
 }
 
 /// How a URL is called.

@@ -12,9 +12,18 @@ const TEST_LASTS: Period = Period::from_secs(8 * 3600);
 /// The built-in runbook of one mode, for these groups.
 pub fn of_mode(mode: Mode, groups: BTreeMap<String, Vec<String>>) -> Runbook {
     let (name, description) = match mode {
-        Mode::Test => ("test", "Run the group here from its newest point, isolated, and throw it away."),
-        Mode::Planned => ("move", "Move the group here from its very last instruction; nothing is lost."),
-        Mode::Unplanned => ("failover", "Run the group here from its newest point; its source is lost."),
+        Mode::Test => (
+            "test",
+            "Run the group here from its newest point, isolated, and throw it away.",
+        ),
+        Mode::Planned => (
+            "move",
+            "Move the group here from its very last instruction; nothing is lost.",
+        ),
+        Mode::Unplanned => (
+            "failover",
+            "Run the group here from its newest point; its source is lost.",
+        ),
     };
     Runbook {
         name: name.to_owned(),
@@ -29,7 +38,14 @@ pub fn of_mode(mode: Mode, groups: BTreeMap<String, Vec<String>>) -> Runbook {
 pub fn of_all(groups: BTreeMap<String, Vec<String>>) -> Runbook {
     // In each mode the steps come in this order.
     const ORDER: [&str; 9] = [
-        "ready", "final-sync", "fence", "promote", "networks", "start", "healthy", "looked-at",
+        "ready",
+        "final-sync",
+        "fence",
+        "promote",
+        "networks",
+        "start",
+        "healthy",
+        "looked-at",
         "cleanup",
     ];
     let mut merged: Vec<Step> = Vec::new();
@@ -39,8 +55,12 @@ pub fn of_all(groups: BTreeMap<String, Vec<String>>) -> Runbook {
             for mut step in steps(mode).into_iter().filter(|step| step.name == name) {
                 step.modes = Some([mode].into());
                 let alike = of_name.iter_mut().find(|other| {
-                    (&other.action, other.on_error, other.timeout, &other.description)
-                        == (&step.action, step.on_error, step.timeout, &step.description)
+                    (
+                        &other.action,
+                        other.on_error,
+                        other.timeout,
+                        &other.description,
+                    ) == (&step.action, step.on_error, step.timeout, &step.description)
                 });
                 match alike {
                     Some(other) => other.modes.iter_mut().for_each(|modes| {
@@ -52,7 +72,12 @@ pub fn of_all(groups: BTreeMap<String, Vec<String>>) -> Runbook {
         }
         let several = of_name.len() > 1;
         for mut step in of_name {
-            let modes: Vec<_> = step.modes.iter().flatten().map(|mode| mode.word()).collect();
+            let modes: Vec<_> = step
+                .modes
+                .iter()
+                .flatten()
+                .map(|mode| mode.word())
+                .collect();
             if several {
                 step.name = format!("{name}-{}", modes.join("-"));
             }
@@ -80,14 +105,22 @@ fn steps(mode: Mode) -> Vec<Step> {
         on_error,
         ..Step::new(name, action)
     };
-    let mut steps = vec![step("ready", Action::Check { checks: Vec::new() }, OnError::Stop)];
+    let mut steps = vec![step(
+        "ready",
+        Action::Check { checks: Vec::new() },
+        OnError::Stop,
+    )];
     match mode {
         Mode::Test => {}
         Mode::Planned => steps.push(step("final-sync", Action::FinalSync, OnError::Rollback)),
         Mode::Unplanned => steps.push(step("fence", Action::Fence, OnError::Stop)),
     }
-    let promote = Action::Promote { point: PointChoice::Newest };
-    let remap = Action::Remap { networks: BTreeMap::new() };
+    let promote = Action::Promote {
+        point: PointChoice::Newest,
+    };
+    let remap = Action::Remap {
+        networks: BTreeMap::new(),
+    };
     steps.push(step("promote", promote, before_it_runs));
     steps.push(step("networks", remap, before_it_runs));
     steps.push(step("start", Action::StartGroup, before_it_runs));

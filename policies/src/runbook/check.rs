@@ -4,11 +4,12 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{ANYONE, Action, Kind, MOST_STEPS, Mode, OnError, PointChoice, Runbook, Step};
+use super::{Kind, MOST_STEPS, Mode, OnError, Runbook, Step};
 use crate::files::PolicyFiles;
 use crate::mistake::nearest_of;
 use crate::units::Period;
 
+mod actions;
 mod order;
 
 pub use self::order::order;
@@ -54,9 +55,7 @@ pub fn check(runbook: &Runbook, known: Option<&Known>) -> Vec<Wrong> {
 pub(super) fn is_name(name: &str) -> bool {
     let plain =
         |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"-_".contains(&byte);
-    (1..=LONGEST_NAME).contains(&name.len())
-        && name.bytes().all(plain)
-        && !name.starts_with('-')
+    (1..=LONGEST_NAME).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('-')
 }
 
 #[derive(Default)]
@@ -82,12 +81,18 @@ impl Finding {
 
     fn name(&mut self, step: Option<usize>, key: &str, name: &str, like: &str) {
         if name.is_empty() {
-            self.add(step, key, format!("is missing; give one, like name = \"{like}\""));
+            self.add(
+                step,
+                key,
+                format!("is missing; give one, like name = \"{like}\""),
+            );
         } else if !is_name(name) {
             self.add(
                 step,
                 key,
-                format!("is {name:?}; up to 63 small letters, digits, - and _ can be used, no - first"),
+                format!(
+                    "is {name:?}; up to 63 small letters, digits, - and _ can be used, no - first"
+                ),
             );
         }
     }
@@ -111,10 +116,17 @@ pub fn values(runbook: &Runbook, known: Option<&Known>) -> Vec<Wrong> {
     let mut found = Finding::default();
     found.name(None, "name", &runbook.name, "bank-failover");
     if runbook.modes.is_empty() {
-        found.add(None, "modes", "is empty; name one of test, planned, unplanned, or take it out");
+        found.add(
+            None,
+            "modes",
+            "is empty; name one of test, planned, unplanned, or take it out",
+        );
     }
     if !(1..=MOST_STEPS).contains(&runbook.steps.len()) {
-        let what = format!("has {} steps; 1 to {MOST_STEPS} can be run", runbook.steps.len());
+        let what = format!(
+            "has {} steps; 1 to {MOST_STEPS} can be run",
+            runbook.steps.len()
+        );
         found.add(None, "steps", what);
     }
     found.groups(runbook, known);
@@ -132,15 +144,18 @@ pub fn values(runbook: &Runbook, known: Option<&Known>) -> Vec<Wrong> {
         }
         found.scope(runbook, index, step);
         found.modes(runbook, index, step);
-        found.failure(index, step);
-        found.action(index, step);
+        found.failure(runbook, index, step);
+        found.action(runbook, index, step);
     }
     found.0
 }
 
 impl Finding {
     fn groups(&mut self, runbook: &Runbook, known: Option<&Known>) {
-        let acted = runbook.steps.iter().any(|step| step.action.kind().takes_group());
+        let acted = runbook
+            .steps
+            .iter()
+            .any(|step| step.action.kind().takes_group());
         if runbook.groups.is_empty() && acted {
             self.add(
                 None,
@@ -157,7 +172,9 @@ impl Finding {
                         self.add(None, &key, format!("names {guest:?} twice"));
                     }
                     Some(other) => {
-                        let what = format!("has {guest:?}, and so has group '{other}'; a guest has one group");
+                        let what = format!(
+                            "has {guest:?}, and so has group '{other}'; a guest has one group"
+                        );
                         self.add(None, &key, what);
                     }
                     None => {}
@@ -166,7 +183,11 @@ impl Finding {
             let Some(Known(known)) = known else { continue };
             let Some(members) = known.get(group) else {
                 let hint = hint(known.keys().map(String::as_str), group);
-                self.add(None, &key, format!("is no group of the policy files; {hint}"));
+                self.add(
+                    None,
+                    &key,
+                    format!("is no group of the policy files; {hint}"),
+                );
                 continue;
             };
             for guest in guests.iter().filter(|guest| !members.contains(*guest)) {
@@ -174,7 +195,10 @@ impl Finding {
                 let what = format!("names {guest:?}, which is not in that group; {hint}");
                 self.add(None, &key, what);
             }
-            let left: Vec<_> = members.iter().filter(|guest| !guests.contains(guest)).collect();
+            let left: Vec<_> = members
+                .iter()
+                .filter(|guest| !guests.contains(guest))
+                .collect();
             if !guests.is_empty()
                 && let Some(first) = left.first()
             {
@@ -202,7 +226,10 @@ impl Finding {
             return;
         }
         self.require(kind.takes_guests(), index, "guests", || {
-            format!("has no meaning for {}: a group goes as a whole; take it out", kind.word())
+            format!(
+                "has no meaning for {}: a group goes as a whole; take it out",
+                kind.word()
+            )
         });
         let groups = runbook.groups_of(step);
         let members: Vec<&Vec<String>> = groups
@@ -227,19 +254,34 @@ impl Finding {
         let kind = step.action.kind();
         for mode in step.modes.iter().flatten() {
             if let Some(why) = kind.refused_in(*mode) {
-                self.add(Some(index), "modes", format!("has {mode}, where {} has no place: {why}", kind.word()));
+                self.add(
+                    Some(index),
+                    "modes",
+                    format!("has {mode}, where {} has no place: {why}", kind.word()),
+                );
             }
         }
         let given = step.modes.as_ref();
         if given.is_some_and(BTreeSet::is_empty) {
-            self.add(Some(index), "modes", "is empty: it would never run; take it out or name one");
+            self.add(
+                Some(index),
+                "modes",
+                "is empty: it would never run; take it out or name one",
+            );
         } else if !runbook.modes.iter().any(|mode| step.runs_in(*mode)) {
-            let its: Vec<_> = Mode::ALL.into_iter().filter(|mode| step.runs_in(*mode)).collect();
+            let its: Vec<_> = Mode::ALL
+                .into_iter()
+                .filter(|mode| step.runs_in(*mode))
+                .collect();
             let what = format!(
                 "never lets it run: {}, and the runbook is for {}",
                 match given {
                     Some(_) => format!("it is for {}", list(&its)),
-                    None => format!("{} runs in {} unless it says otherwise", kind.word(), list(&its)),
+                    None => format!(
+                        "{} runs in {} unless it says otherwise",
+                        kind.word(),
+                        list(&its)
+                    ),
                 },
                 list(&runbook.modes.iter().copied().collect::<Vec<_>>())
             );
@@ -248,7 +290,7 @@ impl Finding {
     }
 
     /// Timeouts, and what follows a failure.
-    fn failure(&mut self, index: usize, step: &Step) {
+    fn failure(&mut self, runbook: &Runbook, index: usize, step: &Step) {
         let kind = step.action.kind();
         match (kind, step.timeout) {
             (Kind::Approve, None) => self.add(
@@ -257,10 +299,18 @@ impl Finding {
                 "is missing; a decision that nobody takes would hold the run for ever, try 15m",
             ),
             (Kind::Delay, Some(_)) => {
-                self.add(Some(index), "timeout", "has no meaning for delay: it ends by itself; take it out");
+                self.add(
+                    Some(index),
+                    "timeout",
+                    "has no meaning for delay: it ends by itself; take it out",
+                );
             }
             (_, Some(Period::ZERO)) => {
-                self.add(Some(index), "timeout", "is 0s; nothing ends in no time, try 1m");
+                self.add(
+                    Some(index),
+                    "timeout",
+                    "is 0s; nothing ends in no time, try 1m",
+                );
             }
             _ => {}
         }
@@ -268,10 +318,10 @@ impl Finding {
             (Kind::Approve, OnError::Continue) => "a refusal would be passed over",
             (Kind::Fence, OnError::Continue) => "a guest could run at both sites",
             (Kind::Promote, OnError::Continue) => "there would be nothing to run",
-            (Kind::FinalSync, OnError::Continue) if step.runs_in(Mode::Planned) => {
+            (Kind::FinalSync, OnError::Continue) if runs(runbook, step, Mode::Planned) => {
                 "what the guests wrote last would be lost without a word"
             }
-            (Kind::ShutdownSource, OnError::Continue) if step.runs_in(Mode::Planned) => {
+            (Kind::ShutdownSource, OnError::Continue) if runs(runbook, step, Mode::Planned) => {
                 "the last changes would be taken from guests that may still write"
             }
             (Kind::Rollback, OnError::Rollback) => "it is the rollback",
@@ -282,7 +332,7 @@ impl Finding {
             self.add(Some(index), "on-error", what);
         }
         if matches!(kind, Kind::FinalSync | Kind::ShutdownSource)
-            && step.runs_in(Mode::Unplanned)
+            && runs(runbook, step, Mode::Unplanned)
             && step.on_error != OnError::Continue
         {
             let what = format!(
@@ -292,110 +342,6 @@ impl Finding {
             self.add(Some(index), "on-error", what);
         }
     }
-
-    fn action(&mut self, index: usize, step: &Step) {
-        match &step.action {
-            Action::Check { checks } => {
-                let idle = step.runs_in(Mode::Unplanned) && checks.contains(&super::Readiness::Link);
-                self.require(!idle || step.on_error == OnError::Continue, index, "checks", || {
-                    "has link, which fails in unplanned mode when the source is lost; use on-error = \"continue\" or a step of its own".to_owned()
-                });
-            }
-            Action::Approve { by, approvals, .. } => {
-                self.require(!by.is_empty(), index, "by", || {
-                    "is empty; name who may decide, or [\"*\"] for whoever operates the site".to_owned()
-                });
-                let mut seen = BTreeSet::new();
-                for name in by {
-                    self.require(!name.trim().is_empty(), index, "by", || "has an empty name".to_owned());
-                    self.require(seen.insert(name), index, "by", || format!("names {name:?} twice"));
-                }
-                self.require(*approvals > 0, index, "approvals", || "is 0; at least one must agree".to_owned());
-                let open = by.iter().any(|name| name == ANYONE);
-                self.require(open || usize::from(*approvals) <= by.len() || by.is_empty(), index, "approvals", || {
-                    format!("is {approvals}, but 'by' names only {}", by.len())
-                });
-            }
-            Action::Promote { point } => {
-                let pinned = matches!(point, PointChoice::Number(_));
-                self.require(!pinned || !step.runs_in(Mode::Planned), index, "point", || {
-                    "is a fixed point, but a planned move goes on from the last instruction; leave planned out of its modes".to_owned()
-                });
-            }
-            Action::Remap { networks } => {
-                for (network, bridge) in networks {
-                    let plain = bridge.bytes().all(|byte| byte.is_ascii_graphic() && byte != b'/');
-                    self.require((1..=15).contains(&bridge.len()) && plain, index, &format!("networks.{network}"), || {
-                        format!("is {bridge:?}; expected a bridge, up to 15 letters without blanks and slashes")
-                    });
-                }
-            }
-            Action::WaitHealthy { tcp, http, agent, script, every } => {
-                let given = [tcp.is_some(), http.is_some(), agent.is_some(), script.is_some()];
-                let count = given.into_iter().filter(|given| *given).count();
-                let key = ["script", "agent", "http"].into_iter().zip([given[3], given[2], given[1]]);
-                let key = key.filter(|(_, given)| *given).map(|(key, _)| key).next().unwrap_or("tcp");
-                self.require(count <= 1, index, key, || {
-                    "is one check too many; one step looks at one of tcp, http, agent and script".to_owned()
-                });
-                if let Some(address) = tcp {
-                    let sound = address.rsplit_once(':').is_some_and(|(host, port)| {
-                        !host.is_empty()
-                            && !host.contains(char::is_whitespace)
-                            && port.parse::<u16>().is_ok_and(|port| port != 0)
-                    });
-                    self.require(sound, index, "tcp", || format!("is {address:?}; expected host:port"));
-                }
-                if let Some(url) = http {
-                    self.url(index, "http", url);
-                }
-                self.require(*agent != Some(false), index, "agent", || {
-                    "is false, which checks nothing; take it out".to_owned()
-                });
-                if let Some(script) = script {
-                    self.command(index, "script", script);
-                }
-                let limit = step.limit().unwrap_or(Period::ZERO);
-                self.require(*every > Period::ZERO, index, "every", || "is 0s; try 2s".to_owned());
-                self.require(*every <= limit || limit == Period::ZERO, index, "every", || {
-                    format!("is {every}, longer than the {limit} that the step has")
-                });
-            }
-            Action::Exec { run, undo, .. } => {
-                self.command(index, "run", run);
-                if !undo.is_empty() {
-                    self.command(index, "undo", undo);
-                }
-            }
-            Action::Webhook { url, undo, .. } => {
-                self.url(index, "url", url);
-                if let Some(undo) = undo {
-                    self.url(index, "undo", undo);
-                }
-            }
-            Action::Delay { period } => {
-                self.require(*period > Period::ZERO, index, "for", || "is 0s; take the step out".to_owned());
-            }
-            _ => {}
-        }
-    }
-
-    fn url(&mut self, index: usize, key: &str, url: &str) {
-        let rest = url.strip_prefix("http://").or_else(|| url.strip_prefix("https://"));
-        let host = rest.map(|rest| rest.split('/').next().unwrap_or_default());
-        let plain = !url.contains(|c: char| c.is_whitespace() || c.is_control());
-        let sound = host.is_some_and(|host| !host.is_empty()) && plain;
-        self.require(sound, index, key, || {
-            format!("is {url:?}; expected a URL like https://10.8.0.5:8080/health")
-        });
-    }
-
-    fn command(&mut self, index: usize, key: &str, command: &[String]) {
-        let sound = command.first().is_some_and(|program| program.starts_with('/'));
-        self.require(sound, index, key, || "must begin with the absolute path of a program".to_owned());
-        let whole = !command.iter().any(|word| word.contains('\0'));
-        self.require(whole, index, key, || "has a zero byte in it".to_owned());
-    }
 }
 
 fn list(modes: &[Mode]) -> String {
@@ -404,4 +350,9 @@ fn list(modes: &[Mode]) -> String {
         [] => "no mode".to_owned(),
         _ => words.join(" and "),
     }
+}
+
+/// Whether a step runs in a mode that the runbook is for.
+fn runs(runbook: &Runbook, step: &Step, mode: Mode) -> bool {
+    runbook.modes.contains(&mode) && step.runs_in(mode)
 }

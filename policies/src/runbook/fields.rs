@@ -102,7 +102,12 @@ impl<'t> Fields<'t> {
         self.left.remove(key)
     }
 
-    fn take<T>(&mut self, reading: &mut Reading<'_>, key: &str, convert: Convert<'_, T>) -> Option<T> {
+    fn take<T>(
+        &mut self,
+        reading: &mut Reading<'_>,
+        key: &str,
+        convert: Convert<'_, T>,
+    ) -> Option<T> {
         let (line, value) = self.left.remove(key)?;
         match convert(value.get_ref()) {
             Ok(value) => Some(value),
@@ -183,7 +188,10 @@ impl<'t> Fields<'t> {
                 .iter()
                 .map(|item| chosen(item.get_ref(), words))
                 .collect(),
-            _ => Err(format!("expected a list, like [\"{}\"]", words.first().map_or("", |w| w.0))),
+            _ => Err(format!(
+                "expected a list, like [\"{}\"]",
+                words.first().map_or("", |w| w.0)
+            )),
         })
     }
 
@@ -224,7 +232,10 @@ impl<'t> Fields<'t> {
         let mut found = BTreeMap::new();
         for (name, value) in table {
             let line = reading.line_of(name.span().start);
-            let (name, full) = (name.get_ref().to_string(), format!("{full}.{}", name.get_ref()));
+            let (name, full) = (
+                name.get_ref().to_string(),
+                format!("{full}.{}", name.get_ref()),
+            );
             self.lines.insert(format!("{key}.{name}"), line);
             match convert(value.get_ref()) {
                 Ok(value) => {

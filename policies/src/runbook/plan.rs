@@ -173,7 +173,10 @@ fn why_skipped(step: &Step, mode: Mode) -> String {
         (None, None) if matches!(kind, Kind::Exec | Kind::Webhook) => {
             "what reaches outside of the sites runs in a test only if its modes say so".to_owned()
         }
-        (None, None) => format!("{} does not run in {mode} mode unless its modes say so", kind.word()),
+        (None, None) => format!(
+            "{} does not run in {mode} mode unless its modes say so",
+            kind.word()
+        ),
     }
 }
 
@@ -187,22 +190,34 @@ fn longest(acts_on: &[String], facts: &Facts, of: fn(&GroupFacts) -> Option<u64>
 }
 
 fn expected(step: &Step, mode: Mode, acts_on: &[String], facts: &Facts) -> (Option<u64>, String) {
-    let measured = |of: fn(&GroupFacts) -> Option<u64>, basis: &str| match longest(acts_on, facts, of) {
-        Some(millis) => (Some(millis), basis.to_owned()),
-        None => (None, "never measured".to_owned()),
-    };
+    let measured =
+        |of: fn(&GroupFacts) -> Option<u64>, basis: &str| match longest(acts_on, facts, of) {
+            Some(millis) => (Some(millis), basis.to_owned()),
+            None => (None, "never measured".to_owned()),
+        };
     match &step.action {
-        Action::Delay { period } => (Some(period.duration().as_millis() as u64), "as it says".to_owned()),
-        Action::Approve { by, approvals, .. } => {
-            (None, format!("a decision of {approvals} of {}", by.join(", ")))
-        }
+        Action::Delay { period } => (
+            Some(period.duration().as_millis() as u64),
+            "as it says".to_owned(),
+        ),
+        Action::Approve { by, approvals, .. } => (
+            None,
+            format!("a decision of {approvals} of {}", by.join(", ")),
+        ),
         Action::FinalSync if mode == Mode::Planned => final_sync(acts_on, facts),
-        Action::Promote { .. } => measured(|group| group.last_rto_ms, "as in the last failover or test, with the start"),
+        Action::Promote { .. } => measured(
+            |group| group.last_rto_ms,
+            "as in the last failover or test, with the start",
+        ),
         Action::StartGroup if longest(acts_on, facts, |group| group.last_rto_ms).is_some() => {
             (Some(0), "counted with promote".to_owned())
         }
-        Action::WaitHealthy { .. } => measured(|group| group.last_healthy_ms, "as after the last start"),
-        Action::Exec { .. } | Action::Webhook { .. } => (None, "up to the program that is called".to_owned()),
+        Action::WaitHealthy { .. } => {
+            measured(|group| group.last_healthy_ms, "as after the last start")
+        }
+        Action::Exec { .. } | Action::Webhook { .. } => {
+            (None, "up to the program that is called".to_owned())
+        }
         _ => (None, "never measured".to_owned()),
     }
 }
@@ -218,8 +233,14 @@ fn final_sync(acts_on: &[String], facts: &Facts) -> (Option<u64>, String) {
     let dirty = sum(|group| group.dirty_bytes_per_second);
     let (Some(dirty), Some(link)) = (dirty, facts.link_bytes_per_second) else {
         return match longest(acts_on, facts, |group| group.last_blackout_ms) {
-            Some(millis) => (Some(millis), "the guests' standstill in the last move".to_owned()),
-            None => (None, "never measured; neither are the guests' changes and the link's rate".to_owned()),
+            Some(millis) => (
+                Some(millis),
+                "the guests' standstill in the last move".to_owned(),
+            ),
+            None => (
+                None,
+                "never measured; neither are the guests' changes and the link's rate".to_owned(),
+            ),
         };
     };
     if dirty >= link {
@@ -242,16 +263,25 @@ fn warnings(runbook: &Runbook, mode: Mode, facts: &Facts) -> Vec<String> {
     let mut warnings = Vec::new();
     for (name, guests) in &runbook.groups {
         let Some(group) = facts.groups.get(name) else {
-            warnings.push(format!("nothing is known of group '{name}' here: all of its times are unknown"));
+            warnings.push(format!(
+                "nothing is known of group '{name}' here: all of its times are unknown"
+            ));
             continue;
         };
         for guest in guests.iter().filter(|guest| !group.guests.contains(*guest)) {
-            warnings.push(format!("guest '{guest}' of group '{name}' is not known here"));
+            warnings.push(format!(
+                "guest '{guest}' of group '{name}' is not known here"
+            ));
         }
         if group.newest_point == Some(0) && mode != Mode::Planned {
-            warnings.push(format!("group '{name}' has no sealed point: there is nothing to run it from"));
+            warnings.push(format!(
+                "group '{name}' has no sealed point: there is nothing to run it from"
+            ));
         } else if let (Some(age), Mode::Unplanned) = (group.rpo_ms, mode) {
-            warnings.push(format!("what group '{name}' wrote in the last {} would be lost", Period::from_millis(age)));
+            warnings.push(format!(
+                "what group '{name}' wrote in the last {} would be lost",
+                Period::from_millis(age)
+            ));
         }
     }
     warnings
@@ -277,20 +307,42 @@ impl Plan {
                 guests => format!("{name} ({})", guests.join(", ")),
             })
             .collect();
-        let _ = writeln!(text, "{} in {} mode: {}", self.runbook, self.mode, groups.join("; "));
-        let widest = |of: &dyn Fn(&PlannedStep) -> usize| self.steps.iter().map(of).max().unwrap_or(0);
+        let _ = writeln!(
+            text,
+            "{} in {} mode: {}",
+            self.runbook,
+            self.mode,
+            groups.join("; ")
+        );
+        let widest =
+            |of: &dyn Fn(&PlannedStep) -> usize| self.steps.iter().map(of).max().unwrap_or(0);
         let name = widest(&|step| step.step.name.len());
         let kind = widest(&|step| step.step.action.kind().word().len());
         for (index, planned) in self.steps.iter().enumerate() {
             let (step, expected) = (&planned.step, &planned.expected);
-            let _ = write!(text, "{:3}  {:name$}  {:kind$}  ", index + 1, step.name, step.action.kind().word());
+            let _ = write!(
+                text,
+                "{:3}  {:name$}  {:kind$}  ",
+                index + 1,
+                step.name,
+                step.action.kind().word()
+            );
             if let Some(why) = &planned.skipped {
                 let _ = writeln!(text, "skipped: {why}");
                 continue;
             }
-            let time = expected.millis.map_or("unknown".to_owned(), |millis| Period::from_millis(millis).to_string());
-            let limit = expected.limit.map_or(String::new(), |limit| format!(", at most {limit}"));
-            let _ = writeln!(text, "{time} ({}){limit}; on error {}", expected.basis, step.on_error.word());
+            let time = expected.millis.map_or("unknown".to_owned(), |millis| {
+                Period::from_millis(millis).to_string()
+            });
+            let limit = expected
+                .limit
+                .map_or(String::new(), |limit| format!(", at most {limit}"));
+            let _ = writeln!(
+                text,
+                "{time} ({}){limit}; on error {}",
+                expected.basis,
+                step.on_error.word()
+            );
             if !step.guests.is_empty() {
                 let _ = writeln!(text, "       guests {}", step.guests.join(", "));
             }
@@ -298,7 +350,10 @@ impl Plan {
                 let _ = writeln!(text, "       {}", step.description);
             }
             if !step.action.is_repeatable() {
-                let _ = writeln!(text, "       after a restart a person is asked whether it ran");
+                let _ = writeln!(
+                    text,
+                    "       after a restart a person is asked whether it ran"
+                );
             }
             if let Some(undo) = &planned.undo {
                 let _ = writeln!(text, "       a rollback would {undo}");
@@ -307,8 +362,16 @@ impl Plan {
         let (known, unknown) = self.known_time();
         let _ = match unknown {
             0 => writeln!(text, "Expected in all: {}", Period::from_millis(known)),
-            1 => writeln!(text, "Expected in all: {} and one step of unknown time", Period::from_millis(known)),
-            more => writeln!(text, "Expected in all: {} and {more} steps of unknown time", Period::from_millis(known)),
+            1 => writeln!(
+                text,
+                "Expected in all: {} and one step of unknown time",
+                Period::from_millis(known)
+            ),
+            more => writeln!(
+                text,
+                "Expected in all: {} and {more} steps of unknown time",
+                Period::from_millis(known)
+            ),
         };
         for warning in &self.warnings {
             let _ = writeln!(text, "! {warning}");

@@ -71,10 +71,13 @@ pub fn text(path: &Path, text: &str, known: Option<&Known>) -> Result<Runbook, L
         .flatten()
         .collect();
     let follows = |key: &str| told.iter().any(|told| told == key);
-    for Wrong { step, key, what } in check::values(&found.runbook, known)
-        .into_iter()
-        .chain(found.whole.then(|| check::order(&found.runbook)).into_iter().flatten())
-    {
+    for Wrong { step, key, what } in check::values(&found.runbook, known).into_iter().chain(
+        found
+            .whole
+            .then(|| check::order(&found.runbook))
+            .into_iter()
+            .flatten(),
+    ) {
         let (line, full) = found.place(step, &key);
         if !follows(&full) {
             reading.mistake(line, &full, format!("'{full}' {what}"), None);
@@ -119,7 +122,10 @@ impl Found {
     }
 }
 
-fn words<T: Copy, const N: usize>(all: [T; N], word: fn(T) -> &'static str) -> [(&'static str, T); N] {
+fn words<T: Copy, const N: usize>(
+    all: [T; N],
+    word: fn(T) -> &'static str,
+) -> [(&'static str, T); N] {
     all.map(|choice| (word(choice), choice))
 }
 
@@ -147,7 +153,8 @@ fn runbook(reading: &mut Reading<'_>, table: &DeTable<'_>) -> Found {
                         DeValue::Table(table) => step(reading, &mut found, index, line, table),
                         _ => {
                             let key = format!("steps[{}]", index + 1);
-                            let what = format!("'{key}' is no table; begin each step with [[steps]]");
+                            let what =
+                                format!("'{key}' is no table; begin each step with [[steps]]");
                             reading.mistake(line, &key, what, None);
                             found.whole = false;
                         }
@@ -195,7 +202,12 @@ fn step(
     if !given_kind {
         let full = fields.full("do");
         let all = Kind::ALL.map(Kind::word).join(", ");
-        reading.mistake(line, &full, format!("'{full}' is missing; say what it does, one of {all}"), None);
+        reading.mistake(
+            line,
+            &full,
+            format!("'{full}' is missing; say what it does, one of {all}"),
+            None,
+        );
     }
     let modes = fields.choices(reading, "modes", &words(Mode::ALL, Mode::word));
     let group = fields.text(reading, "group");
@@ -213,14 +225,18 @@ fn step(
         return;
     };
     let action = action(reading, &mut fields, kind, line);
-    let known: Vec<&str> = STEP_KEYS.into_iter().chain(kind.keys().iter().copied()).collect();
+    let known: Vec<&str> = STEP_KEYS
+        .into_iter()
+        .chain(kind.keys().iter().copied())
+        .collect();
     let elsewhere = |key: &str| {
         let theirs: Vec<_> = Kind::ALL
             .into_iter()
             .filter(|kind| kind.keys().contains(&key))
             .map(Kind::word)
             .collect();
-        (!theirs.is_empty()).then(|| format!("{} has it, {} does not", theirs.join(" and "), kind.word()))
+        (!theirs.is_empty())
+            .then(|| format!("{} has it, {} does not", theirs.join(" and "), kind.word()))
     };
     let keys = fields.finish(reading, &known, &elsewhere);
     let Some(action) = action else {
@@ -260,7 +276,12 @@ fn action(
                 .unwrap_or_default(),
         },
         Kind::Approve => {
-            must(reading, fields, "by", "name who may decide, like by = [\"anna\", \"ben\"], or [\"*\"] for whoever operates the site");
+            must(
+                reading,
+                fields,
+                "by",
+                "name who may decide, like by = [\"anna\", \"ben\"], or [\"*\"] for whoever operates the site",
+            );
             let by = fields.texts(reading, "by");
             let approvals = fields.number(reading, "approvals").unwrap_or(1);
             let message = fields.text(reading, "message").unwrap_or_default();
@@ -289,7 +310,12 @@ fn action(
             every: fields.period(reading, "every").unwrap_or(every()),
         },
         Kind::Exec => {
-            must(reading, fields, "run", "give a program and its arguments, like run = [\"/usr/local/bin/switch-dns\", \"munich\"]");
+            must(
+                reading,
+                fields,
+                "run",
+                "give a program and its arguments, like run = [\"/usr/local/bin/switch-dns\", \"munich\"]",
+            );
             let run = fields.texts(reading, "run");
             let undo = fields.texts(reading, "undo").unwrap_or_default();
             let repeatable = fields.truth(reading, "repeatable").unwrap_or_default();
@@ -300,7 +326,12 @@ fn action(
             }
         }
         Kind::Webhook => {
-            must(reading, fields, "url", "give where to call, like url = \"https://chat.example.com/hook\"");
+            must(
+                reading,
+                fields,
+                "url",
+                "give where to call, like url = \"https://chat.example.com/hook\"",
+            );
             let url = fields.text(reading, "url");
             let method = fields.choice(reading, "method", &words(Method::ALL, Method::word));
             let body = fields.text(reading, "body").unwrap_or_default();

@@ -68,7 +68,11 @@ impl Page<'_> {
         if let Some(modes) = &step.modes {
             self.words("modes", modes.iter().map(|mode| mode.word()));
         } else {
-            let modes: Vec<_> = kind.default_modes().iter().map(|mode| mode.word()).collect();
+            let modes: Vec<_> = kind
+                .default_modes()
+                .iter()
+                .map(|mode| mode.word())
+                .collect();
             let _ = writeln!(self.0, "# modes: {}, as it does not say", modes.join(", "));
         }
         match (step.timeout, kind.timeout()) {
@@ -86,7 +90,11 @@ impl Page<'_> {
             Action::Check { checks } if !checks.is_empty() => {
                 self.words("checks", checks.iter().map(|check| check.word()));
             }
-            Action::Approve { by, approvals, message } => {
+            Action::Approve {
+                by,
+                approvals,
+                message,
+            } => {
                 self.words("by", by.iter().map(String::as_str));
                 self.plain("approvals", approvals);
                 if !message.is_empty() {
@@ -104,7 +112,13 @@ impl Page<'_> {
                 let pairs = pairs.collect::<Vec<_>>().join(", ");
                 let _ = writeln!(self.0, "networks = {{ {pairs} }}");
             }
-            Action::WaitHealthy { tcp, http, agent, script, every } => {
+            Action::WaitHealthy {
+                tcp,
+                http,
+                agent,
+                script,
+                every,
+            } => {
                 for (key, value) in [("tcp", tcp), ("http", http)] {
                     if let Some(value) = value {
                         self.text(key, value);
@@ -118,14 +132,24 @@ impl Page<'_> {
                 }
                 self.text("every", &every.to_string());
             }
-            Action::Exec { run, undo, repeatable } => {
+            Action::Exec {
+                run,
+                undo,
+                repeatable,
+            } => {
                 self.words("run", run.iter().map(String::as_str));
                 if !undo.is_empty() {
                     self.words("undo", undo.iter().map(String::as_str));
                 }
                 self.plain("repeatable", repeatable);
             }
-            Action::Webhook { url, method, body, undo, repeatable } => {
+            Action::Webhook {
+                url,
+                method,
+                body,
+                undo,
+                repeatable,
+            } => {
                 self.text("url", url);
                 self.text("method", method.word());
                 if !body.is_empty() {
@@ -180,12 +204,16 @@ impl Kind {
             Kind::Approve => "waits for the decision of named people.",
             Kind::Quiesce => "the guest agents freeze the filesystems until the next cut.",
             Kind::ShutdownSource => "shuts the guests down at the source, in reverse start order.",
-            Kind::FinalSync => "stops the guests at the source, seals their last changes here, and hands the term over.",
+            Kind::FinalSync => {
+                "stops the guests at the source, seals their last changes here, and hands the term over."
+            }
             Kind::Fence => "takes the next term: the source never runs these guests again.",
             Kind::Promote => "makes the point's memory and disks ready to run here.",
             Kind::Remap => "gives the guests this site's networks; in a test, isolated ones.",
             Kind::StartGroup => "runs the guests, in start order.",
-            Kind::WaitHealthy => "waits until the guests are healthy, by one check here or else by their own.",
+            Kind::WaitHealthy => {
+                "waits until the guests are healthy, by one check here or else by their own."
+            }
             Kind::Exec => "runs a program of the site, with FARHAVEN_KEY in its environment.",
             Kind::Webhook => "calls a URL, with the header Idempotency-Key.",
             Kind::Delay => "waits.",

@@ -37,7 +37,9 @@ impl Finding {
             } else if let Some(commit) = committed
                 && step.on_error == OnError::Rollback
             {
-                let what = format!("is rollback, but '{commit}' comes before it, and there is no way back from a commit; use stop or continue");
+                let what = format!(
+                    "is rollback, but '{commit}' comes before it, and there is no way back from a commit; use stop or continue"
+                );
                 self.add(Some(index), "on-error", what);
             }
         }
@@ -59,12 +61,7 @@ struct Walk<'r> {
 }
 
 impl<'r> Walk<'r> {
-    fn new(
-        runbook: &'r Runbook,
-        mode: Mode,
-        group: &'r str,
-        members: &'r [String],
-    ) -> Walk<'r> {
+    fn new(runbook: &'r Runbook, mode: Mode, group: &'r str, members: &'r [String]) -> Walk<'r> {
         Walk {
             runbook,
             mode,
@@ -82,9 +79,7 @@ impl<'r> Walk<'r> {
         let members = self.members;
         let indexed = runbook.steps.iter().enumerate();
         indexed.filter(move |(_, step)| {
-            step.runs_in(mode)
-                && runbook.groups_of(step).contains(&group)
-                && touches(members, step)
+            step.runs_in(mode) && runbook.groups_of(step).contains(&group) && touches(members, step)
         })
     }
 
@@ -95,7 +90,9 @@ impl<'r> Walk<'r> {
     /// A later step of this kind, if there is one.
     fn later(&self, after: usize, kind: Kind) -> Option<&'r Step> {
         let mut steps = self.steps().skip_while(|(index, _)| *index <= after);
-        steps.find(|(_, step)| step.action.kind() == kind).map(|(_, step)| step)
+        steps
+            .find(|(_, step)| step.action.kind() == kind)
+            .map(|(_, step)| step)
     }
 
     fn go(mut self, found: &mut Finding) {
@@ -116,10 +113,17 @@ impl<'r> Walk<'r> {
     /// Which key of a step contradicts what came before, and why.
     fn contradiction(&self, index: usize, step: &Step) -> Option<(&'static str, String)> {
         let (kind, mode, group) = (step.action.kind(), self.mode, self.group);
-        let here = |what: String| Some(("do", format!("is {} {what} ({mode} mode, group {group})", kind.word())));
+        let here = |what: String| {
+            Some((
+                "do",
+                format!("is {} {what} ({mode} mode, group {group})", kind.word()),
+            ))
+        };
         // What a group goes through once.
-        let once = matches!(kind, Kind::FinalSync | Kind::Fence | Kind::Promote | Kind::Commit)
-            || matches!(kind, Kind::Reprotect | Kind::Rollback | Kind::Cleanup);
+        let once = matches!(
+            kind,
+            Kind::FinalSync | Kind::Fence | Kind::Promote | Kind::Commit
+        ) || matches!(kind, Kind::Reprotect | Kind::Rollback | Kind::Cleanup);
         if let Some((_, first)) = self.done.iter().find(|(done, _)| once && *done == kind) {
             let first = self.runbook.steps.get(*first).map_or("", |step| &step.name);
             return here(format!("a second time, after '{first}'; take one out"));
@@ -187,44 +191,77 @@ impl<'r> Walk<'r> {
     fn waits_in_vain(&self, step: &Step) -> Option<(&'static str, String)> {
         let (mode, group) = (self.mode, self.group);
         if !self.has(Kind::StartGroup) {
-            let what = format!("is wait-healthy without start-group before it, so nobody can be healthy; put it after ({mode} mode, group {group})");
+            let what = format!(
+                "is wait-healthy without start-group before it, so nobody can be healthy; put it after ({mode} mode, group {group})"
+            );
             return Some(("do", what));
         }
         let members = self.members;
-        let mut waited = step.guests.iter().filter(|guest| members.is_empty() || members.contains(guest));
-        let idle = waited.find(|guest| !self.all_started && !self.started.contains(guest.as_str()))?;
-        let what = format!("names {idle:?}, which no start-group has started by then ({mode} mode); start it before");
+        let mut waited = step
+            .guests
+            .iter()
+            .filter(|guest| members.is_empty() || members.contains(guest));
+        let idle =
+            waited.find(|guest| !self.all_started && !self.started.contains(guest.as_str()))?;
+        let what = format!(
+            "names {idle:?}, which no start-group has started by then ({mode} mode); start it before"
+        );
         Some(("guests", what))
     }
 
     /// What should have come.
     fn left_over(&self, found: &mut Finding) {
         let (mode, group) = (self.mode, self.group);
-        let first = |kind: Kind| self.done.iter().find(|(done, _)| *done == kind).map(|(_, index)| *index);
+        let first = |kind: Kind| {
+            self.done
+                .iter()
+                .find(|(done, _)| *done == kind)
+                .map(|(_, index)| *index)
+        };
         if let Some(promote) = first(Kind::Promote) {
             if !self.has(Kind::StartGroup) {
-                let what = format!("is promote, but no start-group follows: nothing would run ({mode} mode, group {group})");
+                let what = format!(
+                    "is promote, but no start-group follows: nothing would run ({mode} mode, group {group})"
+                );
                 found.add(Some(promote), "do", what);
             }
             if mode == Mode::Test && !self.has(Kind::Cleanup) {
-                let what = format!("is promote in a test, but no cleanup follows: it would stay for ever; end with one (group {group})");
+                let what = format!(
+                    "is promote in a test, but no cleanup follows: it would stay for ever; end with one (group {group})"
+                );
                 found.add(Some(promote), "do", what);
             }
         } else {
             for (kind, why) in [
-                (Kind::FinalSync, "the source would stand still, and nothing run here"),
-                (Kind::Fence, "the source may not run, and nothing would run here"),
+                (
+                    Kind::FinalSync,
+                    "the source would stand still, and nothing run here",
+                ),
+                (
+                    Kind::Fence,
+                    "the source may not run, and nothing would run here",
+                ),
             ] {
                 if let Some(index) = first(kind) {
-                    let what = format!("is {}, but no promote follows: {why} ({mode} mode, group {group})", kind.word());
+                    let what = format!(
+                        "is {}, but no promote follows: {why} ({mode} mode, group {group})",
+                        kind.word()
+                    );
                     found.add(Some(index), "do", what);
                 }
             }
         }
         // Guests of a group that is started in tiers, all of whom are known.
-        let forgotten = self.members.iter().find(|guest| !self.started.contains(guest.as_str()));
-        if let (false, Some(start), Some(guest)) = (self.all_started, first(Kind::StartGroup), forgotten) {
-            let what = format!("leaves out {guest:?} of group {group}, and no other start-group starts it ({mode} mode)");
+        let forgotten = self
+            .members
+            .iter()
+            .find(|guest| !self.started.contains(guest.as_str()));
+        if let (false, Some(start), Some(guest)) =
+            (self.all_started, first(Kind::StartGroup), forgotten)
+        {
+            let what = format!(
+                "leaves out {guest:?} of group {group}, and no other start-group starts it ({mode} mode)"
+            );
             found.add(Some(start), "guests", what);
         }
     }

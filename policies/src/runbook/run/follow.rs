@@ -43,14 +43,18 @@ impl Run {
         let on_error = self.at_hand().map(|(planned, _)| planned.step.on_error);
         match (self.direction, on_error) {
             (Direction::Forward, Some(OnError::Continue)) => self.advance(),
-            (Direction::Forward, Some(OnError::Rollback)) if self.committed().is_none() => self.turn_back(),
+            (Direction::Forward, Some(OnError::Rollback)) if self.committed().is_none() => {
+                self.turn_back()
+            }
             _ => self.ask(why, false),
         }
     }
 
     fn ask(&mut self, why: &str, interrupted: bool) {
         let undo = self.direction == Direction::Back;
-        let Some((planned, _)) = self.at_hand() else { return };
+        let Some((planned, _)) = self.at_hand() else {
+            return;
+        };
         let mut answers = vec![Answer::Repeat];
         // What named people must decide is not taken as decided by others.
         if !matches!(planned.step.action, Action::Approve { .. }) || undo {
@@ -74,13 +78,18 @@ impl Run {
             return refused("the rollback is under way already");
         }
         if let (true, Some(commit)) = (rollback, self.committed()) {
-            return refused(format!("'{commit}' was begun, and there is no way back from a commit; abort without a rollback"));
+            return refused(format!(
+                "'{commit}' was begun, and there is no way back from a commit; abort without a rollback"
+            ));
         }
         let direction = self.direction;
         let (planned, progress) = self.hand()?;
         let by_itself = matches!(planned.step.action.kind(), Kind::Approve | Kind::Delay);
         let touched = !matches!(progress.state(direction), State::Ready);
-        let interrupted = self.question.take().is_some_and(|question| question.interrupted);
+        let interrupted = self
+            .question
+            .take()
+            .is_some_and(|question| question.interrupted);
         if touched || interrupted {
             self.close(at, "aborted; what it did is not known");
             let clean = self.stain(!by_itself);
@@ -139,9 +148,13 @@ impl Run {
 
     /// What was under way is not any more, and nobody knows how far it came.
     pub(super) fn restarted(&mut self, at: Moment) {
-        let under_way = |progress: &Progress| !matches!(progress.state(self.direction), State::Ready);
+        let under_way =
+            |progress: &Progress| !matches!(progress.state(self.direction), State::Ready);
         let asked = self.question.is_some();
-        let Some((planned, _)) = self.at_hand().filter(|(_, progress)| !asked && under_way(progress)) else {
+        let Some((planned, _)) = self
+            .at_hand()
+            .filter(|(_, progress)| !asked && under_way(progress))
+        else {
             return;
         };
         let action = &planned.step.action;
@@ -157,7 +170,10 @@ impl Run {
             progress.ended = None;
         }
         if !repeatable {
-            self.ask("it was under way when the daemon ended; find out whether it was done", true);
+            self.ask(
+                "it was under way when the daemon ended; find out whether it was done",
+                true,
+            );
         }
     }
 
@@ -170,9 +186,14 @@ impl Run {
         if self.cursor < self.plan.steps.len() {
             return;
         }
-        let rolled_back = self.plan.steps.iter().zip(&self.progress).any(|(planned, progress)| {
-            planned.step.action == Action::Rollback && progress.forward == Forward::Done
-        });
+        let rolled_back = self
+            .plan
+            .steps
+            .iter()
+            .zip(&self.progress)
+            .any(|(planned, progress)| {
+                planned.step.action == Action::Rollback && progress.forward == Forward::Done
+            });
         let failed = |progress: &Progress| matches!(progress.forward, Forward::Failed { .. });
         self.ending = Some(match () {
             () if rolled_back => Outcome::RolledBack,
@@ -203,7 +224,9 @@ impl Run {
 
     /// Whether a step was begun, may have changed something, and nothing has undone that yet.
     fn stands(&self, index: usize) -> bool {
-        let (Some(planned), Some(progress)) = (self.plan.steps.get(index), self.progress.get(index)) else {
+        let (Some(planned), Some(progress)) =
+            (self.plan.steps.get(index), self.progress.get(index))
+        else {
             return false;
         };
         progress.stained
@@ -220,6 +243,11 @@ impl Run {
                 && progress.forward == Forward::Done
         });
         !planned.acts_on.is_empty()
-            && ends.any(|(later, _)| planned.acts_on.iter().all(|group| later.acts_on.contains(group)))
+            && ends.any(|(later, _)| {
+                planned
+                    .acts_on
+                    .iter()
+                    .all(|group| later.acts_on.contains(group))
+            })
     }
 }

@@ -126,7 +126,9 @@ impl Run {
             State::SourceAwaited { deadline } => Next::AwaitSource { until: deadline },
             State::Ready if self.paused => Next::Paused,
             State::Ready => match (&planned.skipped, self.direction) {
-                (Some(why), Direction::Forward) => Next::Record(Event::Skipped { why: why.clone() }),
+                (Some(why), Direction::Forward) => {
+                    Next::Record(Event::Skipped { why: why.clone() })
+                }
                 _ => Next::Begin(self.attempt()),
             },
         }

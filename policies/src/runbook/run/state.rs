@@ -79,8 +79,13 @@ pub(super) struct Progress {
 /// The step at hand, in the direction of the run.
 pub(super) enum State {
     Ready,
-    Running { since: Moment, deadline: Option<Moment> },
-    SourceAwaited { deadline: Moment },
+    Running {
+        since: Moment,
+        deadline: Option<Moment>,
+    },
+    SourceAwaited {
+        deadline: Moment,
+    },
 }
 
 /// Something that cannot happen now.
@@ -219,7 +224,10 @@ impl Run {
     }
 
     pub(super) fn at_hand(&self) -> Option<(&PlannedStep, &Progress)> {
-        self.plan.steps.get(self.cursor).zip(self.progress.get(self.cursor))
+        self.plan
+            .steps
+            .get(self.cursor)
+            .zip(self.progress.get(self.cursor))
     }
 
     fn apply(&mut self, record: &Record) -> Result<(), Refused> {
@@ -233,7 +241,9 @@ impl Run {
         if record.event.needs_person() && !named {
             return refused("a person does this; their name is missing");
         }
-        let name = self.at_hand().map(|(planned, _)| planned.step.name.as_str());
+        let name = self
+            .at_hand()
+            .map(|(planned, _)| planned.step.name.as_str());
         let of_step = record.event.of_step();
         if (of_step && record.step.as_deref() != name) || (!of_step && record.step.is_some()) {
             return refused(format!("the step at hand is {}", name.unwrap_or("none")));
@@ -263,7 +273,8 @@ impl Run {
             Event::Started { .. } => return refused("the run is started already"),
             Event::Ended { .. } => return refused("the run has not come to its end"),
             Event::Skipped { .. } => {
-                let fits = self.question.is_none() && !self.paused && self.direction == Direction::Forward;
+                let fits =
+                    self.question.is_none() && !self.paused && self.direction == Direction::Forward;
                 let (planned, progress) = self.hand()?;
                 if !fits || planned.skipped.is_none() || progress.forward != Forward::Ahead {
                     return refused("the step is not to be skipped");
@@ -290,7 +301,8 @@ impl Run {
                 if matches!(action.kind(), Kind::Approve | Kind::Delay) {
                     return refused("this step ends by itself");
                 }
-                let waits = action.kind().waits_for_source(self.plan.mode) && action.is_repeatable();
+                let waits =
+                    action.kind().waits_for_source(self.plan.mode) && action.is_repeatable();
                 let waited_for = *cause == Cause::SourceLost && waits;
                 let (_, progress) = self.hand()?;
                 if waited_for && progress.deadline.is_some_and(|deadline| at < deadline) {
@@ -350,7 +362,10 @@ impl Run {
 
     /// The step at hand, which is under way, and since when.
     pub(super) fn running(&self) -> Result<(&PlannedStep, Moment), Refused> {
-        match self.at_hand().map(|(planned, progress)| (planned, progress.state(self.direction))) {
+        match self
+            .at_hand()
+            .map(|(planned, progress)| (planned, progress.state(self.direction)))
+        {
             Some((planned, State::Running { since, .. })) if self.question.is_none() => {
                 Ok((planned, since))
             }
@@ -407,15 +422,24 @@ impl Run {
         };
         let approve = matches!(planned.step.action, Action::Approve { .. });
         let (deadline, why) = match progress.state(self.direction) {
-            State::Running { deadline: Some(deadline), .. } if approve => {
-                (deadline, "nobody decided in time".to_owned())
-            }
-            State::Running { deadline: Some(deadline), .. } => {
-                (deadline, "it took too long; what it did is not known".to_owned())
-            }
-            State::SourceAwaited { deadline } => {
-                (deadline, format!("the other site did not come back in time: {}", progress.said))
-            }
+            State::Running {
+                deadline: Some(deadline),
+                ..
+            } if approve => (deadline, "nobody decided in time".to_owned()),
+            State::Running {
+                deadline: Some(deadline),
+                ..
+            } => (
+                deadline,
+                "it took too long; what it did is not known".to_owned(),
+            ),
+            State::SourceAwaited { deadline } => (
+                deadline,
+                format!(
+                    "the other site did not come back in time: {}",
+                    progress.said
+                ),
+            ),
             _ => return refused("nothing is under way that could take too long"),
         };
         if at < deadline {
@@ -428,7 +452,9 @@ impl Run {
     /// Whether who is named by the record may decide the step at hand, and how many must agree.
     fn may_decide(&self, record: &Record) -> Result<(String, usize), Refused> {
         let (planned, _) = self.running()?;
-        let (Action::Approve { by, approvals, .. }, Some(name)) = (&planned.step.action, &record.by) else {
+        let (Action::Approve { by, approvals, .. }, Some(name)) =
+            (&planned.step.action, &record.by)
+        else {
             return refused("the step at hand is not for people to decide");
         };
         if !by.iter().any(|may| may == ANYONE || may == name) {
