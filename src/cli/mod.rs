@@ -1,9 +1,11 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
-//! through [`crate::client`]; only `site init`, `site run`, `policy` and `demo` do not.
+//! through [`crate::client`]; only `site init`, `site run`,
+//! `policy`, most of `runbook` and `demo` do not.
 
 mod drill;
 mod guests;
 mod policy;
+mod runbook;
 pub(crate) mod show;
 mod site;
 
@@ -122,6 +124,9 @@ enum Verb {
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
+    /// Check, plan and print runbooks: the steps of moves, failovers and tests.
+    #[command(subcommand)]
+    Runbook(runbook::RunbookVerb),
     /// Both sites, a link and a guest on this machine: watch it survive.
     Demo(crate::demo::Demo),
 }
@@ -198,6 +203,7 @@ async fn run(cli: Cli) -> Outcome {
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Policy(verb) => policy::run(verb),
+        Verb::Runbook(verb) => runbook::run(&client, verb).await,
         Verb::Demo(demo) => crate::demo::run(demo).await,
     }
 }

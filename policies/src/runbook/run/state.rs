@@ -93,6 +93,13 @@ pub(super) enum State {
 #[error("{0}")]
 pub struct Refused(pub(super) String);
 
+impl Refused {
+    /// With the reason, for people.
+    pub fn new(why: impl Into<String>) -> Refused {
+        Refused(why.into())
+    }
+}
+
 pub(super) fn refused<T>(why: impl Into<String>) -> Result<T, Refused> {
     Err(Refused(why.into()))
 }
