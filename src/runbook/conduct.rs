@@ -57,20 +57,44 @@ pub enum TellError {
     Busy,
 }
 
-/// What time it is.
-pub trait Clock: Send + Sync + 'static {
-    /// Now.
+/// What a conductor needs of the process that it is in.
+pub trait Host: Clone + Send + Sync + 'static {
+    /// What time it is.
     fn now(&self) -> Moment;
+
+    /// Ends after so long.
+    fn sleep(&self, span: Duration) -> impl Future<Output = ()> + Send;
+
+    /// Does what blocks, away from what must not wait.
+    ///
+    /// # Errors
+    /// Why it did not come to its end.
+    fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> impl Future<Output = Result<T, String>> + Send;
 }
 
-/// The system's.
+/// The daemon's process: the system's clock, tokio's timers and threads.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct SystemClock;
+pub struct Process;
 
-impl Clock for SystemClock {
+impl Host for Process {
     fn now(&self) -> Moment {
         let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         Moment(since.map_or(0, |since| since.as_millis() as u64))
+    }
+
+    async fn sleep(&self, span: Duration) {
+        tokio::time::sleep(span).await;
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, String> {
+        let done = tokio::task::spawn_blocking(work).await;
+        done.map_err(|error| error.to_string())
     }
 }
 
@@ -121,18 +145,18 @@ impl Baton {
 }
 
 /// Conducts one run.
-pub struct Conductor<P, C> {
+pub struct Conductor<P, H> {
     run: Run,
     log: Arc<Mutex<AuditLog>>,
     perform: Arc<P>,
-    clock: C,
+    host: H,
     words: mpsc::Receiver<Word>,
     show: watch::Sender<Run>,
 }
 
 type InFlight = Pin<Box<dyn Future<Output = Ended<String>> + Send>>;
 
-impl<P: Perform, C: Clock> Conductor<P, C> {
+impl<P: Perform, H: Host> Conductor<P, H> {
     /// A new run, whose start is durable when this returns. Blocks for that long.
     ///
     /// # Errors
@@ -143,36 +167,36 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
         plan: Plan,
         by: &str,
         perform: Arc<P>,
-        clock: C,
+        host: H,
     ) -> Result<(Self, Baton), ConductError> {
-        let (run, first) = Run::new(id, plan, by, clock.now()).map_err(ConductError::Plan)?;
+        let (run, first) = Run::new(id, plan, by, host.now()).map_err(ConductError::Plan)?;
         let mut log = AuditLog::create(directory, id)?;
         log.append(&first)?;
-        Ok(Self::new(run, log, perform, clock))
+        Ok(Self::new(run, log, perform, host))
     }
 
     /// A run that another conductor left, from its record. Blocks while it reads.
     ///
     /// # Errors
     /// See [`ConductError`].
-    pub fn resume(path: &Path, perform: Arc<P>, clock: C) -> Result<(Self, Baton), ConductError> {
+    pub fn resume(path: &Path, perform: Arc<P>, host: H) -> Result<(Self, Baton), ConductError> {
         let (mut log, records) = AuditLog::open(path)?;
         let mut run = Run::resume(&records).map_err(ConductError::Senseless)?;
         if run.outcome().is_none() {
-            let restarted = run.happened(clock.now(), None, Event::Restarted);
+            let restarted = run.happened(host.now(), None, Event::Restarted);
             log.append(&restarted.map_err(ConductError::Senseless)?)?;
         }
-        Ok(Self::new(run, log, perform, clock))
+        Ok(Self::new(run, log, perform, host))
     }
 
-    fn new(run: Run, log: AuditLog, perform: Arc<P>, clock: C) -> (Self, Baton) {
+    fn new(run: Run, log: AuditLog, perform: Arc<P>, host: H) -> (Self, Baton) {
         let (say, words) = mpsc::channel(MOST_WORDS);
         let (show, seen) = watch::channel(run.clone());
         let conductor = Self {
             run,
             log: Arc::new(Mutex::new(log)),
             perform,
-            clock,
+            host,
             words,
             show,
         };
@@ -187,7 +211,7 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
         let mut in_flight: Option<InFlight> = None;
         let mut heard = true;
         loop {
-            let until = match self.run.next(self.clock.now()) {
+            let until = match self.run.next(self.host.now()) {
                 Next::Over(outcome) => return Ok(outcome),
                 Next::Record(event) => {
                     // What took too long is dropped before that is written down.
@@ -206,8 +230,9 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
                 | Next::AwaitSource { until } => Some(until),
                 Next::Ask(_) | Next::Paused => None,
             };
-            let awaited = matches!(self.run.next(self.clock.now()), Next::AwaitSource { .. });
-            let (perform, span) = (self.perform.clone(), self.span(until));
+            let awaited = matches!(self.run.next(self.host.now()), Next::AwaitSource { .. });
+            let (perform, host) = (self.perform.clone(), self.host.clone());
+            let span = self.span(until);
             tokio::select! {
                 ended = ended(&mut in_flight) => {
                     in_flight = None;
@@ -223,13 +248,13 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
                     None => heard = false,
                 },
                 () = perform.source_back(), if awaited => self.keep(None, Event::SourceBack).await?,
-                () = tokio::time::sleep(span) => {}
+                () = host.sleep(span) => {}
             }
         }
     }
 
     fn span(&self, until: Option<Moment>) -> Duration {
-        let left = until.map(|until| until.0.saturating_sub(self.clock.now().0));
+        let left = until.map(|until| until.0.saturating_sub(self.host.now().0));
         left.map_or(LONGEST_SLEEP, |millis| {
             Duration::from_millis(millis).min(LONGEST_SLEEP)
         })
@@ -243,7 +268,7 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
         let Word { by, event, heard } = word;
         let aborts = matches!(event, Event::Aborted { .. });
         let mut run = self.run.clone();
-        match run.happened(self.clock.now(), Some(&by), event) {
+        match run.happened(self.host.now(), Some(&by), event) {
             Err(refused) => {
                 // Whoever asked may have gone.
                 let _ = heard.send(Err(refused));
@@ -263,7 +288,7 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
 
     /// Keeps what happened. What the run itself asked for is never refused.
     async fn keep(&mut self, by: Option<&str>, event: Event) -> Result<(), ConductError> {
-        let record = self.run.happened(self.clock.now(), by, event);
+        let record = self.run.happened(self.host.now(), by, event);
         self.write(record.map_err(ConductError::Senseless)?).await?;
         self.show.send_replace(self.run.clone());
         Ok(())
@@ -274,14 +299,12 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
         record: farhaven_policies::runbook::run::Record,
     ) -> Result<(), ConductError> {
         let log = self.log.clone();
-        let written = tokio::task::spawn_blocking(move || {
+        let written = self.host.blocking(move || {
             log.lock()
                 .unwrap_or_else(PoisonError::into_inner)
                 .append(&record)
         });
-        written
-            .await
-            .map_err(|e| ConductError::Writer(e.to_string()))??;
+        written.await.map_err(ConductError::Writer)??;
         Ok(())
     }
 
@@ -298,11 +321,11 @@ impl<P: Perform, C: Clock> Conductor<P, C> {
             key: attempt.key.clone(),
             attempt: attempt.attempt,
         };
-        let perform = self.perform.clone();
+        let (perform, host) = (self.perform.clone(), self.host.clone());
         Some(Box::pin(async move {
             match attempt.undo {
                 true => undo(&*perform, &scope, &attempt.step.action).await,
-                false => forward(&*perform, &scope, &attempt.step.action).await,
+                false => forward(&*perform, &host, &scope, &attempt.step.action).await,
             }
         }))
     }
@@ -336,7 +359,12 @@ fn groups(plan: &Plan, attempt: &Attempt) -> std::collections::BTreeMap<String, 
 }
 
 /// A step, as a straight list of what each kind asks of a site.
-async fn forward<P: Perform>(site: &P, scope: &Scope, action: &Action) -> Ended<String> {
+async fn forward<P: Perform, H: Host>(
+    site: &P,
+    host: &H,
+    scope: &Scope,
+    action: &Action,
+) -> Ended<String> {
     Ok(match action {
         Action::Check { checks } => site.check(scope, checks).await?.to_string(),
         Action::Quiesce => site.quiesce(scope).await?.to_string(),
@@ -369,7 +397,8 @@ async fn forward<P: Perform>(site: &P, scope: &Scope, action: &Action) -> Ended<
                     Ok(guests) => return Ok(guests.to_string()),
                     Err(failure) => tracing::debug!(step = scope.step, %failure, "not healthy yet"),
                 }
-                tokio::time::sleep(every.duration().max(Duration::from_millis(10))).await;
+                host.sleep(every.duration().max(Duration::from_millis(10)))
+                    .await;
             }
         }
         Action::Exec { run, .. } => site.exec(scope, run).await?.to_string(),

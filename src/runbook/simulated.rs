@@ -1,13 +1,91 @@
 //! Two sites in memory that runbooks are conducted at, with faults at any step.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, Wake, Waker};
 use std::time::Duration;
 
+use farhaven_policies::runbook::run::Moment;
 use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
 use tokio::sync::Notify;
 
+use super::conduct::Host;
 use super::perform::*;
+
+/// Time that passes only when everybody waits for it.
+#[derive(Clone, Default)]
+pub(super) struct Virtual(Arc<Mutex<Timers>>);
+
+#[derive(Default)]
+struct Timers {
+    millis: u64,
+    waiting: Vec<(u64, Waker)>,
+}
+
+impl Virtual {
+    fn millis(&self) -> u64 {
+        self.0.lock().unwrap().millis
+    }
+
+    async fn sleep_until(&self, end: u64) {
+        std::future::poll_fn(|context| {
+            let mut timers = self.0.lock().unwrap();
+            if timers.millis >= end {
+                return Poll::Ready(());
+            }
+            timers.waiting.push((end, context.waker().clone()));
+            Poll::Pending
+        })
+        .await
+    }
+
+    /// Runs to the end; when nothing can go on, it is the time of the next timer.
+    pub(super) fn run<T>(&self, future: impl Future<Output = T>) -> T {
+        struct Woken(AtomicBool);
+        impl Wake for Woken {
+            fn wake(self: Arc<Self>) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let woken = Arc::new(Woken(AtomicBool::new(true)));
+        let waker = Waker::from(woken.clone());
+        let mut future = pin!(future);
+        loop {
+            while woken.0.swap(false, Ordering::SeqCst) {
+                if let Poll::Ready(done) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                    return done;
+                }
+            }
+            let mut timers = self.0.lock().unwrap();
+            let next = timers.waiting.iter().map(|(end, _)| *end).min();
+            timers.millis = next.expect("everybody waits, and nothing will happen");
+            let now = timers.millis;
+            let due = timers.waiting.extract_if(.., |(end, _)| *end <= now);
+            due.for_each(|(_, waker)| waker.wake());
+        }
+    }
+}
+
+impl Host for Virtual {
+    fn now(&self) -> Moment {
+        Moment(1_790_000_000_000 + self.millis())
+    }
+
+    async fn sleep(&self, span: Duration) {
+        self.sleep_until(self.millis() + span.as_millis() as u64)
+            .await;
+    }
+
+    async fn blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> Result<T, String> {
+        Ok(work())
+    }
+}
 
 /// What goes wrong with a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -47,12 +125,17 @@ pub(super) struct Sites {
     /// By step, and whether it is its undoing.
     faults: Mutex<BTreeMap<(String, bool), Fault>>,
     /// When the source is back; None: it is there.
-    lost_until: Mutex<Option<tokio::time::Instant>>,
+    lost_until: Mutex<Option<u64>>,
+    time: Virtual,
     pub(super) killed: Notify,
 }
 
 impl Sites {
-    pub(super) fn new(guests: &[&str], faults: &[(&str, bool, Fault)]) -> Arc<Sites> {
+    pub(super) fn new(
+        time: &Virtual,
+        guests: &[&str],
+        faults: &[(&str, bool, Fault)],
+    ) -> Arc<Sites> {
         let runs = guests.iter().map(|guest| ((*guest).to_owned(), "running"));
         let faults = faults.iter();
         Arc::new(Sites {
@@ -66,6 +149,7 @@ impl Sites {
                     .collect(),
             ),
             lost_until: Mutex::new(None),
+            time: time.clone(),
             killed: Notify::new(),
         })
     }
@@ -73,7 +157,7 @@ impl Sites {
     fn source(&self) -> Ended<()> {
         let lost = self.lost_until.lock().unwrap();
         match *lost {
-            Some(until) if until > tokio::time::Instant::now() => {
+            Some(until) if until > self.time.millis() => {
                 Err(Failure::source_lost("the source does not answer"))
             }
             _ => Ok(()),
@@ -93,7 +177,7 @@ impl Sites {
         needs_source: bool,
         effect: impl FnOnce(&mut World) -> T + Send,
     ) -> Ended<T> {
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        self.time.sleep(Duration::from_millis(100)).await;
         let which = (scope.step.clone(), undo);
         let fault = self.faults.lock().unwrap().get(&which).copied();
         let once = || {
@@ -103,11 +187,11 @@ impl Sites {
             Some(Fault::Clean) => return Err(Failure::clean("it cannot be")),
             Some(Fault::Lost(secs)) => {
                 once();
-                let until = tokio::time::Instant::now() + Duration::from_secs(secs);
+                let until = self.time.millis() + secs * 1000;
                 *self.lost_until.lock().unwrap() = Some(until);
             }
             Some(Fault::Gone) => {
-                let until = tokio::time::Instant::now() + Duration::from_secs(1 << 30);
+                let until = u64::MAX;
                 *self.lost_until.lock().unwrap() = Some(until);
             }
             Some(Fault::KilledBefore) => {
@@ -323,8 +407,8 @@ impl Perform for Sites {
     async fn source_back(&self) {
         let until = *self.lost_until.lock().unwrap();
         match until {
-            Some(until) => tokio::time::sleep_until(until).await,
-            None => std::future::pending().await,
+            Some(until) if until < u64::MAX => self.time.sleep_until(until).await,
+            _ => std::future::pending().await,
         }
     }
 }

@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::Arc;
 use std::time::Duration;
 
 use farhaven_policies::runbook::plan::{Facts, Plan, plan};
@@ -12,19 +11,9 @@ use farhaven_policies::runbook::{Kind, Mode, builtin, read};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
-use super::conduct::{Baton, Clock, ConductError, Conductor, TellError};
+use super::conduct::{Baton, ConductError, Conductor, Host, TellError};
 use super::record::{AuditLog, RecordError};
-use super::simulated::{Fault, Sites, World};
-
-/// Virtual time.
-#[derive(Clone, Copy)]
-struct Virtual(tokio::time::Instant);
-
-impl Clock for Virtual {
-    fn now(&self) -> Moment {
-        Moment(1_790_000_000_000 + self.0.elapsed().as_millis() as u64)
-    }
-}
+use super::simulated::{Fault, Sites, Virtual, World};
 
 fn built_in(mode: Mode) -> Plan {
     let groups = BTreeMap::from([("bank".to_owned(), vec!["db1".to_owned(), "app1".to_owned()])]);
@@ -88,32 +77,39 @@ async fn duty(mut baton: Baton, answers: &[Answer]) {
 }
 
 /// Conducts to the end; a conductor that is killed is followed by another.
-async fn to_the_end(plan: &Plan, sites: &Arc<Sites>, answers: &[Answer]) -> (Run, World, TempDir) {
+fn to_the_end(
+    plan: &Plan,
+    faults: &[(&str, bool, Fault)],
+    answers: &[Answer],
+) -> (Run, World, TempDir) {
     let home = tempfile::tempdir().unwrap();
-    let clock = Virtual(tokio::time::Instant::now());
+    let path = home.path().join("r-1.jsonl");
+    let time = Virtual::default();
+    let sites = Sites::new(&time, &GUESTS, faults);
     let (mut conductor, mut baton) = Conductor::start(
         home.path(),
         "r-1",
         plan.clone(),
         "anna",
         sites.clone(),
-        clock,
+        time.clone(),
     )
     .unwrap();
-    let path = home.path().join("r-1.jsonl");
     for _ in 0..100 {
-        let ended = tokio::select! {
-            outcome = conductor.conduct() => Some(outcome.unwrap()),
-            () = sites.killed.notified() => None,
-            () = duty(baton.clone(), answers) => panic!("the conductor went away"),
-        };
+        let ended = time.run(async {
+            tokio::select! {
+                outcome = conductor.conduct() => Some(outcome.unwrap()),
+                () = sites.killed.notified() => None,
+                () = duty(baton.clone(), answers) => panic!("the conductor went away"),
+            }
+        });
         if ended.is_some() {
-            let records = AuditLog::read(&path).unwrap();
-            let run = Run::resume(&records).unwrap();
+            let run = Run::resume(&AuditLog::read(&path).unwrap()).unwrap();
             assert_eq!(run.outcome(), ended);
-            return (run, sites.world.lock().unwrap().clone(), home);
+            let world = sites.world.lock().unwrap().clone();
+            return (run, world, home);
         }
-        (conductor, baton) = Conductor::resume(&path, sites.clone(), clock).unwrap();
+        (conductor, baton) = Conductor::resume(&path, sites.clone(), time.clone()).unwrap();
     }
     panic!("it does not end");
 }
@@ -122,11 +118,10 @@ fn named<'w>(states: &'w BTreeMap<String, &'static str>, guest: &str) -> &'w str
     states.get(guest).copied().unwrap_or("absent")
 }
 
-#[tokio::test(start_paused = true)]
-async fn every_runbook_runs_to_its_end() {
+#[test]
+fn every_runbook_runs_to_its_end() {
     for plan in all_plans() {
-        let sites = Sites::new(&GUESTS, &[]);
-        let (run, world, _home) = to_the_end(&plan, &sites, &[]).await;
+        let (run, world, _home) = to_the_end(&plan, &[], &[]);
         assert_eq!(run.outcome(), Some(Outcome::Succeeded), "{}", plan.runbook);
         let (source, target) = (
             named(&world.at_source, "db1"),
@@ -146,8 +141,8 @@ async fn every_runbook_runs_to_its_end() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn any_fault_at_any_step_leaves_the_guests_at_one_site_or_says_so() {
+#[test]
+fn any_fault_at_any_step_leaves_the_guests_at_one_site_or_says_so() {
     for plan in all_plans() {
         for planned in plan
             .steps
@@ -162,8 +157,8 @@ async fn any_fault_at_any_step_leaves_the_guests_at_one_site_or_says_so() {
                 Fault::Gone,
             ] {
                 let step = planned.step.name.as_str();
-                let sites = Sites::new(&GUESTS, &[(step, false, fault)]);
-                let (run, world, _home) = to_the_end(&plan, &sites, &[Answer::Rollback]).await;
+                let faults = [(step, false, fault)];
+                let (run, world, _home) = to_the_end(&plan, &faults, &[Answer::Rollback]);
                 let outcome = run.outcome().unwrap();
                 let told = format!(
                     "{}: {fault:?} at {step}: {outcome}, {world:?}",
@@ -194,8 +189,8 @@ async fn any_fault_at_any_step_leaves_the_guests_at_one_site_or_says_so() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
+#[test]
+fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
     for plan in all_plans() {
         // Everything goes well; and everything is undone from the last step that can be.
         let undone = plan.steps.iter().rev().find(|planned| {
@@ -207,7 +202,7 @@ async fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
                 true => vec![(last.as_str(), false, Fault::Hang)],
                 false => vec![],
             };
-            let whole = to_the_end(&plan, &Sites::new(&GUESTS, &broken), &[Answer::Rollback]).await;
+            let whole = to_the_end(&plan, &broken, &[Answer::Rollback]);
             for planned in plan
                 .steps
                 .iter()
@@ -220,7 +215,6 @@ async fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
                             continue;
                         }
                         let faults = [&broken[..], &[(step, undo, fault)]].concat();
-                        let sites = Sites::new(&GUESTS, &faults);
                         // Of what may not be repeated somebody finds out how far it came.
                         let first = match (planned.step.action.is_repeatable(), fault) {
                             (true, _) => Answer::Rollback,
@@ -228,7 +222,7 @@ async fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
                             (false, _) => Answer::TakeAsDone,
                         };
                         let (run, world, _home) =
-                            to_the_end(&plan, &sites, &[first, Answer::Rollback]).await;
+                            to_the_end(&plan, &faults, &[first, Answer::Rollback]);
                         let told = format!(
                             "{}: {fault:?} at {step}, undo {undo}, back {back}",
                             plan.runbook
@@ -242,59 +236,57 @@ async fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
     }
 }
 
-#[tokio::test(start_paused = true)]
-async fn people_are_heard_while_steps_are_under_way() {
+#[test]
+fn people_are_heard_while_steps_are_under_way() {
     let home = tempfile::tempdir().unwrap();
-    let clock = Virtual(tokio::time::Instant::now());
-    let sites = Sites::new(&GUESTS, &[("final-sync", false, Fault::Hang)]);
+    let time = Virtual::default();
+    let sites = Sites::new(&time, &GUESTS, &[("final-sync", false, Fault::Hang)]);
     let plan = built_in(Mode::Planned);
-    let start =
-        |id: &str| Conductor::start(home.path(), id, plan.clone(), "anna", sites.clone(), clock);
+    let start = |id: &str| {
+        let (plan, sites) = (plan.clone(), sites.clone());
+        Conductor::start(home.path(), id, plan, "anna", sites, time.clone())
+    };
     let (conductor, baton) = start("r-2").unwrap();
+    let twice = start("r-2").err();
     assert!(matches!(
-        start("r-2"),
-        Err(ConductError::Record(RecordError::Io { .. }))
+        twice,
+        Some(ConductError::Record(RecordError::Io { .. }))
     ));
+    let outside = start("../r").err();
     assert!(matches!(
-        start("../r"),
-        Err(ConductError::Record(RecordError::Id(_)))
+        outside,
+        Some(ConductError::Record(RecordError::Id(_)))
     ));
-    let conducted = tokio::spawn(conductor.conduct());
-    tokio::time::sleep(Duration::from_secs(5)).await;
     let path = home.path().join("r-2.jsonl");
-    let other = Conductor::resume(&path, sites.clone(), clock);
-    assert!(matches!(
-        other,
-        Err(ConductError::Record(RecordError::InUse(_)))
-    ));
-    let wrong = baton
-        .tell(
-            "carl",
-            Event::Approved {
-                comment: String::new(),
-            },
-        )
-        .await;
-    assert!(matches!(wrong, Err(TellError::Refused(_))));
-    let forged = baton
-        .tell(
-            "carl",
-            Event::Done {
-                note: String::new(),
-            },
-        )
-        .await;
-    assert!(matches!(forged, Err(TellError::Refused(_))));
-    baton.tell("ben", Event::Paused).await.unwrap();
-    baton
-        .tell("ben", Event::Aborted { rollback: true })
-        .await
-        .unwrap();
-    assert_eq!(conducted.await.unwrap().unwrap(), Outcome::RolledBack);
-    assert!(matches!(
-        baton.tell("ben", Event::Paused).await,
-        Err(TellError::Over)
-    ));
+    let people = async {
+        time.sleep(Duration::from_secs(5)).await;
+        let other = Conductor::resume(&path, sites.clone(), time.clone()).err();
+        assert!(matches!(
+            other,
+            Some(ConductError::Record(RecordError::InUse(_)))
+        ));
+        let comment = String::new();
+        let wrong = baton.tell("carl", Event::Approved { comment }).await;
+        assert!(matches!(wrong, Err(TellError::Refused(_))));
+        let forged = baton
+            .tell(
+                "carl",
+                Event::Done {
+                    note: String::new(),
+                },
+            )
+            .await;
+        assert!(matches!(forged, Err(TellError::Refused(_))));
+        baton.tell("ben", Event::Paused).await.unwrap();
+        baton
+            .tell("ben", Event::Aborted { rollback: true })
+            .await
+            .unwrap();
+    };
+    let (outcome, ()) = time.run(async { tokio::join!(conductor.conduct(), people) });
+    assert_eq!(outcome.unwrap(), Outcome::RolledBack);
+    let late = time.run(baton.tell("ben", Event::Paused));
+    assert!(matches!(late, Err(TellError::Over)));
     assert_eq!(
         named(&sites.world.lock().unwrap().at_source, "db1"),
         "running"
@@ -307,16 +299,16 @@ async fn people_are_heard_while_steps_are_under_way() {
 }
 
 /// A run's record, and its file.
-async fn kept() -> (TempDir, std::path::PathBuf, usize) {
+fn kept() -> (TempDir, std::path::PathBuf, usize) {
     let plan = built_in(Mode::Test);
-    let (run, _, home) = to_the_end(&plan, &Sites::new(&GUESTS, &[]), &[]).await;
+    let (run, _, home) = to_the_end(&plan, &[], &[]);
     let path = home.path().join("r-1.jsonl");
     (home, path, run.records() as usize)
 }
 
-#[tokio::test(start_paused = true)]
-async fn a_torn_last_line_is_dropped_and_a_changed_one_found() {
-    let (home, path, count) = kept().await;
+#[test]
+fn a_torn_last_line_is_dropped_and_a_changed_one_found() {
+    let (home, path, count) = kept();
     let whole = std::fs::read(&path).unwrap();
     let ends: Vec<usize> = (0..whole.len()).filter(|at| whole[*at] == b'\n').collect();
     assert_eq!(ends.len(), count);
@@ -357,12 +349,7 @@ async fn a_torn_last_line_is_dropped_and_a_changed_one_found() {
 
 #[test]
 fn any_byte_that_is_changed_is_found() {
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .start_paused(true)
-        .build()
-        .unwrap();
-    let (home, path, _) = runtime.block_on(kept());
+    let (home, path, _) = kept();
     let whole = std::fs::read(&path).unwrap();
     let last = whole.len() - 1;
     let other = home.path().join("other.jsonl");
