@@ -30,7 +30,9 @@ pub use self::write::write;
 
 /// Most steps of a runbook; more is a file gone wrong.
 pub const MOST_STEPS: usize = 256;
-/// Most groups of a runbook, and most guests, approvers or words of a command in one list.
+/// Most groups of a runbook.
+pub const MOST_GROUPS: usize = 100;
+/// Most guests, approvers or words of a command in one list.
 pub const MOST_NAMES: usize = 1000;
 /// Longest text of one value, in bytes.
 pub const LONGEST_TEXT: usize = 4096;
@@ -158,6 +160,12 @@ impl Runbook {
             (Some(group), true) => vec![group],
             (None, true) => self.groups.keys().map(String::as_str).collect(),
         }
+    }
+
+    /// Whether a step acts on a group of the runbook.
+    pub(crate) fn acts_on(step: &Step, group: &str) -> bool {
+        let named = step.group.as_deref();
+        step.action.kind().takes_group() && named.is_none_or(|named| named == group)
     }
 
     /// What may be in a file, for editors: a JSON Schema.

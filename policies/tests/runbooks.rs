@@ -408,6 +408,38 @@ fn files_that_are_no_runbook_are_refused_with_words() {
     assert!(matches!(large, Err(LoadError::TooLarge { .. })));
 }
 
+/// What a file of the largest size can make the checks do is bounded.
+#[test]
+fn a_runbook_without_measure_is_refused_with_a_bounded_answer() {
+    let groups = |count: usize| -> String {
+        (0..count)
+            .map(|n| format!("groups.g{n} = ['a{n}', 'b{n}']\n"))
+            .collect()
+    };
+    let steps: String = (0..256)
+        .map(|n| format!("[[steps]]\nname='s{n}'\ndo='promote'\n"))
+        .collect();
+    let many = told(&format!("name='r'\n{}{steps}", groups(100)), None);
+    assert!((256..=500).contains(&many.len()), "{}", many.len());
+    let more = told(&format!("name='r'\n{}{steps}", groups(101)), None);
+    assert_eq!(
+        more,
+        ["r.toml:2: 'groups' has 101 groups; at most 100 can go in one run"]
+    );
+    let long = told(
+        &format!(
+            "name='r'\ngroups.{} = []\n{}",
+            "g".repeat(64),
+            of_kinds("check")
+        ),
+        None,
+    );
+    assert!(
+        long.len() == 1 && long[0].contains("has the name"),
+        "{long:?}"
+    );
+}
+
 #[test]
 fn the_built_in_runbooks_are_sound_and_export_as_themselves() {
     let mut all = vec![builtin::of_all(bank())];

@@ -9,6 +9,4 @@ pub mod conduct;
 pub mod perform;
 pub mod record;
 #[cfg(test)]
-mod simulated;
-#[cfg(test)]
 mod tests;

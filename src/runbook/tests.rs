@@ -1,6 +1,10 @@
 //! Whole runs at two simulated sites in virtual time, with faults at every
 //! step; and the audit record against torn and changed lines.
 
+#![allow(clippy::unwrap_used)]
+
+mod simulated;
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
@@ -11,9 +15,9 @@ use farhaven_policies::runbook::{Kind, Mode, builtin, read};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use self::simulated::{Fault, Sites, Virtual, World};
 use super::conduct::{Baton, ConductError, Conductor, Host, TellError};
 use super::record::{AuditLog, RecordError};
-use super::simulated::{Fault, Sites, Virtual, World};
 
 fn built_in(mode: Mode) -> Plan {
     let groups = BTreeMap::from([("bank".to_owned(), vec!["db1".to_owned(), "app1".to_owned()])]);

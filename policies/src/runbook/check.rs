@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Kind, MOST_STEPS, Mode, OnError, Runbook, Step};
+use super::{Kind, MOST_GROUPS, MOST_STEPS, Mode, OnError, Runbook, Step};
 use crate::files::PolicyFiles;
 use crate::mistake::nearest_of;
 use crate::units::Period;
@@ -16,6 +16,9 @@ pub use self::order::order;
 
 /// Longest name of a runbook, a step, a group or a guest.
 const LONGEST_NAME: usize = 63;
+
+/// Most mistakes that are told; who has mended those sees the next.
+const MOST_WRONG: usize = 500;
 
 /// Something that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -58,6 +61,11 @@ pub(super) fn is_name(name: &str) -> bool {
     (1..=LONGEST_NAME).contains(&name.len()) && name.bytes().all(plain) && !name.starts_with('-')
 }
 
+/// Whether this can be the name of a group or a guest.
+fn is_plain(name: &str) -> bool {
+    (1..=LONGEST_NAME).contains(&name.len()) && !name.contains(char::is_control)
+}
+
 #[derive(Default)]
 struct Finding(Vec<Wrong>);
 
@@ -68,7 +76,7 @@ impl Finding {
             key: key.to_owned(),
             what: what.into(),
         };
-        if !self.0.contains(&wrong) {
+        if self.0.len() < MOST_WRONG && !self.0.contains(&wrong) {
             self.0.push(wrong);
         }
     }
@@ -163,9 +171,20 @@ impl Finding {
                 "is missing; name what is moved and its guests, like [groups] bank = [\"db1\", \"app1\"]",
             );
         }
+        if runbook.groups.len() > MOST_GROUPS {
+            let count = runbook.groups.len();
+            let what = format!("has {count} groups; at most {MOST_GROUPS} can go in one run");
+            return self.add(None, "groups", what);
+        }
         let mut homes: BTreeMap<&str, &str> = BTreeMap::new();
         for (group, guests) in &runbook.groups {
             let key = format!("groups.{group}");
+            for name in guests.iter().chain([group]).filter(|name| !is_plain(name)) {
+                let what = format!(
+                    "has the name {name:?}; 1 to {LONGEST_NAME} letters without control characters can be one"
+                );
+                self.add(None, &key, what);
+            }
             for guest in guests {
                 match homes.insert(guest, group) {
                     Some(other) if other == group => {
@@ -240,10 +259,13 @@ impl Finding {
         if members.is_empty() || members.iter().any(|members| members.is_empty()) {
             return;
         }
-        let all = || members.iter().flat_map(|members| members.iter());
+        let all: BTreeSet<&str> = members
+            .iter()
+            .flat_map(|members| members.iter().map(String::as_str))
+            .collect();
         for guest in &step.guests {
-            self.require(all().any(|member| member == guest), index, "guests", || {
-                let hint = hint(all().map(String::as_str), guest);
+            self.require(all.contains(guest.as_str()), index, "guests", || {
+                let hint = hint(all.iter().copied(), guest);
                 let groups = groups.join(", ");
                 format!("names {guest:?}, which is not in {groups}; {hint}")
             });

@@ -4,12 +4,15 @@
 
 use std::collections::BTreeSet;
 
-use super::super::{Kind, Mode, OnError, Runbook, Step};
+use super::super::{Kind, MOST_GROUPS, Mode, OnError, Runbook, Step};
 use super::{Finding, Wrong};
 
 /// What is wrong with the order of steps, in any mode that the runbook is for.
 pub fn order(runbook: &Runbook) -> Vec<Wrong> {
     let mut found = Finding::default();
+    if runbook.groups.len() > MOST_GROUPS {
+        return found.0;
+    }
     for mode in &runbook.modes {
         found.rollbacks(runbook, *mode);
         let running = || runbook.steps.iter().any(|step| step.runs_in(*mode));
@@ -52,7 +55,7 @@ struct Walk<'r> {
     mode: Mode,
     group: &'r str,
     /// Its guests, if the runbook names them.
-    members: &'r [String],
+    members: BTreeSet<&'r str>,
     /// The first step of a kind so far: its index.
     done: Vec<(Kind, usize)>,
     /// Guests that were started by name, and whether all were.
@@ -66,7 +69,7 @@ impl<'r> Walk<'r> {
             runbook,
             mode,
             group,
-            members,
+            members: members.iter().map(String::as_str).collect(),
             done: Vec::new(),
             started: BTreeSet::new(),
             all_started: false,
@@ -74,13 +77,21 @@ impl<'r> Walk<'r> {
     }
 
     /// The steps that run in this mode and touch this group.
-    fn steps(&self) -> impl Iterator<Item = (usize, &'r Step)> + use<'r> {
-        let (runbook, mode, group) = (self.runbook, self.mode, self.group);
-        let members = self.members;
-        let indexed = runbook.steps.iter().enumerate();
-        indexed.filter(move |(_, step)| {
-            step.runs_in(mode) && runbook.groups_of(step).contains(&group) && touches(members, step)
+    fn steps(&self) -> impl Iterator<Item = (usize, &'r Step)> {
+        let indexed = self.runbook.steps.iter().enumerate();
+        indexed.filter(|(_, step)| {
+            step.runs_in(self.mode) && Runbook::acts_on(step, self.group) && self.touches(step)
         })
+    }
+
+    /// A step that names guests touches only the groups that they are in.
+    fn touches(&self, step: &Step) -> bool {
+        let known = || {
+            step.guests
+                .iter()
+                .any(|guest| self.members.contains(guest.as_str()))
+        };
+        step.guests.is_empty() || self.members.is_empty() || known()
     }
 
     fn has(&self, kind: Kind) -> bool {
@@ -96,7 +107,8 @@ impl<'r> Walk<'r> {
     }
 
     fn go(mut self, found: &mut Finding) {
-        for (index, step) in self.steps() {
+        let steps: Vec<_> = self.steps().collect();
+        for (index, step) in steps {
             let kind = step.action.kind();
             if let Some((key, what)) = self.contradiction(index, step) {
                 found.add(Some(index), key, what);
@@ -196,11 +208,11 @@ impl<'r> Walk<'r> {
             );
             return Some(("do", what));
         }
-        let members = self.members;
+        let members = &self.members;
         let mut waited = step
             .guests
             .iter()
-            .filter(|guest| members.is_empty() || members.contains(guest));
+            .filter(|guest| members.is_empty() || members.contains(guest.as_str()));
         let idle =
             waited.find(|guest| !self.all_started && !self.started.contains(guest.as_str()))?;
         let what = format!(
@@ -255,7 +267,7 @@ impl<'r> Walk<'r> {
         let forgotten = self
             .members
             .iter()
-            .find(|guest| !self.started.contains(guest.as_str()));
+            .find(|guest| !self.started.contains(*guest));
         if let (false, Some(start), Some(guest)) =
             (self.all_started, first(Kind::StartGroup), forgotten)
         {
@@ -265,11 +277,4 @@ impl<'r> Walk<'r> {
             found.add(Some(start), "guests", what);
         }
     }
-}
-
-/// A step that names guests touches only the groups that they are in.
-fn touches(members: &[String], step: &Step) -> bool {
-    step.guests.is_empty()
-        || members.is_empty()
-        || step.guests.iter().any(|guest| members.contains(guest))
 }

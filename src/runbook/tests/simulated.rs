@@ -12,8 +12,8 @@ use farhaven_policies::runbook::run::Moment;
 use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
 use tokio::sync::Notify;
 
-use super::conduct::Host;
-use super::perform::*;
+use crate::runbook::conduct::Host;
+use crate::runbook::perform::*;
 
 /// Time that passes only when everybody waits for it.
 #[derive(Clone, Default)]
