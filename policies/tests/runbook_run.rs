@@ -74,7 +74,7 @@ impl Kept {
                 Next::Begin(attempt) => {
                     self.tell(None, attempt.begun()).unwrap();
                     if attempt.step.name == name {
-                        return attempt;
+                        return *attempt;
                     }
                 }
                 next => self.well(next),
@@ -114,7 +114,7 @@ impl Kept {
         }
     }
 
-    fn to_the_end(&mut self) -> Outcome {
+    fn finish(&mut self) -> Outcome {
         for _ in 0..2_000 {
             match self.next() {
                 Next::Over(outcome) => return outcome,
@@ -173,7 +173,7 @@ fn the_built_in_runbooks_run_to_their_end() {
         ),
     ] {
         let mut kept = Kept::new(planned(&builtin::of_mode(mode, group())));
-        assert_eq!(kept.to_the_end(), Outcome::Succeeded);
+        assert_eq!(kept.finish(), Outcome::Succeeded);
         assert_eq!(kept.begun().join(" "), steps);
         assert!(
             kept.tell(None, Event::Restarted)
@@ -188,7 +188,7 @@ fn a_failure_goes_back_the_way_it_came_and_undoes_only_what_was_begun() {
     let mut kept = Kept::new(planned(&builtin::of_mode(Mode::Planned, group())));
     kept.until_begun("networks");
     kept.tell(None, fault(Cause::Fault)).unwrap();
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     let all = kept.begun().join(" ");
     assert_eq!(
         all,
@@ -198,7 +198,7 @@ fn a_failure_goes_back_the_way_it_came_and_undoes_only_what_was_begun() {
     let mut kept = Kept::new(planned(&builtin::of_mode(Mode::Planned, group())));
     kept.until_begun("networks");
     kept.tell(None, fault(Cause::Clean)).unwrap();
-    kept.to_the_end();
+    kept.finish();
     assert_eq!(
         kept.begun().join(" "),
         "ready final-sync promote networks -promote -final-sync"
@@ -208,7 +208,7 @@ fn a_failure_goes_back_the_way_it_came_and_undoes_only_what_was_begun() {
     kept.until_begun("start");
     kept.pass(301);
     assert_eq!(kept.next(), Next::Record(Event::TimedOut));
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     assert_eq!(
         kept.begun().join(" "),
         "ready promote networks start -start -networks -promote"
@@ -263,7 +263,7 @@ fn stopped_means_that_a_person_decides() {
             )
             .unwrap();
         }
-        assert_eq!(kept.to_the_end(), outcome);
+        assert_eq!(kept.finish(), outcome);
         assert_eq!(kept.begun().join(" "), begun);
     }
 }
@@ -325,7 +325,7 @@ fn approvals_are_of_named_people_each_once_in_time() {
     kept.pass(59);
     kept.tell(Some("anna"), ok()).unwrap();
     assert_eq!(kept.state_of("ask").0, Forward::Done);
-    assert_eq!(kept.to_the_end(), Outcome::Succeeded);
+    assert_eq!(kept.finish(), Outcome::Succeeded);
 
     let mut kept = Kept::new(planned(&approval(1, OnError::Rollback)));
     kept.until_begun("ask");
@@ -336,7 +336,7 @@ fn approvals_are_of_named_people_each_once_in_time() {
         },
     )
     .unwrap();
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     assert!(
         kept.run.steps()[3]
             .said
@@ -384,7 +384,7 @@ fn the_other_site_is_waited_for_as_long_as_the_step_has_time() {
     assert!(matches!(kept.next(), Next::AwaitSource { .. }));
     kept.pass(1);
     assert_eq!(kept.next(), Next::Record(Event::TimedOut));
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     assert_eq!(
         kept.begun().join(" "),
         "ready final-sync final-sync -final-sync"
@@ -397,7 +397,7 @@ fn the_other_site_is_waited_for_as_long_as_the_step_has_time() {
     kept.tell(None, Event::SourceBack).unwrap();
     kept.tell(Some("anna"), Event::Aborted { rollback: true })
         .unwrap();
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     assert_eq!(kept.begun().join(" "), "ready final-sync -final-sync");
 
     // Where it is taken to be lost, nobody waits.
@@ -464,7 +464,7 @@ fn there_is_no_way_back_from_a_commit() {
     assert!(!question.answers.contains(&Answer::Rollback));
     kept.tell(Some("anna"), Event::Aborted { rollback: false })
         .unwrap();
-    assert_eq!(kept.to_the_end(), Outcome::Stopped);
+    assert_eq!(kept.finish(), Outcome::Stopped);
 }
 
 #[test]
@@ -489,7 +489,7 @@ fn a_pause_begins_nothing_and_an_abort_undoes() {
         kept.tell(Some("anna"), Event::Aborted { rollback: true })
             .is_err()
     );
-    assert_eq!(kept.to_the_end(), Outcome::RolledBack);
+    assert_eq!(kept.finish(), Outcome::RolledBack);
     assert_eq!(
         kept.begun().join(" "),
         "ready promote networks -networks -promote"
@@ -499,7 +499,7 @@ fn a_pause_begins_nothing_and_an_abort_undoes() {
 #[test]
 fn records_that_do_not_follow_are_refused_by_their_number() {
     let mut kept = Kept::new(planned(&builtin::of_mode(Mode::Test, group())));
-    kept.to_the_end();
+    kept.finish();
     assert!(Run::resume(&[]).is_err());
     assert!(Run::resume(&kept.log[1..]).is_err());
     for gap in 1..kept.log.len() {
@@ -561,7 +561,7 @@ proptest! {
             };
             let _ = kept.tell(by, event);
         }
-        let outcome = kept.to_the_end();
+        let outcome = kept.finish();
         let names: Vec<_> = runbook.steps.iter().map(|step| step.name.as_str()).collect();
         let place = |name: &str| names.iter().position(|known| *known == name).unwrap();
         let begun = kept.begun();
@@ -580,7 +580,7 @@ proptest! {
     #[test]
     fn damaged_logs_never_panic(runbook in made::sound_runbook(), cuts in proptest::collection::vec((any::<prop::sample::Index>(), any::<prop::sample::Index>()), 1..5)) {
         let mut kept = Kept::new(planned(&runbook));
-        kept.to_the_end();
+        kept.finish();
         let mut log = kept.log.clone();
         for (from, to) in cuts {
             let (from, to) = (from.index(log.len()), to.index(log.len()));

@@ -221,7 +221,7 @@ impl<P: Perform, H: Host> Conductor<P, H> {
                 }
                 Next::Begin(attempt) => {
                     self.keep(None, attempt.begun()).await?;
-                    in_flight = self.begin(attempt);
+                    in_flight = self.begin(*attempt);
                     continue;
                 }
                 Next::Await { until } => until,

@@ -48,8 +48,7 @@ fn all_plans() -> Vec<Plan> {
 const GUESTS: [&str; 3] = ["db1", "app1", "till"];
 
 /// Whoever is on duty: approves, and answers what is asked.
-async fn duty(mut baton: Baton, answers: &[Answer]) {
-    let mut asked = 0;
+async fn duty(mut baton: Baton, interrupted: Answer) {
     loop {
         let run = baton.run();
         match run.next(Moment(0)) {
@@ -62,15 +61,17 @@ async fn duty(mut baton: Baton, answers: &[Answer]) {
                 }
             }
             Next::Ask(question) => {
-                let wanted = answers.get(asked).or(answers.last()).copied();
-                let answer = wanted.filter(|answer| question.answers.contains(answer));
+                let wanted = match question.interrupted {
+                    true => interrupted,
+                    false => Answer::Rollback,
+                };
+                let answer = Some(wanted).filter(|answer| question.answers.contains(answer));
                 let answer = answer.unwrap_or(if question.undo {
                     Answer::TakeAsDone
                 } else {
                     Answer::End
                 });
                 let _ = baton.tell("anna", Event::Answered { answer }).await;
-                asked += 1;
             }
             _ => {}
         }
@@ -84,7 +85,7 @@ async fn duty(mut baton: Baton, answers: &[Answer]) {
 fn to_the_end(
     plan: &Plan,
     faults: &[(&str, bool, Fault)],
-    answers: &[Answer],
+    interrupted: Answer,
 ) -> (Run, World, TempDir) {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join("r-1.jsonl");
@@ -104,7 +105,7 @@ fn to_the_end(
             tokio::select! {
                 outcome = conductor.conduct() => Some(outcome.unwrap()),
                 () = sites.killed.notified() => None,
-                () = duty(baton.clone(), answers) => panic!("the conductor went away"),
+                () = duty(baton.clone(), interrupted) => panic!("the conductor went away"),
             }
         });
         if ended.is_some() {
@@ -125,7 +126,7 @@ fn named<'w>(states: &'w BTreeMap<String, &'static str>, guest: &str) -> &'w str
 #[test]
 fn every_runbook_runs_to_its_end() {
     for plan in all_plans() {
-        let (run, world, _home) = to_the_end(&plan, &[], &[]);
+        let (run, world, _home) = to_the_end(&plan, &[], Answer::Repeat);
         assert_eq!(run.outcome(), Some(Outcome::Succeeded), "{}", plan.runbook);
         let (source, target) = (
             named(&world.at_source, "db1"),
@@ -162,7 +163,7 @@ fn any_fault_at_any_step_leaves_the_guests_at_one_site_or_says_so() {
             ] {
                 let step = planned.step.name.as_str();
                 let faults = [(step, false, fault)];
-                let (run, world, _home) = to_the_end(&plan, &faults, &[Answer::Rollback]);
+                let (run, world, _home) = to_the_end(&plan, &faults, Answer::Repeat);
                 let outcome = run.outcome().unwrap();
                 let told = format!(
                     "{}: {fault:?} at {step}: {outcome}, {world:?}",
@@ -206,7 +207,7 @@ fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
                 true => vec![(last.as_str(), false, Fault::Hang)],
                 false => vec![],
             };
-            let whole = to_the_end(&plan, &broken, &[Answer::Rollback]);
+            let whole = to_the_end(&plan, &broken, Answer::Repeat);
             for planned in plan
                 .steps
                 .iter()
@@ -221,12 +222,11 @@ fn killed_before_and_after_the_effect_of_each_step_it_ends_as_if_not() {
                         let faults = [&broken[..], &[(step, undo, fault)]].concat();
                         // Of what may not be repeated somebody finds out how far it came.
                         let first = match (planned.step.action.is_repeatable(), fault) {
-                            (true, _) => Answer::Rollback,
+                            (true, _) => Answer::Repeat,
                             (false, Fault::KilledBefore) => Answer::Repeat,
                             (false, _) => Answer::TakeAsDone,
                         };
-                        let (run, world, _home) =
-                            to_the_end(&plan, &faults, &[first, Answer::Rollback]);
+                        let (run, world, _home) = to_the_end(&plan, &faults, first);
                         let told = format!(
                             "{}: {fault:?} at {step}, undo {undo}, back {back}",
                             plan.runbook
@@ -305,7 +305,7 @@ fn people_are_heard_while_steps_are_under_way() {
 /// A run's record, and its file.
 fn kept() -> (TempDir, std::path::PathBuf, usize) {
     let plan = built_in(Mode::Test);
-    let (run, _, home) = to_the_end(&plan, &[], &[]);
+    let (run, _, home) = to_the_end(&plan, &[], Answer::Repeat);
     let path = home.path().join("r-1.jsonl");
     (home, path, run.records() as usize)
 }

@@ -306,7 +306,9 @@ impl Action {
     pub fn undo(&self, mode: Mode) -> Option<&'static str> {
         Some(match (self, mode) {
             (Action::Quiesce, _) => "thaw the filesystems",
-            (Action::ShutdownSource, Mode::Planned) => "start the guests at the source again",
+            (Action::ShutdownSource, _) => "start the guests at the source again",
+            // A test never touched the source.
+            (_, Mode::Test) if self.kind().refused_in(mode).is_some() => return None,
             (Action::FinalSync, _) => "let the source's guests go on",
             (Action::Fence, _) => "give the groups back to their source, under a newer term",
             (Action::Promote { .. }, _) => "discard what was made ready here",

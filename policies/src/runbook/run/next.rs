@@ -12,7 +12,7 @@ pub enum Next {
     /// Tell the run that this happened.
     Record(Event),
     /// Tell the run that this is begun, then do it.
-    Begin(Attempt),
+    Begin(Box<Attempt>),
     /// What was begun is under way; it has failed if it has not ended by then.
     Await {
         /// The latest.
@@ -129,7 +129,7 @@ impl Run {
                 (Some(why), Direction::Forward) => {
                     Next::Record(Event::Skipped { why: why.clone() })
                 }
-                _ => Next::Begin(self.attempt()),
+                _ => Next::Begin(Box::new(self.attempt())),
             },
         }
     }

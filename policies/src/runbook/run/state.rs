@@ -333,7 +333,7 @@ impl Run {
             Event::Approved { comment } => {
                 let (by, limit) = self.may_decide(record)?;
                 let (_, progress) = self.hand()?;
-                if progress.approvals.iter().any(|name| *name == by) {
+                if progress.approvals.contains(&by) {
                     return refused(format!("{by} approved it already; another person must"));
                 }
                 progress.approvals.push(by);
