@@ -76,4 +76,5 @@ pub mod client;
 pub mod demo;
 pub mod guest;
 pub mod replicate;
+pub mod runbook;
 pub mod site;

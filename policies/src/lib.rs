@@ -15,6 +15,7 @@ pub mod load;
 mod mistake;
 pub mod policy;
 pub mod retain;
+pub mod runbook;
 pub mod shape;
 pub mod site;
 pub mod units;

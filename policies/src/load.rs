@@ -16,7 +16,7 @@ mod files;
 mod origins;
 
 pub use self::files::files_of;
-use self::files::read;
+pub(crate) use self::files::read;
 pub use self::origins::{Loaded, Origins};
 pub use crate::mistake::{LoadError, Mistake, Origin, Problem};
 use crate::mistake::{expectation, nearest, shortened};

@@ -1,11 +1,13 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
-//! through [`crate::client`]; only `site init`, `site run`, `policy` and `demo` do not.
+//! through [`crate::client`]; only `site init`, `site run`,
+//! `policy`, most of `runbook` and `demo` do not.
 
 mod drill;
 mod guests;
 mod image;
 mod link;
 mod policy;
+mod runbook;
 mod seed;
 pub(crate) mod show;
 mod site;
@@ -144,6 +146,9 @@ enum Verb {
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
+    /// Check, plan and print runbooks: the steps of moves, failovers and tests.
+    #[command(subcommand)]
+    Runbook(runbook::RunbookVerb),
     /// Both sites, a link and a guest on this machine: watch it survive.
     Demo(crate::demo::Demo),
 }
@@ -255,6 +260,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
+        Verb::Runbook(verb) => runbook::run(&client, verb).await,
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };
     Ok(outcome?)

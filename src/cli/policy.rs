@@ -45,7 +45,7 @@ struct Checked {
 }
 
 #[derive(Debug, Serialize)]
-struct MistakeView {
+pub(super) struct MistakeView {
     file: Option<PathBuf>,
     line: Option<usize>,
     variable: Option<String>,

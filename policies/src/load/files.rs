@@ -36,7 +36,7 @@ pub fn files_of(path: &Path, help: &'static str) -> Result<Vec<PathBuf>, LoadErr
     Ok(files)
 }
 
-pub(super) fn read(path: &Path, help: &'static str) -> Result<String, LoadError> {
+pub(crate) fn read(path: &Path, help: &'static str) -> Result<String, LoadError> {
     let failed = |source| LoadError::Read {
         help,
         path: path.to_owned(),

@@ -1,0 +1,90 @@
+//! What can be seen of a run.
+
+use serde::Serialize;
+
+use super::super::Kind;
+use super::super::plan::Plan;
+use super::{Back, Forward, Moment, Outcome, Question, Run};
+
+/// A step of a run, for status and reports.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct StepView {
+    /// Its name.
+    pub name: String,
+    /// What it does.
+    pub kind: Kind,
+    /// How far it came.
+    pub forward: Forward,
+    /// How far its undoing came.
+    pub back: Back,
+    /// How often it was begun.
+    pub attempts: u32,
+    /// When it was begun first.
+    pub begun: Option<Moment>,
+    /// When it, or its undoing, ended last.
+    pub ended: Option<Moment>,
+    /// What was said of it last.
+    pub said: String,
+}
+
+impl Run {
+    /// Its id.
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// Who started it.
+    pub fn by(&self) -> &str {
+        &self.by
+    }
+
+    /// When it was started.
+    pub fn started(&self) -> Moment {
+        self.started
+    }
+
+    /// What it performs.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// How it ended; None while it has not.
+    pub fn outcome(&self) -> Option<Outcome> {
+        self.outcome
+    }
+
+    /// What a person is asked.
+    pub fn question(&self) -> Option<&Question> {
+        self.question.as_ref()
+    }
+
+    /// How many records it has made.
+    pub fn records(&self) -> u64 {
+        self.records
+    }
+
+    /// Its steps.
+    pub fn steps(&self) -> Vec<StepView> {
+        let both = self.plan.steps.iter().zip(&self.progress);
+        both.map(|(planned, progress)| StepView {
+            name: planned.step.name.clone(),
+            kind: planned.step.action.kind(),
+            forward: progress.forward,
+            back: progress.back,
+            attempts: progress.attempts,
+            begun: progress.begun,
+            ended: progress.ended,
+            said: progress.said.clone(),
+        })
+        .collect()
+    }
+
+    /// How each step ended and how the run did: what two runs have in common
+    /// that took different ways to the same end.
+    pub fn ends(&self) -> (Vec<(Forward, Back)>, Option<Outcome>) {
+        let each = self.progress.iter();
+        let each = each.map(|progress| (progress.forward, progress.back));
+        (each.collect(), self.outcome)
+    }
+}
