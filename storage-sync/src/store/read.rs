@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::{Inner, held};
+use super::{Inner, PointEntry, held};
 use crate::codec::{BatchError, BatchView, Body, Content, EntriesView, Expander};
 use crate::limits::MAP_LEAF;
 use crate::log::LogError;
@@ -60,6 +60,12 @@ impl Inner {
         self.log.read_entries(seq, bytes)?;
         EntriesView::parse(bytes)?.entries().for_each(each);
         Ok(())
+    }
+
+    /// What is known of a point.
+    pub(crate) fn entry(&self, guest: GuestId, point: u64) -> Option<PointEntry> {
+        let state = held(&self.state);
+        state.guests.get(&guest)?.points.get(&point).cloned()
     }
 
     /// Does this place hold a unit: a literal, or a difference whose base is here?
@@ -138,7 +144,7 @@ impl Inner {
             drop(state);
             at = match base {
                 Some(base) => base,
-                None => manifest::read_head(&path)?.base,
+                None => manifest::read_head(&*self.disk, &path)?.base,
             };
         }
         let mut map = PointMap::default();
@@ -156,7 +162,7 @@ impl Inner {
     ) -> Result<manifest::Head, ManifestError> {
         let most = self.options.map_bytes;
         let mut fits = true;
-        let head = manifest::read(path, &mut |run| {
+        let head = manifest::read(&*self.disk, path, &mut |run| {
             fits = fits && leaf_bytes(map) <= most;
             if fits {
                 map.set(&run);

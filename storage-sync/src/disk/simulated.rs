@@ -1,0 +1,582 @@
+//! A disk in memory that does what real ones do on a bad day, from a seed.
+//!
+//! Memory and medium are kept apart. What is written or named shows at once,
+//! and reaches the medium when it is synced. [`SimulatedDisk::power_cut`] gives
+//! the disk as a machine finds it that lost power now: of all that was not
+//! synced any part may be there and any other not, in sectors of 512 bytes and
+//! in whole names. A failed sync drops the written bytes for good while memory
+//! goes on showing them, and the next sync says that all is well, as Linux
+//! does; names that failed to sync stay unsynced.
+
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::OsString;
+use std::io::{self, ErrorKind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rustix::io::Errno;
+
+use super::{Access, Disk, DiskFile, OpenFile};
+
+/// What a disk keeps or loses as one.
+const SECTOR: usize = 512;
+
+/// How a call fails.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// EIO. Of a write some sectors are there, of a sync nothing.
+    Io,
+    /// ENOSPC, for calls that need room; others go through.
+    Full,
+    /// Half a write is done and said to be; then EIO. Other calls go through.
+    Short,
+}
+
+#[derive(Debug, Clone)]
+enum Change {
+    Bytes(u64, Arc<[u8]>),
+    Length(u64),
+}
+
+#[derive(Debug, Clone, Default)]
+struct Content {
+    /// What reading shows.
+    shown: Vec<u8>,
+    /// What the medium has.
+    medium: Vec<u8>,
+    /// What it has not yet, in order.
+    unsynced: Vec<Change>,
+    locked: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Name {
+    Dir,
+    File(u64),
+}
+
+#[derive(Debug, Clone)]
+enum NameChange {
+    Made(PathBuf, Name),
+    Renamed(PathBuf, PathBuf, u64),
+    Removed(PathBuf),
+}
+
+impl NameChange {
+    fn dir(&self) -> Option<&Path> {
+        match self {
+            NameChange::Made(path, _)
+            | NameChange::Renamed(path, ..)
+            | NameChange::Removed(path) => path.parent(),
+        }
+    }
+
+    fn apply(&self, names: &mut BTreeMap<PathBuf, Name>) {
+        match self {
+            NameChange::Made(path, name) => drop(names.insert(path.clone(), *name)),
+            NameChange::Renamed(from, to, file) => {
+                names.remove(from);
+                names.insert(to.clone(), Name::File(*file));
+            }
+            NameChange::Removed(path) => drop(names.remove(path)),
+        }
+    }
+}
+
+/// A moment at which the power may go.
+#[derive(Debug, Clone)]
+pub struct Moment {
+    /// Which call was next, counted from 1.
+    pub call: u64,
+    /// That call, in words.
+    pub what: String,
+    /// The disk just before it.
+    pub disk: SimulatedDisk,
+}
+
+#[derive(Debug, Clone, Default)]
+struct State {
+    files: HashMap<u64, Content>,
+    next_file: u64,
+    names: BTreeMap<PathBuf, Name>,
+    medium_names: BTreeMap<PathBuf, Name>,
+    unsynced_names: Vec<NameChange>,
+    calls: u64,
+    fault: Option<(u64, Fault)>,
+    /// The next write ends in EIO: it follows a short one.
+    broken: bool,
+    hit: Option<String>,
+    watched: Option<Vec<Moment>>,
+}
+
+/// A handle to the disk: clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct SimulatedDisk(Arc<Mutex<State>>);
+
+#[derive(Debug)]
+struct SimulatedFile {
+    disk: SimulatedDisk,
+    file: u64,
+    path: PathBuf,
+    holds_lock: std::sync::atomic::AtomicBool,
+}
+
+fn write_into(bytes: &mut Vec<u8>, offset: usize, new: &[u8]) {
+    if bytes.len() < offset + new.len() {
+        bytes.resize(offset + new.len(), 0);
+    }
+    bytes[offset..offset + new.len()].copy_from_slice(new);
+}
+
+fn apply(bytes: &mut Vec<u8>, change: &Change) {
+    match change {
+        Change::Bytes(offset, new) => write_into(bytes, *offset as usize, new),
+        Change::Length(length) => bytes.resize(*length as usize, 0),
+    }
+}
+
+impl Content {
+    fn change(&mut self, change: Change) {
+        apply(&mut self.shown, &change);
+        self.unsynced.push(change);
+    }
+
+    /// What a power cut leaves: each sector and each length by itself.
+    fn cut(&self, chance: f64, random: &mut StdRng) -> Vec<u8> {
+        let mut left = self.medium.clone();
+        for change in &self.unsynced {
+            match change {
+                Change::Length(_) if !random.random_bool(chance) => {}
+                Change::Length(_) => apply(&mut left, change),
+                Change::Bytes(offset, new) => {
+                    let offset = *offset as usize;
+                    // A length may arrive before the bytes that it is for.
+                    if random.random_bool(chance / 2.0) && left.len() < offset + new.len() {
+                        left.resize(offset + new.len(), 0);
+                    }
+                    let mut at = 0;
+                    while at < new.len() {
+                        let end = new.len().min(at + SECTOR - (offset + at) % SECTOR);
+                        if random.random_bool(chance) {
+                            write_into(&mut left, offset + at, &new[at..end]);
+                        }
+                        at = end;
+                    }
+                }
+            }
+        }
+        left
+    }
+}
+
+impl SimulatedDisk {
+    /// An empty disk, with the directory `/`.
+    pub fn new() -> SimulatedDisk {
+        let disk = SimulatedDisk::default();
+        let mut state = disk.state();
+        state.names.insert("/".into(), Name::Dir);
+        state.medium_names.insert("/".into(), Name::Dir);
+        drop(state);
+        disk
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A copy of the disk that goes its own way; nobody has files of it open.
+    pub fn copy(&self) -> SimulatedDisk {
+        let mut state = self.state().clone();
+        state.files.values_mut().for_each(|file| file.locked = false);
+        (state.watched, state.fault, state.hit) = (None, None, None);
+        SimulatedDisk(Arc::new(Mutex::new(state)))
+    }
+
+    /// The disk after the power went. Each part that was not synced is there
+    /// with this chance, by this seed.
+    pub fn power_cut(&self, seed: u64, chance: f64) -> SimulatedDisk {
+        let mut random = StdRng::seed_from_u64(seed);
+        let now = self.state();
+        let mut after = State {
+            next_file: now.next_file,
+            names: now.medium_names.clone(),
+            ..State::default()
+        };
+        for change in &now.unsynced_names {
+            if random.random_bool(chance) {
+                change.apply(&mut after.names);
+            }
+        }
+        // What is under a directory that has no name is gone.
+        let names = after.names.clone();
+        let reached = |path: &Path| {
+            let mut above = path.ancestors().skip(1);
+            above.all(|dir| names.get(dir) == Some(&Name::Dir))
+        };
+        after.names.retain(|path, _| reached(path));
+        let mut files: Vec<u64> = Vec::new();
+        files.extend(after.names.values().filter_map(|name| match name {
+            Name::File(file) => Some(*file),
+            Name::Dir => None,
+        }));
+        files.sort_unstable();
+        for file in files {
+            if let Some(content) = now.files.get(&file) {
+                let left = content.cut(chance, &mut random);
+                let content = Content {
+                    shown: left.clone(),
+                    medium: left,
+                    ..Content::default()
+                };
+                after.files.insert(file, content);
+            }
+        }
+        after.medium_names = after.names.clone();
+        SimulatedDisk(Arc::new(Mutex::new(after)))
+    }
+
+    /// Calls so far, of all kinds.
+    pub fn calls(&self) -> u64 {
+        self.state().calls
+    }
+
+    /// The `nth` call from now on fails so.
+    pub fn fail(&self, nth: u64, fault: Fault) {
+        let mut state = self.state();
+        state.fault = Some((state.calls + nth, fault));
+        state.hit = None;
+    }
+
+    /// The call that failed, in words, if one did; none will any more.
+    pub fn heal(&self) -> Option<String> {
+        let mut state = self.state();
+        state.fault = None;
+        state.broken = false;
+        state.hit.take()
+    }
+
+    /// Begins to keep the disk as it is before every call that changes it.
+    pub fn watch(&self) {
+        self.state().watched = Some(Vec::new());
+    }
+
+    /// Ends that, and gives those moments.
+    pub fn moments(&self) -> Vec<Moment> {
+        self.state().watched.take().unwrap_or_default()
+    }
+
+    /// All files, with what they hold.
+    pub fn files(&self) -> Vec<(PathBuf, Vec<u8>)> {
+        let state = self.state();
+        let files = state.names.iter().filter_map(|(path, name)| match name {
+            Name::File(file) => Some((path.clone(), state.files.get(file)?.shown.clone())),
+            Name::Dir => None,
+        });
+        files.collect()
+    }
+
+    /// Flips a bit on the medium. `false`: there is no such byte.
+    pub fn flip(&self, path: &Path, byte: usize, bit: u8) -> bool {
+        let mut state = self.state();
+        let Some(&Name::File(file)) = state.names.get(path) else {
+            return false;
+        };
+        let Some(content) = state.files.get_mut(&file) else {
+            return false;
+        };
+        for bytes in [&mut content.shown, &mut content.medium] {
+            match bytes.get_mut(byte) {
+                Some(byte) => *byte ^= 1 << (bit & 7),
+                None => return false,
+            }
+        }
+        true
+    }
+}
+
+impl State {
+    /// Counts a call, keeps the moment, and says how it is to fail.
+    fn call(&mut self, what: &str, path: &Path, changes: bool) -> Option<Fault> {
+        self.calls += 1;
+        let words = || format!("{what} {}", path.display());
+        if changes && self.watched.is_some() {
+            let mut copy = self.clone();
+            copy.files.values_mut().for_each(|file| file.locked = false);
+            (copy.watched, copy.fault) = (None, None);
+            let moment = Moment {
+                call: self.calls,
+                what: words(),
+                disk: SimulatedDisk(Arc::new(Mutex::new(copy))),
+            };
+            self.watched.get_or_insert_default().push(moment);
+        }
+        match self.fault {
+            Some((at, fault)) if at == self.calls => {
+                self.hit = Some(format!("{fault:?} at call {at}: {}", words()));
+                Some(fault)
+            }
+            _ => None,
+        }
+    }
+
+    /// A call that fails with EIO or ENOSPC and then does nothing at all.
+    fn plain(&mut self, what: &str, path: &Path, changes: bool, grows: bool) -> io::Result<()> {
+        match self.call(what, path, changes) {
+            Some(Fault::Io) => Err(Errno::IO.into()),
+            Some(Fault::Full) if grows => Err(Errno::NOSPC.into()),
+            _ => Ok(()),
+        }
+    }
+
+    fn name(&mut self, change: NameChange) {
+        change.apply(&mut self.names);
+        self.unsynced_names.push(change);
+    }
+
+    fn is_dir(&self, path: Option<&Path>) -> bool {
+        path.is_some_and(|path| self.names.get(path) == Some(&Name::Dir))
+    }
+}
+
+impl Disk for SimulatedDisk {
+    fn open(&self, path: &Path, access: Access) -> io::Result<OpenFile> {
+        let mut state = self.state();
+        let found = state.names.get(path).copied();
+        let made = found.is_none() && access != Access::Read;
+        state.plain("open", path, made || access == Access::Replace, made)?;
+        let file = match found {
+            Some(Name::Dir) => return Err(ErrorKind::IsADirectory.into()),
+            Some(Name::File(file)) => file,
+            None if access == Access::Read || !state.is_dir(path.parent()) => {
+                return Err(ErrorKind::NotFound.into());
+            }
+            None => {
+                state.next_file += 1;
+                let file = state.next_file;
+                state.files.insert(file, Content::default());
+                state.name(NameChange::Made(path.to_path_buf(), Name::File(file)));
+                file
+            }
+        };
+        if access == Access::Replace
+            && let Some(content) = state.files.get_mut(&file)
+            && !content.shown.is_empty()
+        {
+            content.change(Change::Length(0));
+        }
+        drop(state);
+        Ok(Arc::new(SimulatedFile {
+            disk: self.clone(),
+            file,
+            path: path.to_path_buf(),
+            holds_lock: false.into(),
+        }))
+    }
+
+    fn make_dir(&self, path: &Path) -> io::Result<bool> {
+        let mut state = self.state();
+        let there = state.is_dir(Some(path));
+        state.plain("make directory", path, !there, !there)?;
+        if there {
+            return Ok(false);
+        }
+        if !state.is_dir(path.parent()) {
+            return Err(ErrorKind::NotFound.into());
+        }
+        state.name(NameChange::Made(path.to_path_buf(), Name::Dir));
+        Ok(true)
+    }
+
+    fn list(&self, dir: &Path) -> io::Result<Vec<OsString>> {
+        let mut state = self.state();
+        state.plain("list", dir, false, false)?;
+        if !state.is_dir(Some(dir)) {
+            return Err(ErrorKind::NotFound.into());
+        }
+        let names = state.names.keys();
+        let inside = names.filter(|path| path.parent() == Some(dir));
+        Ok(inside.filter_map(|path| Some(path.file_name()?.to_owned())).collect())
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        state.plain("rename", from, true, true)?;
+        let Some(&Name::File(file)) = state.names.get(from) else {
+            return Err(ErrorKind::NotFound.into());
+        };
+        state.name(NameChange::Renamed(from.to_path_buf(), to.to_path_buf(), file));
+        Ok(())
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        state.plain("remove", path, true, false)?;
+        if !matches!(state.names.get(path), Some(Name::File(_))) {
+            return Err(ErrorKind::NotFound.into());
+        }
+        state.name(NameChange::Removed(path.to_path_buf()));
+        Ok(())
+    }
+
+    fn sync_dir(&self, dir: &Path) -> io::Result<()> {
+        let mut state = self.state();
+        state.plain("sync directory", dir, true, false)?;
+        if !state.is_dir(Some(dir)) {
+            return Err(ErrorKind::NotFound.into());
+        }
+        let State {
+            unsynced_names,
+            medium_names,
+            ..
+        } = &mut *state;
+        unsynced_names.retain(|change| {
+            let here = change.dir() == Some(dir);
+            if here {
+                change.apply(medium_names);
+            }
+            !here
+        });
+        Ok(())
+    }
+
+    fn exists(&self, path: &Path) -> io::Result<bool> {
+        let mut state = self.state();
+        state.plain("find", path, false, false)?;
+        Ok(state.names.contains_key(path))
+    }
+}
+
+impl SimulatedFile {
+    /// The disk and how this call fails.
+    fn call(&self, what: &str, changes: bool) -> (MutexGuard<'_, State>, Option<Fault>) {
+        let mut state = self.disk.state();
+        let fault = state.call(what, &self.path, changes);
+        (state, fault)
+    }
+}
+
+fn content(state: &mut State, file: u64) -> io::Result<&mut Content> {
+    state.files.get_mut(&file).ok_or(ErrorKind::NotFound.into())
+}
+
+impl DiskFile for SimulatedFile {
+    fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<usize> {
+        let (mut state, fault) = self.call("read", false);
+        if fault == Some(Fault::Io) {
+            return Err(Errno::IO.into());
+        }
+        let shown = &content(&mut state, self.file)?.shown;
+        let rest = shown.get(offset as usize..).unwrap_or_default();
+        let mut count = rest.len().min(out.len());
+        if fault == Some(Fault::Short) && count > 1 {
+            count /= 2;
+        }
+        out[..count].copy_from_slice(&rest[..count]);
+        Ok(count)
+    }
+
+    fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
+        let (mut state, fault) = self.call("write", true);
+        let broken = std::mem::take(&mut state.broken);
+        state.broken = fault == Some(Fault::Short);
+        let content = content(&mut state, self.file)?;
+        let half = bytes.len() / 2;
+        match fault {
+            Some(Fault::Io) => {
+                content.change(Change::Bytes(offset, bytes[..half].into()));
+                Err(Errno::IO.into())
+            }
+            Some(Fault::Full) => {
+                content.change(Change::Bytes(offset, bytes[..half].into()));
+                Err(Errno::NOSPC.into())
+            }
+            Some(Fault::Short) => {
+                content.change(Change::Bytes(offset, bytes[..half].into()));
+                Ok(half)
+            }
+            None if broken => Err(Errno::IO.into()),
+            None => {
+                content.change(Change::Bytes(offset, bytes.into()));
+                Ok(bytes.len())
+            }
+        }
+    }
+
+    fn set_len(&self, bytes: u64) -> io::Result<()> {
+        let (mut state, fault) = self.call("cut", true);
+        if fault == Some(Fault::Io) {
+            return Err(Errno::IO.into());
+        }
+        content(&mut state, self.file)?.change(Change::Length(bytes));
+        Ok(())
+    }
+
+    fn bytes(&self) -> io::Result<u64> {
+        let (mut state, fault) = self.call("measure", false);
+        if fault == Some(Fault::Io) {
+            return Err(Errno::IO.into());
+        }
+        Ok(content(&mut state, self.file)?.shown.len() as u64)
+    }
+
+    fn sync(&self) -> io::Result<()> {
+        let (mut state, fault) = self.call("sync", true);
+        let content = content(&mut state, self.file)?;
+        let unsynced = std::mem::take(&mut content.unsynced);
+        match fault {
+            // Bytes are dropped, for good; lengths are the file system's own and stay.
+            Some(fault @ (Fault::Io | Fault::Full)) => {
+                let lengths = unsynced.into_iter();
+                let lengths = lengths.filter(|change| matches!(change, Change::Length(_)));
+                content.unsynced = lengths.collect();
+                Err(match fault {
+                    Fault::Full => Errno::NOSPC.into(),
+                    _ => Errno::IO.into(),
+                })
+            }
+            _ => {
+                let Content { medium, .. } = content;
+                unsynced.iter().for_each(|change| apply(medium, change));
+                Ok(())
+            }
+        }
+    }
+
+    fn forget(&self) -> io::Result<()> {
+        let (mut state, fault) = self.call("forget", false);
+        if fault == Some(Fault::Io) {
+            return Err(Errno::IO.into());
+        }
+        let content = content(&mut state, self.file)?;
+        let mut shown = content.medium.clone();
+        content.unsynced.iter().for_each(|change| apply(&mut shown, change));
+        content.shown = shown;
+        Ok(())
+    }
+
+    fn lock(&self) -> io::Result<bool> {
+        let (mut state, fault) = self.call("lock", false);
+        if fault == Some(Fault::Io) {
+            return Err(Errno::IO.into());
+        }
+        let content = content(&mut state, self.file)?;
+        let taken = std::mem::replace(&mut content.locked, true);
+        if !taken {
+            self.holds_lock
+                .store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+        Ok(!taken)
+    }
+}
+
+impl Drop for SimulatedFile {
+    fn drop(&mut self) {
+        if self.holds_lock.load(std::sync::atomic::Ordering::Relaxed)
+            && let Some(content) = self.disk.state().files.get_mut(&self.file)
+        {
+            content.locked = false;
+        }
+    }
+}
