@@ -263,7 +263,7 @@ impl Scrub<'_> {
                     continue;
                 }
             };
-            let mut needed = BTreeSet::new();
+            let mut needed: BTreeSet<usize> = BTreeSet::new();
             for run in map.all_runs() {
                 needed.extend(run.seqs().filter_map(|seq| lost.get(&seq)));
                 for seq in run.seqs().filter(|seq| unsound.contains_key(seq)) {
@@ -274,7 +274,7 @@ impl Scrub<'_> {
                 }
             }
             for at in needed {
-                if let Some(damage) = self.report.damage.get_mut(*at) {
+                if let Some(damage) = self.report.damage.get_mut(at) {
                     damage.points.push((guest, point));
                 }
             }
