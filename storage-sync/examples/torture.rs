@@ -86,7 +86,9 @@ fn main() -> ExitCode {
                         serde_json::json!({ name: { "seed": seed, "why": why, "replay": replay },
                             "violations": 1 })
                     ),
-                    false => println!("{name}: VIOLATION with seed {seed}: {why}\nreplay: {replay}"),
+                    false => {
+                        println!("{name}: VIOLATION with seed {seed}: {why}\nreplay: {replay}")
+                    }
                 }
             }
         }

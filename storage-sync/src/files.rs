@@ -67,17 +67,24 @@ pub(crate) fn make_dir(disk: &dyn Disk, path: &Path) -> Result<(), FileError> {
         (made, _) => made,
     };
     let made = made.map_err(FileError::at("make directory", path))?;
-    match parent.map(|parent| sync_dir(disk, parent)) {
-        // It was there before, under a directory that is not for us to read.
-        Some(Err(error))
-            if !made && error.source.kind() == io::ErrorKind::PermissionDenied =>
-        {
-            Ok(())
+    // Synced even when it was there: who made it may have died before this. A
+    // new one needs the names of all those above it, for the same reason.
+    let above = path
+        .ancestors()
+        .skip(1)
+        .take(if made { usize::MAX } else { 1 });
+    for (at, dir) in above.enumerate() {
+        let dir = match dir.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => dir,
+        };
+        match sync_dir(disk, dir) {
+            // It was there before, and is not for us to read or to sync.
+            Err(error) if (at > 0 || !made) && !is_bad_sector(&error.source) => {}
+            synced => synced?,
         }
-        // Synced even when it was there: who made it may have died before this.
-        Some(synced) => synced,
-        None => Ok(()),
     }
+    Ok(())
 }
 
 /// Makes what was done in a directory (new names, renames, removals) durable.

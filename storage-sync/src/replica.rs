@@ -178,7 +178,7 @@ impl Store {
                 Arc::new(self.0.load_map(guest, point)?)
             }
         };
-        match self.0.dangling(&replica.map) {
+        match self.0.dangling(&replica.map)? {
             None => Ok(replica),
             Some(place) => Err(ReplicaError::Lost { point, place }),
         }

@@ -189,7 +189,10 @@ impl SimulatedDisk {
     /// A copy of the disk that goes its own way; nobody has files of it open.
     pub fn copy(&self) -> SimulatedDisk {
         let mut state = self.state().clone();
-        state.files.values_mut().for_each(|file| file.locked = false);
+        state
+            .files
+            .values_mut()
+            .for_each(|file| file.locked = false);
         (state.watched, state.fault, state.hit) = (None, None, None);
         SimulatedDisk(Arc::new(Mutex::new(state)))
     }
@@ -249,6 +252,11 @@ impl SimulatedDisk {
         state.hit = None;
     }
 
+    /// Did a call fail as it was told to?
+    pub fn was_hit(&self) -> bool {
+        self.state().hit.is_some()
+    }
+
     /// The call that failed, in words, if one did; none will any more.
     pub fn heal(&self) -> Option<String> {
         let mut state = self.state();
@@ -298,7 +306,7 @@ impl SimulatedDisk {
 
 impl State {
     /// Counts a call, keeps the moment, and says how it is to fail.
-    fn call(&mut self, what: &str, path: &Path, changes: bool) -> Option<Fault> {
+    fn call(&mut self, what: &str, path: &Path, changes: bool, may: &[Fault]) -> Option<Fault> {
         self.calls += 1;
         let words = || format!("{what} {}", path.display());
         if changes && self.watched.is_some() {
@@ -313,7 +321,7 @@ impl State {
             self.watched.get_or_insert_default().push(moment);
         }
         match self.fault {
-            Some((at, fault)) if at == self.calls => {
+            Some((at, fault)) if at == self.calls && may.contains(&fault) => {
                 self.hit = Some(format!("{fault:?} at call {at}: {}", words()));
                 Some(fault)
             }
@@ -323,10 +331,12 @@ impl State {
 
     /// A call that fails with EIO or ENOSPC and then does nothing at all.
     fn plain(&mut self, what: &str, path: &Path, changes: bool, grows: bool) -> io::Result<()> {
-        match self.call(what, path, changes) {
-            Some(Fault::Io) => Err(Errno::IO.into()),
-            Some(Fault::Full) if grows => Err(Errno::NOSPC.into()),
-            _ => Ok(()),
+        let may = [Fault::Io, Fault::Full];
+        let may = if grows { &may[..] } else { &may[..1] };
+        match self.call(what, path, changes, may) {
+            Some(Fault::Full) => Err(Errno::NOSPC.into()),
+            Some(_) => Err(Errno::IO.into()),
+            None => Ok(()),
         }
     }
 
@@ -397,7 +407,9 @@ impl Disk for SimulatedDisk {
         }
         let names = state.names.keys();
         let inside = names.filter(|path| path.parent() == Some(dir));
-        Ok(inside.filter_map(|path| Some(path.file_name()?.to_owned())).collect())
+        Ok(inside
+            .filter_map(|path| Some(path.file_name()?.to_owned()))
+            .collect())
     }
 
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
@@ -406,7 +418,11 @@ impl Disk for SimulatedDisk {
         let Some(&Name::File(file)) = state.names.get(from) else {
             return Err(ErrorKind::NotFound.into());
         };
-        state.name(NameChange::Renamed(from.to_path_buf(), to.to_path_buf(), file));
+        state.name(NameChange::Renamed(
+            from.to_path_buf(),
+            to.to_path_buf(),
+            file,
+        ));
         Ok(())
     }
 
@@ -450,9 +466,14 @@ impl Disk for SimulatedDisk {
 
 impl SimulatedFile {
     /// The disk and how this call fails.
-    fn call(&self, what: &str, changes: bool) -> (MutexGuard<'_, State>, Option<Fault>) {
+    fn call(
+        &self,
+        what: &str,
+        changes: bool,
+        may: &[Fault],
+    ) -> (MutexGuard<'_, State>, Option<Fault>) {
         let mut state = self.disk.state();
-        let fault = state.call(what, &self.path, changes);
+        let fault = state.call(what, &self.path, changes, may);
         (state, fault)
     }
 }
@@ -463,7 +484,7 @@ fn content(state: &mut State, file: u64) -> io::Result<&mut Content> {
 
 impl DiskFile for SimulatedFile {
     fn read_at(&self, out: &mut [u8], offset: u64) -> io::Result<usize> {
-        let (mut state, fault) = self.call("read", false);
+        let (mut state, fault) = self.call("read", false, &[Fault::Io, Fault::Short]);
         if fault == Some(Fault::Io) {
             return Err(Errno::IO.into());
         }
@@ -478,7 +499,7 @@ impl DiskFile for SimulatedFile {
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
-        let (mut state, fault) = self.call("write", true);
+        let (mut state, fault) = self.call("write", true, &[Fault::Io, Fault::Full, Fault::Short]);
         let broken = std::mem::take(&mut state.broken);
         state.broken = fault == Some(Fault::Short);
         let content = content(&mut state, self.file)?;
@@ -505,7 +526,7 @@ impl DiskFile for SimulatedFile {
     }
 
     fn set_len(&self, bytes: u64) -> io::Result<()> {
-        let (mut state, fault) = self.call("cut", true);
+        let (mut state, fault) = self.call("cut", true, &[Fault::Io]);
         if fault == Some(Fault::Io) {
             return Err(Errno::IO.into());
         }
@@ -514,7 +535,7 @@ impl DiskFile for SimulatedFile {
     }
 
     fn bytes(&self) -> io::Result<u64> {
-        let (mut state, fault) = self.call("measure", false);
+        let (mut state, fault) = self.call("measure", false, &[Fault::Io]);
         if fault == Some(Fault::Io) {
             return Err(Errno::IO.into());
         }
@@ -522,7 +543,7 @@ impl DiskFile for SimulatedFile {
     }
 
     fn sync(&self) -> io::Result<()> {
-        let (mut state, fault) = self.call("sync", true);
+        let (mut state, fault) = self.call("sync", true, &[Fault::Io, Fault::Full]);
         let content = content(&mut state, self.file)?;
         let unsynced = std::mem::take(&mut content.unsynced);
         match fault {
@@ -545,19 +566,22 @@ impl DiskFile for SimulatedFile {
     }
 
     fn forget(&self) -> io::Result<()> {
-        let (mut state, fault) = self.call("forget", false);
+        let (mut state, fault) = self.call("forget", false, &[Fault::Io]);
         if fault == Some(Fault::Io) {
             return Err(Errno::IO.into());
         }
         let content = content(&mut state, self.file)?;
         let mut shown = content.medium.clone();
-        content.unsynced.iter().for_each(|change| apply(&mut shown, change));
+        content
+            .unsynced
+            .iter()
+            .for_each(|change| apply(&mut shown, change));
         content.shown = shown;
         Ok(())
     }
 
     fn lock(&self) -> io::Result<bool> {
-        let (mut state, fault) = self.call("lock", false);
+        let (mut state, fault) = self.call("lock", false, &[Fault::Io]);
         if fault == Some(Fault::Io) {
             return Err(Errno::IO.into());
         }

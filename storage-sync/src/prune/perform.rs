@@ -115,7 +115,15 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
 
 /// Removes manifests, newest first, so that none is left without its base.
 fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<usize, PruneError> {
+    let dir = inner.manifests.join(guest.to_string());
+    let mut removed: Option<PointEntry> = None;
     for &point in drops.iter().rev() {
+        // A disk may keep one removal and lose another: a base goes when it is
+        // sure that what builds on it has gone.
+        if removed.is_some_and(|above| above.base == point) {
+            sync_dir(&*inner.disk, &dir)?;
+        }
+        removed = inner.entry(guest, point);
         let path = manifest::path_of(&inner.manifests, guest, point);
         match inner.disk.remove(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -132,7 +140,7 @@ fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<u
             }
         }
     }
-    sync_dir(&*inner.disk, &inner.manifests.join(guest.to_string()))?;
+    sync_dir(&*inner.disk, &dir)?;
     Ok(drops.len())
 }
 

@@ -9,7 +9,7 @@ use super::{StoreOptions, held};
 use crate::disk::{Access, Disk};
 use crate::files::{FileError, is_bad_sector, lock, make_dir, sync_dir};
 use crate::limits::{SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
-use crate::log::Log;
+use crate::log::{Log, LogError};
 use crate::manifest::{self, ManifestError};
 use crate::unit::GuestId;
 
@@ -159,13 +159,18 @@ fn choose_newest(
             .map_or(0, GuestState::newest_point);
         let why = match inner.load_map(guest, newest) {
             Ok(map) => match inner.dangling(&map) {
-                None => {
+                Ok(None) => {
                     if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
                         state.newest = Arc::new(map);
                     }
                     return Ok(());
                 }
-                Some(place) => format!("it needs unit {place:?}, which the log has lost"),
+                Ok(Some(place)) => format!("it needs unit {place:?}, which the log has lost"),
+                Err(LogError::File(error)) if is_bad_sector(&error.source) => {
+                    unreadable = true;
+                    error.to_string()
+                }
+                Err(error) => return Err(error.into()),
             },
             Err(ManifestError::File(error)) if is_bad_sector(&error.source) => {
                 unreadable = true;

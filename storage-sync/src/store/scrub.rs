@@ -159,8 +159,7 @@ impl Scrub<'_> {
                     self.damage(Damaged::Manifest, path, why.into(), false);
                 }
                 Err(error) => {
-                    let unreadable =
-                        matches!(&error, ManifestError::File(error) if is_bad_sector(&error.source));
+                    let unreadable = matches!(&error, ManifestError::File(error) if is_bad_sector(&error.source));
                     self.damage(Damaged::Manifest, path, error.to_string(), unreadable);
                 }
             }
@@ -209,9 +208,7 @@ impl Scrub<'_> {
                 Err(error) => (error.to_string(), false),
             },
             Err(LogError::Missing { .. }) => return,
-            Err(LogError::File(error)) => {
-                (error.to_string(), is_bad_sector(&error.source))
-            }
+            Err(LogError::File(error)) => (error.to_string(), is_bad_sector(&error.source)),
             Err(error) => (error.to_string(), false),
         };
         let path = self.inner.log.path_of(location.segment);
@@ -278,9 +275,20 @@ impl Scrub<'_> {
                     damage.points.push((guest, point));
                 }
             }
-            if let Some(place) = inner.dangling(&map) {
-                let why = format!("it needs unit {place:?}, which the log has lost");
-                self.damage(Damaged::Point, path.clone(), why, false);
+            let wrong = match inner.dangling(&map) {
+                Ok(None) => None,
+                Ok(Some(place)) => {
+                    let why = format!("it needs unit {place:?}, which the log has lost");
+                    Some((path.clone(), why, false))
+                }
+                Err(LogError::File(error)) => {
+                    let unreadable = is_bad_sector(&error.source);
+                    Some((error.path.clone(), error.to_string(), unreadable))
+                }
+                Err(error) => Some((path.clone(), error.to_string(), false)),
+            };
+            if let Some((path, why, unreadable)) = wrong {
+                self.damage(Damaged::Point, path.clone(), why, unreadable);
                 self.needs(&path, guest, point);
             }
             before = Some((guest, point, map));

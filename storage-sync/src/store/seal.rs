@@ -305,12 +305,11 @@ fn apply(
             Content::Delta(delta) => delta.base.0..delta.base.0 + 1,
             Content::Zeros | Content::Literals(_) => 0..0,
         };
-        let mut needed = needed.map(Place);
-        if let Some(lost) = needed.find(|&place| !inner.resolves(place, sound)) {
-            return Err(SealError::Dangling {
-                seq,
-                missing: lost.seq(),
-            });
+        for place in needed.map(Place) {
+            if !inner.resolves(place, sound)? {
+                let missing = place.seq();
+                return Err(SealError::Dangling { seq, missing });
+            }
         }
         let (volume, unit, count) = (entry.volume, entry.unit, entry.count);
         map.set(&Run {

@@ -30,5 +30,8 @@ fn prunes_leave_no_reference_dangling() {
     for seed in 0..200 {
         run::races::run(seed, &mut races).unwrap_or_else(|why| panic!("{why}"));
     }
-    assert!(races.prunes > 0 && races.seals > 0 && races.reopened > 0, "{races:?}");
+    assert!(
+        races.prunes > 0 && races.seals > 0 && races.reopened > 0,
+        "{races:?}"
+    );
 }

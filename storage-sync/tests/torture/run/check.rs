@@ -10,9 +10,8 @@ use super::trial::{Content, Doing, Expectation, open, unit};
 
 /// Reads a point in both ways and compares it with what it was at its cut.
 pub fn point(store: &Store, guest: GuestId, point: u64, content: &Content) -> Result<(), Wrong> {
-    let unreadable = |error: &dyn std::fmt::Display| {
-        Wrong::Error(format!("point {point} of {guest}: {error}"))
-    };
+    let unreadable =
+        |error: &dyn std::fmt::Display| Wrong::Error(format!("point {point} of {guest}: {error}"));
     let replica = store.open_point(guest, point).map_err(|e| unreadable(&e))?;
     if replica.context() != format!("definition {point}").as_bytes() {
         return Err(Wrong::Data(format!("point {point}: another context")));
@@ -87,7 +86,11 @@ pub fn points(store: &Store, expect: &Expectation) -> Result<(), String> {
 pub fn recovered(disk: &SimulatedDisk, expect: &Expectation) -> Result<(), String> {
     let (store, report) = open(disk).map_err(|error| format!("it does not open: {error}"))?;
     if let Some(damaged) = report.damaged.first() {
-        return Err(format!("{} is damaged: {}", damaged.path.display(), damaged.why));
+        return Err(format!(
+            "{} is damaged: {}",
+            damaged.path.display(),
+            damaged.why
+        ));
     }
     points(&store, expect)?;
     scrubbed(&store)?;

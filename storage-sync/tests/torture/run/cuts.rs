@@ -77,7 +77,9 @@ pub fn perform(trial: &mut Trial, store: &mut Store) -> Result<(), String> {
             let plan = store.plan_prune(&keep).map_err(|error| error.to_string())?;
             trial.forget(&plan.retire.iter().copied().collect());
             trial.letting_go(&keep);
-            store.perform_prune(&plan).map_err(|error| error.to_string())?;
+            store
+                .perform_prune(&plan)
+                .map_err(|error| error.to_string())?;
         }
     }
     Ok(())
@@ -115,7 +117,10 @@ fn moments(
         let cut_seed = seed ^ moment.call << 20;
         let chance = CHANCES[number as usize % CHANCES.len()];
         let words = |how: &str, error: String| {
-            format!("seed {seed}, {how} before call {}, {}: {error}", moment.call, moment.what)
+            format!(
+                "seed {seed}, {how} before call {}, {}: {error}",
+                moment.call, moment.what
+            )
         };
         let after = moment.disk.power_cut(cut_seed, chance);
         let again = after.copy();
@@ -146,8 +151,9 @@ fn moments(
             drop(opened);
             for inner in again.moments() {
                 let after = inner.disk.power_cut(cut_seed ^ inner.call, chance);
-                check::recovered(&after, expect)
-                    .map_err(|e| words(&format!("power cut, and another before {}", inner.what), e))?;
+                check::recovered(&after, expect).map_err(|e| {
+                    words(&format!("power cut, and another before {}", inner.what), e)
+                })?;
                 cuts.in_recovery += 1;
             }
         }

@@ -47,7 +47,11 @@ fn kind(path: &Path) -> String {
     match &*extension {
         "seg" => "segments".into(),
         "man" => "manifests".into(),
-        _ => path.file_name().unwrap_or_default().to_string_lossy().into_owned(),
+        _ => path
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned(),
     }
 }
 
@@ -66,13 +70,19 @@ pub fn run(seed: u64, count: u64) -> Result<Flips, String> {
         if bytes.is_empty() {
             continue;
         }
-        let (byte, bit) = (random.random_range(0..bytes.len()), random.random_range(0..8));
+        let (byte, bit) = (
+            random.random_range(0..bytes.len()),
+            random.random_range(0..8),
+        );
         let disk = disk.copy();
         disk.flip(path, byte, bit);
         *found.kinds.entry(kind(path)).or_default() += 1;
         found.flips += 1;
         one(&disk, expect, &mut found).map_err(|why| {
-            format!("seed {seed}, bit {bit} of byte {byte} of {}: {why}", path.display())
+            format!(
+                "seed {seed}, bit {bit} of byte {byte} of {}: {why}",
+                path.display()
+            )
         })?;
     }
     Ok(found)
@@ -83,7 +93,8 @@ fn one(disk: &SimulatedDisk, expect: &Expectation, found: &mut Flips) -> Result<
         Ok(opened) => opened,
         Err(error) => return Err(format!("the whole store does not open: {error}")),
     };
-    let told = !report.damaged.is_empty() || !report.log.bad.is_empty() || report.log.torn_bytes > 0;
+    let told =
+        !report.damaged.is_empty() || !report.log.bad.is_empty() || report.log.torn_bytes > 0;
     let scrubbed = store.check();
     let mut refused = 0;
     for guest in &expect.guests {
@@ -94,8 +105,14 @@ fn one(disk: &SimulatedDisk, expect: &Expectation, found: &mut Flips) -> Result<
                 Err(Wrong::Data(why)) => return Err(format!("served as good: {why}")),
                 Err(Wrong::Error(why)) => {
                     refused += 1;
-                    let named = scrubbed.damage.iter().any(|damage| damage.points.iter().any(damaged));
-                    let listed = store.points(guest.id).iter().any(|header| header.point == number);
+                    let named = scrubbed
+                        .damage
+                        .iter()
+                        .any(|damage| damage.points.iter().any(damaged));
+                    let listed = store
+                        .points(guest.id)
+                        .iter()
+                        .any(|header| header.point == number);
                     if listed && !named {
                         return Err(format!("no scrub names point {number}, and yet: {why}"));
                     }
@@ -112,7 +129,10 @@ fn one(disk: &SimulatedDisk, expect: &Expectation, found: &mut Flips) -> Result<
         (false, false) => found.by_scrub += 1,
         (false, true) if refused > 0 => return Err("refused, and not found by a scrub".into()),
         (false, true) => {
-            let lost = expect.acknowledged.iter().find(|&&seq| !store.contains(seq));
+            let lost = expect
+                .acknowledged
+                .iter()
+                .find(|&&seq| !store.contains(seq));
             if let Some(lost) = lost {
                 return Err(format!("batch {lost} is gone and nothing says so"));
             }

@@ -60,7 +60,9 @@ pub fn run(seed: u64, races: &mut Races) -> Result<(), String> {
                 if let Some(attempt) = &mut attempts[guest]
                     && let Some(batch) = attempt.unsent.pop_front()
                 {
-                    let seqs = store.append(&[batch.bytes]).map_err(|e| words(e.to_string()))?;
+                    let seqs = store
+                        .append(&[batch.bytes])
+                        .map_err(|e| words(e.to_string()))?;
                     trial.acknowledge(&seqs);
                 }
             }
@@ -74,7 +76,11 @@ pub fn run(seed: u64, races: &mut Races) -> Result<(), String> {
                 None => {
                     let keep = trial.keep_some();
                     let plan = store.plan_prune(&keep).map_err(|e| words(e.to_string()))?;
-                    planned = Some(Planned { plan, told: false, keep });
+                    planned = Some(Planned {
+                        plan,
+                        told: false,
+                        keep,
+                    });
                 }
                 Some(mut prune) if !prune.told => {
                     let retire: BTreeSet<u64> = prune.plan.retire.iter().copied().collect();
@@ -88,7 +94,9 @@ pub fn run(seed: u64, races: &mut Races) -> Result<(), String> {
                 Some(prune) => {
                     trial.letting_go(&prune.keep);
                     let newer = restore_newer(&mut trial, &prune);
-                    let report = store.perform_prune(&prune.plan).map_err(|e| words(e.to_string()))?;
+                    let report = store
+                        .perform_prune(&prune.plan)
+                        .map_err(|e| words(e.to_string()))?;
                     trial.let_go();
                     debug_assert!(newer);
                     races.prunes += 1;
@@ -102,7 +110,9 @@ pub fn run(seed: u64, races: &mut Races) -> Result<(), String> {
                 races.reopened += 1;
             }
             _ => {
-                if attempts[guest].as_ref().is_some_and(|attempt| attempt.unsent.is_empty())
+                if attempts[guest]
+                    .as_ref()
+                    .is_some_and(|attempt| attempt.unsent.is_empty())
                     && let Some(attempt) = attempts[guest].take()
                 {
                     seal(&mut trial, &store, guest, attempt, races).map_err(words)?;
@@ -130,7 +140,12 @@ pub fn run(seed: u64, races: &mut Races) -> Result<(), String> {
 fn restore_newer(trial: &mut Trial, prune: &Planned) -> bool {
     for guest in &mut trial.expect.guests {
         let dropped = |point: u64| prune.plan.dropped.contains(&(guest.id, point));
-        let stay: Vec<u64> = guest.may_be.keys().copied().filter(|&p| !dropped(p)).collect();
+        let stay: Vec<u64> = guest
+            .may_be
+            .keys()
+            .copied()
+            .filter(|&p| !dropped(p))
+            .collect();
         for point in stay {
             if let Some(content) = guest.may_be.remove(&point) {
                 guest.sealed.insert(point, content);

@@ -145,8 +145,7 @@ impl Trial {
     pub fn encode(&mut self, guest: usize, point: u64) -> Vec<Batch> {
         let (seqs, index) = (self.seqs.clone(), self.index.clone());
         let id = self.expect.guests[guest].id;
-        let mut encoder =
-            Encoder::new(id, point, seqs, index, 1).with_bases(self.bases.clone());
+        let mut encoder = Encoder::new(id, point, seqs, index, 1).with_bases(self.bases.clone());
         let mut batches = Vec::new();
         for &(volume, at) in &self.dirty[guest] {
             let bytes = unit(self.now[guest][volume][at]);
@@ -234,7 +233,10 @@ impl Trial {
 
     /// A prune that came to its end.
     pub fn let_go(&mut self) {
-        self.expect.guests.iter_mut().for_each(|guest| guest.may_be.clear());
+        self.expect
+            .guests
+            .iter_mut()
+            .for_each(|guest| guest.may_be.clear());
     }
 
     /// One round of a guest: it writes, is told of, and is sealed; or a prune.
