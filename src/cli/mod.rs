@@ -1,11 +1,13 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
-//! through [`crate::client`]; only `site init`, `site run`, `policy` and `demo` do not.
+//! through [`crate::client`]; only `site init`, `site run`, `policy`, `store` and `demo`
+//! do not.
 
 mod drill;
 mod guests;
 mod policy;
 pub(crate) mod show;
 mod site;
+mod store;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -122,6 +124,9 @@ enum Verb {
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
+    /// Verify what is stored here, while the daemon is stopped.
+    #[command(subcommand)]
+    Store(store::StoreVerb),
     /// Both sites, a link and a guest on this machine: watch it survive.
     Demo(crate::demo::Demo),
 }
@@ -198,6 +203,7 @@ async fn run(cli: Cli) -> Outcome {
         Verb::Move { name, json } => guests::move_guest(&client, &name, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
         Verb::Policy(verb) => policy::run(verb),
+        Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     }
 }

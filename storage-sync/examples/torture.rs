@@ -1,9 +1,10 @@
 //! Tries to break a store on a simulated disk:
 //! `cargo run --release -p farhaven-storage-sync --example torture --
-//! [--cuts N] [--faults N] [--flips N] [--prunes N] [--seed S] [--json]`
+//! [--cuts N] [--faults N] [--flips N] [--prunes N] [--rows N]
+//! [--seed S] [--json]`
 //!
 //! Power cuts at every change of the disk, errors at every call, flipped bits,
-//! prunes against sessions in flight; 10,000 of each unless told otherwise, none
+//! prunes against sessions in flight, all of the first three on the catalogue; 10,000 of each unless told otherwise, none
 //! of the others when some are told. The exit status is 1 when a promise broke;
 //! the seed is printed with the command that replays it.
 #![allow(clippy::unwrap_used)]
@@ -21,13 +22,16 @@ struct Asked {
     faults: u64,
     flips: u64,
     prunes: u64,
+    rows: u64,
     seed: u64,
     json: bool,
 }
 
 fn asked() -> Option<Asked> {
-    let mut told: [Option<u64>; 5] = [None; 5];
-    let names = ["--cuts", "--faults", "--flips", "--prunes", "--seed"];
+    let mut told: [Option<u64>; 6] = [None; 6];
+    let names = [
+        "--cuts", "--faults", "--flips", "--prunes", "--rows", "--seed",
+    ];
     let mut json = false;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -38,16 +42,17 @@ fn asked() -> Option<Asked> {
         let at = names.iter().position(|name| *name == argument)?;
         told[at] = Some(arguments.next()?.parse().ok()?);
     }
-    let usual = match told[..4].iter().all(Option::is_none) {
+    let usual = match told[..5].iter().all(Option::is_none) {
         true => USUAL,
         false => 0,
     };
-    let [cuts, faults, flips, prunes, seed] = told;
+    let [cuts, faults, flips, prunes, rows, seed] = told;
     Some(Asked {
         cuts: cuts.unwrap_or(usual),
         faults: faults.unwrap_or(usual),
         flips: flips.unwrap_or(usual),
         prunes: prunes.unwrap_or(usual),
+        rows: rows.unwrap_or(usual),
         seed: seed.unwrap_or(1),
         json,
     })
@@ -56,7 +61,8 @@ fn asked() -> Option<Asked> {
 fn main() -> ExitCode {
     let Some(asked) = asked() else {
         eprintln!(
-            "usage: torture [--cuts N] [--faults N] [--flips N] [--prunes N] [--seed S] [--json]"
+            "usage: torture [--cuts N] [--faults N] [--flips N] [--prunes N] [--rows N] \
+             [--seed S] [--json]"
         );
         return ExitCode::from(2);
     };
@@ -65,6 +71,7 @@ fn main() -> ExitCode {
         ("faults", "--faults", asked.faults, faults(&asked)),
         ("flips", "--flips", asked.flips, flips(&asked)),
         ("prunes", "--prunes", asked.prunes, prunes(&asked)),
+        ("catalogue", "--rows", asked.rows, rows(&asked)),
     ];
     let mut broken = false;
     for (name, flag, count, outcome) in outcomes {
@@ -179,5 +186,21 @@ fn prunes(asked: &Asked) -> Outcome {
         ("prunes", races.prunes),
         ("revived", races.revived),
         ("reopened", races.reopened),
+    ]))
+}
+
+fn rows(asked: &Asked) -> Outcome {
+    let mut all = run::rows::Rows::default();
+    for seed in asked.seed.. {
+        if all.cuts + all.faults + all.flips >= asked.rows {
+            break;
+        }
+        run::rows::run(seed, &mut all).map_err(|why| (seed, why))?;
+    }
+    Ok(words(&[
+        ("power_cuts", all.cuts),
+        ("faults", all.faults),
+        ("flips", all.flips),
+        ("flips_told", all.told),
     ]))
 }

@@ -3,7 +3,8 @@
 //! Rows are JSON under a table and a key. They are kept in sled, and every
 //! change also goes to a journal beside it (`journal.rs`), which is synced
 //! before a flush returns. The journal decides: on opening, sled is made equal
-//! to it, and a sled directory that is missing or damaged is made again. This
+//! to it, and a sled directory that is missing or damaged is made again. Where the
+//! journal itself is damaged sled's rows are taken. This
 //! is the only file that names sled.
 
 mod journal;
@@ -168,14 +169,18 @@ impl Catalogue {
         let had_journal = disk.exists(&journal_path);
         let had_journal = had_journal.map_err(FileError::at("find", &journal_path))?;
         let had_sled = sled_dir.exists();
+        let mut doubtful = false;
+        let mut salvaged = Rows::new();
         let (mut journal, journalled) = match Journal::open(disk.clone(), &journal_path) {
-            Ok((journal, rows, torn)) => {
-                report.torn_bytes = torn;
+            Ok((journal, rows, tail)) => {
+                report.torn_bytes = tail.bytes;
+                doubtful = tail.doubtful;
                 (journal, Some(rows).filter(|_| had_journal))
             }
             Err(journal::OpenError::File(error)) => return Err(error.into()),
-            Err(journal::OpenError::Damaged) => {
+            Err(journal::OpenError::Damaged(rows)) => {
                 report.set_aside.push(set_aside(&*disk, &journal_path)?);
+                salvaged = rows;
                 (
                     Journal::open(disk, &journal_path)
                         .map_err(journal::OpenError::file)?
@@ -184,9 +189,9 @@ impl Catalogue {
                 )
             }
         };
-        let (database, stored) = match open_sled(sled_dir) {
+        let (database, mut stored) = match open_sled(sled_dir) {
             Ok(opened) => opened,
-            Err(error) if journalled.is_none() => return Err(error),
+            Err(error) if journalled.is_none() && salvaged.is_empty() => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "the catalogue's database is made again");
                 report.set_aside.push(set_aside(&SystemDisk, sled_dir)?);
@@ -194,7 +199,19 @@ impl Catalogue {
                 open_sled(sled_dir)?
             }
         };
+        if stored.is_empty() && !salvaged.is_empty() {
+            // Nothing but a damaged journal: what can be read of it is better than nothing.
+            make_equal(&database, &stored, &salvaged).map_err(|error| failed(sled_dir, &error))?;
+            report.rebuilt = true;
+            stored = salvaged;
+        }
         match journalled {
+            // sled is flushed after the journal is: what it has more than a
+            // journal whose end is damaged was flushed, or is no harm.
+            Some(rows) if doubtful && had_sled && !report.rebuilt && stored != rows => {
+                report.journal_rebuilt = true;
+                journal.rewrite(&stored)?;
+            }
             Some(rows) => {
                 report.rebuilt |= !had_sled && !rows.is_empty();
                 make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;

@@ -32,17 +32,41 @@ pub(super) struct Journal {
     failed: bool,
 }
 
+/// What was cut off the end.
+pub(super) struct Tail {
+    pub(super) bytes: u64,
+    /// It may have been flushed, and rotted since.
+    pub(super) doubtful: bool,
+}
+
+/// A crash leaves a record that ends early, or zeros where its bytes never came.
+/// Anything else may as well be one that was whole once.
+fn doubtful(tail: &[u8]) -> bool {
+    let key = tail.first_chunk().map(|key| u16::from_le_bytes(*key));
+    let value = tail.get(2..).and_then(|rest| rest.first_chunk());
+    let (Some(key), Some(value)) = (key, value) else {
+        return false;
+    };
+    let value = match u32::from_le_bytes(*value) {
+        REMOVED => 0,
+        value => value as usize,
+    };
+    let plausible = usize::from(key) <= CATALOGUE_KEY + 1 && value <= CATALOGUE_VALUE;
+    let short = plausible && tail.len() < FIXED + usize::from(key) + value + SUM;
+    !short && tail.iter().any(|&byte| byte != 0)
+}
+
 pub(super) enum OpenError {
     File(FileError),
-    /// It is no journal, or damaged before its end.
-    Damaged,
+    /// It is no journal, or damaged before its end; these rows can be read.
+    Damaged(Rows),
 }
 
 impl OpenError {
     pub(super) fn file(self) -> FileError {
         match self {
             OpenError::File(error) => error,
-            OpenError::Damaged => FileError {
+            OpenError::Damaged(_) => FileError {
                 action: "make",
                 path: PathBuf::from("catalogue.journal"),
                 source: std::io::ErrorKind::InvalidData.into(),
@@ -92,12 +116,25 @@ fn take(bytes: &[u8]) -> Option<Record<'_>> {
     ))
 }
 
+/// Applies the records from `at` on; `false`: there is none.
+fn replay(bytes: &[u8], at: &mut usize, rows: &mut Rows) -> bool {
+    let start = *at;
+    while let Some((row, value, length)) = bytes.get(*at..).and_then(take) {
+        match value {
+            Some(value) => rows.insert(row.to_vec(), value.to_vec()),
+            None => rows.remove(row),
+        };
+        *at += length;
+    }
+    *at > start
+}
+
 impl Journal {
-    /// Opens and replays it. Returns its rows, and the bytes cut off its end.
+    /// Opens and replays it. Returns its rows, and what was cut off its end.
     pub(super) fn open(
         disk: Arc<dyn Disk>,
         path: &Path,
-    ) -> Result<(Journal, Rows, u64), OpenError> {
+    ) -> Result<(Journal, Rows, Tail), OpenError> {
         let io = |action| move |error| OpenError::File(FileError::at(action, path)(error));
         let _ = disk.remove(&path.with_extension("tmp"));
         let file = open_settled(&*disk, path).map_err(OpenError::File)?;
@@ -114,22 +151,26 @@ impl Journal {
                 .map_err(io("write"))?;
             file.sync().map_err(io("sync"))?;
         } else if !bytes.starts_with(MAGIC) {
-            return Err(OpenError::Damaged);
+            return Err(OpenError::Damaged(Rows::new()));
         }
-        while let Some((row, value, length)) = bytes.get(at..).and_then(take) {
-            match value {
-                Some(value) => rows.insert(row.to_vec(), value.to_vec()),
-                None => rows.remove(row),
-            };
-            at += length;
-        }
+        replay(&bytes, &mut at, &mut rows);
         let torn = bytes.len().saturating_sub(at) as u64;
         // A torn end is one unflushed tail. Whole records behind the break
-        // mean that something in the middle rotted.
-        let rest = bytes.get(at + 1..).unwrap_or_default();
-        if (0..rest.len()).any(|start| take(&rest[start..]).is_some()) {
-            return Err(OpenError::Damaged);
+        // mean that something in the middle rotted, or that a power cut took
+        // one unflushed record and left another.
+        let mut behind = at + 1;
+        let mut whole = false;
+        while behind < bytes.len() {
+            whole |= replay(&bytes, &mut behind, &mut rows);
+            behind += 1;
         }
+        if whole {
+            return Err(OpenError::Damaged(rows));
+        }
+        let tail = Tail {
+            bytes: torn,
+            doubtful: doubtful(bytes.get(at..).unwrap_or_default()),
+        };
         if torn > 0 {
             file.set_len(at as u64).map_err(io("cut"))?;
             file.sync().map_err(io("sync"))?;
@@ -147,7 +188,7 @@ impl Journal {
                 failed: false,
             },
             rows,
-            torn,
+            tail,
         ))
     }
 

@@ -35,3 +35,15 @@ fn prunes_leave_no_reference_dangling() {
         "{races:?}"
     );
 }
+
+#[test]
+fn the_catalogue_keeps_every_row_that_was_flushed() {
+    let mut rows = run::rows::Rows::default();
+    for seed in 0..4 {
+        run::rows::run(seed, &mut rows).unwrap_or_else(|why| panic!("{why}"));
+    }
+    assert!(
+        rows.cuts > 0 && rows.faults > 0 && rows.told > 0,
+        "{rows:?}"
+    );
+}

@@ -6,4 +6,5 @@ pub mod cuts;
 pub mod faults;
 pub mod flips;
 pub mod races;
+pub mod rows;
 pub mod trial;
