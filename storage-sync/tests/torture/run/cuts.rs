@@ -126,7 +126,7 @@ fn moments(
         let again = after.copy();
         check::recovered(&after, expect).map_err(|e| words("power cut", e))?;
         cuts.power_cuts += 1;
-        if number % 4 == 0 {
+        if number.is_multiple_of(4) {
             // The daemon dies and is started again, and then the power goes.
             let killed = moment.disk.copy();
             let store = open(&killed).map_err(|e| words("kill", e.to_string()))?;
