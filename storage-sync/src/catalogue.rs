@@ -207,10 +207,19 @@ impl Catalogue {
         }
         match journalled {
             // sled is flushed after the journal is: what it has more than a
-            // journal whose end is damaged was flushed, or is no harm.
-            Some(rows) if doubtful && had_sled && !report.rebuilt && stored != rows => {
-                report.journal_rebuilt = true;
-                journal.rewrite(&stored)?;
+            // journal whose end is damaged was flushed, or is no harm. What it
+            // lacks counts for nothing: it is trusted less.
+            Some(mut rows) if doubtful && had_sled && !report.rebuilt => {
+                let before = rows.len();
+                let newer = stored
+                    .iter()
+                    .filter(|(key, value)| rows.get(*key) != Some(value));
+                let newer: Rows = newer.map(|(k, v)| (k.clone(), v.clone())).collect();
+                report.journal_rebuilt = !newer.is_empty();
+                rows.extend(newer);
+                tracing::warn!(before, after = rows.len(), "the journal's end is damaged");
+                make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
+                journal.rewrite(&rows)?;
             }
             Some(rows) => {
                 report.rebuilt |= !had_sled && !rows.is_empty();

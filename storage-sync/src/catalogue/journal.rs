@@ -39,23 +39,6 @@ pub(super) struct Tail {
     pub(super) doubtful: bool,
 }
 
-/// A crash leaves a record that ends early, or zeros where its bytes never came.
-/// Anything else may as well be one that was whole once.
-fn doubtful(tail: &[u8]) -> bool {
-    let key = tail.first_chunk().map(|key| u16::from_le_bytes(*key));
-    let value = tail.get(2..).and_then(|rest| rest.first_chunk());
-    let (Some(key), Some(value)) = (key, value) else {
-        return false;
-    };
-    let value = match u32::from_le_bytes(*value) {
-        REMOVED => 0,
-        value => value as usize,
-    };
-    let plausible = usize::from(key) <= CATALOGUE_KEY + 1 && value <= CATALOGUE_VALUE;
-    let short = plausible && tail.len() < FIXED + usize::from(key) + value + SUM;
-    !short && tail.iter().any(|&byte| byte != 0)
-}
-
 pub(super) enum OpenError {
     File(FileError),
     /// It is no journal, or damaged before its end; these rows can be read.
@@ -169,7 +152,8 @@ impl Journal {
         }
         let tail = Tail {
             bytes: torn,
-            doubtful: doubtful(bytes.get(at..).unwrap_or_default()),
+            // Zeros are where bytes never came.
+            doubtful: bytes.iter().skip(at).any(|&byte| byte != 0),
         };
         if torn > 0 {
             file.set_len(at as u64).map_err(io("cut"))?;
