@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use farhaven_storage_sync::disk::simulated::SimulatedDisk;
+use farhaven_storage_sync::store::Store;
+use farhaven_storage_sync::unit::GuestId;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -27,8 +29,27 @@ pub struct Flips {
     pub points_refused: u64,
 }
 
-/// A disk with a store that has lived, and what it holds.
-fn lived(seed: u64) -> Result<(SimulatedDisk, Expectation), String> {
+/// A disk with a store that has lived, what it holds, and what it told then.
+type Lived = (SimulatedDisk, Expectation, Told);
+
+/// Numbers that a flipped bit must not raise: the source goes on from them.
+#[derive(Debug, Clone)]
+struct Told {
+    last_seq: u64,
+    guests: Vec<(GuestId, u64)>,
+}
+
+fn told(store: &Store) -> Told {
+    let guests = store.guests().into_iter();
+    Told {
+        last_seq: store.last_seq(),
+        guests: guests
+            .map(|guest| (guest, store.next_point(guest)))
+            .collect(),
+    }
+}
+
+fn lived(seed: u64) -> Result<Lived, String> {
     let disk = SimulatedDisk::new();
     let mut trial = Trial::new(seed);
     let mut store = open(&disk).map_err(|error| error.to_string())?.0;
@@ -39,7 +60,8 @@ fn lived(seed: u64) -> Result<(SimulatedDisk, Expectation), String> {
             Ok::<(), String>(())
         })?;
     }
-    Ok((disk, trial.expect))
+    let told = told(&store);
+    Ok((disk, trial.expect, told))
 }
 
 fn kind(path: &Path) -> String {
@@ -64,7 +86,7 @@ pub fn run(seed: u64, count: u64) -> Result<Flips, String> {
         worlds.push(lived(seed ^ at << 32)?);
     }
     while found.flips < count {
-        let (disk, expect) = &worlds[random.random_range(0..worlds.len())];
+        let (disk, expect, before) = &worlds[random.random_range(0..worlds.len())];
         let files = disk.files();
         let (path, bytes) = &files[random.random_range(0..files.len())];
         if bytes.is_empty() {
@@ -78,7 +100,7 @@ pub fn run(seed: u64, count: u64) -> Result<Flips, String> {
         disk.flip(path, byte, bit);
         *found.kinds.entry(kind(path)).or_default() += 1;
         found.flips += 1;
-        one(&disk, expect, &mut found).map_err(|why| {
+        one(&disk, expect, before, &mut found).map_err(|why| {
             format!(
                 "seed {seed}, bit {bit} of byte {byte} of {}: {why}",
                 path.display()
@@ -88,14 +110,33 @@ pub fn run(seed: u64, count: u64) -> Result<Flips, String> {
     Ok(found)
 }
 
-fn one(disk: &SimulatedDisk, expect: &Expectation, found: &mut Flips) -> Result<(), String> {
+fn one(
+    disk: &SimulatedDisk,
+    expect: &Expectation,
+    before: &Told,
+    found: &mut Flips,
+) -> Result<(), String> {
     let (store, report) = match open(disk) {
         Ok(opened) => opened,
         Err(error) => return Err(format!("the whole store does not open: {error}")),
     };
-    let told =
+    let at_open =
         !report.damaged.is_empty() || !report.log.bad.is_empty() || report.log.torn_bytes > 0;
+    let now = told(&store);
+    let known = |at: &(GuestId, u64)| {
+        let mut guests = before.guests.iter();
+        guests.any(|(guest, next)| *guest == at.0 && at.1 <= *next)
+    };
+    if now.last_seq > before.last_seq || !now.guests.iter().all(known) {
+        return Err(format!(
+            "it made numbers up: {now:?}, and before {before:?}"
+        ));
+    }
     let scrubbed = store.check();
+    if scrubbed.damage.len() > 1 && report.log.bad.is_empty() && report.log.torn_bytes == 0 {
+        let all = &scrubbed.damage;
+        return Err(format!("one bit damaged more than one thing: {all:?}"));
+    }
     let mut refused = 0;
     for guest in &expect.guests {
         for (&number, content) in &guest.sealed {
@@ -124,7 +165,7 @@ fn one(disk: &SimulatedDisk, expect: &Expectation, found: &mut Flips) -> Result<
         }
     }
     found.points_refused += refused;
-    match (told, scrubbed.damage.is_empty()) {
+    match (at_open, scrubbed.damage.is_empty()) {
         (true, _) => found.at_open += 1,
         (false, false) => found.by_scrub += 1,
         (false, true) if refused > 0 => return Err("refused, and not found by a scrub".into()),
