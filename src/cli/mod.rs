@@ -1,6 +1,6 @@
 //! The command line: what is typed, and what is shown. It speaks to a daemon
 //! through [`crate::client`]; only `site init`, `site run`,
-//! `policy`, most of `runbook` and `demo` do not.
+//! `policy`, `store`, most of `runbook` and `demo` do not.
 
 mod drill;
 mod guests;
@@ -11,6 +11,7 @@ mod runbook;
 mod seed;
 pub(crate) mod show;
 mod site;
+mod store;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -149,6 +150,9 @@ enum Verb {
     /// Check, plan and print runbooks: the steps of moves, failovers and tests.
     #[command(subcommand)]
     Runbook(runbook::RunbookVerb),
+    /// Verify what is stored here, while the daemon is stopped.
+    #[command(subcommand)]
+    Store(store::StoreVerb),
     /// Both sites, a link and a guest on this machine: watch it survive.
     Demo(crate::demo::Demo),
 }
@@ -261,6 +265,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Runbook(verb) => runbook::run(&client, verb).await,
+        Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };
     Ok(outcome?)

@@ -3,20 +3,21 @@
 //! Rows are JSON under a table and a key. They are kept in sled, and every
 //! change also goes to a journal beside it (`journal.rs`), which is synced
 //! before a flush returns. The journal decides: on opening, sled is made equal
-//! to it, and a sled directory that is missing or damaged is made again. This
+//! to it, and a sled directory that is missing or damaged is made again. Where the
+//! journal itself is damaged sled's rows are taken. This
 //! is the only file that names sled.
 
 mod journal;
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::disk::{Disk, OpenFile, SystemDisk};
 use crate::files::{FileError, LockError, lock, make_dir, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 use journal::Journal;
@@ -130,15 +131,15 @@ type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
 
 /// An open catalogue. All methods may be called from any thread.
 pub struct Catalogue {
-    dir: PathBuf,
+    sled_dir: PathBuf,
     database: sled::Db,
     journal: Mutex<Journal>,
-    _lock: File,
+    _lock: OpenFile,
 }
 
 impl std::fmt::Debug for Catalogue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Catalogue({})", self.dir.display())
+        write!(f, "Catalogue({})", self.sled_dir.display())
     }
 }
 
@@ -148,43 +149,81 @@ impl Catalogue {
     /// # Errors
     /// When it is taken, or its directory cannot be read or written.
     pub fn open(dir: &Path) -> Result<(Catalogue, CatalogueReport), CatalogueError> {
-        make_dir(dir)?;
-        let lock = lock(dir)?;
+        Catalogue::open_on(Arc::new(SystemDisk), dir, &dir.join("catalogue.sled"))
+    }
+
+    /// [`Catalogue::open`] with its journal on another file system than the
+    /// machine's own. sled brings its own way to files: its directory is real.
+    ///
+    /// # Errors
+    /// As for [`Catalogue::open`].
+    pub fn open_on(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        sled_dir: &Path,
+    ) -> Result<(Catalogue, CatalogueReport), CatalogueError> {
+        make_dir(&*disk, dir)?;
+        let lock = lock(&*disk, dir)?;
         let mut report = CatalogueReport::default();
-        let sled_dir = dir.join("catalogue.sled");
         let journal_path = dir.join("catalogue.journal");
-        let had_journal = journal_path.exists();
+        let had_journal = disk.exists(&journal_path);
+        let had_journal = had_journal.map_err(FileError::at("find", &journal_path))?;
         let had_sled = sled_dir.exists();
-        let (mut journal, journalled) = match Journal::open(&journal_path) {
-            Ok((journal, rows, torn)) => {
-                report.torn_bytes = torn;
+        let mut doubtful = false;
+        let mut salvaged = Rows::new();
+        let (mut journal, journalled) = match Journal::open(disk.clone(), &journal_path) {
+            Ok((journal, rows, tail)) => {
+                report.torn_bytes = tail.bytes;
+                doubtful = tail.doubtful;
                 (journal, Some(rows).filter(|_| had_journal))
             }
             Err(journal::OpenError::File(error)) => return Err(error.into()),
-            Err(journal::OpenError::Damaged) => {
-                report.set_aside.push(set_aside(&journal_path)?);
+            Err(journal::OpenError::Damaged(rows)) => {
+                report.set_aside.push(set_aside(&*disk, &journal_path)?);
+                salvaged = rows;
                 (
-                    Journal::open(&journal_path)
+                    Journal::open(disk, &journal_path)
                         .map_err(journal::OpenError::file)?
                         .0,
                     None,
                 )
             }
         };
-        let (database, stored) = match open_sled(&sled_dir) {
+        let (database, mut stored) = match open_sled(sled_dir) {
             Ok(opened) => opened,
-            Err(error) if journalled.is_none() => return Err(error),
+            Err(error) if journalled.is_none() && salvaged.is_empty() => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "the catalogue's database is made again");
-                report.set_aside.push(set_aside(&sled_dir)?);
+                report.set_aside.push(set_aside(&SystemDisk, sled_dir)?);
                 report.rebuilt = true;
-                open_sled(&sled_dir)?
+                open_sled(sled_dir)?
             }
         };
+        if stored.is_empty() && !salvaged.is_empty() {
+            // Nothing but a damaged journal: what can be read of it is better than nothing.
+            make_equal(&database, &stored, &salvaged).map_err(|error| failed(sled_dir, &error))?;
+            report.rebuilt = true;
+            stored = salvaged;
+        }
         match journalled {
+            // sled is flushed after the journal is: what it has more than a
+            // journal whose end is damaged was flushed, or is no harm. What it
+            // lacks counts for nothing: it is trusted less.
+            Some(mut rows) if doubtful && had_sled && !report.rebuilt => {
+                let before = rows.len();
+                let newer = stored
+                    .iter()
+                    .filter(|(key, value)| rows.get(*key) != Some(value));
+                let newer: Rows = newer.map(|(k, v)| (k.clone(), v.clone())).collect();
+                report.journal_rebuilt = !newer.is_empty();
+                rows.extend(newer);
+                tracing::warn!(before, after = rows.len(), "the journal's end is damaged");
+                make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
+                journal.rewrite(&rows)?;
+            }
             Some(rows) => {
                 report.rebuilt |= !had_sled && !rows.is_empty();
-                make_equal(&database, &stored, &rows).map_err(|error| failed(&sled_dir, &error))?;
+                make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
             }
             None => {
                 report.journal_rebuilt = !stored.is_empty();
@@ -193,7 +232,7 @@ impl Catalogue {
         }
         let journal = Mutex::new(journal);
         let catalogue = Catalogue {
-            dir: dir.to_path_buf(),
+            sled_dir: sled_dir.to_path_buf(),
             database,
             journal,
             _lock: lock,
@@ -204,10 +243,6 @@ impl Catalogue {
 
     fn journal(&self) -> MutexGuard<'_, Journal> {
         self.journal.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn sled_dir(&self) -> PathBuf {
-        self.dir.join("catalogue.sled")
     }
 
     /// Writes a row, replacing what was there. Durable after [`Catalogue::flush`].
@@ -236,7 +271,7 @@ impl Catalogue {
         let written = self.database.insert(row, value);
         written
             .map(drop)
-            .map_err(|error| failed(&self.sled_dir(), &error))
+            .map_err(|error| failed(&self.sled_dir, &error))
     }
 
     /// Removes a row; `false` when there was none.
@@ -250,7 +285,7 @@ impl Catalogue {
         let removed = self.database.remove(row);
         removed
             .map(|old| old.is_some())
-            .map_err(|error| failed(&self.sled_dir(), &error))
+            .map_err(|error| failed(&self.sled_dir, &error))
     }
 
     /// Reads a row.
@@ -263,7 +298,7 @@ impl Catalogue {
         key: &str,
     ) -> Result<Option<T>, CatalogueError> {
         let found = self.database.get(table.row(key));
-        let found = found.map_err(|error| failed(&self.sled_dir(), &error))?;
+        let found = found.map_err(|error| failed(&self.sled_dir, &error))?;
         found.map(|value| parse(table, key, &value)).transpose()
     }
 
@@ -277,7 +312,7 @@ impl Catalogue {
     ) -> Result<Vec<(String, T)>, CatalogueError> {
         let mut rows = Vec::new();
         for row in self.database.scan_prefix([table as u8]) {
-            let (row, value) = row.map_err(|error| failed(&self.sled_dir(), &error))?;
+            let (row, value) = row.map_err(|error| failed(&self.sled_dir, &error))?;
             let key = String::from_utf8_lossy(row.get(1..).unwrap_or_default()).into_owned();
             let value = parse(table, &key, &value)?;
             rows.push((key, value));
@@ -293,13 +328,13 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.sync()?;
         if journal.is_long() {
-            let rows = rows_of(&self.database).map_err(|error| failed(&self.sled_dir(), &error))?;
+            let rows = rows_of(&self.database).map_err(|error| failed(&self.sled_dir, &error))?;
             journal.rewrite(&rows)?;
         }
         self.database
             .flush()
             .map(drop)
-            .map_err(|error| failed(&self.sled_dir(), &error))
+            .map_err(|error| failed(&self.sled_dir, &error))
     }
 }
 
@@ -357,16 +392,17 @@ fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sle
 }
 
 /// Renames what is damaged, so that it can be looked at later.
-fn set_aside(path: &Path) -> Result<PathBuf, FileError> {
+fn set_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
     let aside = (1..)
         .map(named)
-        .find(|aside| !aside.exists())
+        .find(|aside| !disk.exists(aside).unwrap_or(false))
         .unwrap_or_else(|| named(0));
-    std::fs::rename(path, &aside).map_err(FileError::at("rename", path))?;
+    disk.rename(path, &aside)
+        .map_err(FileError::at("rename", path))?;
     if let Some(dir) = path.parent() {
-        sync_dir(dir)?;
+        sync_dir(disk, dir)?;
     }
     Ok(aside)
 }

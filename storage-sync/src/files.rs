@@ -1,9 +1,9 @@
 //! Files and directories as the store wants them: private, and durable when it says so.
 
-use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::disk::{Access, Disk, OpenFile};
 
 /// An operation on a path that failed, with the system's reason.
 #[derive(Debug, thiserror::Error)]
@@ -53,73 +53,129 @@ fn advice(error: &io::Error) -> &'static str {
     }
 }
 
-/// Makes the directory and its parents, for this user only.
-pub(crate) fn make_dir(path: &Path) -> Result<(), FileError> {
-    let made = DirBuilder::new().recursive(true).mode(0o700).create(path);
-    made.map_err(FileError::at("make directory", path))
+/// Makes the directory and its parents, durably, for this user only.
+pub(crate) fn make_dir(disk: &dyn Disk, path: &Path) -> Result<(), FileError> {
+    let parent = match path.parent() {
+        Some(parent) if parent.as_os_str().is_empty() => Some(Path::new(".")),
+        parent => parent,
+    };
+    let made = match (disk.make_dir(path), parent) {
+        (Err(error), Some(parent)) if error.kind() == io::ErrorKind::NotFound => {
+            make_dir(disk, parent)?;
+            disk.make_dir(path)
+        }
+        (made, _) => made,
+    };
+    let made = made.map_err(FileError::at("make directory", path))?;
+    // Synced even when it was there: who made it may have died before this. A
+    // new one needs the names of all those above it, for the same reason.
+    let above = path
+        .ancestors()
+        .skip(1)
+        .take(if made { usize::MAX } else { 1 });
+    for (at, dir) in above.enumerate() {
+        let dir = match dir.as_os_str().is_empty() {
+            true => Path::new("."),
+            false => dir,
+        };
+        match sync_dir(disk, dir) {
+            // It was there before, and is not for us to read or to sync.
+            Err(error) if (at > 0 || !made) && !is_bad_sector(&error.source) => {}
+            synced => synced?,
+        }
+    }
+    Ok(())
 }
 
 /// Makes what was done in a directory (new names, renames, removals) durable.
-pub(crate) fn sync_dir(path: &Path) -> Result<(), FileError> {
-    let synced = File::open(path).and_then(|dir| dir.sync_all());
-    synced.map_err(FileError::at("sync directory", path))
+pub(crate) fn sync_dir(disk: &dyn Disk, path: &Path) -> Result<(), FileError> {
+    disk.sync_dir(path)
+        .map_err(FileError::at("sync directory", path))
 }
 
 /// Opens for reading and writing, for this user only, making it if needed.
-pub(crate) fn open_private(path: &Path) -> Result<File, FileError> {
-    let mut options = OpenOptions::new();
-    options
-        .read(true)
-        .write(true)
-        .create(true)
-        .truncate(false)
-        .mode(0o600);
-    options.open(path).map_err(FileError::at("open", path))
+pub(crate) fn open_private(disk: &dyn Disk, path: &Path) -> Result<OpenFile, FileError> {
+    disk.open(path, Access::Write)
+        .map_err(FileError::at("open", path))
+}
+
+/// Opens a file that an earlier process may have left, so that what is read
+/// from it now is what the disk holds: synced first, then read from the disk.
+/// Without it, bytes that a kill or a failed sync left in memory only would be
+/// taken for durable.
+pub(crate) fn open_settled(disk: &dyn Disk, path: &Path) -> Result<OpenFile, FileError> {
+    let file = open_private(disk, path)?;
+    file.sync().map_err(FileError::at("sync", path))?;
+    file.forget().map_err(FileError::at("read", path))?;
+    Ok(file)
+}
+
+/// Reads at most `most` bytes of a file.
+pub(crate) fn read_front(disk: &dyn Disk, path: &Path, most: u64) -> Result<Vec<u8>, FileError> {
+    let read = || {
+        let file = disk.open(path, Access::Read)?;
+        let mut bytes = vec![0; file.bytes()?.min(most) as usize];
+        file.read_exact_at(&mut bytes, 0)?;
+        Ok(bytes)
+    };
+    read().map_err(FileError::at("read", path))
+}
+
+/// Is this what a bad sector answers?
+pub(crate) fn is_bad_sector(error: &io::Error) -> bool {
+    error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error())
+}
+
+/// Why a file was not put in place.
+pub(crate) struct Unplaced {
+    pub(crate) error: FileError,
+    /// It has its name already, but whether that lasts is not known.
+    pub(crate) named: bool,
+}
+
+impl From<Unplaced> for FileError {
+    fn from(unplaced: Unplaced) -> FileError {
+        unplaced.error
+    }
 }
 
 /// Puts a file in place whole or not at all: temporary file, sync, rename, sync the directory.
-pub(crate) fn put_whole(path: &Path, parts: &[&[u8]]) -> Result<(), FileError> {
+pub(crate) fn put_whole(disk: &dyn Disk, path: &Path, parts: &[&[u8]]) -> Result<(), Unplaced> {
     let temporary = path.with_extension("tmp");
     let write = || {
-        let mut options = OpenOptions::new();
-        options.write(true).create(true).truncate(true).mode(0o600);
-        let mut file = options.open(&temporary)?;
+        let file = disk.open(&temporary, Access::Replace)?;
+        let mut at = 0;
         for part in parts {
-            file.write_all(part)?;
+            file.write_all_at(part, at)?;
+            at += part.len() as u64;
         }
-        file.sync_all()?;
-        std::fs::rename(&temporary, path)
+        file.sync()?;
+        disk.rename(&temporary, path)
     };
     if let Err(source) = write() {
         // Best effort: the next open removes leftovers as well.
-        let _ = std::fs::remove_file(&temporary);
-        return Err(FileError {
-            action: "write",
-            path: path.to_path_buf(),
-            source,
+        let _ = disk.remove(&temporary);
+        let error = FileError::at("write", path)(source);
+        return Err(Unplaced {
+            error,
+            named: false,
         });
     }
     match path.parent() {
-        Some(dir) => sync_dir(dir),
+        Some(dir) => sync_dir(disk, dir).map_err(|error| Unplaced { error, named: true }),
         None => Ok(()),
     }
 }
 
 /// Takes the directory for this process; held as long as the file is.
-pub(crate) fn lock(dir: &Path) -> Result<File, LockError> {
+pub(crate) fn lock(disk: &dyn Disk, dir: &Path) -> Result<OpenFile, LockError> {
     let path = dir.join("lock");
-    let file = open_private(&path)?;
-    match rustix::fs::flock(&file, rustix::fs::FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(file),
-        Err(rustix::io::Errno::WOULDBLOCK) => Err(LockError::Held {
+    let file = open_private(disk, &path)?;
+    match file.lock().map_err(FileError::at("lock", &path))? {
+        true => Ok(file),
+        false => Err(LockError::Held {
             dir: dir.to_path_buf(),
         }),
-        Err(error) => Err(FileError {
-            action: "lock",
-            path,
-            source: error.into(),
-        }
-        .into()),
     }
 }
 

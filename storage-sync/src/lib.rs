@@ -8,6 +8,7 @@
 pub mod catalogue;
 pub mod codec;
 pub mod digest;
+pub mod disk;
 mod files;
 pub mod floor;
 pub mod limits;

@@ -51,7 +51,7 @@ pub const MAP_LEAF: usize = 512;
 pub const MAP_BRANCH: usize = 512;
 
 /// Smallest segment size that may be configured: tests use it, sites use 64 MiB.
-pub const SEGMENT_BYTES_LEAST: u64 = 64 * 1024;
+pub const SEGMENT_BYTES_LEAST: u64 = 4 * 1024;
 /// Largest segment: offsets in the index have 32 bits.
 pub const SEGMENT_BYTES_MOST: u64 = 1 << 31;
 

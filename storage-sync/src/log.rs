@@ -9,14 +9,13 @@ mod read;
 mod scan;
 
 use std::collections::{BTreeMap, HashMap};
-use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::codec::BatchHeader;
+use crate::disk::{Access, Disk, OpenFile};
 use crate::files::{FileError, make_dir, open_private, sync_dir};
 use crate::limits::{IMAGE_SEQ, SEQ};
 
@@ -95,20 +94,23 @@ pub enum LogError {
 
 struct Writer {
     segment: u32,
-    file: Option<Arc<File>>,
+    file: Option<OpenFile>,
     offset: u64,
+    /// Up to here the file was synced.
+    synced: u64,
     failed: Option<String>,
 }
 
 /// The segments of one store.
 pub(crate) struct Log {
+    disk: Arc<dyn Disk>,
     dir: PathBuf,
     segment_bytes: u64,
     bytes_most: Option<u64>,
     index: RwLock<BTreeMap<u64, Location>>,
     segments: Mutex<BTreeMap<u32, u64>>,
     writer: Mutex<Writer>,
-    readers: Mutex<HashMap<u32, Arc<File>>>,
+    readers: Mutex<HashMap<u32, OpenFile>>,
 }
 
 fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -122,14 +124,17 @@ fn segment_path(dir: &Path, segment: u32) -> PathBuf {
 impl Log {
     /// Opens the segments in `dir`, calling `seen` for every batch that is kept.
     pub(crate) fn open(
+        disk: Arc<dyn Disk>,
         dir: &Path,
         segment_bytes: u64,
         bytes_most: Option<u64>,
         seen: &mut dyn FnMut(&BatchHeader),
     ) -> Result<(Log, ScanReport), FileError> {
-        make_dir(dir)?;
+        make_dir(&*disk, dir)?;
+        // Names that a killed process made last forever from here on.
+        sync_dir(&*disk, dir)?;
         let mut index = BTreeMap::new();
-        let (segments, report) = scan::scan(dir, &mut index, seen)?;
+        let (segments, report) = scan::scan(&*disk, dir, &mut index, seen)?;
         let last = segments
             .last_key_value()
             .map(|(&number, &bytes)| (number, bytes));
@@ -137,18 +142,21 @@ impl Log {
             segment: 0,
             file: None,
             offset: 0,
+            synced: 0,
             failed: None,
         };
         if let Some((segment, offset)) = last {
-            let file = open_private(&segment_path(dir, segment))?;
+            let file = open_private(&*disk, &segment_path(dir, segment))?;
             writer = Writer {
                 segment,
-                file: Some(Arc::new(file)),
+                file: Some(file),
                 offset,
+                synced: offset,
                 failed: None,
             };
         }
         let log = Log {
+            disk,
             dir: dir.to_path_buf(),
             segment_bytes,
             bytes_most,
@@ -184,7 +192,7 @@ impl Log {
                 break;
             }
             if !again {
-                match self.known(header) {
+                match self.known(header, bytes) {
                     Ok(true) => continue,
                     Ok(false) => {}
                     Err(error) => {
@@ -276,11 +284,12 @@ impl Log {
         self.sync(writer)?;
         let segment = writer.segment + 1;
         let path = segment_path(&self.dir, segment);
-        let made = open_private(&path).and_then(|file| {
-            file.set_len(0).map_err(FileError::at("empty", &path))?;
-            sync_dir(&self.dir)?;
-            Ok(file)
-        });
+        let made = (self.disk.open(&path, Access::Replace))
+            .map_err(FileError::at("make", &path))
+            .and_then(|file| {
+                sync_dir(&*self.disk, &self.dir)?;
+                Ok(file)
+            });
         let file = made.map_err(|error| match error.is_full() {
             true => LogError::Full {
                 dir: self.dir.clone(),
@@ -290,8 +299,9 @@ impl Log {
         })?;
         *writer = Writer {
             segment,
-            file: Some(Arc::new(file)),
+            file: Some(file),
             offset: 0,
+            synced: 0,
             failed: None,
         };
         held(&self.segments).insert(segment, 0);
@@ -307,10 +317,14 @@ impl Log {
         let Some(file) = &writer.file else {
             return Ok(());
         };
-        if let Err(error) = file.sync_data() {
+        if let Err(error) = file.sync() {
             writer.failed = Some(error.to_string());
+            // Memory may go on showing what the disk never got: a daemon that is
+            // started again must not find it. It also reads from the disk then.
+            let _ = file.set_len(writer.synced);
             return Err(self.lost(writer));
         }
+        writer.synced = writer.offset;
         Ok(())
     }
 
@@ -320,6 +334,10 @@ impl Log {
             dir: self.dir.clone(),
             why,
         }
+    }
+
+    pub(crate) fn path_of(&self, segment: u32) -> PathBuf {
+        segment_path(&self.dir, segment)
     }
 
     pub(crate) fn locate(&self, seq: u64) -> Option<Location> {
@@ -391,8 +409,12 @@ impl Log {
     pub(crate) fn remove_segment(&self, segment: u32) -> Result<u64, FileError> {
         let path = segment_path(&self.dir, segment);
         held(&self.readers).remove(&segment);
-        std::fs::remove_file(&path).map_err(FileError::at("remove", &path))?;
-        sync_dir(&self.dir)?;
+        match self.disk.remove(&path) {
+            // A prune before this one removed it, and then failed to sync.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            removed => removed.map_err(FileError::at("remove", &path))?,
+        }
+        sync_dir(&*self.disk, &self.dir)?;
         Ok(held(&self.segments).remove(&segment).unwrap_or(0))
     }
 }

@@ -8,7 +8,8 @@
 use std::path::{Path, PathBuf};
 
 use crate::codec::varint;
-use crate::files::{FileError, put_whole};
+use crate::disk::Disk;
+use crate::files::{FileError, Unplaced, put_whole, read_front};
 use crate::limits::{CONTEXT_BYTES, POINT, POINT_HEADER_BYTES, VOLUME_NAME, VOLUME_UNITS, VOLUMES};
 use crate::map::Run;
 use crate::unit::{GuestId, Place, Volume, VolumeIndex};
@@ -275,29 +276,27 @@ pub(crate) fn decode(
 }
 
 /// Reads header and context of the manifest at `path`.
-pub(crate) fn read_head(path: &Path) -> Result<Head, ManifestError> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    let most = FIXED + POINT_HEADER_BYTES + CONTEXT_BYTES + 32;
-    let file = std::fs::File::open(path).map_err(FileError::at("read", path))?;
+pub(crate) fn read_head(disk: &dyn Disk, path: &Path) -> Result<Head, ManifestError> {
     // Usually a few KiB; read on only when the header says so.
-    let read = file.take(64 * 1024).read_to_end(&mut bytes);
-    read.map_err(FileError::at("read", path))?;
+    const FRONT: usize = 64 * 1024;
+    let most = FIXED + POINT_HEADER_BYTES + CONTEXT_BYTES + 32;
+    let mut bytes = read_front(disk, path, FRONT as u64)?;
     if let Err(error) = decode_head(path, &bytes)
-        && bytes.len() == 64 * 1024
+        && bytes.len() == FRONT
     {
         tracing::trace!(%error, "manifest with a long header");
-        bytes.clear();
-        let file = std::fs::File::open(path).map_err(FileError::at("read", path))?;
-        let read = file.take(most as u64).read_to_end(&mut bytes);
-        read.map_err(FileError::at("read", path))?;
+        bytes = read_front(disk, path, most as u64)?;
     }
     Ok(decode_head(path, &bytes)?.0)
 }
 
 /// Reads the manifest at `path`, calling `each` for every run.
-pub(crate) fn read(path: &Path, each: &mut dyn FnMut(Run)) -> Result<Head, ManifestError> {
-    let bytes = std::fs::read(path).map_err(FileError::at("read", path))?;
+pub(crate) fn read(
+    disk: &dyn Disk,
+    path: &Path,
+    each: &mut dyn FnMut(Run),
+) -> Result<Head, ManifestError> {
+    let bytes = read_front(disk, path, u64::MAX)?;
     decode(path, &bytes, each)
 }
 
@@ -307,8 +306,8 @@ pub(crate) fn path_of(dir: &Path, guest: GuestId, point: u64) -> PathBuf {
 }
 
 /// Puts a manifest in place, durably.
-pub(crate) fn write(path: &Path, bytes: &[u8]) -> Result<(), FileError> {
-    put_whole(path, &[bytes])
+pub(crate) fn write(disk: &dyn Disk, path: &Path, bytes: &[u8]) -> Result<(), Unplaced> {
+    put_whole(disk, path, &[bytes])
 }
 
 #[cfg(test)]

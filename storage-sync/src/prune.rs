@@ -14,6 +14,7 @@ mod perform;
 
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::fmt;
+use std::path::PathBuf;
 
 use crate::codec::{BatchError, Content, EntriesView};
 use crate::files::FileError;
@@ -109,6 +110,8 @@ pub struct PruneReport {
     pub revived: usize,
     /// Segments removed.
     pub segments: usize,
+    /// Segments that stay, because something that is needed in them is damaged.
+    pub damaged: usize,
     /// Bytes that the log is smaller now.
     pub bytes_freed: u64,
 }
@@ -116,6 +119,15 @@ pub struct PruneReport {
 /// Why a prune stopped. The store is whole; planning again goes on from there.
 #[derive(Debug, thiserror::Error)]
 pub enum PruneError {
+    /// What cannot be read may be needed by points that cannot be read either.
+    #[error(
+        "nothing is pruned: {} could not be read when the store was opened; check that disk and \
+         restart the daemon, or move the file away if it is lost for good", path.display()
+    )]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+    },
     /// A manifest cannot be used.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
@@ -153,6 +165,10 @@ impl Store {
         let inner = &self.0;
         let _pruning = held(&inner.pruning);
         let _writing = held(&inner.writing);
+        if let Some(path) = inner.unreadable.first() {
+            let path = path.clone();
+            return Err(PruneError::Unreadable { path });
+        }
         let mut plan = PrunePlan::default();
         let mut drops = Drops::new();
         for (&guest, state) in &held(&inner.state).guests {

@@ -169,7 +169,7 @@ impl Store {
             readers: Mutex::default(),
         };
         let path = manifest::path_of(&self.0.manifests, guest, point);
-        replica.context = manifest::read_head(&path)?.context;
+        replica.context = manifest::read_head(&*self.0.disk, &path)?.context;
         replica.map = match newest {
             Some(map) => map,
             None => {
@@ -178,7 +178,7 @@ impl Store {
                 Arc::new(self.0.load_map(guest, point)?)
             }
         };
-        match self.0.dangling(&replica.map) {
+        match self.0.dangling(&replica.map)? {
             None => Ok(replica),
             Some(place) => Err(ReplicaError::Lost { point, place }),
         }

@@ -12,16 +12,17 @@ mod images;
 mod open;
 mod read;
 mod rebuild;
+mod scrub;
 mod seal;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bytes::Bytes;
 
 use crate::codec::{BatchError, BatchHeader, BatchView, Body, Expander, Sequence};
+use crate::disk::{Disk, OpenFile, SystemDisk};
 use crate::files::{FileError, LockError};
 use crate::limits::{
     HINT_BYTES, IMAGE_SEQ, MANIFEST_CHAIN, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST,
@@ -38,12 +39,13 @@ use hints::{Hints, hints_of};
 pub use images::{Image, ImageError, ImageProgress};
 pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
 pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
+pub use scrub::{Damage, Damaged, ScrubOptions, ScrubProgress, ScrubReport};
 pub use seal::{Seal, SealError};
 
 /// How a store is kept.
 #[derive(Debug, Clone)]
 pub struct StoreOptions {
-    /// Size at which a segment is closed: 64 KiB to 2 GiB.
+    /// Size at which a segment is closed: 4 KiB to 2 GiB.
     pub segment_bytes: u64,
     /// Bytes of segments at which appending is refused; `None`: the disk decides.
     pub bytes_most: Option<u64>,
@@ -114,6 +116,8 @@ pub struct OpenReport {
 pub(crate) struct PointEntry {
     pub(crate) header: Arc<PointHeader>,
     pub(crate) base: u64,
+    /// Bytes of its manifest.
+    pub(crate) bytes: u64,
     /// Manifests below this one, itself included, down to a full one.
     pub(crate) depth: usize,
     /// Bytes of that full one, and of those above it.
@@ -132,6 +136,7 @@ impl PointEntry {
             None => PointEntry {
                 header,
                 base: 0,
+                bytes,
                 depth: 1,
                 full_bytes: bytes,
                 delta_bytes: 0,
@@ -139,6 +144,7 @@ impl PointEntry {
             Some(on) => PointEntry {
                 header,
                 base: on.header.point,
+                bytes,
                 depth: on.depth + 1,
                 full_bytes: on.full_bytes,
                 delta_bytes: on.delta_bytes + bytes,
@@ -182,6 +188,7 @@ pub(crate) struct State {
 }
 
 pub(crate) struct Inner {
+    pub(crate) disk: Arc<dyn Disk>,
     pub(crate) manifests: PathBuf,
     pub(crate) options: StoreOptions,
     pub(crate) log: Log,
@@ -193,7 +200,9 @@ pub(crate) struct Inner {
     pub(crate) writing: Mutex<()>,
     /// Held through a prune: one at a time.
     pub(crate) pruning: Mutex<()>,
-    _lock: File,
+    /// Files that the disk would not read when the store was opened.
+    pub(crate) unreadable: Vec<PathBuf>,
+    _lock: OpenFile,
 }
 
 /// A handle to the store. See the module's page.
@@ -218,7 +227,19 @@ impl Store {
     /// # Errors
     /// When the directory is taken, cannot be written, or cannot be read.
     pub fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenReport), StoreError> {
-        open::open(dir, options)
+        Store::open_on(Arc::new(SystemDisk), dir, options)
+    }
+
+    /// [`Store::open`] on another file system than the machine's own.
+    ///
+    /// # Errors
+    /// As for [`Store::open`].
+    pub fn open_on(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+        options: StoreOptions,
+    ) -> Result<(Store, OpenReport), StoreError> {
+        open::open(disk, dir, options)
     }
 
     /// Verifies batches, appends them and syncs once. Returns the numbers of

@@ -5,13 +5,12 @@
 //! was never flushed and is cut off. Once it is much longer than what it
 //! tells, it is written anew.
 
-use std::fs::File;
-use std::io::Write;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use super::{Rows, Table};
-use crate::files::{FileError, open_private, put_whole, sync_dir};
+use crate::disk::{Disk, OpenFile};
+use crate::files::{FileError, open_private, open_settled, put_whole, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 
 const MAGIC: &[u8; 8] = b"FHcj\x01\0\0\0";
@@ -23,24 +22,34 @@ const SUM: usize = 16;
 const LONG: u64 = 4 << 20;
 
 pub(super) struct Journal {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
-    file: File,
+    file: OpenFile,
     length: u64,
+    /// Up to here it was synced.
+    synced: u64,
     rows_length: u64,
     failed: bool,
 }
 
+/// What was cut off the end.
+pub(super) struct Tail {
+    pub(super) bytes: u64,
+    /// It may have been flushed, and rotted since.
+    pub(super) doubtful: bool,
+}
+
 pub(super) enum OpenError {
     File(FileError),
-    /// It is no journal, or damaged before its end.
-    Damaged,
+    /// It is no journal, or damaged before its end; these rows can be read.
+    Damaged(Rows),
 }
 
 impl OpenError {
     pub(super) fn file(self) -> FileError {
         match self {
             OpenError::File(error) => error,
-            OpenError::Damaged => FileError {
+            OpenError::Damaged(_) => FileError {
                 action: "make",
                 path: PathBuf::from("catalogue.journal"),
                 source: std::io::ErrorKind::InvalidData.into(),
@@ -90,56 +99,80 @@ fn take(bytes: &[u8]) -> Option<Record<'_>> {
     ))
 }
 
+/// Applies the records from `at` on; `false`: there is none.
+fn replay(bytes: &[u8], at: &mut usize, rows: &mut Rows) -> bool {
+    let start = *at;
+    while let Some((row, value, length)) = bytes.get(*at..).and_then(take) {
+        match value {
+            Some(value) => rows.insert(row.to_vec(), value.to_vec()),
+            None => rows.remove(row),
+        };
+        *at += length;
+    }
+    *at > start
+}
+
 impl Journal {
-    /// Opens and replays it. Returns its rows, and the bytes cut off its end.
-    pub(super) fn open(path: &Path) -> Result<(Journal, Rows, u64), OpenError> {
+    /// Opens and replays it. Returns its rows, and what was cut off its end.
+    pub(super) fn open(
+        disk: Arc<dyn Disk>,
+        path: &Path,
+    ) -> Result<(Journal, Rows, Tail), OpenError> {
         let io = |action| move |error| OpenError::File(FileError::at(action, path)(error));
-        let _ = std::fs::remove_file(path.with_extension("tmp"));
-        let mut file = open_private(path).map_err(OpenError::File)?;
-        let bytes = std::fs::read(path).map_err(io("read"))?;
+        let _ = disk.remove(&path.with_extension("tmp"));
+        let file = open_settled(&*disk, path).map_err(OpenError::File)?;
+        if let Some(dir) = path.parent() {
+            sync_dir(&*disk, dir).map_err(OpenError::File)?;
+        }
+        let mut bytes = vec![0; file.bytes().map_err(io("read"))? as usize];
+        file.read_exact_at(&mut bytes, 0).map_err(io("read"))?;
         let mut rows = Rows::new();
         let mut at = MAGIC.len();
         if bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes) {
             file.set_len(0)
-                .and_then(|()| file.write_all(MAGIC))
+                .and_then(|()| file.write_all_at(MAGIC, 0))
                 .map_err(io("write"))?;
-            file.sync_all().map_err(io("sync"))?;
-            if let Some(dir) = path.parent() {
-                sync_dir(dir).map_err(OpenError::File)?;
-            }
+            file.sync().map_err(io("sync"))?;
         } else if !bytes.starts_with(MAGIC) {
-            return Err(OpenError::Damaged);
+            return Err(OpenError::Damaged(Rows::new()));
         }
-        while let Some((row, value, length)) = bytes.get(at..).and_then(take) {
-            match value {
-                Some(value) => rows.insert(row.to_vec(), value.to_vec()),
-                None => rows.remove(row),
-            };
-            at += length;
-        }
+        replay(&bytes, &mut at, &mut rows);
         let torn = bytes.len().saturating_sub(at) as u64;
         // A torn end is one unflushed tail. Whole records behind the break
-        // mean that something in the middle rotted.
-        let rest = bytes.get(at + 1..).unwrap_or_default();
-        if (0..rest.len()).any(|start| take(&rest[start..]).is_some()) {
-            return Err(OpenError::Damaged);
+        // mean that something in the middle rotted, or that a power cut took
+        // one unflushed record and left another.
+        let mut behind = at + 1;
+        let mut whole = false;
+        while behind < bytes.len() {
+            whole |= replay(&bytes, &mut behind, &mut rows);
+            behind += 1;
         }
+        if whole {
+            return Err(OpenError::Damaged(rows));
+        }
+        let tail = Tail {
+            bytes: torn,
+            // Zeros are where bytes never came.
+            doubtful: bytes.iter().skip(at).any(|&byte| byte != 0),
+        };
         if torn > 0 {
             file.set_len(at as u64).map_err(io("cut"))?;
-            file.sync_all().map_err(io("sync"))?;
+            file.sync().map_err(io("sync"))?;
         }
         let rows_length = length_of(&rows);
         let path = path.to_path_buf();
         Ok((
             Journal {
+                disk,
                 path,
                 file,
                 length: at as u64,
+                synced: at as u64,
                 rows_length,
                 failed: false,
             },
             rows,
-            torn,
+            tail,
         ))
     }
 
@@ -161,15 +194,15 @@ impl Journal {
 
     pub(super) fn sync(&mut self) -> Result<(), FileError> {
         self.usable()?;
-        self.file.sync_data().map_err(|source| {
-            // Final: what the disk holds is not known any more.
+        if let Err(source) = self.file.sync() {
+            // Final: what the disk holds is not known any more. Memory must not
+            // go on showing it to a daemon that is started again.
             self.failed = true;
-            FileError {
-                action: "sync",
-                path: self.path.clone(),
-                source,
-            }
-        })
+            let _ = self.file.set_len(self.synced);
+            return Err(FileError::at("sync", &self.path)(source));
+        }
+        self.synced = self.length;
+        Ok(())
     }
 
     fn usable(&self) -> Result<(), FileError> {
@@ -196,9 +229,16 @@ impl Journal {
             .collect();
         let mut parts: Vec<&[u8]> = vec![MAGIC];
         parts.extend(records.iter().map(|record| &record[..]));
-        put_whole(&self.path, &parts)?;
-        self.file = open_private(&self.path)?;
+        if let Err(unplaced) = put_whole(&*self.disk, &self.path, &parts) {
+            // The file that is open may be the one without a name now.
+            self.failed = unplaced.named;
+            return Err(unplaced.into());
+        }
+        self.failed = true;
+        self.file = open_private(&*self.disk, &self.path)?;
+        self.failed = false;
         self.length = parts.iter().map(|part| part.len() as u64).sum();
+        self.synced = self.length;
         self.rows_length = self.length;
         Ok(())
     }

@@ -1,12 +1,9 @@
 //! Reading batches from the segments.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
-use std::sync::Arc;
-
 use super::{Log, LogError, held, segment_path};
-use crate::codec::BatchHeader;
-use crate::files::FileError;
+use crate::codec::{BatchHeader, BatchView};
+use crate::disk::{Access, OpenFile};
+use crate::files::{FileError, is_bad_sector};
 use crate::limits::{BATCH_BYTES, BATCH_HEADER, SEGMENTS_OPEN};
 
 impl Log {
@@ -53,13 +50,14 @@ impl Log {
         Err(LogError::Missing { seq })
     }
 
-    pub(super) fn reader(&self, segment: u32) -> Result<Arc<File>, FileError> {
+    pub(super) fn reader(&self, segment: u32) -> Result<OpenFile, FileError> {
         let mut readers = held(&self.readers);
         if let Some(file) = readers.get(&segment) {
             return Ok(file.clone());
         }
         let path = segment_path(&self.dir, segment);
-        let file = Arc::new(File::open(&path).map_err(FileError::at("open", &path))?);
+        let file = self.disk.open(&path, Access::Read);
+        let file = file.map_err(FileError::at("open", &path))?;
         if readers.len() >= SEGMENTS_OPEN {
             readers.clear();
         }
@@ -67,25 +65,27 @@ impl Log {
         Ok(file)
     }
 
-    /// Is exactly this batch in the log already?
-    pub(super) fn known(&self, header: &BatchHeader) -> Result<bool, LogError> {
-        let Some(location) = self.locate(header.seq) else {
+    /// Is exactly this batch in the log already? Its bytes are compared, so that
+    /// a copy that rotted is replaced by the one that arrived.
+    pub(super) fn known(&self, header: &BatchHeader, bytes: &[u8]) -> Result<bool, LogError> {
+        if self.locate(header.seq).is_none() {
             return Ok(false);
-        };
-        let mut fixed = [0; BATCH_HEADER];
-        let read = self.reader(location.segment).and_then(|file| {
-            file.read_exact_at(&mut fixed, location.offset.into())
-                .map_err(FileError::at(
-                    "read",
-                    &segment_path(&self.dir, location.segment),
-                ))
-        });
-        read?;
-        match BatchHeader::parse(&fixed) {
-            Ok(kept) if kept.hash != header.hash => Err(LogError::Conflict { seq: header.seq }),
-            Ok(_) => Ok(true),
-            // The kept copy is damaged: take the one that arrived instead.
-            Err(_) => Ok(false),
+        }
+        let mut kept = Vec::new();
+        match self.read(header.seq, &mut kept) {
+            Ok(()) if kept == bytes => return Ok(true),
+            Ok(()) => {}
+            Err(LogError::File(error)) if is_bad_sector(&error.source) => return Ok(false),
+            Err(error) => return Err(error),
+        }
+        match BatchView::parse(&kept) {
+            Ok(other) if other.header().seq == header.seq => {
+                Err(LogError::Conflict { seq: header.seq })
+            }
+            _ => {
+                tracing::warn!(seq = header.seq, "a damaged batch is kept anew");
+                Ok(false)
+            }
         }
     }
 }

@@ -1,18 +1,18 @@
 //! Reading the segments when the store opens: what is there, what is torn.
 //!
-//! Segments before the last were synced whole, so their headers are enough.
-//! The last one may end in what a crash left: all its batches are verified,
-//! and it is cut after the last whole one. Damage in the middle is told, and
+//! Segments before the last were synced whole: header and entries of their
+//! batches are verified. The last one may end in what a crash left: all its
+//! batches are verified in full, and it is cut after the last whole one. Damage in the middle is told, and
 //! the search goes on behind it.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::os::unix::fs::FileExt;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Location, segment_path};
-use crate::codec::{BatchHeader, BatchView, MAGIC};
-use crate::files::{FileError, open_private};
+use crate::codec::{BatchHeader, BatchView, EntriesView, MAGIC};
+use crate::disk::{Disk, OpenFile};
+use crate::files::{FileError, is_bad_sector, open_private, open_settled};
 use crate::limits::{BATCH_BYTES, BATCH_HEADER, SEGMENT_BYTES_MOST};
 
 /// Bytes of a segment that are no batch.
@@ -26,6 +26,8 @@ pub struct BadRange {
     pub bytes: u64,
     /// What was wrong first.
     pub why: String,
+    /// The disk would not read some of it: another day it may.
+    pub unreadable: bool,
 }
 
 /// What opening found.
@@ -40,6 +42,7 @@ pub struct ScanReport {
 }
 
 struct Scan<'a> {
+    disk: &'a dyn Disk,
     index: &'a mut BTreeMap<u64, Location>,
     seen: &'a mut dyn FnMut(&BatchHeader),
     report: ScanReport,
@@ -48,25 +51,37 @@ struct Scan<'a> {
 type Segments = BTreeMap<u32, u64>;
 
 pub(super) fn scan(
+    disk: &dyn Disk,
     dir: &Path,
     index: &mut BTreeMap<u64, Location>,
     seen: &mut dyn FnMut(&BatchHeader),
 ) -> Result<(Segments, ScanReport), FileError> {
     let mut numbers = Vec::new();
-    for entry in std::fs::read_dir(dir).map_err(FileError::at("list", dir))? {
-        let name = entry.map_err(FileError::at("list", dir))?.file_name();
+    for name in disk.list(dir).map_err(FileError::at("list", dir))? {
         let number = name.to_str().and_then(|name| name.strip_suffix(".seg"));
         numbers.extend(number.and_then(|number| number.parse::<u32>().ok()));
     }
     numbers.sort_unstable();
     let mut segments = Segments::new();
+    // The last one that holds anything is where a crash left its traces: an
+    // empty one behind it may have been made while this one was written on.
+    let mut tail = 0;
+    for &number in numbers.iter().rev() {
+        let path = segment_path(dir, number);
+        let file = open_settled(disk, &path)?;
+        tail = number;
+        if file.bytes().map_err(FileError::at("read", &path))? > 0 {
+            break;
+        }
+    }
     let mut scan = Scan {
+        disk,
         index,
         seen,
         report: ScanReport::default(),
     };
-    for (at, &number) in numbers.iter().enumerate() {
-        let bytes = scan.segment(dir, number, at + 1 == numbers.len())?;
+    for &number in &numbers {
+        let bytes = scan.segment(dir, number, number >= tail)?;
         segments.insert(number, bytes);
     }
     scan.report.batches = scan.index.len() as u64;
@@ -77,16 +92,29 @@ impl Scan<'_> {
     /// Returns the bytes of the segment that are kept.
     fn segment(&mut self, dir: &Path, number: u32, last: bool) -> Result<u64, FileError> {
         let path = segment_path(dir, number);
-        let file = open_private(&path)?;
-        let length = file.metadata().map_err(FileError::at("read", &path))?.len();
+        let file = Patient {
+            file: open_private(self.disk, &path)?,
+            bad_sectors: 0,
+        };
+        self.records(&path, file, number, last)
+            .map_err(FileError::at("read", &path))?
+            .map_err(|(action, error)| FileError::at(action, &path)(error))
+    }
+
+    fn records(
+        &mut self,
+        path: &Path,
+        mut file: Patient,
+        number: u32,
+        last: bool,
+    ) -> io::Result<Result<u64, (&'static str, io::Error)>> {
         // A longer file is none of ours; offsets beyond this cannot be named.
-        let length = length.min(SEGMENT_BYTES_MOST);
+        let length = file.file.bytes()?.min(SEGMENT_BYTES_MOST);
         let mut offset = 0;
         let mut buffer = Vec::new();
         while offset < length {
-            let found = record(&file, offset, length, last, &mut buffer);
-            let found = found.map_err(FileError::at("read", &path))?;
-            let why = match found {
+            let before = file.bad_sectors;
+            let why = match record(&mut file, offset, length, last, &mut buffer)? {
                 Ok(header) => {
                     self.keep(&header, number, offset);
                     offset += header.bytes() as u64;
@@ -94,38 +122,39 @@ impl Scan<'_> {
                 }
                 Err(why) => why,
             };
-            let next = resume(&file, offset + 1, length, &mut buffer);
-            match next.map_err(FileError::at("read", &path))? {
+            let next = resume(&mut file, offset + 1, length, &mut buffer)?;
+            let unreadable = file.bad_sectors > before;
+            match next {
                 Some(next) => {
-                    self.bad(&path, offset, next - offset, why);
+                    self.bad(path, offset, next - offset, why, unreadable);
                     offset = next;
                 }
-                None if last => {
+                // What cannot be read now may be read another day: nothing is cut off.
+                None if last && !unreadable => {
                     self.report.torn_bytes += length - offset;
-                    file.set_len(offset).map_err(FileError::at("cut", &path))?;
-                    file.sync_all().map_err(FileError::at("sync", &path))?;
-                    return Ok(offset);
+                    let file = file.file;
+                    return Ok(match file.set_len(offset) {
+                        Err(error) => Err(("cut", error)),
+                        Ok(()) => (file.sync().map(|()| offset)).map_err(|error| ("sync", error)),
+                    });
                 }
                 None => {
-                    self.bad(&path, offset, length - offset, why);
-                    return Ok(length);
+                    self.bad(path, offset, length - offset, why, unreadable);
+                    return Ok(Ok(length));
                 }
             }
         }
-        if last {
-            // Written whole, but the process may have ended before it synced.
-            file.sync_all().map_err(FileError::at("sync", &path))?;
-        }
-        Ok(length)
+        Ok(Ok(length))
     }
 
-    fn bad(&mut self, path: &Path, offset: u64, bytes: u64, why: String) {
+    fn bad(&mut self, path: &Path, offset: u64, bytes: u64, why: String, unreadable: bool) {
         let path = path.to_path_buf();
         self.report.bad.push(BadRange {
             path,
             offset,
             bytes,
             why,
+            unreadable,
         });
     }
 
@@ -144,50 +173,89 @@ impl Scan<'_> {
     }
 }
 
+/// Reads around bad sectors: a block that the disk cannot read is zeros, and counted.
+struct Patient {
+    file: OpenFile,
+    bad_sectors: u64,
+}
+
+impl Patient {
+    fn read(&mut self, out: &mut [u8], offset: u64) -> io::Result<()> {
+        match self.file.read_exact_at(out, offset) {
+            Err(error) if is_bad_sector(&error) => {}
+            other => return other,
+        }
+        for (block, at) in out.chunks_mut(BLOCK).zip((offset..).step_by(BLOCK)) {
+            match self.file.read_exact_at(block, at) {
+                Err(error) if is_bad_sector(&error) => {
+                    block.fill(0);
+                    self.bad_sectors += 1;
+                }
+                other => other?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is read at a time around a bad sector.
+const BLOCK: usize = 4096;
+
+/// What is read of a batch at first: usually all but its body.
+const FRONT: u64 = 2048;
+
 type Found = Result<BatchHeader, String>;
 
-/// The batch at `offset`; verified in full when `verify`.
+/// The batch at `offset`: header and entries verified; its body too when `whole`.
 fn record(
-    file: &File,
+    file: &mut Patient,
     offset: u64,
     length: u64,
-    verify: bool,
+    whole: bool,
     buffer: &mut Vec<u8>,
-) -> std::io::Result<Found> {
+) -> io::Result<Found> {
     let left = length - offset;
-    buffer.clear();
-    buffer.resize(left.min(BATCH_HEADER as u64) as usize, 0);
-    file.read_exact_at(buffer, offset)?;
-    let header = match BatchHeader::parse(buffer) {
-        Ok(header) => header,
-        Err(error) => return Ok(Err(error.to_string())),
-    };
-    if header.bytes() as u64 > left {
-        return Ok(Err(format!("batch {} is longer than its file", header.seq)));
-    }
-    if verify {
-        buffer.resize(header.bytes(), 0);
-        file.read_exact_at(buffer, offset)?;
-        if let Err(error) = BatchView::parse(buffer) {
-            return Ok(Err(error.to_string()));
+    let mut want = left.min(FRONT) as usize;
+    loop {
+        buffer.clear();
+        buffer.resize(want, 0);
+        file.read(buffer, offset)?;
+        let header = match BatchHeader::parse(buffer) {
+            Ok(header) => header,
+            Err(error) => return Ok(Err(error.to_string())),
+        };
+        if header.bytes() as u64 > left {
+            return Ok(Err(format!("batch {} is longer than its file", header.seq)));
         }
+        let need = match whole {
+            true => header.bytes(),
+            false => BATCH_HEADER + header.entries_bytes,
+        };
+        if need > buffer.len() {
+            want = need;
+            continue;
+        }
+        let checked = match whole {
+            true => BatchView::parse(&buffer[..need]).map(drop),
+            false => EntriesView::parse(buffer).map(drop),
+        };
+        return Ok(checked.map(|()| header).map_err(|error| error.to_string()));
     }
-    Ok(Ok(header))
 }
 
 /// The next offset from `from` on where a whole, verified batch starts.
 fn resume(
-    file: &File,
+    file: &mut Patient,
     from: u64,
     length: u64,
     buffer: &mut Vec<u8>,
-) -> std::io::Result<Option<u64>> {
+) -> io::Result<Option<u64>> {
     const WINDOW: u64 = 4 * BATCH_BYTES as u64;
     let mut window = Vec::new();
     let mut start = from;
     while start < length {
         window.resize((length - start).min(WINDOW) as usize, 0);
-        file.read_exact_at(&mut window, start)?;
+        file.read(&mut window, start)?;
         for at in 0..window.len().saturating_sub(MAGIC.len() - 1) {
             if window[at..at + MAGIC.len()] != MAGIC {
                 continue;

@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::{Drops, PruneError, PrunePlan, PruneReport, live_batches, unsealed, walk};
 use crate::codec::BatchView;
-use crate::files::{FileError, sync_dir};
+use crate::files::{FileError, is_bad_sector, sync_dir};
+use crate::log::LogError;
 use crate::manifest;
 use crate::map::PointMap;
 use crate::store::{Inner, PointEntry, held};
@@ -18,6 +19,12 @@ pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, Pr
     for (&guest, drops) in &drops {
         rebase(inner, guest, drops)?;
         report.points += drop_points(inner, guest, drops)?;
+    }
+    // Names of manifests that went, now or in a prune that failed, stay away
+    // before anything goes that they need.
+    let names = inner.disk.list(&inner.manifests);
+    for guest in names.map_err(FileError::at("list", &inner.manifests))? {
+        sync_dir(&*inner.disk, &inner.manifests.join(guest))?;
     }
     // Everything that stays, read once at leisure, and once more what arrived
     // meanwhile, under the lock that new batches need to count.
@@ -35,7 +42,17 @@ pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, Pr
     drop(writing);
     let before = inner.log.bytes();
     for plan in &plan.segments {
-        move_live(inner, plan.segment)?;
+        if let Err(error) = move_live(inner, plan.segment) {
+            match error {
+                // It is not copied as if it were whole, nor removed: others go.
+                PruneError::Batch(_) => {}
+                PruneError::Log(LogError::File(ref file)) if is_bad_sector(&file.source) => {}
+                other => return Err(other),
+            }
+            tracing::error!(segment = plan.segment, %error, "a damaged segment stays");
+            report.damaged += 1;
+            continue;
+        }
         inner.log.remove_segment(plan.segment)?;
         report.segments += 1;
     }
@@ -75,7 +92,17 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
             let runs = map.since(below).into_iter();
             let bytes = manifest::encode(&entry.header, number, &head.context, runs);
             let path = manifest::path_of(&inner.manifests, guest, point);
-            manifest::write(&path, &bytes)?;
+            let written = manifest::write(&*inner.disk, &path, &bytes);
+            if let Err(unplaced) = written {
+                if unplaced.named {
+                    // The new one is what is read from now on, whether it lasts or not.
+                    entry = PointEntry::new(entry.header, base, bytes.len() as u64);
+                    if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+                        state.points.insert(point, entry);
+                    }
+                }
+                return Err(PruneError::File(unplaced.into()));
+            }
             entry = PointEntry::new(entry.header, base, bytes.len() as u64);
         }
         if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
@@ -88,9 +115,17 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
 
 /// Removes manifests, newest first, so that none is left without its base.
 fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<usize, PruneError> {
+    let dir = inner.manifests.join(guest.to_string());
+    let mut removed: Option<PointEntry> = None;
     for &point in drops.iter().rev() {
+        // A disk may keep one removal and lose another: a base goes when it is
+        // sure that what builds on it has gone.
+        if removed.is_some_and(|above| above.base == point) {
+            sync_dir(&*inner.disk, &dir)?;
+        }
+        removed = inner.entry(guest, point);
         let path = manifest::path_of(&inner.manifests, guest, point);
-        match std::fs::remove_file(&path) {
+        match inner.disk.remove(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(FileError::at("remove", &path)(error).into());
             }
@@ -105,7 +140,7 @@ fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<u
             }
         }
     }
-    sync_dir(&inner.manifests.join(guest.to_string()))?;
+    sync_dir(&*inner.disk, &dir)?;
     Ok(drops.len())
 }
 

@@ -22,6 +22,7 @@ use table::HintTable;
 use super::{Inner, Reader, Store, held};
 use crate::codec::Body;
 use crate::digest::DigestKey;
+use crate::disk::Disk;
 use crate::limits::{ANSWERS_KEPT, SEQ};
 use crate::unit::Digest;
 
@@ -68,6 +69,7 @@ impl Runs {
 
 /// Hints of one store.
 pub(crate) struct Hints {
+    disk: Arc<dyn Disk>,
     path: PathBuf,
     bytes: usize,
     key: Option<DigestKey>,
@@ -85,9 +87,10 @@ pub(crate) struct Hints {
 
 impl Hints {
     /// Looks whether there is a file; reads it later.
-    pub(super) fn open(path: PathBuf, bytes: usize) -> Hints {
+    pub(super) fn open(disk: Arc<dyn Disk>, path: PathBuf, bytes: usize) -> Hints {
         Hints {
-            key: HintFile::key(&path).map(DigestKey::new),
+            key: HintFile::key(&*disk, &path).map(DigestKey::new),
+            disk,
             path,
             bytes,
             table: HintTable::new(bytes),
@@ -117,7 +120,7 @@ impl Hints {
         self.cursor = 1;
         self.answers.clear();
         self.read = true;
-        self.file = match HintFile::begin(&self.path, key.bytes()) {
+        self.file = match HintFile::begin(&*self.disk, &self.path, key.bytes()) {
             Ok(file) => Some(file),
             Err(error) => {
                 tracing::warn!(%error, "hints are kept in memory only");
@@ -169,7 +172,7 @@ impl Hints {
         };
         let mut gone = 0;
         let (table, covered) = (&mut self.table, &mut self.covered);
-        let read = HintFile::load(&self.path, &mut |seq, prefixes| {
+        let read = HintFile::load(&*self.disk, &self.path, &mut |seq, prefixes| {
             if !live(seq) {
                 gone += 6 * prefixes.len() as u64;
                 return;

@@ -8,39 +8,55 @@ use super::hints::Hints;
 use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Store, StoreError};
 use super::{StoreOptions, held};
 use crate::codec::Sequence;
-use crate::files::{FileError, lock, make_dir};
+use crate::disk::{Access, Disk};
+use crate::files::{FileError, is_bad_sector, lock, make_dir, sync_dir};
 use crate::limits::{IMAGE_SEQ, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
-use crate::log::Log;
+use crate::log::{Log, LogError};
 use crate::manifest::{self, ManifestError};
 use crate::unit::GuestId;
 
-pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenReport), StoreError> {
+pub(super) fn open(
+    disk: Arc<dyn Disk>,
+    dir: &Path,
+    options: StoreOptions,
+) -> Result<(Store, OpenReport), StoreError> {
     if !(SEGMENT_BYTES_LEAST..=SEGMENT_BYTES_MOST).contains(&options.segment_bytes) {
         return Err(StoreError::Options(options.segment_bytes));
     }
     let manifests = dir.join("manifests");
-    make_dir(dir)?;
-    make_dir(&manifests)?;
-    let lock = lock(dir)?;
+    make_dir(&*disk, dir)?;
+    make_dir(&*disk, &manifests)?;
+    // Names that a killed process made last forever from here on.
+    sync_dir(&*disk, &manifests)?;
+    let lock = lock(&*disk, dir)?;
     // Which batches belong to unsealed points is known once the manifests are:
     // until then only number, guest and point of each are noted.
     let mut noted = Vec::new();
     let (log, log_report) = Log::open(
+        disk.clone(),
         &dir.join("segments"),
         options.segment_bytes,
         options.bytes_most,
         &mut |header| noted.push(*header),
     )?;
     let image_numbers = Sequence::starting_at(log.last_image_seq().max(IMAGE_SEQ) + 1);
-    let inner = Inner {
+    let unreadable = log_report.bad.iter().filter(|bad| bad.unreadable);
+    let unreadable = unreadable.map(|bad| bad.path.clone()).collect();
+    let mut inner = Inner {
+        hints: Mutex::new(Hints::open(
+            disk.clone(),
+            dir.join("hints"),
+            options.hint_bytes,
+        )),
+        disk,
         manifests,
         log,
         state: Mutex::new(State::default()),
-        hints: Mutex::new(Hints::open(dir.join("hints"), options.hint_bytes)),
         image_numbers: Arc::new(image_numbers),
         options,
         writing: Mutex::new(()),
         pruning: Mutex::new(()),
+        unreadable,
         _lock: lock,
     };
     let mut report = OpenReport {
@@ -48,10 +64,10 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenRepo
         ..OpenReport::default()
     };
     let manifests = &inner.manifests;
-    for entry in std::fs::read_dir(manifests).map_err(FileError::at("list", manifests))? {
-        let name = entry.map_err(FileError::at("list", manifests))?.file_name();
+    let names = inner.disk.list(manifests);
+    for name in names.map_err(FileError::at("list", manifests))? {
         if let Some(guest) = name.to_str().and_then(|name| name.parse().ok()) {
-            load_guest(&inner, guest, &mut report)?;
+            load_guest(&mut inner, guest, &mut report)?;
         }
     }
     let mut state = held(&inner.state);
@@ -64,12 +80,18 @@ pub(super) fn open(dir: &Path, options: StoreOptions) -> Result<(Store, OpenRepo
     Ok((Store(Arc::new(inner)), report))
 }
 
-fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<(), StoreError> {
+fn load_guest(
+    inner: &mut Inner,
+    guest: GuestId,
+    report: &mut OpenReport,
+) -> Result<(), StoreError> {
     let dir = inner.manifests.join(guest.to_string());
+    sync_dir(&*inner.disk, &dir)?;
     let mut state = GuestState::default();
     let mut found = BTreeMap::new();
-    for entry in std::fs::read_dir(&dir).map_err(FileError::at("list", &dir))? {
-        let path = entry.map_err(FileError::at("list", &dir))?.path();
+    let names = inner.disk.list(&dir);
+    for name in names.map_err(FileError::at("list", &dir))? {
+        let path = dir.join(name);
         let number = path
             .file_stem()
             .and_then(|stem| stem.to_str())
@@ -83,7 +105,8 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
             }
             // A manifest that was never renamed was never sealed.
             (Some("tmp"), _) => {
-                std::fs::remove_file(&path).map_err(FileError::at("remove", &path))?;
+                let removed = inner.disk.remove(&path);
+                removed.map_err(FileError::at("remove", &path))?;
             }
             _ => {}
         }
@@ -97,8 +120,13 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
                 why,
             });
         };
-        let head = match manifest::read_head(&path) {
+        let head = match manifest::read_head(&*inner.disk, &path) {
             Ok(head) => head,
+            Err(ManifestError::File(error)) if is_bad_sector(&error.source) => {
+                damage(error.to_string());
+                inner.unreadable.push(path);
+                continue;
+            }
             Err(ManifestError::File(error)) => return Err(error.into()),
             Err(error) => {
                 damage(error.to_string());
@@ -119,9 +147,9 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
                 continue;
             }
         };
-        let length = std::fs::metadata(&path)
-            .map_err(FileError::at("read", &path))?
-            .len();
+        let length = (inner.disk.open(&path, Access::Read))
+            .and_then(|file| file.bytes())
+            .map_err(FileError::at("read", &path))?;
         let entry = PointEntry::new(Arc::new(head.header), base, length);
         state.points.insert(point, entry);
     }
@@ -130,26 +158,43 @@ fn load_guest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<
 }
 
 /// The newest point must be whole, for the next one builds on it.
-fn choose_newest(inner: &Inner, guest: GuestId, report: &mut OpenReport) -> Result<(), StoreError> {
+fn choose_newest(
+    inner: &mut Inner,
+    guest: GuestId,
+    report: &mut OpenReport,
+) -> Result<(), StoreError> {
     loop {
+        let mut unreadable = false;
         let newest = held(&inner.state)
             .guests
             .get(&guest)
             .map_or(0, GuestState::newest_point);
         let why = match inner.load_map(guest, newest) {
             Ok(map) => match inner.dangling(&map) {
-                None => {
+                Ok(None) => {
                     if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
                         state.newest = Arc::new(map);
                     }
                     return Ok(());
                 }
-                Some(place) => format!("it needs unit {place:?}, which the log has lost"),
+                Ok(Some(place)) => format!("it needs unit {place:?}, which the log has lost"),
+                Err(LogError::File(error)) if is_bad_sector(&error.source) => {
+                    unreadable = true;
+                    error.to_string()
+                }
+                Err(error) => return Err(error.into()),
             },
+            Err(ManifestError::File(error)) if is_bad_sector(&error.source) => {
+                unreadable = true;
+                error.to_string()
+            }
             Err(ManifestError::File(error)) => return Err(error.into()),
             Err(error) => error.to_string(),
         };
         let path = manifest::path_of(&inner.manifests, guest, newest);
+        if unreadable {
+            inner.unreadable.push(path.clone());
+        }
         report.damaged.push(DamagedPoint {
             guest: Some(guest),
             path,

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::{Inner, held};
+use super::{Inner, PointEntry, held};
 use crate::codec::{BatchError, BatchView, Body, Content, EntriesView, Expander};
 use crate::limits::MAP_LEAF;
 use crate::log::LogError;
@@ -62,19 +62,28 @@ impl Inner {
         Ok(())
     }
 
+    /// What is known of a point.
+    pub(crate) fn entry(&self, guest: GuestId, point: u64) -> Option<PointEntry> {
+        let state = held(&self.state);
+        state.guests.get(&guest)?.points.get(&point).cloned()
+    }
+
     /// Does this place hold a unit: a literal, or a difference whose base is here?
-    pub(crate) fn resolves(&self, place: Place, sound: &mut Sound) -> bool {
+    ///
+    /// # Errors
+    /// When the disk would not tell: that is no answer.
+    pub(crate) fn resolves(&self, place: Place, sound: &mut Sound) -> Result<bool, LogError> {
         let Some(at) = self.log.locate(place.seq()) else {
-            return false;
+            return Ok(false);
         };
-        place.index() < at.literals
-            && (!at.deltas || self.sound_slots(place.seq(), sound) >> place.index() & 1 == 1)
+        Ok(place.index() < at.literals
+            && (!at.deltas || self.sound_slots(place.seq(), sound)? >> place.index() & 1 == 1))
     }
 
     /// A bit for each slot of a batch with differences that can be read.
-    fn sound_slots(&self, seq: u64, sound: &mut Sound) -> u64 {
+    fn sound_slots(&self, seq: u64, sound: &mut Sound) -> Result<u64, LogError> {
         if let Some(&slots) = sound.get(&seq) {
-            return slots;
+            return Ok(slots);
         }
         let mut slots = u64::MAX;
         let mut bytes = Vec::new();
@@ -86,16 +95,23 @@ impl Inner {
                 }
             }
         });
-        // A batch that cannot be read holds nothing; who needs it is told why then.
-        if read.is_err() {
-            slots = 0;
+        match read {
+            Ok(()) => {}
+            // A disk that would not read it once may do so the next time: to say
+            // "lost" would drop a point, or let a prune take what it needs.
+            Err(ExpandError::Log(error @ LogError::File(_))) => return Err(error),
+            // A damaged batch holds nothing; who needs it is told why then.
+            Err(_) => slots = 0,
         }
         sound.insert(seq, slots);
-        slots
+        Ok(slots)
     }
 
     /// The first place of a map that holds nothing, if any.
-    pub(crate) fn dangling(&self, map: &PointMap) -> Option<Place> {
+    ///
+    /// # Errors
+    /// As for [`Inner::resolves`].
+    pub(crate) fn dangling(&self, map: &PointMap) -> Result<Option<Place>, LogError> {
         let mut checked = 0; // Runs often follow one another in one batch.
         let mut sound = Sound::new();
         for run in map.all_runs() {
@@ -105,21 +121,22 @@ impl Inner {
                 if last.0 == checked {
                     continue;
                 }
-                if !self.resolves(last, &mut sound) {
-                    return Some(last);
+                if !self.resolves(last, &mut sound)? {
+                    return Ok(Some(last));
                 }
                 if sound.contains_key(&seq) {
                     // Slots of this batch stand or fall each by itself.
-                    let mut places = (first.0..last.0).map(Place);
-                    if let Some(lost) = places.find(|&place| !self.resolves(place, &mut sound)) {
-                        return Some(lost);
+                    for place in (first.0..last.0).map(Place) {
+                        if !self.resolves(place, &mut sound)? {
+                            return Ok(Some(place));
+                        }
                     }
                 } else {
                     checked = last.0;
                 }
             }
         }
-        None
+        Ok(None)
     }
 
     /// Builds the map of a point from its manifests, oldest first.
@@ -138,7 +155,7 @@ impl Inner {
             drop(state);
             at = match base {
                 Some(base) => base,
-                None => manifest::read_head(&path)?.base,
+                None => manifest::read_head(&*self.disk, &path)?.base,
             };
         }
         let mut map = PointMap::default();
@@ -156,7 +173,7 @@ impl Inner {
     ) -> Result<manifest::Head, ManifestError> {
         let most = self.options.map_bytes;
         let mut fits = true;
-        let head = manifest::read(path, &mut |run| {
+        let head = manifest::read(&*self.disk, path, &mut |run| {
             fits = fits && leaf_bytes(map) <= most;
             if fits {
                 map.set(&run);

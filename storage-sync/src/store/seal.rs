@@ -5,7 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::{ExpandError, Inner, PointEntry, Reader, Sound, Waiting, held, leaf_bytes};
 use crate::codec::{BatchError, Body, Chain, Content, EntriesView};
-use crate::files::{FileError, make_dir, sync_dir};
+use crate::files::{FileError, make_dir};
 use crate::limits::{CONTEXT_BYTES, POINT};
 use crate::log::LogError;
 use crate::manifest::{self, PointHeader, PointStats, check_volumes};
@@ -305,12 +305,11 @@ fn apply(
             Content::Delta(delta) => delta.base.0..delta.base.0 + 1,
             Content::Zeros | Content::Literals(_) => 0..0,
         };
-        let mut needed = needed.map(Place);
-        if let Some(lost) = needed.find(|&place| !inner.resolves(place, sound)) {
-            return Err(SealError::Dangling {
-                seq,
-                missing: lost.seq(),
-            });
+        for place in needed.map(Place) {
+            if !inner.resolves(place, sound)? {
+                let missing = place.seq();
+                return Err(SealError::Dangling { seq, missing });
+            }
         }
         let (volume, unit, count) = (entry.volume, entry.unit, entry.count);
         map.set(&Run {
@@ -338,11 +337,10 @@ fn write(
     changes: &[Run],
 ) -> Result<PointEntry, FileError> {
     let path = manifest::path_of(&inner.manifests, header.guest, header.point);
-    if let Some(dir) = path.parent()
-        && !dir.is_dir()
+    if parent.is_none()
+        && let Some(dir) = path.parent()
     {
-        make_dir(dir)?;
-        sync_dir(&inner.manifests)?;
+        make_dir(&*inner.disk, dir)?;
     }
     let base = parent.filter(|parent| parent.may_be_base());
     let bytes = match base {
@@ -351,7 +349,14 @@ fn write(
             manifest::encode(&header, base.header.point, context, changes.iter().copied())
         }
     };
-    manifest::write(&path, &bytes)?;
+    if let Err(unplaced) = manifest::write(&*inner.disk, &path, &bytes) {
+        if unplaced.named {
+            // Not answered, so not sealed: a restart must not find it half alive,
+            // with batches that a prune has taken since.
+            let _ = inner.disk.remove(&path);
+        }
+        return Err(unplaced.into());
+    }
     Ok(PointEntry::new(Arc::new(header), base, bytes.len() as u64))
 }
 

@@ -5,12 +5,11 @@
 //! made anew from its batch, and a wrong one costs a look into a batch.
 //! `FORMAT.md` draws the bytes.
 
-use std::fs::File;
-use std::io::{BufReader, Read};
-use std::os::unix::fs::FileExt;
+use std::io::{self, BufReader, Read};
 use std::path::{Path, PathBuf};
 
 use super::Prefix;
+use crate::disk::{Access, Disk, OpenFile};
 use crate::files::{FileError, open_private};
 use crate::unit::GROUP;
 
@@ -23,8 +22,22 @@ const FRONT: usize = 9;
 /// The file, open at its end.
 pub(super) struct HintFile {
     path: PathBuf,
-    file: File,
+    file: OpenFile,
     end: u64,
+}
+
+/// A file, read from its beginning on.
+struct FromStart<'a> {
+    file: &'a OpenFile,
+    at: u64,
+}
+
+impl Read for FromStart<'_> {
+    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
+        let read = self.file.read_at(out, self.at)?;
+        self.at += read as u64;
+        Ok(read)
+    }
 }
 
 fn check_of(bytes: &[u8]) -> [u8; CHECK] {
@@ -79,16 +92,21 @@ fn take(from: &mut impl Read, prefixes: &mut Vec<Prefix>) -> Option<(u64, u64)> 
 
 impl HintFile {
     /// The key under which the file's digests were made, if there is a sound one.
-    pub(super) fn key(path: &Path) -> Option<[u8; 32]> {
+    pub(super) fn key(disk: &dyn Disk, path: &Path) -> Option<[u8; 32]> {
         let mut found = [0; HEADER];
-        File::open(path).ok()?.read_exact(&mut found).ok()?;
+        let file = disk.open(path, Access::Read).ok()?;
+        file.read_exact_at(&mut found, 0).ok()?;
         let key = *found[8..].first_chunk::<32>()?;
         (header(&key) == found).then_some(key)
     }
 
     /// An empty file for digests of this key.
-    pub(super) fn begin(path: &Path, key: &[u8; 32]) -> Result<HintFile, FileError> {
-        let file = open_private(path)?;
+    pub(super) fn begin(
+        disk: &dyn Disk,
+        path: &Path,
+        key: &[u8; 32],
+    ) -> Result<HintFile, FileError> {
+        let file = open_private(disk, path)?;
         let begun = file
             .set_len(0)
             .and_then(|()| file.write_all_at(&header(key), 0));
@@ -103,12 +121,14 @@ impl HintFile {
     /// Reads every record up to the first that is none, cuts the file there,
     /// and goes on behind it.
     pub(super) fn load(
+        disk: &dyn Disk,
         path: &Path,
         each: &mut dyn FnMut(u64, &[Prefix]),
     ) -> Result<HintFile, FileError> {
-        let file = open_private(path)?;
-        let mut reader = BufReader::with_capacity(1 << 20, &file);
-        let skipped = std::io::copy(&mut (&mut reader).take(HEADER as u64), &mut std::io::sink());
+        let file = open_private(disk, path)?;
+        let from = FromStart { file: &file, at: 0 };
+        let mut reader = BufReader::with_capacity(1 << 20, from);
+        let skipped = io::copy(&mut (&mut reader).take(HEADER as u64), &mut io::sink());
         let mut end = skipped.map_err(FileError::at("read", path))?;
         let mut prefixes = Vec::with_capacity(GROUP);
         while let Some((seq, length)) = take(&mut reader, &mut prefixes) {
@@ -144,12 +164,13 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::disk::SystemDisk;
 
     type Records = Vec<(u64, Vec<Prefix>)>;
 
     fn read(path: &Path) -> Records {
         let mut found = Records::new();
-        HintFile::load(path, &mut |seq, prefixes| {
+        HintFile::load(&SystemDisk, path, &mut |seq, prefixes| {
             found.push((seq, prefixes.to_vec()))
         })
         .unwrap();
@@ -168,7 +189,7 @@ mod tests {
         ) {
             let dir = tempfile::tempdir().unwrap();
             let path = dir.path().join("hints");
-            let mut file = HintFile::begin(&path, &[7; 32]).unwrap();
+            let mut file = HintFile::begin(&SystemDisk, &path, &[7; 32]).unwrap();
             let (mut bytes, mut ends) = (Vec::new(), Vec::new());
             for (seq, prefixes) in &records {
                 put(&mut bytes, *seq, prefixes);
@@ -176,7 +197,7 @@ mod tests {
             }
             file.append(&bytes).unwrap();
             prop_assert_eq!(&read(&path), &records);
-            prop_assert_eq!(HintFile::key(&path), Some([7; 32]));
+            prop_assert_eq!(HintFile::key(&SystemDisk, &path), Some([7; 32]));
 
             let mut whole = std::fs::read(&path).unwrap();
             let at = HEADER + at.index(whole.len() - HEADER);
@@ -188,7 +209,7 @@ mod tests {
             let sound = ends.iter().filter(|end| **end <= at).count();
             prop_assert_eq!(&read(&path), &records[..sound]);
             // It goes on behind the last sound one.
-            let mut file = HintFile::load(&path, &mut |_, _| {}).unwrap();
+            let mut file = HintFile::load(&SystemDisk, &path, &mut |_, _| {}).unwrap();
             let mut more = Vec::new();
             put(&mut more, 5, &[[9; 6]]);
             file.append(&more).unwrap();
@@ -200,16 +221,16 @@ mod tests {
     fn a_damaged_header_has_no_key() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("hints");
-        assert_eq!(HintFile::key(&path), None);
-        HintFile::begin(&path, &[3; 32]).unwrap();
+        assert_eq!(HintFile::key(&SystemDisk, &path), None);
+        HintFile::begin(&SystemDisk, &path, &[3; 32]).unwrap();
         for at in 0..HEADER as u64 {
-            let file = open_private(&path).unwrap();
+            let file = open_private(&SystemDisk, &path).unwrap();
             let mut byte = [0];
             file.read_exact_at(&mut byte, at).unwrap();
             file.write_all_at(&[byte[0] ^ 1], at).unwrap();
-            assert_eq!(HintFile::key(&path), None, "byte {at}");
+            assert_eq!(HintFile::key(&SystemDisk, &path), None, "byte {at}");
             file.write_all_at(&byte, at).unwrap();
         }
-        assert_eq!(HintFile::key(&path), Some([3; 32]));
+        assert_eq!(HintFile::key(&SystemDisk, &path), Some([3; 32]));
     }
 }

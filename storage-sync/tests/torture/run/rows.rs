@@ -1,0 +1,194 @@
+//! The catalogue: power cuts, errors and flipped bits in its journal, with
+//! sled's directory there or lost.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use farhaven_storage_sync::catalogue::{Catalogue, CatalogueReport, Table};
+use farhaven_storage_sync::disk::simulated::{Fault, SimulatedDisk};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+
+/// What was tried.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Rows {
+    pub cuts: u64,
+    pub faults: u64,
+    pub flips: u64,
+    /// Flips that opening told of.
+    pub told: u64,
+}
+
+const DIR: &str = "/var/farhaven/catalogue";
+
+type Table1 = BTreeMap<String, u64>;
+
+fn open(disk: &SimulatedDisk, sled: &Path) -> Result<(Catalogue, CatalogueReport), String> {
+    let opened = Catalogue::open_on(Arc::new(disk.clone()), Path::new(DIR), sled);
+    opened.map_err(|error| error.to_string())
+}
+
+fn rows(catalogue: &Catalogue) -> Result<Table1, String> {
+    let rows = catalogue.list::<u64>(Table::Guests);
+    Ok(rows
+        .map_err(|error| error.to_string())?
+        .into_iter()
+        .collect())
+}
+
+/// All rows that were flushed, changed by any part of what came after.
+fn holds(found: &Table1, flushed: &Table1, after: &[(String, Option<u64>)]) -> Result<(), String> {
+    for key in found.keys().chain(flushed.keys()) {
+        let now = found.get(key).copied();
+        let may = after
+            .iter()
+            .filter(|(of, _)| of == key)
+            .map(|(_, value)| *value);
+        if now != flushed.get(key).copied() && !may.clone().any(|value| value == now) {
+            return Err(format!(
+                "row {key} is {now:?} and was {:?}",
+                flushed.get(key)
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// One life of a catalogue: rows are put, removed and flushed.
+pub fn run(seed: u64, all: &mut Rows) -> Result<(), String> {
+    let mut random = StdRng::seed_from_u64(seed);
+    let disk = SimulatedDisk::new();
+    let home = tempfile::tempdir().map_err(|error| error.to_string())?;
+    let home = home.path();
+    let lost = |at: u64| home.join(format!("lost-{at}"));
+    let (catalogue, _) = open(&disk, &home.join("sled"))?;
+    let (mut flushed, mut now) = (Table1::new(), Table1::new());
+    for round in 0..6 {
+        let mut after = Vec::new();
+        disk.watch();
+        for _ in 0..random.random_range(1..5) {
+            let key = format!("guest{}", random.random_range(0..9));
+            let value = random.random_bool(0.8).then(|| random.random::<u64>());
+            match value {
+                Some(value) => {
+                    catalogue
+                        .put(Table::Guests, &key, &value)
+                        .map_err(|e| e.to_string())?;
+                    now.insert(key.clone(), value);
+                }
+                None => {
+                    catalogue
+                        .remove(Table::Guests, &key)
+                        .map_err(|e| e.to_string())?;
+                    now.remove(&key);
+                }
+            }
+            after.push((key, value));
+        }
+        catalogue.flush().map_err(|e| e.to_string())?;
+        for moment in disk.moments() {
+            let chance = [0.0, 0.5, 1.0][random.random_range(0..3)];
+            let cut = moment.disk.power_cut(random.random(), chance);
+            let (again, _) = open(&cut, &lost(all.cuts))?;
+            holds(&rows(&again)?, &flushed, &after)
+                .map_err(|why| format!("seed {seed}, power cut before {}: {why}", moment.what))?;
+            drop(again);
+            let _ = std::fs::remove_dir_all(lost(all.cuts));
+            all.cuts += 1;
+        }
+        flushed.clone_from(&now);
+        if round == 5 {
+            break;
+        }
+    }
+    drop(catalogue);
+    // Every call fails once, while it is opened, written and flushed.
+    for nth in 1.. {
+        let disk = disk.copy();
+        disk.fail(nth, Fault::Io);
+        let after = vec![("guest1".to_string(), Some(7))];
+        let mut last = None;
+        let wrote = open(&disk, &lost(nth)).and_then(|(catalogue, _)| {
+            let row = catalogue.put(Table::Guests, "guest1", &7_u64);
+            let flush = row.and_then(|()| catalogue.flush());
+            last = flush.as_ref().err().map(ToString::to_string);
+            flush.map_err(|error| error.to_string())
+        });
+        if let Err(error) = &wrote
+            && !error.contains("/")
+        {
+            return Err(format!(
+                "seed {seed}: the error does not say where: {error}"
+            ));
+        }
+        let hit = disk.heal();
+        let mut expected = flushed.clone();
+        if wrote.is_ok() {
+            expected.insert("guest1".into(), 7);
+        }
+        for disk in [disk.power_cut(nth, 0.5), disk.power_cut(nth, 0.0), disk] {
+            let (again, _) = open(&disk, &home.join("again"))?;
+            holds(&rows(&again)?, &expected, &after)
+                .map_err(|why| format!("seed {seed}, {hit:?}: {why}"))?;
+            drop(again);
+            let _ = std::fs::remove_dir_all(home.join("again"));
+        }
+        let _ = std::fs::remove_dir_all(lost(nth));
+        match hit {
+            Some(_) => all.faults += 1,
+            None => break,
+        }
+    }
+    // A bit flips: the rows are as they were, or opening says so.
+    let journal = Path::new(DIR).join("catalogue.journal");
+    let bytes = disk.files().into_iter().find(|(path, _)| *path == journal);
+    let length = bytes.map_or(0, |(_, bytes)| bytes.len());
+    for _ in 0..12 {
+        let (byte, bit) = (random.random_range(0..length), random.random_range(0..8));
+        for with_sled in [true, false] {
+            let disk = disk.copy();
+            disk.flip(&journal, byte, bit);
+            let sled = home.join("flipped");
+            let _ = std::fs::remove_dir_all(&sled);
+            if with_sled {
+                copy(&home.join("sled"), &sled)?;
+            }
+            let (again, report) = open(&disk, &sled)?;
+            let told = report.torn_bytes > 0 || !report.set_aside.is_empty();
+            let same = rows(&again)? == flushed;
+            all.flips += 1;
+            all.told += u64::from(told);
+            if !told && !same {
+                return Err(format!(
+                    "seed {seed}, bit {bit} of byte {byte}: served as good"
+                ));
+            }
+            // A removal that rotted at the very end may come back; no row goes.
+            let found = rows(&again)?;
+            let kept = flushed
+                .iter()
+                .all(|(key, value)| found.get(key) == Some(value));
+            if with_sled && !kept {
+                return Err(format!(
+                    "seed {seed}, bit {bit} of byte {byte}: sled had the rows"
+                ));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn copy(from: &Path, to: &Path) -> Result<(), String> {
+    std::fs::create_dir_all(to).map_err(|error| error.to_string())?;
+    for entry in std::fs::read_dir(from).map_err(|error| error.to_string())? {
+        let entry = entry.map_err(|error| error.to_string())?;
+        let to = to.join(entry.file_name());
+        if entry.path().is_dir() {
+            copy(&entry.path(), &to)?;
+        } else {
+            std::fs::copy(entry.path(), to).map_err(|error| error.to_string())?;
+        }
+    }
+    Ok(())
+}
