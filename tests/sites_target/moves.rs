@@ -184,12 +184,12 @@ fn a_guest_taken_back_by_force_ends_the_one_that_runs_at_the_peer() {
     let Some(guest) = small(&dir.path().join("g")) else {
         return;
     };
-    // The peer's word takes long enough to be lost.
+    // The peer's word takes long enough to be lost, and longer than a blackout may be.
     let pair = Pair::start("200mbit,800ms", "", "");
     protect(&pair, "web", &guest);
     sealed(&pair.east, "web");
     std::thread::scope(|scope| {
-        let answer = scope.spawn(|| pair.east.cli(&["move", "web"]));
+        let answer = scope.spawn(|| pair.east.cli(&["move", "web", "--accept-pause"]));
         pair.west.until("it runs at west", PATIENCE, |view| {
             view.standbys[0].active.as_ref().map(drop)
         });
