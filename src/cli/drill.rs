@@ -55,20 +55,21 @@ async fn start(client: &Client, name: &str, point: Option<u64>, json: bool) -> O
     if json {
         return print_json(&report);
     }
-    println!(
+    say!(
         "A test of '{}' runs here, from point {}, on no network. Protection goes on.",
-        report.guest, report.point
+        report.guest,
+        report.point
     );
-    println!("  age of that point     {}", millis(report.age_ms));
-    println!("  until it ran          {:.0} ms", report.rto_ms);
+    say!("  age of that point     {}", millis(report.age_ms));
+    say!("  until it ran          {:.0} ms", report.rto_ms);
     if let Some(qmp) = &report.qmp {
-        println!("  QMP                   {qmp}");
+        say!("  QMP                   {qmp}");
     }
     if let Some(console) = &report.console {
-        println!("  console               {}", console.log.display());
-        println!("    type into it        {}", console.socket.display());
+        say!("  console               {}", console.log.display());
+        say!("    type into it        {}", console.socket.display());
     }
-    println!("End it, and throw it away: farhaven test cleanup {name}");
+    say!("End it, and throw it away: farhaven test cleanup {name}");
     Ok(())
 }
 
@@ -78,16 +79,16 @@ async fn cleanup(client: &Client, name: &str, json: bool) -> Outcome {
     if json {
         return print_json(&ended);
     }
-    println!(
+    say!(
         "The test of '{}' from point {} has ended after {}. Removed:",
         ended.guest,
         ended.point,
         millis(ended.ran_ms)
     );
     for what in &ended.removed {
-        println!("  {what}");
+        say!("  {what}");
     }
-    println!(
+    say!(
         "That freed {} of memory and {} of disk.",
         bytes(ended.ram_bytes),
         bytes(ended.overlay_bytes)

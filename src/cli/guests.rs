@@ -97,7 +97,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
                 return print_json(&record);
             }
             show::definition(&record);
-            println!("\nNext: farhaven guest check {name}, then farhaven protect {name} --to SITE");
+            say!("\nNext: farhaven guest check {name}, then farhaven protect {name} --to SITE");
         }
         GuestVerb::Start {
             name,
@@ -127,7 +127,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
                 return print_json(&record);
             }
             show::definition(&record);
-            println!(
+            say!(
                 "\nNext: farhaven protect {name} --to SITE; in the end: farhaven guest end {name}"
             );
         }
@@ -136,7 +136,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
                 .post(&guest_path(&name, "/end"), &Done {})
                 .await
                 .map_err(told)?;
-            println!("'{name}' has ended.");
+            say!("'{name}' has ended.");
         }
         GuestVerb::Check { name, to, json } => {
             let query = to
@@ -175,7 +175,7 @@ pub(super) async fn guest(client: &Client, verb: GuestVerb) -> Outcome {
         }
         GuestVerb::Remove { name } => {
             let _: Done = client.delete(&guest_path(&name, "")).await.map_err(told)?;
-            println!("'{name}' is known here no more. If it is a QEMU, that runs on.");
+            say!("'{name}' is known here no more. If it is a QEMU, that runs on.");
         }
     }
     Ok(())
@@ -198,12 +198,12 @@ pub(super) async fn protect(
         .await
         .map_err(told)?;
     if seeded {
-        println!(
+        say!(
             "'{name}' will be protected to '{to}' once its seed is imported there: farhaven seed import FILE"
         );
         return Ok(());
     }
-    println!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
+    say!("'{name}' is being copied to '{to}'. Watch it: farhaven status --watch");
     Ok(())
 }
 
@@ -212,7 +212,7 @@ pub(super) async fn pause(client: &Client, name: &str) -> Outcome {
         .post(&guest_path(name, "/pause"), &Done {})
         .await
         .map_err(told)?;
-    println!("Protection of '{name}' is paused; its RPO grows. Go on: farhaven resume {name}");
+    say!("Protection of '{name}' is paused; its RPO grows. Go on: farhaven resume {name}");
     Ok(())
 }
 
@@ -221,7 +221,7 @@ pub(super) async fn resume(client: &Client, name: &str) -> Outcome {
         .post(&guest_path(name, "/resume"), &Done {})
         .await
         .map_err(told)?;
-    println!("Protection of '{name}' goes on.");
+    say!("Protection of '{name}' goes on.");
     Ok(())
 }
 
@@ -236,7 +236,7 @@ pub(super) async fn unprotect(client: &Client, name: &str, discard: bool) -> Out
     } else {
         "stay until their time is over"
     };
-    println!(
+    say!(
         "'{name}' is protected no more; where it runs, it runs on. Its points at the peer {points}."
     );
     Ok(())
@@ -337,9 +337,9 @@ pub(super) async fn move_outlook(client: &Client, name: &str, json: bool) -> Out
     if json {
         return print_json(&outlook);
     }
-    println!("'{name}', by its newest point: {outlook}.");
+    say!("'{name}', by its newest point: {outlook}.");
     if !outlook.within {
-        println!(
+        say!(
             "A move takes rounds first, and may throttle it by up to {} %. Should that not suffice, it stays unless you add --accept-pause.",
             outlook.max_throttle_percent
         );
@@ -353,7 +353,7 @@ pub(super) async fn take_back(client: &Client, name: &str, force: bool) -> Outco
         .post(&guest_path(name, "/take-back"), &body)
         .await
         .map_err(told)?;
-    println!(
+    say!(
         "'{name}' runs here again, under a new term: should it run at the peer, it is stopped there."
     );
     Ok(())

@@ -53,7 +53,7 @@ pub(super) async fn run(client: &Client, verb: ImageVerb) -> Outcome {
                 return print_json(&images);
             }
             if images.is_empty() {
-                println!("No image is stored here. Next: farhaven image add FILE");
+                say!("No image is stored here. Next: farhaven image add FILE");
                 return Ok(());
             }
             let mut rows = table(&["Image", "For guests of", "Size", "Takes here"]);
@@ -64,7 +64,7 @@ pub(super) async fn run(client: &Client, verb: ImageVerb) -> Outcome {
                 };
                 rows.add_row([image.name, image.peer, bytes(image.bytes), takes]);
             }
-            println!("{rows}");
+            say!("{rows}");
             Ok(())
         }
         ImageVerb::Remove { name, peer } => {
@@ -72,7 +72,7 @@ pub(super) async fn run(client: &Client, verb: ImageVerb) -> Outcome {
             let path = format!("/v1/images/{}{query}", escaped(&name));
             let removed: Vec<ImageView> = client.delete(&path).await.map_err(told)?;
             for image in removed {
-                println!("Image '{name}' for guests of '{}' is removed.", image.peer);
+                say!("Image '{name}' for guests of '{}' is removed.", image.peer);
             }
             Ok(())
         }
@@ -103,7 +103,7 @@ async fn add(
         return print_json(&stored);
     }
     for image in stored {
-        println!(
+        say!(
             "Image '{}' is stored for guests of '{}': {}, {} here.",
             image.name,
             image.peer,

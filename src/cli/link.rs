@@ -60,8 +60,8 @@ pub(super) async fn run(client: &Client, verb: LinkVerb) -> Outcome {
 }
 
 fn show(view: &LinkView) {
-    println!("all together  {}  (by {})", view.limit, view.by);
-    println!("windows are by {}", view.time_zone);
+    say!("all together  {}  (by {})", view.limit, view.by);
+    say!("windows are by {}", view.time_zone);
     if view.guests.is_empty() {
         return;
     }
@@ -76,5 +76,5 @@ fn show(view: &LinkView) {
             guest.priority.to_string(),
         ]);
     }
-    println!("{table}");
+    say!("{table}");
 }

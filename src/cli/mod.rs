@@ -2,6 +2,9 @@
 //! through [`crate::client`]; only `site init`, `site run`,
 //! `policy`, `store`, most of `runbook` and `demo` do not.
 
+#[macro_use]
+mod out;
+
 mod drill;
 mod guests;
 mod image;
@@ -292,7 +295,7 @@ fn escaped(name: &str) -> String {
 /// Prints a value for programs.
 fn print_json(value: &impl serde::Serialize) -> Outcome {
     let text = serde_json::to_string_pretty(value).map_err(|e| e.to_string())?;
-    println!("{text}");
+    say!("{text}");
     Ok(())
 }
 

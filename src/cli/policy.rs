@@ -86,7 +86,7 @@ pub(super) fn run(verb: PolicyVerb) -> Outcome {
             if json {
                 return print_json(&shown);
             }
-            print!("{}", show::text(&shown));
+            put!("{}", show::text(&shown));
             Ok(())
         }
         PolicyVerb::Schema => print_json(&PolicyFiles::schema()),
@@ -107,12 +107,12 @@ fn check(path: &std::path::Path, json: bool) -> Outcome {
             mistakes: mistakes.into_iter().map(MistakeView::from).collect(),
         })?;
     } else {
-        mistakes.iter().for_each(|mistake| println!("{mistake}"));
+        mistakes.iter().for_each(|mistake| say!("{mistake}"));
     }
     match count {
         0 if json => Ok(()),
         0 => {
-            println!("no mistakes: {groups} groups");
+            say!("no mistakes: {groups} groups");
             Ok(())
         }
         1 => Err("1 mistake; nothing of this would be used".into()),

@@ -104,7 +104,7 @@ pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
             if json {
                 return print_json(&plan);
             }
-            print!("{}", plan.text());
+            put!("{}", plan.text());
             Ok(())
         }
         RunbookVerb::Export { mode, group } => {
@@ -113,7 +113,7 @@ pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
                 Some(mode) => builtin::of_mode(mode.into(), groups),
                 None => builtin::of_all(groups),
             };
-            print!("{}", runbook::write(&runbook));
+            put!("{}", runbook::write(&runbook));
             Ok(())
         }
         RunbookVerb::Schema => print_json(&Runbook::schema()),
@@ -151,12 +151,12 @@ fn check(file: &Path, policies: Option<&Path>, json: bool) -> Outcome {
             mistakes: mistakes.into_iter().map(MistakeView::from).collect(),
         })?;
     } else {
-        mistakes.iter().for_each(|mistake| println!("{mistake}"));
+        mistakes.iter().for_each(|mistake| say!("{mistake}"));
     }
     match count {
         0 if json => Ok(()),
         0 => {
-            println!("no mistakes: {steps} steps");
+            say!("no mistakes: {steps} steps");
             Ok(())
         }
         1 => Err("1 mistake; this would not be run".into()),

@@ -57,22 +57,23 @@ pub(super) async fn run(client: &Client, verb: SeedVerb) -> Outcome {
             if json.json {
                 return print_json(&report);
             }
-            println!(
+            say!(
                 "'{}', point {}, is in {}",
                 report.guest,
                 report.point,
                 report.file.display()
             );
-            println!(
+            say!(
                 "  {} of guest data in {}, after {}; the guest stood for {:.1} ms",
                 bytes(report.guest_bytes),
                 bytes(report.file_bytes),
                 millis(report.took_ms),
                 report.pause_ms
             );
-            println!(
+            say!(
                 "Next: farhaven protect {} --to {} --seeded; bring the file there, and there: farhaven seed import FILE",
-                report.guest, report.to
+                report.guest,
+                report.to
             );
         }
         SeedVerb::Import { file, json } => {
@@ -87,7 +88,7 @@ pub(super) async fn run(client: &Client, verb: SeedVerb) -> Outcome {
             if json.json {
                 return print_json(&report);
             }
-            println!(
+            say!(
                 "'{}' of '{}' is here as point {}, {} old: {} in {}.",
                 report.guest,
                 report.from,
@@ -96,9 +97,10 @@ pub(super) async fn run(client: &Client, verb: SeedVerb) -> Outcome {
                 bytes(report.file_bytes),
                 millis(report.took_ms)
             );
-            println!(
+            say!(
                 "Its key is destroyed, and the medium of no use any more. If '{0}' is not protected yet, at '{1}': farhaven protect {0} --to THIS-SITE",
-                report.guest, report.from
+                report.guest,
+                report.from
             );
         }
         SeedVerb::List(json) => {
@@ -114,7 +116,7 @@ pub(super) async fn run(client: &Client, verb: SeedVerb) -> Outcome {
 
 fn list(seeds: &[SeedView]) {
     if seeds.is_empty() {
-        println!("No seed is under way. Next: farhaven seed export NAME --to SITE PATH");
+        say!("No seed is under way. Next: farhaven seed export NAME --to SITE PATH");
         return;
     }
     let mut rows = table(&["Guest", "Peer", "Seed", "Done", "File"]);
@@ -137,7 +139,7 @@ fn list(seeds: &[SeedView]) {
             file,
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
 }
 
 fn share(seed: &SeedView) -> String {

@@ -31,13 +31,13 @@ pub(super) async fn status(client: &Client, status: Status) -> Outcome {
         let view: Result<SiteView, _> = client.get("/v1/status").await;
         match view {
             Ok(view) if status.json && status.watch => {
-                println!("{}", serde_json::to_string(&view).map_err(told)?);
+                say!("{}", serde_json::to_string(&view).map_err(told)?);
             }
             Ok(view) if status.json => return print_json(&view),
             Ok(view) => {
                 if status.watch && std::io::stdout().is_terminal() {
                     // Home and clear to the end: no flicker.
-                    print!("\x1b[H\x1b[J");
+                    put!("\x1b[H\x1b[J");
                 }
                 whole(&view);
                 let _ = std::io::stdout().flush();
@@ -53,19 +53,19 @@ pub(super) async fn status(client: &Client, status: Status) -> Outcome {
 }
 
 fn whole(view: &SiteView) {
-    println!("Site {}", view.site);
+    say!("Site {}", view.site);
     peers(&view.peers);
     if view.guests.is_empty() && view.standbys.is_empty() {
-        println!(
+        say!(
             "\nNo guests. Next: farhaven guest add NAME --qmp PATH, or to try it out: farhaven guest start NAME --kind sim"
         );
     }
     if !view.guests.is_empty() {
-        println!("\nGuests here");
+        say!("\nGuests here");
         guests(&view.guests);
     }
     if !view.standbys.is_empty() {
-        println!("\nGuests of peers, kept here");
+        say!("\nGuests of peers, kept here");
         standbys(&view.standbys);
     }
 }
@@ -85,7 +85,7 @@ pub(crate) fn table(header: &[&str]) -> Table {
 
 pub(super) fn peers(peers: &[PeerView]) {
     if peers.is_empty() {
-        println!("No site is paired. Next: farhaven pair");
+        say!("No site is paired. Next: farhaven pair");
         return;
     }
     let mut rows = table(&["Peer", "Link", "RTT", "Sent", "Received", "Lost", "Address"]);
@@ -116,20 +116,20 @@ pub(super) fn peers(peers: &[PeerView]) {
             Cell::new(peer.addresses.join(", ")),
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
     for peer in peers {
         if !peer.connected && !peer.last_disconnect.is_empty() {
-            println!("! {}: {}", peer.site, peer.last_disconnect);
+            say!("! {}: {}", peer.site, peer.last_disconnect);
         }
         if !peer.trouble.is_empty() {
-            println!("! {}: {}", peer.site, peer.trouble);
+            say!("! {}: {}", peer.site, peer.trouble);
         }
     }
 }
 
 pub(super) fn guests(guests: &[SourceView]) {
     if guests.is_empty() {
-        println!("No guests run here. Those of peers that are kept here: farhaven status");
+        say!("No guests run here. Those of peers that are kept here: farhaven status");
         return;
     }
     let mut rows = table(&[
@@ -183,14 +183,14 @@ pub(super) fn guests(guests: &[SourceView]) {
             Cell::new(format!("{}/s", bytes(guest.throughput_bytes_per_s))),
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
     for guest in guests.iter().filter(|g| g.phase == Phase::Moving) {
         if let Some(outlook) = &guest.outlook {
-            println!("  {}: round {}, {outlook}", guest.name, outlook.rounds);
+            say!("  {}: round {}, {outlook}", guest.name, outlook.rounds);
         }
     }
     for guest in guests.iter().filter(|g| !g.trouble.is_empty()) {
-        println!("! {}: {}", guest.name, guest.trouble);
+        say!("! {}: {}", guest.name, guest.trouble);
     }
 }
 
@@ -246,9 +246,9 @@ fn standbys(standbys: &[TargetView]) {
             Cell::new(standby.term.map_or("-".to_owned(), |t| t.to_string())),
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
     for standby in standbys.iter().filter(|s| !s.trouble.is_empty()) {
-        println!("! {}: {}", standby.name, standby.trouble);
+        say!("! {}: {}", standby.name, standby.trouble);
     }
 }
 
@@ -261,7 +261,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         return print_json(&points);
     }
     if points.is_empty() {
-        println!("No recovery point of '{name}' is sealed yet.");
+        say!("No recovery point of '{name}' is sealed yet.");
         return Ok(());
     }
     let mut rows = table(&[
@@ -278,13 +278,13 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             bytes(point.sent_bytes),
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
     Ok(())
 }
 
 pub(super) fn findings(name: &str, findings: &[Finding]) {
     if findings.is_empty() {
-        println!("Nothing stops the protection of '{name}', here or at the peer.");
+        say!("Nothing stops the protection of '{name}', here or at the peer.");
         return;
     }
     let mut rows = table(&["", "What", "How to mend it"]);
@@ -300,7 +300,7 @@ pub(super) fn findings(name: &str, findings: &[Finding]) {
             Cell::new(&finding.mend),
         ]);
     }
-    println!("{rows}");
+    say!("{rows}");
 }
 
 pub(super) fn definition(record: &GuestRecord) {
@@ -308,56 +308,61 @@ pub(super) fn definition(record: &GuestRecord) {
         Some(qmp) => format!("QMP at {}", qmp.display()),
         None => "inside of the daemon".to_owned(),
     };
-    println!("Guest '{}' ({}), {at}", record.name, record.id);
+    say!("Guest '{}' ({}), {at}", record.name, record.id);
     for line in record.definition.summary() {
-        println!("  {line}");
+        say!("  {line}");
     }
     if let Some(console) = &record.console {
-        println!("  console: {}", console.socket.display());
+        say!("  console: {}", console.socket.display());
     }
 }
 
 pub(super) fn failover(report: &FailoverReport) {
     let ms = |d: Duration| format!("{:.0} ms", d.as_secs_f64() * 1e3);
-    println!(
+    say!(
         "'{}' runs here, from point {}, under term {}.",
-        report.guest, report.point, report.term
+        report.guest,
+        report.point,
+        report.term
     );
-    println!("  lost (RPO)            {}", millis(report.rpo_ms));
-    println!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
-    println!("    term made durable   {}", ms(report.times.term));
-    println!("    machine built       {}", ms(report.times.launch));
-    println!(
+    say!("  lost (RPO)            {}", millis(report.rpo_ms));
+    say!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
+    say!("    term made durable   {}", ms(report.times.term));
+    say!("    machine built       {}", ms(report.times.launch));
+    say!(
         "    RAM filled          {} ({})",
         ms(report.times.ram),
         bytes(report.times.ram_bytes)
     );
-    println!("    state restored      {}", ms(report.times.restore));
+    say!("    state restored      {}", ms(report.times.restore));
     if let Some(qmp) = &report.qmp {
-        println!("  QMP                   {qmp}");
+        say!("  QMP                   {qmp}");
     }
     if let Some(console) = &report.console {
-        println!("  console               {}", console.socket.display());
+        say!("  console               {}", console.socket.display());
     }
     if !report.note.is_empty() {
-        println!("! {}", report.note);
+        say!("! {}", report.note);
     }
-    println!("Its disks come from the store and are copied out of it now: farhaven status");
+    say!("Its disks come from the store and are copied out of it now: farhaven status");
 }
 
 pub(super) fn moved(report: &MoveReport) {
-    println!(
+    say!(
         "'{}' runs at '{}' now, under term {}; nothing was lost.",
-        report.guest, report.to, report.term
+        report.guest,
+        report.to,
+        report.term
     );
-    println!(
+    say!(
         "  it stood still        {:.0} ms (with the way of the news; {:.0} ms expected)",
-        report.blackout_ms, report.expected_blackout_ms
+        report.blackout_ms,
+        report.expected_blackout_ms
     );
-    println!("  from the command      {:.0} ms", report.total_ms);
-    println!("  sent while it stood   {}", bytes(report.final_bytes));
+    say!("  from the command      {:.0} ms", report.total_ms);
+    say!("  sent while it stood   {}", bytes(report.final_bytes));
     if !report.note.is_empty() {
-        println!("! {}", report.note);
+        say!("! {}", report.note);
     }
 }
 

@@ -79,9 +79,11 @@ async fn show_site(client: &Client, json: &Json) -> Outcome {
     if json.json {
         return print_json(&view);
     }
-    println!(
+    say!(
         "site {}  farhaven {}\nkey  {}",
-        view.site, view.version, view.key
+        view.site,
+        view.version,
+        view.key
     );
     show::peers(&view.peers);
     Ok(())
@@ -104,7 +106,7 @@ fn init(name: &str, dir: &std::path::Path) -> Outcome {
         let _ = std::fs::remove_file(&file);
         return Err(error.to_string());
     }
-    println!(
+    say!(
         "Site '{name}' is set up in {0}.\n\nNext: look through {1}, then run\n  farhaven site run --config {1}",
         dir.display(),
         file.display()
@@ -188,9 +190,10 @@ pub(super) async fn pair(client: &Client, pair: Pair) -> Outcome {
         if pair.json.json {
             return print_json(&invited);
         }
-        println!(
+        say!(
             "Run this at the other site within {}:\n\n  farhaven pair {}\n\nWhoever has this line can pair once: hand it over by a way that only its operator reads.",
-            pair.valid, invited.invitation
+            pair.valid,
+            invited.invitation
         );
         return Ok(());
     };
@@ -201,8 +204,8 @@ pub(super) async fn pair(client: &Client, pair: Pair) -> Outcome {
     if pair.json.json {
         return print_json(&peer);
     }
-    println!("Paired with site '{}', key {}.", peer.site, peer.key);
-    println!(
+    say!("Paired with site '{}', key {}.", peer.site, peer.key);
+    say!(
         "Next, where a guest runs: farhaven guest add NAME --qmp PATH, then farhaven protect NAME --to SITE"
     );
     Ok(())
@@ -222,7 +225,7 @@ pub(super) async fn peer(client: &Client, verb: PeerVerb) -> Outcome {
                 .delete(&format!("/v1/peers/{}", super::escaped(&name)))
                 .await
                 .map_err(told)?;
-            println!("Site '{name}' is paired no more. Run the same at '{name}' for this site.");
+            say!("Site '{name}' is paired no more. Run the same at '{name}' for this site.");
         }
     }
     Ok(())

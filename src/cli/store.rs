@@ -137,7 +137,7 @@ fn one(dir: &Path) -> Result<Checked, String> {
 }
 
 fn tell(store: &Checked) {
-    println!(
+    say!(
         "{}: {} points, {} batches, {} bytes verified",
         store.store.display(),
         store.points,
@@ -145,16 +145,16 @@ fn tell(store: &Checked) {
         store.bytes
     );
     if store.torn_bytes > 0 {
-        println!(
+        say!(
             "  {} bytes that a crash left were cut off",
             store.torn_bytes
         );
     }
     for lost in &store.lost_points {
-        println!("  LOST POINT {}: {}", lost.path.display(), lost.why);
+        say!("  LOST POINT {}: {}", lost.path.display(), lost.why);
     }
     for bad in &store.bad_bytes {
-        println!(
+        say!(
             "  DAMAGED {} from byte {}, {} bytes: {}",
             bad.path.display(),
             bad.offset,
@@ -163,9 +163,9 @@ fn tell(store: &Checked) {
         );
     }
     for damage in &store.damage {
-        println!("  DAMAGED {}: {}", damage.path.display(), damage.why);
+        say!("  DAMAGED {}: {}", damage.path.display(), damage.why);
         for (guest, point) in &damage.points {
-            println!("    needed by point {point} of guest {guest}");
+            say!("    needed by point {point} of guest {guest}");
         }
     }
 }

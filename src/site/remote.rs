@@ -13,7 +13,7 @@ use tokio::sync::{OnceCell, Semaphore, oneshot, watch};
 
 use super::Site;
 use crate::replicate::asking::{Answer, Questions};
-use crate::replicate::message::{Envelope, Message, Refusal};
+use crate::replicate::message::{Envelope, Message, Refusal, Unknown};
 use crate::replicate::receive::Incoming;
 use crate::replicate::send::Outgoing;
 
@@ -336,6 +336,7 @@ impl Remote {
             Ok(envelope) => envelope,
             Err(error) => {
                 tracing::warn!(peer = %self.record.site, %error, "the peer's message is not understood");
+                self.not_known(Unknown::of(bytes), error.to_string());
                 return;
             }
         };
@@ -366,19 +367,45 @@ impl Remote {
             let _room = room;
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
             if let Some(id) = envelope.id {
-                let reply = Envelope {
-                    id: None,
-                    answers: Some(id),
-                    body: answer,
-                };
-                match reply.encode() {
-                    Ok(bytes) => {
-                        let _ = remote.peer.send_message(bytes).await;
-                    }
-                    Err(error) => tracing::error!(%error, "an answer cannot be sent"),
-                }
+                remote.reply(id, answer).await;
             }
         });
+    }
+
+    async fn reply(&self, id: u64, body: Message) {
+        let reply = Envelope {
+            id: None,
+            answers: Some(id),
+            body,
+        };
+        match reply.encode() {
+            Ok(bytes) => {
+                let _ = self.peer.send_message(bytes).await;
+            }
+            Err(error) => tracing::error!(%error, "an answer cannot be sent"),
+        }
+    }
+
+    /// Nobody waits to the end for what is not understood: not the peer that
+    /// asked it, nor whoever asked here what it answers.
+    fn not_known(self: &Arc<Self>, place: Unknown, why: String) {
+        let refused = Message::Refused {
+            code: Refusal::Unknown,
+            why,
+        };
+        if let Some(id) = place.answers {
+            if let Some(waiting) = self.lock_pending().remove(&id) {
+                let _ = waiting.send(refused);
+            }
+        } else if let Some(id) = place.id
+            && let Ok(room) = self.questions.clone().try_acquire_owned()
+        {
+            let remote = self.clone();
+            tokio::spawn(async move {
+                let _room = room;
+                remote.reply(id, refused).await;
+            });
+        }
     }
 
     fn lock_pending(&self) -> std::sync::MutexGuard<'_, HashMap<u64, oneshot::Sender<Message>>> {

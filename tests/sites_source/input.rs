@@ -296,3 +296,16 @@ fn a_daemon_that_cannot_start_tells_why() {
     assert!(site.terminate());
     site.start();
 }
+
+#[test]
+fn a_reader_that_is_gone_is_no_fault_of_the_program() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_farhaven"))
+        .args(["policy", "schema"])
+        .stdout(writer)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!((output.status.code(), told.as_str()), (Some(141), ""));
+}
