@@ -7,6 +7,7 @@
 
 pub mod api;
 pub mod files;
+pub mod groups;
 pub mod hosted;
 pub mod images;
 pub mod records;
