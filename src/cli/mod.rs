@@ -15,6 +15,7 @@ mod seed;
 pub(crate) mod show;
 mod site;
 mod store;
+mod turn;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -141,6 +142,17 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// A move or a failover stays: no rollback any more; run it where the guest runs.
+    Commit(turn::CommitArgs),
+    /// Go back after a move or a failover: to the site that the guest came from, or
+    /// here to another point. Until it was committed.
+    Rollback(turn::RollbackArgs),
+    /// Protect a guest that was moved or taken over to the site that it came from:
+    /// only what differs is sent.
+    Reprotect(turn::ReprotectArgs),
+    /// Copies of guests that were stopped for good, and are kept.
+    #[command(subcommand)]
+    Evidence(turn::EvidenceVerb),
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
@@ -264,6 +276,10 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Commit(args) => turn::commit(&client, args).await,
+        Verb::Rollback(args) => turn::rollback(&client, args).await,
+        Verb::Reprotect(args) => turn::reprotect(&client, args).await,
+        Verb::Evidence(verb) => turn::evidence(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),

@@ -11,7 +11,7 @@ use farhaven_storage_sync::store::SealError;
 use super::remote::Remote;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, records};
+use super::{Site, records, turn};
 use crate::activate::fence::Term;
 use crate::replicate::message::{
     MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
@@ -89,6 +89,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             None => unknown_guest(),
         },
+        Message::Turn(asked) => turn::answer(site, remote, *asked).await,
         Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
         Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,
         Message::Retire { seqs } => {
@@ -131,7 +132,12 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
             site.has_stopped(now);
             Ok(())
         }
-        Ok(None) => Ok(()),
+        Ok(None) => {
+            if term.owner == own && before.is_none_or(|b| b.number < term.number) {
+                site.look_again(term.group);
+            }
+            Ok(())
+        }
         Err(error) => {
             // Not durable, but heard: obey it all the same.
             tracing::error!(%error, "a newer term cannot be kept");
@@ -282,6 +288,9 @@ async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
 impl Standby {
     /// For [`answer`]: begins to keep the RAM of a newly sealed point warm.
     fn sealed(self: &Arc<Self>, header: &PointHeader) {
+        if header.parent == self.base() && header.parent != 0 {
+            self.base_was_built_upon();
+        }
         self.warm_up(header.point);
     }
 }

@@ -26,6 +26,9 @@ pub use body::{
 };
 
 mod body;
+mod turn;
+
+pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -114,6 +117,7 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(turn::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
+use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 
@@ -30,6 +31,8 @@ pub(super) enum Command {
     },
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
+    /// Of the copy that is kept stopped here, since the guest runs at the peer.
+    Turn(TurnOrder),
 }
 
 impl Command {
@@ -75,6 +78,7 @@ impl Driver {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
                 }
+                Command::Turn(order) => self.turn_order(order).await,
             }
         }
         false

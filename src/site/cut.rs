@@ -300,6 +300,7 @@ fn request(
             ram_scanned_bytes: made.times.ram_scanned_bytes,
             changed_bytes: made.shipped.changed_bytes,
             sent_bytes: made.shipped.sent_bytes,
+            base: false,
         },
         activate,
     }

@@ -205,7 +205,10 @@ impl Driver {
                     self.view.send_modify(|v| {
                         v.phase = Phase::Moved;
                         v.term = Some(term.number);
-                        v.trouble = format!("it runs at '{}'", self.protection.to);
+                        v.trouble = format!(
+                            "it runs at '{}'; its copy here is kept stopped",
+                            self.protection.to
+                        );
                     });
                     return Ok(self.wait_for_command().await);
                 }
@@ -217,6 +220,10 @@ impl Driver {
         }
         if self.protection.moving.is_some() {
             return self.resolve_move().await;
+        }
+        if self.is_kept() {
+            // Handed back, and this daemon ended before its guest went on.
+            self.regain().await.map_err(DriveError::Other)?;
         }
         if self.protection.paused {
             self.phase(Phase::Paused);

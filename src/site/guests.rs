@@ -270,6 +270,27 @@ pub(super) fn stop_guest(site: &Site, record: &GuestRecord) -> Result<(), GuestE
     }
 }
 
+/// Does a guest's copy run that nobody is attached to? `None`: it has ended.
+pub(super) fn copy_runs(site: &Site, record: &GuestRecord) -> Result<Option<bool>, GuestError> {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    if record.definition.is_embedded() {
+        let vmm = site.hosted(record.id);
+        return Ok(vmm.and_then(|vmm| super::hosted::lock(&vmm).running()));
+    }
+    match Qmp::connect(qmp_of(record)?, QMP_PATIENCE) {
+        Ok(mut qmp) => {
+            let status = qmp.execute("query-status", serde_json::json!({}))?;
+            Ok(Some(status["running"] == true))
+        }
+        Err(QmpError::Connect { source, .. })
+            if matches!(source.kind(), ConnectionRefused | NotFound) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Drops the points past their time that a peer sent, in two steps: the peer
 /// forgets what is about to go, then it goes.
 pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> Result<(), String> {
@@ -279,8 +300,9 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
         let opening = standby.opening();
         // Hydrated or not: a daemon that starts anew finds its guest by the point.
         let in_use = [standby.active().map(|a| a.point), standby.tested()];
-        let headers = standby.points();
+        let headers = remote.incoming.store.points(opening.guest);
         let newest = headers.last().map(|p| p.point);
+        let base = Some(standby.base()).filter(|base| newest != Some(*base));
         let points: Vec<Point> = headers
             .iter()
             .map(|p| Point {
@@ -291,11 +313,15 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
             .collect();
         let verdicts = retain::retain(&opening.retention, &points, SystemTime::now());
         past += verdicts.iter().filter(|v| !v.keep).count();
+        // Of no use once something was built upon it, and large.
+        if base.is_some_and(|base| headers.iter().any(|p| p.point == base)) {
+            past += WORTH_PRUNING;
+        }
         keep.insert(
             opening.guest,
             verdicts
                 .iter()
-                .filter(|v| v.keep)
+                .filter(|v| v.keep && Some(v.number) != base)
                 .map(|v| v.number)
                 .collect(),
         );

@@ -118,7 +118,7 @@ async fn hand_over(
     let blackout = made.stopped.elapsed();
     match outcome {
         Ok(times) => {
-            let note = end(driver, attached.guest.take(), term).await?;
+            end(driver, attached.guest.take(), term).await?;
             tracing::info!(guest = %driver.record.name, blackout_ms = blackout.as_millis() as u64, "moved");
             Ok(report(
                 driver,
@@ -127,7 +127,7 @@ async fn hand_over(
                 declared.elapsed(),
                 times,
                 term,
-                join(converged, note),
+                converged,
             ))
         }
         Err(error) => {
@@ -327,37 +327,21 @@ async fn end(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
     term: Term,
-) -> Result<String, DriveError> {
+) -> Result<(), DriveError> {
     driver.site.fence.adopt(term)?;
-    let (site, record) = (driver.site.clone(), driver.record.clone());
-    let ended = blocking(move || match guest {
-        Some(mut guest) => {
-            let ended = guest.let_go();
-            drop(guest);
-            site.forget_hosted(record.id);
-            ended
-        }
-        None => site.let_guest_go(&record),
-    })
-    .await?;
+    // Its stopped copy is what a rollback returns to, and what a reprotection builds upon.
+    blocking(move || drop(guest)).await?;
     driver.protection.moving = None;
     driver.protection.moved = Some(term);
+    driver.protection.committed = false;
     let _ = driver.keep_protection().await;
-    let note = match ended {
-        Ok(()) => String::new(),
-        Err(error) => format!("the stopped copy here could not be ended: {error}"),
-    };
     let to = driver.protection.to.clone();
     driver.view.send_modify(|v| {
         v.phase = Phase::Moved;
         v.term = Some(term.number);
-        v.trouble = if note.is_empty() {
-            format!("it runs at '{to}'")
-        } else {
-            note.clone()
-        };
+        v.trouble = format!("it runs at '{to}'; its copy here is kept stopped");
     });
-    Ok(note)
+    Ok(())
 }
 
 async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {

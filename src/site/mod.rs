@@ -13,6 +13,7 @@ pub mod images;
 pub mod records;
 pub mod remote;
 pub mod seed;
+pub mod turn;
 pub mod view;
 
 mod adopt;
@@ -155,6 +156,8 @@ pub struct Site {
     adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
     naming: Mutex<()>,
+    /// What turns round, and what was left of it.
+    turns: turn::Turns,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     /// Terms of other sites that were heard while something ran here, until it
@@ -229,6 +232,7 @@ impl Site {
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
+            turns: turn::Turns::default(),
             hosted: RwLock::default(),
             unstopped: Mutex::default(),
         });
@@ -254,6 +258,7 @@ impl Site {
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tokio::spawn(turn::watch(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tracing::info!(
             site = %site.config.site.name,

@@ -266,10 +266,15 @@ impl Site {
             seeded,
             moving: None,
             moved: None,
+            stopped: false,
+            committed: false,
         })
     }
 
-    fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
+    pub(super) fn start_protection(
+        self: &Arc<Self>,
+        protection: Protection,
+    ) -> Result<(), OperateError> {
         // Not beside an export: two would be attached to one guest.
         self.unless_seeding(protection.guest, || {
             self.keep_protection(&protection).map_err(failed)?;
@@ -421,11 +426,14 @@ impl Site {
     ///
     /// # Errors
     /// Without `force`; when it is not held; when it cannot be resumed.
-    pub async fn take_back(&self, name: &str, force: bool) -> Result<(), OperateError> {
+    pub async fn take_back(self: &Arc<Self>, name: &str, force: bool) -> Result<(), OperateError> {
         if !force {
             return Err(OperateError::Conflict(format!(
                 "taking '{name}' back without the peer's word may leave it running twice. Make sure that it does not run at the peer, then add --force"
             )));
+        }
+        if let Some(standby) = self.standby_named(name) {
+            return self.take_back_here(&standby).await;
         }
         let (reply, answer) = tokio::sync::oneshot::channel();
         self.command(name, Command::TakeBack(reply)).await?;

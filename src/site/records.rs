@@ -48,9 +48,17 @@ pub struct Protection {
     /// A planned move is being handed over under this term: until the peer's
     /// word is known, the guest stays stopped here.
     pub moving: Option<Term>,
-    /// It was moved: it runs at the peer under this term, and its copy here was ended.
+    /// It was moved: it runs at the peer under this term. Its copy here is kept
+    /// stopped, as it was at its last instruction.
     #[serde(default)]
     pub moved: Option<Term>,
+    /// A newer term of the peer stopped its copy here, which may know more than
+    /// the point that runs there.
+    #[serde(default)]
+    pub stopped: bool,
+    /// The peer committed: it is not rolled back to here any more.
+    #[serde(default)]
+    pub committed: bool,
 }
 
 /// A guest that a peer sends here.
@@ -60,6 +68,28 @@ pub struct StandbyRecord {
     pub from: String,
     /// What the peer told of it.
     pub opening: Opening,
+    /// The point made of what was here when it turned round; 0 for none.
+    #[serde(default)]
+    pub base: u64,
+    /// It turned round: it runs here now and is protected to that peer. Its old
+    /// points stay until their time is over.
+    #[serde(default)]
+    pub turned: bool,
+}
+
+/// A copy of a guest that ran here, stopped for good, after the guest turned round.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EvidenceRecord {
+    /// Its record as a guest of this site.
+    pub record: GuestRecord,
+    /// The term of the peer that it was stopped for.
+    pub term: u64,
+    /// It was moved, so that it holds nothing that the peer has not.
+    pub unchanged: bool,
+    /// Its sockets, consoles and images, as far as they are this site's.
+    pub directory: PathBuf,
+    /// When, nanoseconds since 1970.
+    pub at: u64,
 }
 
 /// What was measured of a point, for listings. Rebuilt without the scan's
@@ -102,6 +132,15 @@ pub struct Activation {
     pub times: ActivationTimes,
     /// When, nanoseconds since 1970.
     pub at: u64,
+    /// When it was committed, nanoseconds since 1970; until then it can be rolled back.
+    #[serde(default)]
+    pub committed_at: Option<u64>,
+    /// Its source knows of the commit.
+    #[serde(default)]
+    pub commit_told: bool,
+    /// It is being rolled back to its source, under this term of that site.
+    #[serde(default)]
+    pub returning: Option<Term>,
 }
 
 impl Activation {

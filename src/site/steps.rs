@@ -12,7 +12,7 @@ use super::remote::AskError;
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest, GuestError, SinkError};
-use crate::replicate::message::{Message, Opened, Opening};
+use crate::replicate::message::{CommitTerms, Message, Opened, Opening};
 use crate::replicate::send::{Outgoing, Shipment};
 
 impl Driver {
@@ -145,6 +145,7 @@ impl Driver {
             term,
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
+            commit: CommitTerms::of(&self.protection.policy),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),

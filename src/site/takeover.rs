@@ -19,7 +19,8 @@ use crate::replicate::message::{Message, Opening};
 impl Site {
     pub(super) fn standby_named(&self, name: &str) -> Option<Arc<Standby>> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        standbys.values().find(|s| s.name() == name).cloned()
+        let mut all = standbys.values();
+        all.find(|s| s.name() == name && !s.is_turned()).cloned()
     }
 
     pub(super) fn standby_of(&self, remote: &Remote, guest: GuestId) -> Option<Arc<Standby>> {
@@ -52,6 +53,7 @@ impl Site {
         let standby = match standbys.get(&guest) {
             Some(standby) if standby.from() == remote.record.site => {
                 standby.update(opening);
+                standby.turn(false, standby.base());
                 standby.clone()
             }
             Some(standby) => {
@@ -77,11 +79,17 @@ impl Site {
         };
         let guest = record.opening.guest;
         let standby = Arc::new(Standby::new(self, remote, record.opening));
+        let turned = record.turned || self.has_turned(guest);
+        standby.turn(turned, record.base);
         self.standbys
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(guest, standby.clone());
         standby.clear_left_test().await;
+        if turned {
+            self.finish_turning(&standby);
+            return;
+        }
         match self.activation(guest) {
             Ok(Some(activation)) => {
                 standby.find_again(activation).await;

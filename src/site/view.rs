@@ -240,6 +240,12 @@ pub struct ActiveView {
     pub hydrated: bool,
     /// Bytes copied to its own disks, and bytes to copy.
     pub hydration: Option<(u64, u64)>,
+    /// Can it be rolled back, and until when is that thought of?
+    #[serde(default)]
+    pub commit: Option<super::turn::view::CommitView>,
+    /// It is being rolled back to its source, and is stopped here for that.
+    #[serde(default)]
+    pub going_back: bool,
     /// What taking it over took.
     pub times: ActivationTimes,
 }

@@ -275,7 +275,10 @@ fn an_image_that_was_not_finished_is_none() {
         )
         .unwrap();
         let failed = store.add_image(&path, "x", &ImageProgress::default());
-        assert!(matches!(failed, Err(ImageError::Local(LocalError::Store(_)))), "{failed:?}");
+        assert!(
+            matches!(failed, Err(ImageError::Local(LocalError::Store(_)))),
+            "{failed:?}"
+        );
         assert!(store.images().is_empty() && store.guests().is_empty());
     }
     let (store, _) = open(dir.path());

@@ -14,6 +14,7 @@ use serde_json::json;
 
 use super::hot::Hot;
 use super::{After, Cut, Guest, GuestError, Sink};
+pub(crate) use attach::keep_held;
 use attach::{Before, CUT_MARK, HELD_MARK};
 pub use attach_options::AttachOptions;
 use disk::{Disk, View};

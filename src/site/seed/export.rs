@@ -12,7 +12,9 @@ use farhaven_storage_sync::unit::{UNIT, Volume};
 
 use super::{Busy, SeedExported, SeedState, StopWhenDropped};
 use crate::guest::{After, Guest, GuestError};
-use crate::replicate::message::{Message, Opening, PointContext, SealRequest, SeedAnnouncement};
+use crate::replicate::message::{
+    CommitTerms, Message, Opening, PointContext, SealRequest, SeedAnnouncement,
+};
 use crate::replicate::outlet::Outlet;
 use crate::replicate::seed::{
     SeedAbout, SeedHeader, SeedId, SeedKey, SeedProgress, SeedShipError, SeedShipment, SeedWriter,
@@ -183,6 +185,7 @@ impl Site {
                 term,
                 warm: policy.warm,
                 retention: policy.retention.clone(),
+                commit: CommitTerms::of(policy),
             },
             point: next_point.max(1),
             first,
@@ -291,6 +294,7 @@ impl Work {
                 ram_scanned_bytes: made.times.ram_scanned_bytes,
                 changed_bytes: made.shipped.changed_bytes,
                 sent_bytes: made.shipped.sent_bytes,
+                base: false,
             },
             activate: None,
         }

@@ -113,12 +113,7 @@ impl LocalPoint {
     ///
     /// # Errors
     /// As for [`LocalPoint::unit`].
-    pub fn zeros(
-        &mut self,
-        volume: VolumeIndex,
-        unit: u64,
-        count: u64,
-    ) -> Result<(), LocalError> {
+    pub fn zeros(&mut self, volume: VolumeIndex, unit: u64, count: u64) -> Result<(), LocalError> {
         self.changed_bytes += count * crate::unit::UNIT as u64;
         let batch = self.encoder.zeros(volume, unit, count)?;
         self.append(batch, false)
