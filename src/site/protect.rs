@@ -106,6 +106,7 @@ impl Site {
             name: name.to_owned(),
             qmp: Some(qmp.to_owned()),
             console: None,
+            run: None,
             definition,
         };
         self.keep_guest(&record)?;

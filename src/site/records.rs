@@ -27,6 +27,9 @@ pub struct GuestRecord {
     /// Its serial console, where the daemon has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsolePaths>,
+    /// The directory that a takeover made for it here, before it turned round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<PathBuf>,
     /// How it was launched.
     pub definition: Definition,
 }

@@ -49,7 +49,8 @@ impl Site {
     pub(super) fn pieces(&self) -> Vec<Piece> {
         let mut pieces = self.stopped_copies();
         pieces.extend(self.set_aside());
-        let known: Vec<PathBuf> = pieces.iter().map(|p| p.view.directory.clone()).collect();
+        let homes = pieces.iter().filter_map(|p| p.record.as_ref()?.run.clone());
+        let known: Vec<PathBuf> = homes.collect();
         pieces.extend(self.left_by_takeovers(&known));
         pieces.sort_by(|a, b| (&a.view.guest, &a.view.copy).cmp(&(&b.view.guest, &b.view.copy)));
         pieces
@@ -137,7 +138,11 @@ impl Site {
     /// Directories of takeovers that nothing runs from.
     fn left_by_takeovers(&self, known: &[PathBuf]) -> Vec<Piece> {
         let mut pieces = Vec::new();
-        let homes: Vec<PathBuf> = self.guest_records().iter().filter_map(home).collect();
+        let homes: Vec<PathBuf> = self
+            .guest_records()
+            .into_iter()
+            .filter_map(|r| r.run)
+            .collect();
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
         for standby in standbys.values() {
             let id = standby.guest.to_string();
@@ -256,7 +261,7 @@ impl Site {
                 let ended = tokio::task::spawn_blocking(move || {
                     site.end_copy(&ending)?;
                     site.clear_hosted(&ending);
-                    Ok::<_, String>(())
+                    site.clear_home(&ending)
                 });
                 ended.await.map_err(failed)?.map_err(failed)?;
                 let id = record.id.to_string();
@@ -302,6 +307,18 @@ impl Site {
         }
     }
 
+    /// What a takeover here had made for a guest that turned round since, and
+    /// was then moved on: its disks, and its memory's files.
+    fn clear_home(&self, record: &GuestRecord) -> Result<(), String> {
+        let Some(home) = &record.run else {
+            return Ok(());
+        };
+        remove(home).map_err(|e| e.to_string())?;
+        let term = home.file_name().unwrap_or_default().to_string_lossy();
+        let ram = self.config.ram_dir().join(format!("{}-{term}", record.id));
+        remove(&ram).map_err(|e| e.to_string())
+    }
+
     fn end_copy(&self, record: &GuestRecord) -> Result<(), String> {
         match &record.qmp {
             Some(qmp) => end_qemu(qmp),
@@ -324,11 +341,7 @@ impl Site {
         };
         let qmp = kept.record.qmp.clone();
         let directory = kept.directory.clone();
-        let ram: Vec<PathBuf> = match &kept.record.definition {
-            Definition::Qemu(qemu) => qemu.ram.iter().filter_map(|b| b.path.clone()).collect(),
-            Definition::Embedded(_) => Vec::new(),
-        };
-        let ours = self.config.ram_dir();
+        let (site, record) = (self.clone(), kept.record.clone());
         let ended = tokio::task::spawn_blocking(move || {
             if let Some(vmm) = vmm {
                 lock(&vmm).end();
@@ -336,18 +349,10 @@ impl Site {
             if let Some(qmp) = qmp {
                 end_qemu(&qmp)?;
             }
-            for file in ram.iter().filter(|file| file.starts_with(&ours)) {
-                let _ = std::fs::remove_file(file);
-                let _ = file.parent().map(std::fs::remove_dir);
-            }
+            site.clear_home(&record)?;
             remove(&directory).map_err(|e| e.to_string())
         });
         ended.await.map_err(|e| e.to_string())??;
-        // A guest that was taken over here before it was moved on has a directory of this site's.
-        let own = self.config.run_dir().join(kept.record.id.to_string());
-        if let Some(home) = home(&kept.record).filter(|home| home.parent() == Some(&own)) {
-            remove(&home).map_err(|e| e.to_string())?;
-        }
         self.catalogue
             .remove(Table::Evidence, &key)
             .and_then(|_| self.catalogue.flush())
@@ -375,13 +380,6 @@ impl Site {
             }
         }
     }
-}
-
-/// The directory that a guest runs from, where this site made it.
-fn home(record: &GuestRecord) -> Option<PathBuf> {
-    let of_qmp = record.qmp.as_deref().and_then(Path::parent);
-    let of_console = || record.console.as_ref().and_then(|c| c.log.parent());
-    of_qmp.or_else(of_console).map(Path::to_owned)
 }
 
 fn remove(directory: &Path) -> std::io::Result<()> {

@@ -253,6 +253,7 @@ impl Site {
                     self.embed_as(standby.guest, &standby.name(), vmm, definition.clone())?;
                 let record = GuestRecord {
                     console: ConsolePaths::beside(active.directory()),
+                    run: Some(active.directory().to_owned()),
                     ..record
                 };
                 self.keep_guest(&record)?;
@@ -271,6 +272,7 @@ impl Site {
                     name: standby.name(),
                     qmp: Some(qmp),
                     console: ConsolePaths::beside(active.directory()),
+                    run: Some(active.directory().to_owned()),
                     definition: placed(definition.map_err(failed)?, &ram),
                 };
                 self.fits_at(&record, standby.remote()).await?;
