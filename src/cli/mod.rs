@@ -5,6 +5,7 @@
 #[macro_use]
 mod out;
 
+mod alerts;
 mod drill;
 mod guests;
 mod image;
@@ -94,6 +95,11 @@ enum Verb {
     },
     /// How every guest stands.
     Status(show::Status),
+    /// What is the matter, and who cares for it.
+    #[command(subcommand)]
+    Alert(alerts::AlertVerb),
+    /// What happened, the oldest first.
+    Events(alerts::EventsOf),
     /// Recovery points of a guest.
     Points {
         /// The guest.
@@ -243,6 +249,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Resume { name } => guests::resume(&client, &name).await,
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
         Verb::Status(status) => show::status(&client, status).await,
+        Verb::Alert(verb) => alerts::alert(&client, verb).await,
+        Verb::Events(asked) => alerts::events(&client, asked).await,
         Verb::Points { name, json } => show::points(&client, &name, json).await,
         Verb::Failover {
             name,

@@ -55,6 +55,10 @@ pub(super) async fn status(client: &Client, status: Status) -> Outcome {
 fn whole(view: &SiteView) {
     say!("Site {}", view.site);
     peers(&view.peers);
+    if !view.alerts.is_empty() {
+        say!("\nAlerts (farhaven alert ack NUMBER)");
+        super::alerts::tell(&view.alerts);
+    }
     if view.guests.is_empty() && view.standbys.is_empty() {
         say!(
             "\nNo guests. Next: farhaven guest add NAME --qmp PATH, or to try it out: farhaven guest start NAME --kind sim"

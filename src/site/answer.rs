@@ -101,6 +101,9 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             Message::Done
         }
+        Message::Clock => Message::ClockTold {
+            at: super::unix_ns(std::time::SystemTime::now()),
+        },
         other => {
             let kind = std::mem::discriminant(&other);
             tracing::warn!(peer = %remote.record.site, ?kind, "not a question");
@@ -171,6 +174,7 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         Err(error) => return refused(Refusal::Unable, error),
     };
     standby.stand_down().await;
+    site.clear(super::alerts::Kind::FenceRaised, &standby.name());
     // What an earlier process of the source sent may still wait for the disk:
     // its batch and point numbers must be known before new ones are given out.
     if !remote.incoming.settled(SETTLE).await {

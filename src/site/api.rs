@@ -20,11 +20,13 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 
+mod alerts;
 mod body;
 
 /// How long requests under way may take to their end when the daemon stops.
@@ -114,6 +116,7 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(alerts::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

@@ -338,6 +338,9 @@ pub struct SiteView {
     pub guests: Vec<SourceView>,
     /// Guests that peers send here.
     pub standbys: Vec<TargetView>,
+    /// Alerts that stand.
+    #[serde(default)]
+    pub alerts: Vec<super::alerts::AlertView>,
 }
 
 /// What a failover did.
