@@ -243,7 +243,7 @@ mod tests {
     #[test]
     fn clocks_are_compared_by_the_middle_of_the_round_trip() {
         let millis = Duration::from_millis;
-        let left = 1_000_000_000_000;
+        let left: u64 = 1_000_000_000_000;
         let of = |told_ms: i64| {
             let told = left.saturating_add_signed(told_ms * 1_000_000);
             let skew = Skew::of(left, millis(80), told);
