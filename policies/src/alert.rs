@@ -16,6 +16,7 @@ pub use self::judge::{Facts, PeerFacts, SourceFacts, StandbyFacts, StoreFacts, j
 
 mod judge;
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
 mod tests;
 
 /// Most alerts that stand at a time: what is found beyond them waits until one is cleared.
