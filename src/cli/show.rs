@@ -269,7 +269,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         return Ok(());
     }
     let mut rows = table(&[
-        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent",
+        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent", "Name",
     ]);
     for point in &points {
         rows.add_row(vec![
@@ -280,6 +280,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             format!("{:.1} ms", point.ram_scan_ms),
             bytes(point.changed_bytes),
             bytes(point.sent_bytes),
+            point.name.clone().unwrap_or_default(),
         ]);
     }
     say!("{rows}");

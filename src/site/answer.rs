@@ -11,7 +11,7 @@ use farhaven_storage_sync::store::SealError;
 use super::remote::Remote;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, records};
+use super::{Site, kept, records};
 use crate::activate::fence::Term;
 use crate::replicate::message::{
     MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
@@ -100,6 +100,12 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
                 }
             }
             Message::Done
+        }
+        Message::KeepPoint { guest, point, name } => {
+            kept::answer(site, remote, guest, point, Some(name)).await
+        }
+        Message::ReleasePoint { guest, point } => {
+            kept::answer(site, remote, guest, Some(point), None).await
         }
         Message::Clock => Message::ClockTold {
             at: super::unix_ns(std::time::SystemTime::now()),

@@ -12,8 +12,10 @@ pub mod files;
 pub mod groups;
 pub mod hosted;
 pub mod images;
+pub mod kept;
 pub mod records;
 pub mod remote;
+pub mod retention;
 pub mod seed;
 pub mod view;
 
@@ -204,7 +206,7 @@ impl Site {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
-        tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
