@@ -312,7 +312,7 @@ async fn messages_over_loss(copies_at_west: bool) -> u64 {
     connected(&at_west).await;
     let count = 300u64;
     // Short ones, and some that are too long for a copy.
-    let message = |number: u64| payload(number, if number % 7 == 0 { 3_000 } else { 100 });
+    let message = |number: u64| payload(number, if number.is_multiple_of(7) { 3_000 } else { 100 });
     let speak = async |peer: &Peer| {
         for number in 0..count {
             peer.send_message(message(number)).await.expect("connected");
