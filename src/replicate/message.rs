@@ -20,6 +20,7 @@ use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
 mod envelope;
@@ -405,6 +406,35 @@ pub enum Message {
     },
     /// Of a guest that runs at the other site than before.
     Turn(Box<TurnMessage>),
+    /// Source: this point of its guest, the newest if none is named, has this
+    /// name from now on: no prune drops it.
+    KeepPoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: Option<PointChoice>,
+        /// Its name.
+        name: String,
+    },
+    /// Source: this point of its guest has no name any more.
+    ReleasePoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: PointChoice,
+    },
+    /// Target: it is this point, and that is durable.
+    KeptPoint {
+        /// Its number.
+        point: u64,
+    },
+    /// What time is it at your place?
+    Clock,
+    /// So late.
+    ClockTold {
+        /// Nanoseconds since 1970.
+        at: u64,
+    },
     /// Done, nothing to add.
     Done,
     /// The request is refused.

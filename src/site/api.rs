@@ -20,15 +20,18 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
-
-mod body;
-mod turn;
-
+pub use points::{KeepPoint, ReleasePoint};
 pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
+
+mod alerts;
+mod body;
+mod points;
+mod turn;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -118,6 +121,8 @@ pub fn router(site: Arc<Site>) -> Router {
         )
         .route("/v1/images/{name}", delete(remove_image))
         .merge(turn::routes())
+        .merge(alerts::routes())
+        .merge(points::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -345,7 +350,11 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.fail_over(&name, point, body.force).await
+    })
+    .await
 }
 
 async fn test(
@@ -353,7 +362,11 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test(&name, body.point).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.test(&name, point).await
+    })
+    .await
 }
 
 async fn end_test(

@@ -9,6 +9,7 @@ mod answers;
 mod digests;
 mod hints;
 mod images;
+mod kept;
 mod local;
 mod open;
 mod read;
@@ -38,6 +39,7 @@ pub use digests::DigestPage;
 pub use hints::Prefix;
 use hints::{Hints, hints_of};
 pub use images::{Image, ImageError, ImageProgress};
+pub use kept::{KeepError, NAME_LOST};
 pub use local::{LocalError, LocalPoint, LocalSeal};
 pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
 pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
@@ -174,6 +176,8 @@ pub(crate) struct GuestState {
     /// Those of `unsealed` whose differences were rebuilt and are right.
     pub(crate) rebuilt: BTreeSet<u64>,
     pub(crate) pins: HashMap<u64, usize>,
+    /// Points that have a name: no prune drops them.
+    pub(crate) kept: BTreeMap<u64, String>,
 }
 
 impl GuestState {
