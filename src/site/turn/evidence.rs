@@ -152,8 +152,9 @@ impl Site {
             for entry in all.into_iter().flatten().flatten() {
                 let directory = entry.path();
                 let name = entry.file_name().to_string_lossy().into_owned();
+                let number = name.strip_prefix('t');
                 let taken_over =
-                    name.starts_with('t') && name[1..].starts_with(|c: char| c.is_ascii_digit());
+                    number.is_some_and(|n| n.starts_with(|c: char| c.is_ascii_digit()));
                 let used = running.as_ref() == Some(&directory)
                     || homes.contains(&directory)
                     || known.contains(&directory);
