@@ -289,7 +289,11 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
                 in_use: in_use.contains(&Some(p.point)) || newest == Some(p.point),
             })
             .collect();
-        let verdicts = retain::retain(&opening.retention, &points, SystemTime::now());
+        let now = SystemTime::now();
+        let verdicts = match &opening.schedule {
+            Some(schedule) => schedule.retain(&points, now),
+            None => retain::retain(&opening.retention, &points, now),
+        };
         past += verdicts.iter().filter(|v| !v.keep).count();
         keep.insert(
             opening.guest,

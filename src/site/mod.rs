@@ -149,6 +149,8 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
@@ -226,6 +228,7 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
@@ -255,6 +258,7 @@ impl Site {
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tracing::info!(
             site = %site.config.site.name,
             key = %site.key(),
