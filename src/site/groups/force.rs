@@ -7,7 +7,7 @@
 //! no more goes on as it was, until an operator ends that.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -468,7 +468,7 @@ impl Site {
         if !asks {
             return Ok(());
         }
-        let path = self.config.policy_files().unwrap_or_else(PathBuf::new);
+        let path = self.config.policy_files().unwrap_or_default();
         Err(OperateError::Conflict(format!(
             "policy files ask for the protection of '{}', in group '{}'; take it out of {} first, or leave it protected and paused: farhaven pause {0}",
             record.name,
