@@ -328,6 +328,9 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// Its name: it is kept until that is taken from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// A whole site.
@@ -351,6 +354,9 @@ pub struct SiteView {
     /// The policy files, if any are configured.
     #[serde(default)]
     pub policy_files: Option<super::groups::PolicyFilesView>,
+    /// Alerts that stand.
+    #[serde(default)]
+    pub alerts: Vec<super::alerts::AlertView>,
 }
 
 /// What a failover did.

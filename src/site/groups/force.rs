@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use farhaven_policies::alert::{Finding, Kind, Severity};
 use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles};
 use farhaven_policies::load::files_of;
 use farhaven_storage_sync::catalogue::Table;
@@ -108,6 +109,7 @@ pub(in crate::site) async fn keep(site: Weak<Site>) {
         let Some(strong) = site.upgrade() else { return };
         strong.look_at_policy_files().await;
         strong.put_in_force().await;
+        strong.group_alerts();
         strong.tell_groups().await;
         let wake = strong.policies.wake.clone();
         drop(strong);
@@ -168,6 +170,7 @@ impl Site {
         match files {
             Ok(files) => {
                 tracing::info!(path = %path.display(), groups = files.groups.len(), "policy files are in force");
+                self.heed_thresholds(files.alerts.clone());
                 state.files = Some(Arc::new(files));
                 state.read_at = Some(SystemTime::now());
                 state.trouble.clear();
@@ -478,9 +481,34 @@ impl Site {
     }
 
     /// Tells of broken policy files, or that they are sound again.
-    fn policy_files_alert(&self, _path: &Path, trouble: &str) {
-        if !trouble.is_empty() {
-            tracing::error!("{trouble}");
+    fn policy_files_alert(&self, path: &Path, trouble: &str) {
+        let subject = path.display().to_string();
+        if trouble.is_empty() {
+            self.clear(Kind::PolicyBroken, &subject);
+            return;
+        }
+        let advice = format!("run: farhaven policy check {subject}");
+        let (kind, severity) = (Kind::PolicyBroken, Severity::Warning);
+        self.raise(Finding::new(kind, subject, severity, trouble, advice));
+    }
+
+    /// Tells of groups that are not protected as a whole, or are again.
+    fn group_alerts(&self) {
+        let degraded: BTreeMap<String, String> = self
+            .group_views()
+            .into_iter()
+            .filter(|group| group.from.is_none() && group.trouble.starts_with("degraded"))
+            .map(|group| (group.name, group.trouble))
+            .collect();
+        for (group, what) in &degraded {
+            let advice = format!("see: farhaven group show {group}");
+            let (kind, severity) = (Kind::GroupDegraded, Severity::Warning);
+            self.raise(Finding::new(kind, group.clone(), severity, what, advice));
+        }
+        for group in self.raised(Kind::GroupDegraded) {
+            if !degraded.contains_key(&group) {
+                self.clear(Kind::GroupDegraded, &group);
+            }
         }
     }
 }
