@@ -60,13 +60,18 @@ impl Rounds {
 
     /// What a round now would find, by the newest look.
     pub(super) fn before_the_next(&self, driver: &Driver) -> MoveFacts {
-        let written = self.dirty as f64 * self.looked.elapsed().as_secs_f64();
         MoveFacts {
-            remaining_bytes: self.remaining.max(written as u64),
+            remaining_bytes: self.remaining.max(self.written()),
             dirty_bytes_per_second: self.dirty,
             overhead: self.overhead,
             ..measured(driver, &self.newest)
         }
+    }
+
+    /// Bytes that the guest's changes since the newest look need, as fast as it
+    /// was seen to write.
+    fn written(&self) -> u64 {
+        (self.dirty as f64 * self.looked.elapsed().as_secs_f64()) as u64
     }
 
     /// Makes a round, and tells what is left after it.
@@ -80,7 +85,7 @@ impl Rounds {
         // Disks that rounds do not read grow until a cut takes them.
         let a_cut_serves =
             takes(self.rest) > REST.as_secs_f64() && self.rest > facts.remaining_bytes / 2;
-        if takes(facts.remaining_bytes) >= SEALED_FROM.as_secs_f64() || a_cut_serves {
+        if takes(self.written()) >= SEALED_FROM.as_secs_f64() || a_cut_serves {
             return self.sealed(driver, attached).await;
         }
         self.short(driver, attached).await
