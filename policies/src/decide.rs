@@ -33,6 +33,10 @@ const KEEPS_UP: u64 = 33;
 /// Rounds go on while what is left is more than this share (in percent) of what they
 /// come down to, however slowly.
 const NEAR: u64 = 125;
+/// Where a round takes so long, no throttle is tried out: what a guest writes
+/// again within the round counts once, so the rate is at least what was measured,
+/// and each guess that is too low costs such a round.
+const LONG_ROUND: Duration = Duration::from_secs(1);
 /// Rounds after which a move ends whatever is left.
 const MOST_ROUNDS: u32 = 30;
 /// A throttle grows by at least so many percent of the guest's time...
@@ -340,7 +344,7 @@ fn outruns(facts: &MoveFacts) -> bool {
 
 /// The throttle under which rounds shrink fast and what one leaves fits the
 /// blackout, if the guest writes as much less as it runs less; at least a step
-/// more than now.
+/// more than now. All that the policy allows while rounds are long.
 fn throttle(policy: &Policy, facts: &MoveFacts) -> MoveStep {
     let seconds = |time: Duration| time.as_secs_f64().max(1e-3);
     let room = policy
@@ -359,10 +363,13 @@ fn throttle(policy: &Policy, facts: &MoveFacts) -> MoveStep {
         false => (0.0, BLIND_STEP),
     };
     let least = facts.throttle.saturating_add(step);
-    MoveStep::Throttle {
+    let rest = expected_blackout(facts).saturating_sub(facts.fixed);
+    let percent = match rest >= LONG_ROUND {
+        true => policy.max_throttle,
         // A float that is too large for the type becomes its largest value.
-        percent: least.max(needed.ceil() as u8).min(policy.max_throttle),
-    }
+        false => least.max(needed.ceil() as u8).min(policy.max_throttle),
+    };
+    MoveStep::Throttle { percent }
 }
 
 /// How long the guest would run nowhere if the last cut were now.
