@@ -6,6 +6,7 @@
 mod alerts;
 mod counter;
 mod drills;
+mod groups;
 mod images;
 mod limits;
 mod mended;

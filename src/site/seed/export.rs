@@ -186,6 +186,7 @@ impl Site {
                 warm: policy.warm,
                 retention: policy.retention.clone(),
                 commit: CommitTerms::of(policy),
+                schedule: None,
             },
             point: next_point.max(1),
             first,

@@ -112,6 +112,8 @@ impl Site {
             guest: standby.guest,
             to: standby.from(),
             policy,
+            schedule: None,
+            group: None,
             paused: false,
             seeded: false,
             moving: None,
