@@ -3,6 +3,8 @@
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod api;
+mod bad_peers;
 mod counter;
 mod drills;
 mod images;
