@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 #[path = "house/reading.rs"]
 mod reading;
+#[path = "house/service.rs"]
+mod service;
 
 use reading::{anchors, code_of, lines_with, links, without_tests};
 

@@ -188,10 +188,20 @@ pub(super) async fn enforce(request: Request, next: Next) -> Response {
         );
     };
     let Some(right) = right else {
-        let why = format!(
-            "{method} {path} is nothing that anybody has a right to: it is not a method of this path, or src/site/api/rights.rs does not name it"
-        );
-        return refusal(StatusCode::FORBIDDEN, why);
+        let known = matched.is_some_and(|matched| {
+            let mut rights = RIGHTS.iter();
+            rights.any(|(_, at, _)| *at == matched.as_str())
+        });
+        return match known {
+            true => refusal(
+                StatusCode::METHOD_NOT_ALLOWED,
+                format!("{method} is no method of {path} in this version of the API"),
+            ),
+            false => refusal(
+                StatusCode::FORBIDDEN,
+                format!("nobody has a right to {path}: src/site/api/rights.rs does not name it"),
+            ),
+        };
     };
     if !caller.may(right) {
         tracing::warn!(by = caller.name(), %method, path, "refused: no right to it");

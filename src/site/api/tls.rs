@@ -259,9 +259,6 @@ fn configured(certificate: &Path, key: &Path) -> io::Result<Chain> {
     let unfit = |what: &'static str, path: &Path, why: String| {
         io::Error::other(format!("{what} is {}: {why}", path.display()))
     };
-    let chain = CertificateDer::pem_file_iter(certificate)
-        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
-        .map_err(|e| unfit("api.certificate", certificate, e.to_string()))?;
     let mode = std::fs::metadata(key)
         .map_err(|e| unfit("api.key", key, e.to_string()))?
         .permissions()
@@ -271,6 +268,9 @@ fn configured(certificate: &Path, key: &Path) -> io::Result<Chain> {
             "others may read it; run: chmod o= on it, and replace it if others did".to_owned();
         return Err(unfit("api.key", key, why));
     }
+    let chain = CertificateDer::pem_file_iter(certificate)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(|e| unfit("api.certificate", certificate, e.to_string()))?;
     let private =
         PrivateKeyDer::from_pem_file(key).map_err(|e| unfit("api.key", key, e.to_string()))?;
     Ok((chain, private))
