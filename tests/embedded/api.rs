@@ -315,7 +315,7 @@ async fn a_key_that_others_may_read_is_not_served_with() {
     (config.api.key, config.api.certificate) = (key.clone(), certificate);
     let socket = config.api_socket();
     let site = Site::start(config).await.unwrap();
-    for (mode, words) in [(0o644, "others may read it"), (0o600, "api.certificate")] {
+    for (mode, words) in [(0o644, "others may read it"), (0o600, "no items found")] {
         std::fs::set_permissions(&key, PermissionsExt::from_mode(mode)).unwrap();
         let never = std::future::pending();
         let told = farhaven::site::api::serve(site.clone(), &socket, never).await;
