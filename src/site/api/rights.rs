@@ -187,6 +187,14 @@ pub(super) async fn enforce(request: Request, next: Next) -> Response {
             "nobody is known to ask".to_owned(),
         );
     };
+    if matched.is_none() {
+        // No such path: that is what the answer says, and all that it may say.
+        let answer = next.run(request).await;
+        return match answer.status() {
+            StatusCode::NOT_FOUND => answer,
+            _ => refusal(StatusCode::FORBIDDEN, format!("nobody has a right to {path}")),
+        };
+    }
     let Some(right) = right else {
         let known = matched.is_some_and(|matched| {
             let mut rights = RIGHTS.iter();

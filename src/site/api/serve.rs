@@ -23,7 +23,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixListener;
 use tokio::sync::{Semaphore, watch};
 
-use super::rights::{Caller, Refused, refusal};
+use super::rights::{self, Caller, Refused, refusal};
 use super::tls::Secure;
 use super::tokens::Tokens;
 use super::{GRACE, LONGEST_BODY, router};
@@ -81,7 +81,9 @@ pub async fn serve(
         listen: secure.as_ref().map(Secure::address),
         fingerprint: secure.as_ref().map(Secure::fingerprint),
     });
-    let router = router(site, served.clone());
+    // Around every route, wherever it was added.
+    let router =
+        router(site, served.clone()).layer(axum::middleware::from_fn(rights::enforce));
     let (stopping, stopped) = watch::channel(false);
     let mut ways = tokio::task::JoinSet::new();
     ways.spawn(of_host(listener, router.clone(), stopped.clone()));
