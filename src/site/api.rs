@@ -17,13 +17,16 @@ use serde::{Deserialize, Serialize};
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
+pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
 use serve::Served;
 
+mod alerts;
 mod body;
 pub mod rights;
 mod serve;
@@ -32,6 +35,7 @@ mod tokens;
 
 pub use serve::serve;
 pub use tokens::{AddToken, TokenAdded, TokenView};
+mod points;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -123,6 +127,8 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
         .route("/v1/images/{name}", delete(remove_image))
         .route("/v1/tokens", get(tokens::list).post(tokens::add))
         .route("/v1/tokens/{name}", delete(tokens::revoke))
+        .merge(alerts::routes())
+        .merge(points::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -311,7 +317,11 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.fail_over(&name, point, body.force).await
+    })
+    .await
 }
 
 async fn test(
@@ -319,7 +329,11 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test(&name, body.point).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.test(&name, point).await
+    })
+    .await
 }
 
 async fn end_test(

@@ -133,6 +133,7 @@ pub(super) fn plain_answer(answer: Message) -> Message {
         Message::PointList { mut points } => {
             for point in &mut points {
                 point.cut_at = plain(&point.cut_at);
+                point.name = point.name.as_deref().map(plain);
             }
             Message::PointList { points }
         }

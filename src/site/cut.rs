@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use farhaven_policies::alert::Severity;
 use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
+use super::alerts::{Alert, Kind};
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
 use super::steps::{blocking, take};
@@ -19,6 +21,9 @@ use crate::replicate::send::Shipped;
 /// and the cut after it gets this many rounds to calm down in.
 const ROUNDS: usize = 4;
 
+/// No cut was given up for so long: it is over.
+const SETTLED: Duration = Duration::from_secs(60);
+
 /// A cut whose every byte is on its way.
 pub(super) struct Made {
     pub(super) point: u64,
@@ -30,6 +35,8 @@ pub(super) struct Made {
     pub(super) chain: [u8; 32],
     /// Bytes of batches sent after the stop.
     pub(super) final_bytes: u64,
+    /// Of those, the device state's and the disks', by their share of what changed.
+    pub(super) shares: [u64; 2],
 }
 
 /// Stops the guest for an instant, and ships what changed.
@@ -60,6 +67,9 @@ pub(super) async fn make(
     if matches!(made, Err(GuestError::LeftStopped { .. })) {
         driver.left_stopped = true;
     }
+    if let Err(error) = &made {
+        driver.tell_given_up(error);
+    }
     let waiting_bytes = attached.guest.as_ref().map_or(0, |guest| guest.waiting());
     let waiting_bytes = waiting_bytes * farhaven_storage_sync::unit::UNIT as u64;
     driver.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
@@ -71,6 +81,33 @@ pub(super) async fn make(
         v.last_ram_scanned_bytes = Some(made.times.ram_scanned_bytes);
     });
     Ok(made)
+}
+
+impl Driver {
+    /// A cut that came to nothing is an alert until one is sealed; who asked for
+    /// its end, and a link that went away, are told of elsewhere.
+    fn tell_given_up(&self, error: &GuestError) {
+        let name = &self.record.name;
+        let alert = match error {
+            GuestError::Sink(SinkError::Closed) => return,
+            GuestError::LeftStopped { .. } => Alert::new(
+                Kind::GuestStopped,
+                name,
+                Severity::Critical,
+                format!("'{name}': {error}"),
+                "let it go on by hand; protection goes on by itself then",
+            ),
+            _ => Alert::new(
+                Kind::CutGivenUp,
+                name,
+                Severity::Warning,
+                format!("a cut of '{name}' was given up, it runs on: {error}"),
+                "nothing at once: it is tried again. If it stays: raise protect.capture_buffer, give it more of the link (farhaven link show), or a longer RPO",
+            )
+            .clears_after(SETTLED),
+        };
+        self.site.raise(alert);
+    }
 }
 
 /// Stops a guest that is being copied, lets it go on unless it is held, and
@@ -107,7 +144,9 @@ pub(super) fn ship(
         }
     };
     let before = shipment.sum().0.sent_bytes;
-    let shipped = everything(guest.volumes().len(), &mut cut, buffer, shipment, known);
+    let mut changed = [0; 3];
+    let volumes = guest.volumes().len();
+    let shipped = everything(volumes, &mut cut, buffer, shipment, known, &mut changed);
     let (cut_at, times) = (cut.at, cut.times);
     let state_bytes = cut.device_state.len() as u64;
     let finished = guest.finish_cut(cut, shipped.is_ok());
@@ -131,24 +170,44 @@ pub(super) fn ship(
         shipped,
         chain,
         final_bytes,
+        shares: shares(final_bytes, changed),
     })
 }
 
+/// What the second and third part of `changed` have of these bytes.
+fn shares(bytes: u64, changed: [u64; 3]) -> [u64; 2] {
+    let all: u64 = changed.iter().sum();
+    let [_, state, disks] = changed;
+    [state, disks].map(|part| (bytes as f64 * part as f64 / all.max(1) as f64) as u64)
+}
+
+/// `changed` gets the bytes of guest data of memory, device state and disks.
 fn everything(
     volumes: usize,
     cut: &mut Cut,
     buffer: CaptureBuffer,
     shipment: &mut dyn Outlet,
     known: &mut Vec<farhaven_storage_sync::unit::Digest>,
+    changed: &mut [u64; 3],
 ) -> Result<(), GuestError> {
     shipment.hurry(true);
+    let mut counted = shipment.sum().0.changed_bytes;
+    let mut count = |shipment: &dyn Outlet, part: usize| {
+        let now = shipment.sum().0.changed_bytes;
+        if let Some(changed) = changed.get_mut(part) {
+            *changed = now - std::mem::replace(&mut counted, now);
+        }
+    };
     let shipped = (|| {
         buffer.drain_into(shipment)?;
+        count(shipment, 0);
         let state = u16::try_from(volumes.saturating_sub(1)).unwrap_or(u16::MAX);
         shipment.device_state(state, &cut.device_state, known)?;
+        count(shipment, 1);
         for disk in &mut cut.disks {
             disk.changed(shipment)?;
         }
+        count(shipment, 2);
         Ok(shipment.flush()?)
     })();
     shipment.hurry(false);
@@ -233,6 +292,8 @@ pub(super) async fn seal(
         v.last_seal_ms = Some(took.as_millis() as u64);
     });
     driver.site.note_sealed(driver.record.id, made.cut_at);
+    driver.site.clear(Kind::CutGivenUp, &driver.record.name);
+    driver.site.clear(Kind::GuestStopped, &driver.record.name);
     tracing::info!(
         guest = %driver.record.name,
         point = made.point,
@@ -242,14 +303,21 @@ pub(super) async fn seal(
         sent_bytes = made.shipped.sent_bytes,
         "sealed"
     );
-    Ok(Sealed {
+    let [state_bytes, disk_bytes] = made.shares;
+    let sealed = Sealed {
         cut_at: made.cut_at,
+        stopped: made.stopped,
         pause: made.times.pause,
         took,
         since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,
-    })
+        state_bytes,
+        disk_bytes,
+        scan: made.times.ram_scan,
+    };
+    attached.sealed = Some(sealed);
+    Ok(sealed)
 }
 
 /// Hands a held guest over: seals its last point and has the peer run it. The

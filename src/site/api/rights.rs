@@ -62,6 +62,18 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/images", Right::View),
     ("POST", "/v1/images", Right::Administer),
     ("DELETE", "/v1/images/{name}", Right::Administer),
+    ("GET", "/v1/alerts", Right::View),
+    ("POST", "/v1/alerts/{id}/acknowledge", Right::Operate),
+    ("GET", "/v1/events", Right::View),
+    ("POST", "/v1/guests/{name}/points/keep", Right::Operate),
+    // What was kept may go then, with its time.
+    (
+        "POST",
+        "/v1/guests/{name}/points/release",
+        Right::Administer,
+    ),
+    ("GET", "/v1/guests/{name}/prune", Right::View),
+    ("POST", "/v1/guests/{name}/prune", Right::Administer),
     ("GET", "/v1/tokens", Right::Administer),
     ("POST", "/v1/tokens", Right::Administer),
     ("DELETE", "/v1/tokens/{name}", Right::Administer),
@@ -192,7 +204,10 @@ pub(super) async fn enforce(request: Request, next: Next) -> Response {
         let answer = next.run(request).await;
         return match answer.status() {
             StatusCode::NOT_FOUND => answer,
-            _ => refusal(StatusCode::FORBIDDEN, format!("nobody has a right to {path}")),
+            _ => refusal(
+                StatusCode::FORBIDDEN,
+                format!("nobody has a right to {path}"),
+            ),
         };
     }
     let Some(right) = right else {

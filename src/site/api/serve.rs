@@ -82,8 +82,7 @@ pub async fn serve(
         fingerprint: secure.as_ref().map(Secure::fingerprint),
     });
     // Around every route, wherever it was added.
-    let router =
-        router(site, served.clone()).layer(axum::middleware::from_fn(rights::enforce));
+    let router = router(site, served.clone()).layer(axum::middleware::from_fn(rights::enforce));
     let (stopping, stopped) = watch::channel(false);
     let mut ways = tokio::task::JoinSet::new();
     ways.spawn(of_host(listener, router.clone(), stopped.clone()));
