@@ -53,6 +53,9 @@ pub struct Site {
     pub name: String,
     /// Keys, catalogue, terms; and the store unless that is put elsewhere.
     pub state_dir: PathBuf,
+    /// Policy files: a TOML file, or a directory of them. Empty: none. `{state_dir}` and
+    /// `{name}` are replaced.
+    pub policy_files: PathBuf,
 }
 
 /// Where peers reach a site.
@@ -167,6 +170,7 @@ impl Default for Site {
         Site {
             name: String::new(),
             state_dir: "/var/lib/farhaven".into(),
+            policy_files: PathBuf::new(),
         }
     }
 }
@@ -260,6 +264,12 @@ impl SiteConfig {
             &site,
             1,
         )
+    }
+
+    /// Where policy files are, if there are any.
+    pub fn policy_files(&self) -> Option<PathBuf> {
+        let path = self.expand(&self.site.policy_files);
+        (!path.as_os_str().is_empty()).then_some(path)
     }
 
     /// The unix socket of the API.

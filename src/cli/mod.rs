@@ -7,6 +7,7 @@ mod out;
 
 mod alerts;
 mod drill;
+mod group;
 mod guests;
 mod image;
 mod link;
@@ -76,6 +77,9 @@ enum Verb {
     /// Guests that run here.
     #[command(subcommand)]
     Guest(guests::GuestVerb),
+    /// Protection groups: guests that are protected and run together.
+    #[command(subcommand)]
+    Group(group::GroupVerb),
     /// Protect a guest: copy it to a paired site, all the time.
     Protect {
         /// The guest.
@@ -264,6 +268,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Site(verb) => site::run(&client, verb).await,
         Verb::Pair(pair) => site::pair(&client, pair).await,
         Verb::Peer(verb) => site::peer(&client, verb).await,
+        Verb::Group(verb) => group::run(&client, verb).await,
         Verb::Guest(verb) => guests::guest(&client, verb).await,
         Verb::Protect {
             name,

@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,10 @@ use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
+pub use self::group::GroupMessage;
+
 mod envelope;
+mod group;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -61,6 +65,9 @@ pub struct Opening {
     pub warm: bool,
     /// How long points are kept.
     pub retention: farhaven_policies::policy::Retention,
+    /// The same as a schedule, which says it exactly; sites of before go by the above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// What the target holds of a guest.
@@ -366,6 +373,9 @@ pub enum Message {
     /// Source: this seed is about to be written. Answered with `Done` when its
     /// key and numbers are durable.
     SeedAnnounce(Box<SeedAnnouncement>),
+    /// Source: of protection groups, and of what their guests are owed.
+    /// Answered with `Done` when it is durable.
+    Group(Box<GroupMessage>),
     /// Target: something here hinders replication (a full store); for the source's status.
     Trouble {
         /// One sentence; empty when it is over.

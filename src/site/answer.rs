@@ -80,6 +80,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             },
             None => Message::GivenUp,
         },
+        Message::Group(told) => site.hear_of_groups(remote, *told),
         Message::Close { guest, discard } => {
             if let Some(standby) = site.standby_of(remote, guest)
                 && let Err(error) = standby.close(discard).await
@@ -312,7 +313,7 @@ pub(super) fn refused(code: Refusal, why: impl ToString) -> Message {
     }
 }
 
-fn unknown_guest() -> Message {
+pub(super) fn unknown_guest() -> Message {
     refused(Refusal::OutOfStep, "this guest has not been opened here")
 }
 

@@ -101,6 +101,11 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             "/v1/guests",
             get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
         )
+        .route(
+            "/v1/groups",
+            get(async |State(site): Here| Json(site.view().groups)),
+        )
+        .route("/v1/groups/{name}", get(show_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -221,6 +226,14 @@ async fn show_guest(
     InPath(name): InPath<String>,
 ) -> Answer<super::records::GuestRecord> {
     site.guest(&name).map(Json)
+}
+
+async fn show_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::groups::GroupView> {
+    let group = site.group(&name)?;
+    Ok(Json(site.group_view(&group)))
 }
 
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {

@@ -110,10 +110,12 @@ impl Driver {
             id: record.id.to_string(),
             peer: Some(protection.to.clone()),
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
+            policy_of: protection.group.clone(),
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
         let flow = site.limits.join(record.id, &record.name, remote.peer.key());
+        site.limits.owe(&protection);
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -321,6 +323,7 @@ impl Driver {
                     }
                 },
                 Some(Command::Resume) => {}
+                Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",

@@ -97,6 +97,8 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
@@ -180,6 +182,7 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
@@ -210,6 +213,7 @@ impl Site {
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);

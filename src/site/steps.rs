@@ -146,6 +146,7 @@ impl Driver {
             term,
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
+            schedule: self.protection.schedule.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),

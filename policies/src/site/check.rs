@@ -61,6 +61,12 @@ impl Checked for SiteConfig {
                 &format!("has {address:?}; expected host:port"),
             );
         }
+        let policies = self.policy_files();
+        require(
+            policies.is_none_or(|path| path.is_absolute()),
+            "site.policy_files",
+            "must be an absolute path, of a file or a directory",
+        );
         for (key, path) in [
             ("api.socket", self.api_socket()),
             ("store.dir", self.store_dir()),

@@ -59,6 +59,7 @@ fn about() -> SeedAbout {
             },
             warm: true,
             retention: Retention::default(),
+            schedule: None,
         },
         point: 5,
         first: 100,
