@@ -62,6 +62,8 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/images", Right::View),
     ("POST", "/v1/images", Right::Administer),
     ("DELETE", "/v1/images/{name}", Right::Administer),
+    ("GET", "/v1/groups", Right::View),
+    ("GET", "/v1/groups/{name}", Right::View),
     ("GET", "/v1/alerts", Right::View),
     ("POST", "/v1/alerts/{id}/acknowledge", Right::Operate),
     ("GET", "/v1/events", Right::View),

@@ -185,6 +185,7 @@ impl Hostile {
             },
             warm: false,
             retention: Policy::default().retention,
+            schedule: None,
         }
     }
 
