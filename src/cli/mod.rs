@@ -18,6 +18,7 @@ mod seed;
 pub(crate) mod show;
 mod site;
 mod store;
+mod token;
 mod turn;
 
 use std::path::PathBuf;
@@ -25,8 +26,9 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use farhaven_policies::units::Period;
+use farhaven_wan::SiteKey;
 
-use crate::client::Client;
+use crate::client::{Client, Trust};
 use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
@@ -36,7 +38,7 @@ use crate::site::kept::PointChoice;
 #[derive(Debug, Parser)]
 #[command(name = "farhaven", version, max_term_width = 100)]
 struct Cli {
-    /// The daemon's unix socket.
+    /// The daemon's unix socket, or https://HOST:PORT.
     #[arg(
         long,
         global = true,
@@ -45,6 +47,20 @@ struct Cli {
         value_name = "SOCKET"
     )]
     api: PathBuf,
+    /// The file with the token to show over TLS.
+    #[arg(long, global = true, env = "FARHAVEN_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The fingerprint of the key that the API's server must have.
+    #[arg(
+        long,
+        global = true,
+        env = "FARHAVEN_API_FINGERPRINT",
+        value_name = "FINGERPRINT"
+    )]
+    api_fingerprint: Option<SiteKey>,
+    /// Instead of a fingerprint: the authorities that its certificate may be signed by.
+    #[arg(long, global = true, env = "FARHAVEN_API_CA", value_name = "FILE")]
+    api_ca: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -160,6 +176,9 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Who may use the API over TLS, and for what.
+    #[command(subcommand)]
+    Token(token::TokenVerb),
     /// A move or a failover stays: no rollback any more; run it where the guest runs.
     Commit(turn::CommitArgs),
     /// Go back after a move or a failover: to the site that the guest came from, or
@@ -256,7 +275,7 @@ fn quiet_when_unread() {
 }
 
 async fn run(cli: Cli) -> Result<(), Failure> {
-    let client = Client::new(&cli.api);
+    let client = client(&cli)?;
     let outcome = match cli.verb {
         Verb::Site(verb) => site::run(&client, verb).await,
         Verb::Pair(pair) => site::pair(&client, pair).await,
@@ -299,6 +318,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Token(verb) => token::run(&client, verb).await,
         Verb::Commit(args) => turn::commit(&client, args).await,
         Verb::Rollback(args) => turn::rollback(&client, args).await,
         Verb::Reprotect(args) => turn::reprotect(&client, args).await,
@@ -311,6 +331,19 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };
     Ok(outcome?)
+}
+
+/// The daemon that was named, by its socket or its address.
+fn client(cli: &Cli) -> Result<Client, String> {
+    let named = cli.api.to_str().filter(|named| named.contains("://"));
+    let Some(url) = named else {
+        return Ok(Client::new(&cli.api));
+    };
+    let trust = Trust {
+        fingerprint: cli.api_fingerprint,
+        authority: cli.api_ca.as_deref(),
+    };
+    Client::over_tls(url, cli.token_file.as_deref(), &trust).map_err(told)
 }
 
 /// A guest's path in the API, whatever its name.

@@ -22,6 +22,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;

@@ -38,6 +38,9 @@ pub(super) struct Standby {
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
+    /// Held while one of its points is being sealed: however many seals a peer
+    /// asks for, one at a time waits for data and looks at the store.
+    pub(super) sealing: tokio::sync::Mutex<()>,
     /// The point that is none to run: what was here when the guest turned round; 0 for none.
     base: AtomicU64,
     /// It turned round: it is this site's own now, and nothing of it is run from here.
@@ -93,6 +96,7 @@ impl Standby {
             seen: Mutex::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
+            sealing: tokio::sync::Mutex::default(),
             base: AtomicU64::new(0),
             turned: AtomicBool::new(false),
         }
@@ -118,7 +122,8 @@ impl Standby {
     }
 
     pub(super) fn name(&self) -> String {
-        self.opening().name
+        let opening = self.opening.read().unwrap_or_else(PoisonError::into_inner);
+        opening.name.clone()
     }
 
     pub(super) fn opening(&self) -> Opening {

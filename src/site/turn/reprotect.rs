@@ -329,10 +329,9 @@ impl Site {
             if view.points_sealed > 0 {
                 return Ok((view.newest_point, changed, sent, String::new()));
             }
-            if matches!(
-                view.phase,
-                Phase::Unprotected | Phase::Fenced | Phase::Moved
-            ) {
+            // One that has just begun has no phase yet.
+            let driven = self.driver_of(record.id).is_some();
+            if !driven || matches!(view.phase, Phase::Fenced | Phase::Moved) {
                 return Err(OperateError::Failed(format!(
                     "'{name}' is {} now; see farhaven status",
                     view.phase.words()
