@@ -53,6 +53,10 @@ impl Site {
         if let Some(why) = answer::unsound(&opening) {
             return refused(Refusal::Unable, why);
         }
+        if let Some(why) = self.not_theirs(remote, guest) {
+            remote.complain(&format!("it turns guest {guest} round, and {why}"));
+            return refused(Refusal::Unable, why);
+        }
         if opening.term.owner != remote.record.key || opening.term.group != guest {
             return refused(Refusal::Fenced, "the term offered is not that site's own");
         }

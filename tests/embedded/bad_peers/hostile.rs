@@ -2,7 +2,9 @@
 
 use farhaven::activate::fence::Term;
 use farhaven::guest::Definition;
-use farhaven::replicate::message::{Envelope, Message, Opening, PointContext, SealRequest};
+use farhaven::replicate::message::{
+    CommitTerms, Envelope, Message, Opening, PointContext, SealRequest,
+};
 use farhaven_policies::policy::Policy;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::{
@@ -186,6 +188,7 @@ impl Hostile {
             warm: false,
             retention: Policy::default().retention,
             schedule: None,
+            commit: CommitTerms::default(),
         }
     }
 
@@ -215,6 +218,7 @@ impl Hostile {
                 ram_scanned_bytes: 0,
                 changed_bytes: 0,
                 sent_bytes: 0,
+                base: false,
             },
             activate: None,
         }))
