@@ -18,6 +18,7 @@ use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::groups::PointGroup;
 use crate::site::view::PointView;
 
 pub use self::envelope::{Envelope, MessageError, Unknown};
@@ -171,6 +172,9 @@ pub struct PointContext {
     pub changed_bytes: u64,
     /// Bytes of the batches that carried them.
     pub sent_bytes: u64,
+    /// The cut of its whole group that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 impl PointContext {

@@ -278,8 +278,9 @@ impl Driver {
             self.phase(Phase::Shipping);
         }
         self.round(attached).await?;
+        let mut seat = None;
         loop {
-            let sealed = self.point(attached, After::Continue).await?;
+            let sealed = self.next_point(attached, &mut seat).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
@@ -304,7 +305,11 @@ impl Driver {
                 Some(Command::Move {
                     accept_pause,
                     reply,
-                }) => match self.move_it(attached, accept_pause).await {
+                }) => match {
+                    // The others of its group are not kept waiting.
+                    seat = None;
+                    self.move_it(attached, accept_pause).await
+                } {
                     Ok(report) => {
                         let _ = reply.send(Ok(report));
                         return Ok(Next::Again(Duration::ZERO));

@@ -304,6 +304,10 @@ pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> R
                 .collect(),
         );
     }
+    let Some(site) = standbys.first().and_then(|s| s.site.upgrade()) else {
+        return Ok(());
+    };
+    super::groups::keep_together(&mut keep, &site, standbys);
     if past < WORTH_PRUNING {
         return Ok(());
     }

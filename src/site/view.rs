@@ -328,6 +328,9 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// The cut of its whole group that it is part of.
+    #[serde(default)]
+    pub group: Option<super::groups::PointGroup>,
 }
 
 /// A whole site.

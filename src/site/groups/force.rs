@@ -7,7 +7,7 @@
 //! no more goes on as it was, until an operator ends that.
 
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -17,6 +17,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
 
+use super::cuts::Cuts;
 use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
 use crate::site::Site;
 use crate::site::driver::Command;
@@ -35,6 +36,8 @@ const AGAIN: Duration = Duration::from_secs(30);
 pub(in crate::site) struct InForce {
     state: Mutex<State>,
     wake: Arc<Notify>,
+    /// Who is cut together.
+    pub(in crate::site) cuts: Cuts,
 }
 
 #[derive(Default)]
@@ -468,7 +471,7 @@ impl Site {
         if !asks {
             return Ok(());
         }
-        let path = self.config.policy_files().unwrap_or_else(PathBuf::new);
+        let path = self.config.policy_files().unwrap_or_default();
         Err(OperateError::Conflict(format!(
             "policy files ask for the protection of '{}', in group '{}'; take it out of {} first, or leave it protected and paused: farhaven pause {0}",
             record.name,
