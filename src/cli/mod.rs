@@ -5,11 +5,13 @@
 #[macro_use]
 mod out;
 
+mod alerts;
 mod drill;
 mod group;
 mod guests;
 mod image;
 mod link;
+mod points;
 mod policy;
 mod runbook;
 mod seed;
@@ -24,6 +26,7 @@ use clap::{Args, Parser, Subcommand};
 use farhaven_policies::units::Period;
 
 use crate::client::Client;
+use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
 ///
@@ -80,17 +83,17 @@ enum Verb {
     Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// Go on after a pause.
     Resume {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// End protection; the guest runs on.
     Unprotect {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// Drop its recovery points at the peer, too.
         #[arg(long)]
@@ -98,21 +101,33 @@ enum Verb {
     },
     /// How every guest stands.
     Status(show::Status),
-    /// Recovery points of a guest.
+    /// What is the matter, and who cares for it.
+    #[command(subcommand)]
+    Alert(alerts::AlertVerb),
+    /// What happened, the oldest first.
+    Events(alerts::EventsOf),
+    /// Recovery points of a guest; of a group, those with all of its guests.
     Points {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Run a guest here whose site is lost; run it where its points are kept.
+    /// Points with a name stay until they are released.
+    #[command(subcommand)]
+    Point(points::PointVerb),
+    /// Which points would be dropped, and why.
+    #[command(subcommand)]
+    Prune(points::PruneVerb),
+    /// Run a guest here whose site is lost, or all guests of a group; run it
+    /// where its points are kept.
     Failover {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// From this point; the newest if not given.
-        #[arg(long, value_name = "NUMBER")]
-        point: Option<u64>,
+        #[arg(long, value_name = "NUMBER|NAME")]
+        point: Option<PointChoice>,
         /// Even if its site is alive: the guest is stopped there first.
         #[arg(long)]
         force: bool,
@@ -248,7 +263,22 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Resume { name } => guests::resume(&client, &name).await,
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
         Verb::Status(status) => show::status(&client, status).await,
+        Verb::Alert(verb) => alerts::alert(&client, verb).await,
+        Verb::Events(asked) => alerts::events(&client, asked).await,
+        Verb::Points { name, json } if group::is_group(&client, &name).await => {
+            group::points(&client, &name, json).await
+        }
         Verb::Points { name, json } => show::points(&client, &name, json).await,
+        Verb::Point(verb) => points::point(&client, verb).await,
+        Verb::Prune(verb) => points::prune(&client, verb).await,
+        Verb::Failover {
+            name,
+            point,
+            force,
+            json,
+        } if group::is_group(&client, &name).await => {
+            group::failover(&client, &name, point, force, json).await
+        }
         Verb::Failover {
             name,
             point,

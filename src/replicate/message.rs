@@ -14,14 +14,16 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
+pub use self::envelope::{Envelope, MessageError, Unknown};
+
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::groups::PointGroup;
+use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
-pub use self::envelope::{Envelope, MessageError, Unknown};
 pub use self::group::GroupMessage;
 
 mod envelope;
@@ -382,6 +384,35 @@ pub enum Message {
     Trouble {
         /// One sentence; empty when it is over.
         what: String,
+    },
+    /// Source: this point of its guest, the newest if none is named, has this
+    /// name from now on: no prune drops it.
+    KeepPoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: Option<PointChoice>,
+        /// Its name.
+        name: String,
+    },
+    /// Source: this point of its guest has no name any more.
+    ReleasePoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: PointChoice,
+    },
+    /// Target: it is this point, and that is durable.
+    KeptPoint {
+        /// Its number.
+        point: u64,
+    },
+    /// What time is it at your place?
+    Clock,
+    /// So late.
+    ClockTold {
+        /// Nanoseconds since 1970.
+        at: u64,
     },
     /// Done, nothing to add.
     Done,

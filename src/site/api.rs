@@ -20,12 +20,16 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
+    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
+pub use points::{KeepPoint, ReleasePoint};
 
+mod alerts;
 mod body;
+mod points;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -95,6 +99,8 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.view().groups)),
         )
         .route("/v1/groups/{name}", get(show_group))
+        .route("/v1/groups/{name}/points", get(group_points))
+        .route("/v1/groups/{name}/failover", post(fail_over_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -119,6 +125,8 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(alerts::routes())
+        .merge(points::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -265,6 +273,21 @@ async fn show_group(
     Ok(Json(site.group_view(&group)))
 }
 
+async fn group_points(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<Vec<super::groups::GroupPointView>> {
+    site.group_points(&name).await.map(Json)
+}
+
+async fn fail_over_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<FailoverGroup>,
+) -> Answer<super::groups::GroupFailover> {
+    whole(async move { site.fail_over_group(&name, body.cut, body.force).await }).await
+}
+
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
@@ -326,19 +349,23 @@ async fn unprotect(
     Json(body): Json<Unprotect>,
 ) -> Answer<Done> {
     whole(async move {
-        site.unprotect(&name, body.discard).await?;
+        site.unprotect_named(&name, body.discard).await?;
         Ok(Done {})
     })
     .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.pause(&name).await?;
+    for member in site.members_of(&name)? {
+        site.pause(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 
 async fn resume(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.resume(&name).await?;
+    for member in site.members_of(&name)? {
+        site.resume(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 
@@ -354,7 +381,11 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.fail_over(&name, point, body.force).await
+    })
+    .await
 }
 
 async fn test(
@@ -362,7 +393,11 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test(&name, body.point).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.test(&name, point).await
+    })
+    .await
 }
 
 async fn end_test(

@@ -23,7 +23,7 @@ pub(super) use self::cuts::{GroupCut, Seat};
 pub(super) use self::force::{InForce, keep};
 pub use self::failover::{GroupFailover, MemberFailover};
 pub use self::points::GroupPointView;
-pub(super) use self::points::keep_together;
+pub(super) use self::points::{Fates, fates, fates_of};
 pub use self::view::{GroupView, MemberView, PolicyFilesView};
 
 mod cuts;

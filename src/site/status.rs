@@ -29,6 +29,7 @@ impl Site {
             standbys: self.standby_views(),
             groups: self.group_views(),
             policy_files: self.policy_files_view(),
+            alerts: self.alerts(),
         }
     }
 

@@ -139,6 +139,7 @@ impl Site {
 
     /// The points of a guest that is kept here, oldest first.
     pub(super) fn points_of(&self, standby: &Standby) -> Vec<PointView> {
+        let mut kept = standby.remote().incoming.store.kept(standby.guest);
         standby
             .points()
             .iter()
@@ -157,6 +158,7 @@ impl Site {
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
                     group: record.and_then(|r| r.group.clone()),
+                    name: kept.remove(&p.point),
                 }
             })
             .collect()
@@ -258,6 +260,11 @@ impl Site {
         };
         let note = standby.make_room().await;
         let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
+        let what = format!(
+            "'{name}' was taken over from point {point}, under term {}",
+            active.term.number
+        );
+        self.note(super::events::EventKind::FailedOver, name, &what);
         let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
         Ok(FailoverReport {
             guest: name.to_owned(),

@@ -331,6 +331,9 @@ pub struct PointView {
     /// The cut of its whole group that it is part of.
     #[serde(default)]
     pub group: Option<super::groups::PointGroup>,
+    /// Its name: it is kept until that is taken from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// A whole site.
@@ -354,6 +357,9 @@ pub struct SiteView {
     /// The policy files, if any are configured.
     #[serde(default)]
     pub policy_files: Option<super::groups::PolicyFilesView>,
+    /// Alerts that stand.
+    #[serde(default)]
+    pub alerts: Vec<super::alerts::AlertView>,
 }
 
 /// What a failover did.

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
+use farhaven_policies::alert::{Finding, Kind, Severity};
 use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles};
 use farhaven_policies::load::files_of;
 use farhaven_storage_sync::catalogue::Table;
@@ -111,6 +112,7 @@ pub(in crate::site) async fn keep(site: Weak<Site>) {
         let Some(strong) = site.upgrade() else { return };
         strong.look_at_policy_files().await;
         strong.put_in_force().await;
+        strong.group_alerts();
         strong.tell_groups().await;
         let wake = strong.policies.wake.clone();
         drop(strong);
@@ -171,6 +173,7 @@ impl Site {
         match files {
             Ok(files) => {
                 tracing::info!(path = %path.display(), groups = files.groups.len(), "policy files are in force");
+                self.heed_thresholds(files.alerts.clone());
                 state.files = Some(Arc::new(files));
                 state.read_at = Some(SystemTime::now());
                 state.trouble.clear();
@@ -480,10 +483,61 @@ impl Site {
         )))
     }
 
+    /// Ends the protection of a guest, or of all guests of a group, which is
+    /// forgotten then.
+    ///
+    /// # Errors
+    /// When policy files still ask for it, or as of [`Site::unprotect`].
+    pub async fn unprotect_named(&self, name: &str, discard: bool) -> Result<(), OperateError> {
+        let Ok(group) = self.group(name) else {
+            return self.unprotect(name, discard).await;
+        };
+        if let Some(from) = &group.from {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is a group of site '{from}': run this there"
+            )));
+        }
+        let protected = |guest: GuestId| {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.contains_key(&guest)
+        };
+        for member in self.members_here(&group) {
+            if protected(member.guest) {
+                self.unprotect(&member.name, discard).await?;
+            }
+        }
+        self.forget_group(group.id)
+    }
+
     /// Tells of broken policy files, or that they are sound again.
-    fn policy_files_alert(&self, _path: &Path, trouble: &str) {
-        if !trouble.is_empty() {
-            tracing::error!("{trouble}");
+    fn policy_files_alert(&self, path: &Path, trouble: &str) {
+        let subject = path.display().to_string();
+        if trouble.is_empty() {
+            self.clear(Kind::PolicyBroken, &subject);
+            return;
+        }
+        let advice = format!("run: farhaven policy check {subject}");
+        let (kind, severity) = (Kind::PolicyBroken, Severity::Warning);
+        self.raise(Finding::new(kind, subject, severity, trouble, advice));
+    }
+
+    /// Tells of groups that are not protected as a whole, or are again.
+    fn group_alerts(&self) {
+        let degraded: BTreeMap<String, String> = self
+            .group_views()
+            .into_iter()
+            .filter(|group| group.from.is_none() && group.trouble.starts_with("degraded"))
+            .map(|group| (group.name, group.trouble))
+            .collect();
+        for (group, what) in &degraded {
+            let advice = format!("see: farhaven group show {group}");
+            let (kind, severity) = (Kind::GroupDegraded, Severity::Warning);
+            self.raise(Finding::new(kind, group.clone(), severity, what, advice));
+        }
+        for group in self.raised(Kind::GroupDegraded) {
+            if !degraded.contains_key(&group) {
+                self.clear(Kind::GroupDegraded, &group);
+            }
         }
     }
 }

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use farhaven_policies::retain::{self, Point};
-use farhaven_storage_sync::prune::Keep;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
@@ -128,21 +127,26 @@ fn view(cut: &Together<PointView>, names: &BTreeMap<GuestId, String>) -> GroupPo
     }
 }
 
+/// What becomes of points by the cut that they are of: they stay (`true`), or go.
+pub(in crate::site) type Fates = BTreeMap<(GuestId, u64), bool>;
+
 /// Retention keeps or drops points of a group as one. What is no part of a
-/// whole one goes once a newer whole one is there; what something reads stays.
-pub(in crate::site) fn keep_together(keep: &mut Keep, site: &Site, standbys: &[Arc<Standby>]) {
-    let by_guest: BTreeMap<GuestId, &Arc<Standby>> =
-        standbys.iter().map(|s| (s.guest, s)).collect();
+/// whole one goes once a newer whole one is there.
+pub(in crate::site) fn fates(site: &Site, standbys: &[Arc<Standby>]) -> Fates {
     let mut points = Vec::new();
     let mut needed = BTreeSet::new();
+    let mut owed = BTreeMap::new();
     for standby in standbys {
-        let newest = standby.newest();
-        let in_use = [standby.active().map(|a| a.point), standby.tested(), Some(newest)];
-        needed.extend(in_use.into_iter().flatten().map(|p| (standby.guest, p)));
+        let in_use = [standby.active().map(|a| a.point), standby.tested()];
+        let named = standby.remote().incoming.store.kept(standby.guest);
+        let stay = in_use.into_iter().flatten().chain(named.into_keys());
+        needed.extend(stay.map(|point| (standby.guest, point)));
         for (header, mark) in site.newest_marks(standby, usize::MAX) {
             points.push((standby.guest, mark, (header.point, header.cut_at_unix_ns)));
         }
+        owed.insert(standby.guest, standby.opening());
     }
+    let mut fates = Fates::new();
     for cuts in together(points).into_values() {
         let whole: Vec<_> = cuts.values().filter(|cut| cut.is_whole()).collect();
         let judged: Vec<Point> = (0..)
@@ -155,7 +159,7 @@ pub(in crate::site) fn keep_together(keep: &mut Keep, site: &Site, standbys: &[A
             })
             .collect();
         let owner = whole.last().and_then(|cut| cut.of.keys().next());
-        let Some(opening) = owner.and_then(|g| by_guest.get(g)).map(|s| s.opening()) else {
+        let Some(opening) = owner.and_then(|guest| owed.get(guest)) else {
             continue;
         };
         let now = SystemTime::now();
@@ -163,15 +167,9 @@ pub(in crate::site) fn keep_together(keep: &mut Keep, site: &Site, standbys: &[A
             Some(schedule) => schedule.retain(&judged, now),
             None => retain::retain(&opening.retention, &judged, now),
         };
-        let mut set = |cut: &Together<(u64, u64)>, kept: bool| {
-            for (guest, (point, _)) in &cut.of {
-                let of_guest = keep.entry(*guest).or_default();
-                if kept || needed.contains(&(*guest, *point)) {
-                    of_guest.insert(*point);
-                } else {
-                    of_guest.remove(point);
-                }
-            }
+        let mut set = |cut: &Together<(u64, u64)>, stays: bool| {
+            let of = cut.of.iter();
+            fates.extend(of.map(|(guest, (point, _))| ((*guest, *point), stays)));
         };
         for (cut, verdict) in whole.iter().zip(&verdicts) {
             set(cut, verdict.keep);
@@ -181,6 +179,20 @@ pub(in crate::site) fn keep_together(keep: &mut Keep, site: &Site, standbys: &[A
             set(cut, false);
         }
     }
+    fates
+}
+
+/// As [`fates`], of one guest's group.
+pub(in crate::site) fn fates_of(site: &Site, standby: &Arc<Standby>) -> Fates {
+    let Some(group) = site.group_of(standby.guest) else {
+        return Fates::new();
+    };
+    let standbys = site.standbys.read();
+    let standbys = standbys.unwrap_or_else(std::sync::PoisonError::into_inner);
+    let members = group.members.values();
+    let of_group: Vec<_> = members.filter_map(|m| standbys.get(&m.guest).cloned()).collect();
+    drop(standbys);
+    fates(site, &of_group)
 }
 
 #[cfg(test)]
