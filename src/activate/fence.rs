@@ -326,3 +326,56 @@ fn read_file<T: serde::de::DeserializeOwned>(path: &Path, longest: u64) -> Resul
     }
     serde_json::from_str(body).map_err(|e| damaged(&e.to_string()))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    fn keys() -> (SiteKey, SiteKey) {
+        (SiteKey::new([1; 32]), SiteKey::new([2; 32]))
+    }
+
+    #[test]
+    fn terms_of_several_are_taken_at_once_whatever_a_crash_leaves() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = keys();
+        let groups: Vec<GuestId> = (0..3).map(|_| GuestId::random()).collect();
+        let fence = Fence::open(dir.path()).unwrap();
+        fence.raise(groups[0], other).unwrap();
+        let taken = fence.overrule_all(&groups, own).unwrap();
+        let numbers: Vec<_> = taken.iter().map(|t| t.number).collect();
+        assert_eq!(numbers, [1 + OVERRULES, OVERRULES, OVERRULES]);
+        assert!(!dir.path().join(TOGETHER).exists());
+
+        // As a crash leaves it that came before the files of their own.
+        let next: Vec<Term> = taken
+            .iter()
+            .map(|t| Term {
+                number: t.number + OVERRULES,
+                ..*t
+            })
+            .collect();
+        fence.write_file(&dir.path().join(TOGETHER), &next).unwrap();
+        // One of them was overruled in a file of its own since.
+        let newer = Term {
+            number: 100,
+            owner: other,
+            ..next[1]
+        };
+        fence.write(newer).unwrap();
+        drop(fence);
+        let again = Fence::open(dir.path()).unwrap();
+        assert_eq!(again.current(groups[0]), Some(next[0]));
+        assert_eq!(again.current(groups[1]), Some(newer));
+        assert_eq!(again.current(groups[2]), Some(next[2]));
+        assert!(!dir.path().join(TOGETHER).exists());
+
+        // Damaged: nothing is guessed.
+        fs::write(dir.path().join(TOGETHER), "[]\nno sum\n").unwrap();
+        assert!(matches!(
+            Fence::open(dir.path()),
+            Err(FenceError::Damaged { .. })
+        ));
+    }
+}

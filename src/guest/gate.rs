@@ -211,7 +211,11 @@ mod tests {
         for member in members {
             assert_eq!(member.join().map_err(|_| ()), Ok(Ok(())));
         }
-        assert!(gate.skew() >= Some(Duration::from_millis(10)), "{:?}", gate.skew());
+        assert!(
+            gate.skew() >= Some(Duration::from_millis(10)),
+            "{:?}",
+            gate.skew()
+        );
         // What all have passed is not given up any more.
         gate.give_up("too late");
         assert_eq!(gate.may_go_on(), Ok(()));

@@ -22,8 +22,8 @@ use super::operate::OperateError;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited, Move, OfPeer,
-    Pair, Protect, TakeBack, TestFailover, Unprotect,
+    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited,
+    Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
 

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_policies::alert::Severity;
 use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
-use super::groups::{GroupCut, PointGroup};
 use super::alerts::{Alert, Kind};
 use super::driver::{Attached, DriveError, Driver, Sealed};
+use super::groups::{GroupCut, PointGroup};
 use super::remote::AskError;
 use super::steps::{blocking, take};
 use crate::activate::fence::Term;
@@ -63,7 +63,15 @@ pub(super) async fn make(
     driver.last_point = driver.last_point.max(point);
     let work = blocking(move || {
         let with = group.as_deref();
-        let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit, with);
+        let made = ship(
+            &mut *guest,
+            &mut shipment,
+            &mut known,
+            point,
+            after,
+            limit,
+            with,
+        );
         if let (Some(group), Err(error)) = (with, &made) {
             group.gate.give_up(&error.to_string());
         }

@@ -21,7 +21,7 @@ use super::remote::{AskError, Remote};
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
-use crate::guest::{After, Guest, GuestError};
+use crate::guest::{Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// Why an attempt ended.

@@ -20,8 +20,8 @@ use super::records::{GuestRecord, StandbyRecord};
 
 pub use self::cuts::PointGroup;
 pub(super) use self::cuts::{GroupCut, Seat};
-pub(super) use self::force::{InForce, keep};
 pub use self::failover::{GroupFailover, MemberFailover};
+pub(super) use self::force::{InForce, keep};
 pub use self::points::GroupPointView;
 pub(super) use self::points::{Fates, fates, fates_of};
 pub use self::view::{GroupView, MemberView, PolicyFilesView};

@@ -7,8 +7,8 @@ use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
-use super::operate::{FENCE_WAIT, OperateError, failed};
 use super::groups::PointGroup;
+use super::operate::{FENCE_WAIT, OperateError, failed};
 use super::records::PointRecord;
 use super::records::StandbyRecord;
 use super::remote::Remote;

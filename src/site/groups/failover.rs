@@ -86,7 +86,10 @@ impl Site {
         let Some(point) = point else {
             return conflict(format!(
                 "there is no {} of group '{name}' here, with all of its guests; see farhaven points {name}. Its guests can be run one by one, each from its own newest point: farhaven failover GUEST",
-                cut.map_or_else(|| "whole point".to_owned(), |cut| format!("whole point {cut}"))
+                cut.map_or_else(
+                    || "whole point".to_owned(),
+                    |cut| format!("whole point {cut}")
+                )
             ));
         };
         let mut chosen = Vec::new();
@@ -106,9 +109,7 @@ impl Site {
         let took = began.elapsed();
         if let Some((_, standby, _)) = chosen.first() {
             let announced = self.announce_terms(standby.remote(), terms.clone()).await;
-            announced.map_err(|why| {
-                failed(ActivateError::SourceRuns(name.to_owned(), why))
-            })?;
+            announced.map_err(|why| failed(ActivateError::SourceRuns(name.to_owned(), why)))?;
         }
         let terms: BTreeMap<GuestId, Term> = terms.into_iter().map(|t| (t.group, t)).collect();
         let mut done = Vec::new();
@@ -125,7 +126,12 @@ impl Site {
             }
             for (member, number, run) in starting {
                 let ran = run.await.map_err(|e| ActivateError::Step(e.to_string()));
-                done.push(outcome(&member, number, point.age_ms, ran.and_then(|ran| ran)));
+                done.push(outcome(
+                    &member,
+                    number,
+                    point.age_ms,
+                    ran.and_then(|ran| ran),
+                ));
             }
         }
         let ran = done.iter().filter_map(|m| m.report.as_ref());
@@ -164,7 +170,9 @@ fn outcome(
             guest,
         },
         Err(error) => MemberFailover {
-            error: format!("{error}. Its term is taken; try again: farhaven failover {guest} --point {point} --force"),
+            error: format!(
+                "{error}. Its term is taken; try again: farhaven failover {guest} --point {point} --force"
+            ),
             report: None,
             guest,
         },

@@ -175,7 +175,10 @@ pub(in crate::site) fn fates(site: &Site, standbys: &[Arc<Standby>]) -> Fates {
             set(cut, verdict.keep);
         }
         let newest = whole.last().map_or(0, |cut| cut.mark.cut);
-        for cut in cuts.values().filter(|c| c.mark.cut < newest && !c.is_whole()) {
+        for cut in cuts
+            .values()
+            .filter(|c| c.mark.cut < newest && !c.is_whole())
+        {
             set(cut, false);
         }
     }
@@ -190,7 +193,9 @@ pub(in crate::site) fn fates_of(site: &Site, standby: &Arc<Standby>) -> Fates {
     let standbys = site.standbys.read();
     let standbys = standbys.unwrap_or_else(std::sync::PoisonError::into_inner);
     let members = group.members.values();
-    let of_group: Vec<_> = members.filter_map(|m| standbys.get(&m.guest).cloned()).collect();
+    let of_group: Vec<_> = members
+        .filter_map(|m| standbys.get(&m.guest).cloned())
+        .collect();
     drop(standbys);
     fates(site, &of_group)
 }
