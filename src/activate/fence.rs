@@ -333,7 +333,7 @@ mod tests {
     use super::*;
 
     fn keys() -> (SiteKey, SiteKey) {
-        (SiteKey::new([1; 32]), SiteKey::new([2; 32]))
+        (SiteKey::from_bytes([1; 32]), SiteKey::from_bytes([2; 32]))
     }
 
     #[test]
