@@ -75,6 +75,20 @@ pub struct Listen {
 pub struct Api {
     /// Unix socket. `{state_dir}` and `{name}` are replaced.
     pub socket: PathBuf,
+    /// TCP address for TLS, beside the socket; empty: none.
+    pub listen: String,
+    /// PEM file of the certificate and what it was signed by; empty: the site
+    /// makes one itself, with a key of its own.
+    pub certificate: PathBuf,
+    /// PEM file of the certificate's private key.
+    pub key: PathBuf,
+}
+
+impl Api {
+    /// Where it is served over TLS, if it is.
+    pub fn listen_address(&self) -> Option<SocketAddr> {
+        self.listen.parse().ok()
+    }
 }
 
 /// The WAN.
@@ -174,6 +188,9 @@ impl Default for Api {
     fn default() -> Api {
         Api {
             socket: "{state_dir}/api.sock".into(),
+            listen: String::new(),
+            certificate: PathBuf::new(),
+            key: PathBuf::new(),
         }
     }
 }

@@ -37,6 +37,11 @@ const TOGETHER: &str = "together.terms";
 /// Bytes of that file: some hundred guests, far below.
 const LONGEST_TOGETHER: u64 = 1 << 20;
 
+/// No site misses so many promotions of a group: a term that leaps further is
+/// not believed. Were it, a peer could bring a group to where no honest site
+/// believes the next promotion.
+const LEAP: u64 = 1 << 20;
+
 /// How far beyond the term in force [`Fence::overrule`] goes.
 pub const OVERRULES: u64 = 2;
 
@@ -148,7 +153,8 @@ impl Fence {
     /// When it could not be made durable: it is not in force then.
     pub fn adopt(&self, term: Term) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        if term.number > MOST {
+        let known = terms.get(&term.group).map_or(0, |known| known.number);
+        if term.number > MOST || term.number.saturating_sub(known) > LEAP {
             return Err(FenceError::Absurd(term.number));
         }
         match terms.get(&term.group) {
@@ -186,6 +192,10 @@ impl Fence {
             .get(&group)
             .map_or(0, |t| t.number)
             .saturating_add(step);
+        if number > MOST {
+            // The other site would not believe it, and run the group on.
+            return Err(FenceError::Absurd(number));
+        }
         let term = Term {
             group,
             number,

@@ -21,6 +21,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;

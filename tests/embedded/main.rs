@@ -4,6 +4,8 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod alerts;
+mod api;
+mod bad_peers;
 mod counter;
 mod drills;
 mod groups;
