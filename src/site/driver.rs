@@ -307,26 +307,26 @@ impl Driver {
                 Some(Command::Move {
                     accept_pause,
                     reply,
-                }) => match {
+                }) => {
                     // The others of its group are not kept waiting.
                     seat = None;
-                    self.move_it(attached, accept_pause).await
-                } {
-                    Ok(report) => {
-                        let _ = reply.send(Ok(report));
-                        return Ok(Next::Again(Duration::ZERO));
+                    match self.move_it(attached, accept_pause).await {
+                        Ok(report) => {
+                            let _ = reply.send(Ok(report));
+                            return Ok(Next::Again(Duration::ZERO));
+                        }
+                        Err(NotMoved::TooLong(why)) => {
+                            // Nothing was done: protection goes on in this very attempt.
+                            tracing::warn!(guest = %self.record.name, why, "not moved");
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                            let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::Failed(why)) => {
+                            let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                            return Err(DriveError::Other(why));
+                        }
                     }
-                    Err(NotMoved::TooLong(why)) => {
-                        // Nothing was done: protection goes on in this very attempt.
-                        tracing::warn!(guest = %self.record.name, why, "not moved");
-                        self.view.send_modify(|v| v.trouble.clone_from(&why));
-                        let _ = reply.send(Err(NotMoved::TooLong(why)));
-                    }
-                    Err(NotMoved::Failed(why)) => {
-                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
-                        return Err(DriveError::Other(why));
-                    }
-                },
+                }
                 Some(Command::Resume) => {}
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {
