@@ -20,6 +20,7 @@ use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::groups::PointGroup;
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
@@ -173,6 +174,9 @@ pub struct PointContext {
     pub changed_bytes: u64,
     /// Bytes of the batches that carried them.
     pub sent_bytes: u64,
+    /// The cut of its whole group that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 impl PointContext {

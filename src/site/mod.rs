@@ -389,6 +389,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {

@@ -215,6 +215,7 @@ impl Hostile {
                 ram_scanned_bytes: 0,
                 changed_bytes: 0,
                 sent_bytes: 0,
+                group: None,
             },
             activate: None,
         }))
