@@ -21,6 +21,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;
@@ -96,6 +97,8 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
@@ -179,6 +182,7 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
@@ -209,6 +213,7 @@ impl Site {
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
@@ -248,6 +253,8 @@ impl Site {
         self.node.shutdown().await;
         // No source is told any more how its move ended.
         for standby in &standbys {
+            // A seal that waits for data would hold the store for ever.
+            standby.begin_anew();
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
@@ -382,6 +389,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {
