@@ -100,17 +100,17 @@ enum Verb {
     Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// Go on after a pause.
     Resume {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// End protection; the guest runs on.
     Unprotect {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// Drop its recovery points at the peer, too.
         #[arg(long)]
@@ -123,9 +123,9 @@ enum Verb {
     Alert(alerts::AlertVerb),
     /// What happened, the oldest first.
     Events(alerts::EventsOf),
-    /// Recovery points of a guest.
+    /// Recovery points of a guest; of a group, those with all of its guests.
     Points {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -137,9 +137,10 @@ enum Verb {
     /// Which points would be dropped, and why.
     #[command(subcommand)]
     Prune(points::PruneVerb),
-    /// Run a guest here whose site is lost; run it where its points are kept.
+    /// Run a guest here whose site is lost, or all guests of a group; run it
+    /// where its points are kept.
     Failover {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// From this point; the newest if not given.
         #[arg(long, value_name = "NUMBER|NAME")]
@@ -295,9 +296,20 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Status(status) => show::status(&client, status).await,
         Verb::Alert(verb) => alerts::alert(&client, verb).await,
         Verb::Events(asked) => alerts::events(&client, asked).await,
+        Verb::Points { name, json } if group::is_group(&client, &name).await => {
+            group::points(&client, &name, json).await
+        }
         Verb::Points { name, json } => show::points(&client, &name, json).await,
         Verb::Point(verb) => points::point(&client, verb).await,
         Verb::Prune(verb) => points::prune(&client, verb).await,
+        Verb::Failover {
+            name,
+            point,
+            force,
+            json,
+        } if group::is_group(&client, &name).await => {
+            group::failover(&client, &name, point, force, json).await
+        }
         Verb::Failover {
             name,
             point,

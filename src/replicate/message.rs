@@ -21,6 +21,7 @@ use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::groups::PointGroup;
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
@@ -206,6 +207,9 @@ pub struct PointContext {
     /// Not a point that can be run: what was here of the guest when it turned round.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub base: bool,
+    /// The cut of its whole group that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 impl PointContext {

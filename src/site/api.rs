@@ -19,8 +19,8 @@ use super::operate::OperateError;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
-    Pair, Protect, TakeBack, TestFailover, Unprotect,
+    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited,
+    Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
@@ -108,6 +108,8 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             get(async |State(site): Here| Json(site.view().groups)),
         )
         .route("/v1/groups/{name}", get(show_group))
+        .route("/v1/groups/{name}/points", get(group_points))
+        .route("/v1/groups/{name}/failover", post(fail_over_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -239,6 +241,21 @@ async fn show_group(
     Ok(Json(site.group_view(&group)))
 }
 
+async fn group_points(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<Vec<super::groups::GroupPointView>> {
+    site.group_points(&name).await.map(Json)
+}
+
+async fn fail_over_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<FailoverGroup>,
+) -> Answer<super::groups::GroupFailover> {
+    whole(async move { site.fail_over_group(&name, body.cut, body.force).await }).await
+}
+
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
@@ -305,19 +322,23 @@ async fn unprotect(
         return Err(OperateError::Forbidden(caller.lacks(Right::Administer)));
     }
     whole(async move {
-        site.unprotect(&name, body.discard).await?;
+        site.unprotect_named(&name, body.discard).await?;
         Ok(Done {})
     })
     .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.pause(&name).await?;
+    for member in site.members_of(&name)? {
+        site.pause(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 
 async fn resume(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.resume(&name).await?;
+    for member in site.members_of(&name)? {
+        site.resume(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 

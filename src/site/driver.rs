@@ -21,7 +21,7 @@ use super::remote::{AskError, Remote};
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
-use crate::guest::{After, Guest, GuestError};
+use crate::guest::{Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// Why an attempt ended.
@@ -287,8 +287,9 @@ impl Driver {
             self.phase(Phase::Shipping);
         }
         self.round(attached).await?;
+        let mut seat = None;
         loop {
-            let sealed = self.point(attached, After::Continue).await?;
+            let sealed = self.next_point(attached, &mut seat).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
@@ -313,22 +314,26 @@ impl Driver {
                 Some(Command::Move {
                     accept_pause,
                     reply,
-                }) => match self.move_it(attached, accept_pause).await {
-                    Ok(report) => {
-                        let _ = reply.send(Ok(report));
-                        return Ok(Next::Again(Duration::ZERO));
+                }) => {
+                    // The others of its group are not kept waiting.
+                    seat = None;
+                    match self.move_it(attached, accept_pause).await {
+                        Ok(report) => {
+                            let _ = reply.send(Ok(report));
+                            return Ok(Next::Again(Duration::ZERO));
+                        }
+                        Err(NotMoved::TooLong(why)) => {
+                            // Nothing was done: protection goes on in this very attempt.
+                            tracing::warn!(guest = %self.record.name, why, "not moved");
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                            let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::Failed(why)) => {
+                            let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                            return Err(DriveError::Other(why));
+                        }
                     }
-                    Err(NotMoved::TooLong(why)) => {
-                        // Nothing was done: protection goes on in this very attempt.
-                        tracing::warn!(guest = %self.record.name, why, "not moved");
-                        self.view.send_modify(|v| v.trouble.clone_from(&why));
-                        let _ = reply.send(Err(NotMoved::TooLong(why)));
-                    }
-                    Err(NotMoved::Failed(why)) => {
-                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
-                        return Err(DriveError::Other(why));
-                    }
-                },
+                }
                 Some(Command::Resume) => {}
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {

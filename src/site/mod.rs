@@ -258,6 +258,8 @@ impl Site {
         self.node.shutdown().await;
         // No source is told any more how its move ended.
         for standby in &standbys {
+            // A seal that waits for data would hold the store for ever.
+            standby.begin_anew();
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
@@ -392,6 +394,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {

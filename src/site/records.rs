@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, Opening};
+use crate::site::groups::PointGroup;
 use crate::site::view::ConsolePaths;
 
 /// Most volumes of one guest.
@@ -126,7 +127,7 @@ pub struct EvidenceRecord {
 
 /// What was measured of a point, for listings. Rebuilt without the scan's
 /// figures from the point's own manifest.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PointRecord {
     /// Nanoseconds since 1970.
     pub cut_at: u64,
@@ -136,6 +137,9 @@ pub struct PointRecord {
     pub ram_scan: Duration,
     /// Bytes of RAM looked at in that time.
     pub ram_scanned_bytes: u64,
+    /// The cut of its whole group that it is part of, as the point itself tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 /// A guest that was taken over and runs here.

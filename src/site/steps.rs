@@ -266,7 +266,7 @@ impl Driver {
         attached: &mut Attached,
         after: After,
     ) -> Result<Sealed, DriveError> {
-        let made = super::cut::make(self, attached, after).await?;
+        let made = super::cut::make(self, attached, after, None).await?;
         let sealed = super::cut::seal(self, attached, made).await?;
         Ok(sealed)
     }

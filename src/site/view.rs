@@ -334,6 +334,9 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// The cut of its whole group that it is part of.
+    #[serde(default)]
+    pub group: Option<super::groups::PointGroup>,
     /// Its name: it is kept until that is taken from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

@@ -89,6 +89,7 @@ fn seal(about: &SeedAbout, shipped: u64, chain: [u8; 32]) -> SealRequest {
             changed_bytes: 0,
             sent_bytes: 0,
             base: false,
+            group: None,
         },
         activate: None,
     }

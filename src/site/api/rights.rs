@@ -71,6 +71,8 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("DELETE", "/v1/images/{name}", Right::Administer),
     ("GET", "/v1/groups", Right::View),
     ("GET", "/v1/groups/{name}", Right::View),
+    ("GET", "/v1/groups/{name}/points", Right::View),
+    ("POST", "/v1/groups/{name}/failover", Right::FailOver),
     ("GET", "/v1/alerts", Right::View),
     ("POST", "/v1/alerts/{id}/acknowledge", Right::Operate),
     ("GET", "/v1/events", Right::View),

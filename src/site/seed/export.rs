@@ -273,7 +273,7 @@ impl Work {
         }
         let point = self.about.point;
         let (guest, known) = (&mut *self.guest, &mut Vec::new());
-        cut::ship(guest, shipment, known, point, After::Continue, limit)
+        cut::ship(guest, shipment, known, point, After::Continue, limit, None)
     }
 
     fn seal(&self, made: &Made) -> SealRequest {
@@ -296,6 +296,7 @@ impl Work {
                 changed_bytes: made.shipped.changed_bytes,
                 sent_bytes: made.shipped.sent_bytes,
                 base: false,
+                group: None,
             },
             activate: None,
         }

@@ -284,6 +284,7 @@ fn read(
         ram_scanned_bytes: 0,
         changed_bytes: 0,
         sent_bytes: 0,
+        group: None,
         base: true,
     };
     let mut written = Vec::new();

@@ -219,6 +219,7 @@ impl Hostile {
                 changed_bytes: 0,
                 sent_bytes: 0,
                 base: false,
+                group: None,
             },
             activate: None,
         }))
