@@ -46,7 +46,7 @@ pub enum TurnMessage {
     /// I am about to protect this guest to your place: make what you have of it
     /// what I build upon. Asked again and again until the answer is
     /// [`TurnMessage::Turned`].
-    Turn(Opening),
+    Turn(Box<Opening>),
     /// It is being read.
     Turning {
         /// Bytes done.

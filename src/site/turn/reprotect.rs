@@ -203,7 +203,7 @@ impl Site {
             ..told
         };
         loop {
-            let ask = Message::Turn(Box::new(TurnMessage::Turn(opening.clone())));
+            let ask = Message::Turn(Box::new(TurnMessage::Turn(Box::new(opening.clone()))));
             match remote.ask(ask).await {
                 Ok(Message::Turn(answer)) => match *answer {
                     TurnMessage::Turned { bytes, .. } => return Ok(bytes),

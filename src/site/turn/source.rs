@@ -29,7 +29,7 @@ pub(in crate::site) async fn answer(
         TurnMessage::Look { guest } => site.look(remote, guest).await.map(seen),
         TurnMessage::GoBack { term } => site.goes_back(remote, term).await,
         TurnMessage::Commit { guest, discard } => site.committed(remote, guest, discard).await,
-        TurnMessage::Turn(opening) => return site.turn(remote, opening).await,
+        TurnMessage::Turn(opening) => return site.turn(remote, *opening).await,
         TurnMessage::Seen(_) | TurnMessage::Turning { .. } | TurnMessage::Turned { .. } => {
             Err("that is no question".to_owned())
         }
