@@ -6,6 +6,7 @@
 mod out;
 
 mod drill;
+mod evacuate;
 mod guests;
 mod image;
 mod link;
@@ -141,6 +142,12 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Move everything off this site, or what is named, before a deadline. Exit status 3:
+    /// not everything fits, and nothing was begun.
+    Evacuate(evacuate::Evacuate),
+    /// Watch, pause, resume, abort an evacuation; how past ones went.
+    #[command(subcommand)]
+    Evacuation(evacuate::EvacuationVerb),
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
@@ -172,7 +179,8 @@ struct Json {
 type Outcome = Result<(), String>;
 
 /// Exit status of a move that was not made because the guest would stand
-/// longer than its policy allows: it runs where it ran.
+/// longer than its policy allows, and of an evacuation that does not fit its
+/// deadline: everything runs where it ran.
 const EXIT_TOO_LONG: u8 = 3;
 
 /// A failure with the exit status that programs tell it by: 1 for most.
@@ -264,6 +272,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Evacuate(order) => return evacuate::evacuate(&client, order).await,
+        Verb::Evacuation(verb) => return evacuate::run(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),

@@ -26,6 +26,7 @@ pub use body::{
 };
 
 mod body;
+mod evacuation;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -44,7 +45,7 @@ pub struct ErrorBody {
 }
 
 /// The code of a move that was not made because the guest would stand longer
-/// than its policy allows.
+/// than its policy allows, and of an evacuation that does not fit its deadline.
 pub const TOO_LONG: &str = "too_long";
 
 impl IntoResponse for OperateError {
@@ -114,6 +115,7 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(evacuation::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

@@ -11,7 +11,9 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
 use farhaven_policies::policy::Policy;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::commands::Convoy;
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
 use super::steps::blocking;
@@ -19,7 +21,10 @@ use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
 
 /// What a last cut costs whatever is left: device state, sealing, restoring.
-const HAND_OVER: Duration = Duration::from_millis(150);
+pub(super) const HAND_OVER: Duration = Duration::from_millis(150);
+
+/// How often a move looks whether its turn for the last cut has come.
+const TURN: Duration = Duration::from_millis(200);
 
 /// Bytes of a cut from which on the time they took tells the link's rate.
 const TELLING_BYTES: u64 = 1 << 20;
@@ -30,6 +35,8 @@ pub(super) struct Converged {
     pub(super) note: String,
     /// How long it should run nowhere.
     pub(super) expected: Duration,
+    /// Its turn among the last cuts of a convoy.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
 /// Points while the guest runs, until the last cut keeps within the policy or
@@ -40,11 +47,15 @@ pub(super) async fn converge(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<Converged, DriveError> {
     let mut before = None;
     let mut throttled = 0;
     let mut rounds = 0;
     loop {
+        if convoy.is_some_and(Convoy::is_given_up) {
+            return Err(DriveError::GivenUp("the evacuation was aborted".to_owned()));
+        }
         let sealed = driver.point(attached, After::Continue).await?;
         rounds += 1;
         let facts = MoveFacts {
@@ -64,6 +75,14 @@ pub(super) async fn converge(
                 within,
                 expected_blackout,
             } => {
+                let turn = convoy.map(Convoy::turn);
+                if matches!(turn, Some(None)) {
+                    // Another guest stands still. Points go on, so that the last
+                    // cut is small when its turn has come.
+                    driver.interruptible(tokio::time::sleep(TURN)).await?;
+                    rounds -= 1;
+                    continue;
+                }
                 let note = match within {
                     true => slowed(throttled),
                     false => too_long(&policy, &facts),
@@ -75,6 +94,7 @@ pub(super) async fn converge(
                 return Ok(Converged {
                     note,
                     expected: expected_blackout,
+                    turn: turn.flatten(),
                 });
             }
             MoveStep::TooLong { .. } => {

@@ -9,6 +9,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
@@ -28,8 +29,9 @@ pub(super) async fn perform(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
-    let outcome = hand_over(driver, attached, accept_pause).await;
+    let outcome = hand_over(driver, attached, accept_pause, convoy).await;
     // However it ended: a guest that is still here gets all of its time.
     throttle(attached, 0).await.unwrap_or_else(|error| {
         tracing::warn!(guest = %driver.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
@@ -41,6 +43,7 @@ async fn hand_over(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
@@ -69,7 +72,7 @@ async fn hand_over(
             .ask_within(Message::Prepare { guest: id }, PREPARATION)
             .await
     });
-    let round = converge(driver, attached, accept_pause).await;
+    let round = converge(driver, attached, accept_pause, convoy).await;
     let prepared = driver
         .interruptible(preparing)
         .await?
@@ -80,7 +83,7 @@ async fn hand_over(
         (Ok(_), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error),
     };
-    let converged = match ready {
+    let mut converged = match ready {
         Ok(converged) => converged,
         Err(error) => {
             // Nothing was stopped; the peer's word is not needed.
@@ -116,6 +119,8 @@ async fn hand_over(
     };
     let outcome = cut::seal_and_run(driver, attached, &made, term).await;
     let blackout = made.stopped.elapsed();
+    // A peer that is lost now must not keep others from their last cuts.
+    drop(converged.turn.take());
     match outcome {
         Ok(times) => {
             let note = end(driver, attached.guest.take(), term).await?;
@@ -159,6 +164,10 @@ fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
         DriveError::Interrupted => error,
         DriveError::TooLong(why) => DriveError::TooLong(format!(
             "'{}' runs on here, protected as before, and was not moved: {why}. To move it all the same: farhaven move {0} --accept-pause",
+            driver.record.name
+        )),
+        DriveError::GivenUp(why) => DriveError::GivenUp(format!(
+            "'{}' runs on here, protected as before: {why}",
             driver.record.name
         )),
         error => DriveError::Other(format!(

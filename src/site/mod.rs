@@ -6,6 +6,7 @@
 //! ([`api`]) and the peers' questions ([`answer`]) call into it.
 
 pub mod api;
+pub mod evacuate;
 pub mod files;
 pub mod groups;
 pub mod hosted;
@@ -160,6 +161,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// The newest evacuation of this process.
+    evacuation: Mutex<Option<evacuate::Handle>>,
 }
 
 impl Site {
@@ -231,6 +234,7 @@ impl Site {
             naming: Mutex::default(),
             hosted: RwLock::default(),
             unstopped: Mutex::default(),
+            evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -252,6 +256,7 @@ impl Site {
         for remote in remotes {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
+        site.resume_evacuation();
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(operate::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
@@ -273,6 +278,11 @@ impl Site {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
         self.stop_seeding();
+        // Before the drivers: their end must not look like failed moves.
+        self.evacuation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()

@@ -9,6 +9,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
+use super::commands::Convoy;
 use super::driver::{Command, NotMoved};
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Protection};
@@ -388,9 +389,20 @@ impl Site {
         name: &str,
         accept_pause: bool,
     ) -> Result<MoveReport, OperateError> {
+        self.move_among(name, accept_pause, None).await
+    }
+
+    /// As [`Site::move_guest`], as one of many.
+    pub(super) async fn move_among(
+        &self,
+        name: &str,
+        accept_pause: bool,
+        convoy: Option<Convoy>,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let order = Command::Move {
             accept_pause,
+            convoy,
             reply,
         };
         self.command(name, order).await?;
@@ -399,6 +411,7 @@ impl Site {
             .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?;
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::GivenUp(why) => OperateError::Conflict(why),
             NotMoved::Failed(why) => OperateError::Failed(why),
         })
     }

@@ -5,6 +5,7 @@
 
 mod counter;
 mod drills;
+mod evacuations;
 mod images;
 mod limits;
 mod mended;
