@@ -21,7 +21,10 @@ use crate::units::{ByteSize, Period, RateLimit};
 pub use crate::bandwidth::Window;
 
 mod check;
+mod order;
 pub mod show;
+
+pub use self::order::start_order;
 
 /// All that policy files say.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
