@@ -6,6 +6,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::super::Site;
+use super::super::groups::GroupRecord;
 use super::super::operate::OperateError;
 use super::super::records::GuestRecord;
 use super::super::view::{Phase, SourceView};
@@ -40,6 +41,8 @@ pub(super) fn select(site: &Arc<Site>, order: &Order) -> Result<Selected, Operat
     let conflict = |why: String| Err(OperateError::Conflict(why));
     let named = named(site, order)?;
     let records = site.guest_records();
+    let own = |group: &GroupRecord| group.from.is_none();
+    let groups: Vec<GroupRecord> = site.groups().into_iter().filter(own).collect();
     let mut selected = Selected::default();
     for record in records {
         let view = site.source_view(&record);
@@ -64,10 +67,10 @@ pub(super) fn select(site: &Arc<Site>, order: &Order) -> Result<Selected, Operat
                 why,
             }),
             None => {
-                let group = site.group_of(&record.name, None);
-                let member = group.and_then(|mut group| group.members.remove(&record.name));
+                let mut members = groups.iter().flat_map(|group| group.members.values());
+                let member = members.find(|member| member.guest == record.id);
                 selected.candidates.push(Candidate {
-                    after: member.map(|member| member.after).unwrap_or_default(),
+                    after: member.map_or(Vec::new(), |member| member.terms.after.clone()),
                     record,
                 });
             }
