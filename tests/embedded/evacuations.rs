@@ -369,3 +369,36 @@ async fn a_record_that_is_damaged_keeps_no_daemon_from_starting() {
     east.shutdown().await;
     west.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lost_peer_is_waited_for_and_an_abort_leaves_everything_here() {
+    let stage = Stage::set().await;
+    let names = ["a", "b", "c"];
+    let guests = several(&stage, &names, &names).await;
+    stage.east.begin_evacuation(&order("10m")).await.unwrap();
+    stage.east.pause_evacuation().await.unwrap();
+    let quiet = |record: &Evacuation| record.count(GuestState::Moving) == 0;
+    let moved = reached(&stage.east, "quiet", quiet).await;
+    let moved = moved.count(GuestState::Moved);
+    stage.west.shutdown().await;
+    let down = |record: &Evacuation| {
+        record
+            .trouble
+            .contains("is down; moves go on when it is back")
+    };
+    reached(&stage.east, "noticed", down).await;
+    stage.east.resume_paused_evacuation().await.unwrap();
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    let record = stage.east.evacuation(None).unwrap();
+    assert_eq!(record.state, EvacuationState::Running);
+    assert_eq!(record.count(GuestState::Moved), moved);
+    assert_eq!(record.count(GuestState::Moving), 0, "{record:#?}");
+    stage.east.abort_evacuation().await.unwrap();
+    let record = ended(&stage.east).await;
+    assert_eq!(record.state, EvacuationState::Aborted);
+    for guest in record.guests.iter().filter(|g| g.state == GuestState::Left) {
+        counts_on(&guests[&guest.guest]).await;
+    }
+    assert_eq!(record.count(GuestState::Left), names.len() - moved);
+    stage.east.shutdown().await;
+}
