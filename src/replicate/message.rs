@@ -13,11 +13,16 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
+pub use self::envelope::{Envelope, MessageError, Unknown};
+
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
+
+mod envelope;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -36,19 +41,6 @@ pub const MOST_POINTS: usize = 3000;
 
 /// Far more than any message nests; CBOR could nest a million.
 pub(super) const LEVELS: usize = 64;
-
-/// A message with its place in the conversation.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Envelope {
-    /// Set on a request: the answer names it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<u64>,
-    /// Set on an answer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub answers: Option<u64>,
-    /// What is said.
-    pub body: Message,
-}
 
 /// What a source tells of the guest it wants to send.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -379,6 +371,35 @@ pub enum Message {
         /// One sentence; empty when it is over.
         what: String,
     },
+    /// Source: this point of its guest, the newest if none is named, has this
+    /// name from now on: no prune drops it.
+    KeepPoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: Option<PointChoice>,
+        /// Its name.
+        name: String,
+    },
+    /// Source: this point of its guest has no name any more.
+    ReleasePoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: PointChoice,
+    },
+    /// Target: it is this point, and that is durable.
+    KeptPoint {
+        /// Its number.
+        point: u64,
+    },
+    /// What time is it at your place?
+    Clock,
+    /// So late.
+    ClockTold {
+        /// Nanoseconds since 1970.
+        at: u64,
+    },
     /// Done, nothing to add.
     Done,
     /// The request is refused.
@@ -402,98 +423,4 @@ pub enum Refusal {
     OutOfStep,
     /// The store or the machine cannot do it now.
     Unable,
-}
-
-/// A message that cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum MessageError {
-    /// Over the limit.
-    #[error("a control message of {0} bytes is over the limit of {MAX_MESSAGE}")]
-    TooLong(usize),
-    /// Not one of ours.
-    #[error("a control message cannot be read ({0}); do both sites run the same version?")]
-    Unreadable(String),
-}
-
-impl Envelope {
-    /// As bytes for the control stream.
-    ///
-    /// # Errors
-    /// When it is over [`MAX_MESSAGE`].
-    pub fn encode(&self) -> Result<Bytes, MessageError> {
-        let mut bytes = Vec::new();
-        ciborium::into_writer(self, &mut bytes)
-            .map_err(|e| MessageError::Unreadable(e.to_string()))?;
-        if bytes.len() > MAX_MESSAGE {
-            return Err(MessageError::TooLong(bytes.len()));
-        }
-        Ok(bytes.into())
-    }
-
-    /// From bytes of the control stream.
-    ///
-    /// # Errors
-    /// When they are no message.
-    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
-        if bytes.len() > MAX_MESSAGE {
-            return Err(MessageError::TooLong(bytes.len()));
-        }
-        ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
-            .map_err(|e| MessageError::Unreadable(e.to_string()))
-    }
-}
-
-/// The place in the conversation of a message that is not known here, so that
-/// whoever waits for what it asks or answers need not wait to the end.
-#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct Unknown {
-    /// It is a request, of this number.
-    #[serde(default)]
-    pub id: Option<u64>,
-    /// It answers the request of this number.
-    #[serde(default)]
-    pub answers: Option<u64>,
-}
-
-impl Unknown {
-    /// As far as it can be read.
-    pub fn of(bytes: &[u8]) -> Self {
-        let known = bytes
-            .get(..MAX_MESSAGE.min(bytes.len()))
-            .unwrap_or_default();
-        ciborium::de::from_reader_with_recursion_limit(known, LEVELS).unwrap_or_default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_a_message_that_is_not_known_its_place_is() {
-        #[derive(Serialize)]
-        struct Newer {
-            id: u64,
-            body: Body,
-        }
-        #[derive(Serialize)]
-        #[serde(rename_all = "snake_case")]
-        enum Body {
-            FromTheFuture { of: Vec<u8> },
-        }
-        let newer = Newer {
-            id: 7,
-            body: Body::FromTheFuture { of: vec![1, 2] },
-        };
-        let mut bytes = Vec::new();
-        assert!(ciborium::into_writer(&newer, &mut bytes).is_ok());
-        assert!(Envelope::decode(&bytes).is_err());
-        let place = Unknown {
-            id: Some(7),
-            answers: None,
-        };
-        assert_eq!(Unknown::of(&bytes), place);
-        assert_eq!(Unknown::of(&bytes[..3]), Unknown::default());
-        assert_eq!(Unknown::of(&[0x9f; 4096]), Unknown::default());
-    }
 }

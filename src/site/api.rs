@@ -20,13 +20,17 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
+pub use points::{KeepPoint, ReleasePoint};
 
+mod alerts;
 mod body;
 mod evacuation;
+mod points;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -116,6 +120,8 @@ pub fn router(site: Arc<Site>) -> Router {
         )
         .route("/v1/images/{name}", delete(remove_image))
         .merge(evacuation::routes())
+        .merge(alerts::routes())
+        .merge(points::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -343,7 +349,11 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.fail_over(&name, point, body.force).await
+    })
+    .await
 }
 
 async fn test(
@@ -351,7 +361,11 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test(&name, body.point).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.test(&name, point).await
+    })
+    .await
 }
 
 async fn end_test(

@@ -22,6 +22,7 @@ mod place;
 
 use self::error::TestError;
 use self::place::{Places, allocated, free_memory, remove};
+use super::events::EventKind;
 use super::operate::OperateError;
 use super::promote::ActivateError;
 use super::standby::{Standby, ground, step};
@@ -82,7 +83,12 @@ impl Site {
         point: Option<u64>,
     ) -> Result<TestReport, OperateError> {
         let declared = Instant::now();
-        Ok(self.standby_here(name)?.test(point, declared).await?)
+        let standby = self.standby_here(name)?;
+        let report = standby.test(point, declared).await?;
+        self.note_tested(standby.guest);
+        let what = format!("a test of '{name}' runs from point {}", report.point);
+        self.note(EventKind::TestStarted, name, &what);
+        Ok(report)
     }
 
     /// Ends a guest's test and removes all of it.
@@ -90,7 +96,13 @@ impl Site {
     /// # Errors
     /// When none runs.
     pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
-        Ok(self.standby_here(name)?.end_test().await?)
+        let ended = self.standby_here(name)?.end_test().await?;
+        let what = format!(
+            "the test of '{name}' from point {} has ended, all of it is removed",
+            ended.point
+        );
+        self.note(EventKind::TestEnded, name, &what);
+        Ok(ended)
     }
 }
 

@@ -11,6 +11,7 @@ use farhaven_storage_sync::unit::GuestId;
 use super::Site;
 use super::commands::Convoy;
 use super::driver::{Command, NotMoved};
+use super::events::EventKind;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Protection};
 use super::view::{MoveOutlook, MoveReport, Phase};
@@ -409,6 +410,10 @@ impl Site {
         let moved = answer
             .await
             .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?;
+        if let Ok(report) = &moved {
+            let what = format!("'{name}' was moved to '{}', nothing was lost", report.to);
+            self.note(EventKind::Moved, name, &what);
+        }
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
             NotMoved::GivenUp(why) => OperateError::Conflict(why),
