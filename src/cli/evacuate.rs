@@ -102,10 +102,11 @@ pub(super) async fn evacuate(client: &Client, order: Evacuate) -> Result<(), Fai
             .post("/v1/evacuations/plan", &asked)
             .await
             .map_err(told)?;
-        return match order.json {
-            true => Ok(print_json(&preview)?),
-            false => Ok(show::preview(&preview)),
-        };
+        match order.json {
+            true => print_json(&preview)?,
+            false => show::preview(&preview),
+        }
+        return Ok(());
     }
     let begun: Result<Evacuation, _> = client.post("/v1/evacuations", &asked).await;
     let begun = begun.map_err(|error| Failure {
