@@ -55,6 +55,8 @@ pub(super) struct Attached {
     pub(super) next: u64,
     pub(super) state_known: Vec<Digest>,
     pub(super) shipment: Option<Shipment>,
+    /// The newest point of this attempt.
+    pub(super) sealed: Option<Sealed>,
 }
 
 /// The task of one protected guest.
@@ -411,6 +413,8 @@ impl Driver {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sealed {
     pub(super) cut_at: SystemTime,
+    /// The same, on the clock that nobody sets.
+    pub(super) stopped: Instant,
     /// How long the guest was stopped for it.
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
@@ -421,4 +425,10 @@ pub(super) struct Sealed {
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.
     pub(super) final_bytes: u64,
+    /// Of those, the device state's, by its share of what changed.
+    pub(super) state_bytes: u64,
+    /// And the disks'.
+    pub(super) disk_bytes: u64,
+    /// How long memory was looked through for it.
+    pub(super) scan: Duration,
 }

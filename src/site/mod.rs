@@ -37,6 +37,7 @@ mod pairing;
 mod promote;
 mod protect;
 mod rebuild;
+mod rounds;
 mod sealed;
 mod standby;
 mod start;

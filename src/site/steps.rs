@@ -132,6 +132,7 @@ impl Driver {
                 .max(self.last_point + 1),
             state_known,
             shipment: None,
+            sealed: None,
         })
     }
 
