@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
@@ -19,10 +20,14 @@ use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::groups::PointGroup;
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
+pub use self::group::GroupMessage;
+
 mod envelope;
+mod group;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -61,6 +66,9 @@ pub struct Opening {
     pub warm: bool,
     /// How long points are kept.
     pub retention: farhaven_policies::policy::Retention,
+    /// The same as a schedule, which says it exactly; sites of before go by the above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// What the target holds of a guest.
@@ -166,6 +174,9 @@ pub struct PointContext {
     pub changed_bytes: u64,
     /// Bytes of the batches that carried them.
     pub sent_bytes: u64,
+    /// The cut of its whole group that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 impl PointContext {
@@ -366,6 +377,9 @@ pub enum Message {
     /// Source: this seed is about to be written. Answered with `Done` when its
     /// key and numbers are durable.
     SeedAnnounce(Box<SeedAnnouncement>),
+    /// Source: of protection groups, and of what their guests are owed.
+    /// Answered with `Done` when it is durable.
+    Group(Box<GroupMessage>),
     /// Target: something here hinders replication (a full store); for the source's status.
     Trouble {
         /// One sentence; empty when it is over.

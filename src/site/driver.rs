@@ -21,7 +21,7 @@ use super::remote::{AskError, Remote};
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
-use crate::guest::{After, Guest, GuestError};
+use crate::guest::{Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// Why an attempt ended.
@@ -113,10 +113,12 @@ impl Driver {
             id: record.id.to_string(),
             peer: Some(protection.to.clone()),
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
+            policy_of: protection.group.clone(),
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
         let flow = site.limits.join(record.id, &record.name, remote.peer.key());
+        site.limits.owe(&protection);
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -281,8 +283,9 @@ impl Driver {
             self.phase(Phase::Shipping);
         }
         self.round(attached).await?;
+        let mut seat = None;
         loop {
-            let sealed = self.point(attached, After::Continue).await?;
+            let sealed = self.next_point(attached, &mut seat).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
@@ -308,26 +311,31 @@ impl Driver {
                     accept_pause,
                     convoy,
                     reply,
-                }) => match self.move_it(attached, accept_pause, convoy.as_ref()).await {
-                    Ok(report) => {
-                        let _ = reply.send(Ok(report));
-                        return Ok(Next::Again(Duration::ZERO));
+                }) => {
+                    // The others of its group are not kept waiting.
+                    seat = None;
+                    match self.move_it(attached, accept_pause, convoy.as_ref()).await {
+                        Ok(report) => {
+                            let _ = reply.send(Ok(report));
+                            return Ok(Next::Again(Duration::ZERO));
+                        }
+                        Err(NotMoved::TooLong(why)) => {
+                            // Nothing was done: protection goes on in this very attempt.
+                            tracing::warn!(guest = %self.record.name, why, "not moved");
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                            let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::GivenUp(why)) => {
+                            let _ = reply.send(Err(NotMoved::GivenUp(why)));
+                        }
+                        Err(NotMoved::Failed(why)) => {
+                            let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                            return Err(DriveError::Other(why));
+                        }
                     }
-                    Err(NotMoved::TooLong(why)) => {
-                        // Nothing was done: protection goes on in this very attempt.
-                        tracing::warn!(guest = %self.record.name, why, "not moved");
-                        self.view.send_modify(|v| v.trouble.clone_from(&why));
-                        let _ = reply.send(Err(NotMoved::TooLong(why)));
-                    }
-                    Err(NotMoved::GivenUp(why)) => {
-                        let _ = reply.send(Err(NotMoved::GivenUp(why)));
-                    }
-                    Err(NotMoved::Failed(why)) => {
-                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
-                        return Err(DriveError::Other(why));
-                    }
-                },
+                }
                 Some(Command::Resume) => {}
+                Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",

@@ -109,7 +109,7 @@ async fn hand_over(
         )));
     }
     driver.phase(Phase::Held);
-    let made = match cut::make(driver, attached, After::Hold).await {
+    let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
         Err(error) => {
             // The peer was not asked to run it yet; but an operator may have

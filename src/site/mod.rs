@@ -22,6 +22,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;
@@ -97,6 +98,8 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
@@ -182,6 +185,7 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
@@ -214,6 +218,7 @@ impl Site {
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
@@ -392,6 +397,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {

@@ -113,6 +113,7 @@ impl Site {
                 },
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
+                schedule: None,
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
@@ -121,7 +122,8 @@ impl Site {
             self.catalogue
                 .put(Table::Remote, &guest.to_string(), &record)?;
         }
-        self.catalogue.flush()
+        self.catalogue.flush()?;
+        self.rebuild_groups(remote)
     }
 
     /// A guest that runs here, from the note of the newest term.
@@ -148,7 +150,7 @@ pub(super) fn drop_activation_notes(site: &Arc<Site>, guest: GuestId) {
     }
 }
 
-fn keep<T: serde::Serialize>(path: &Path, value: &T) {
+pub(super) fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     let written = serde_json::to_vec(value)
         .map_err(std::io::Error::other)
         .and_then(|bytes| files::replace(path, &bytes));
@@ -158,7 +160,7 @@ fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     }
 }
 
-fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+pub(super) fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     if fs::metadata(path).ok()?.len() > LONGEST_NOTE {
         return None;
     }

@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, Opening};
+use crate::site::groups::PointGroup;
 use crate::site::view::ConsolePaths;
 
 /// Most volumes of one guest.
@@ -31,6 +33,17 @@ pub struct GuestRecord {
     pub definition: Definition,
 }
 
+/// What a guest is owed, and by whose word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owed {
+    /// RPO, limits, what a move may cost.
+    pub policy: farhaven_policies::policy::Policy,
+    /// Which points are kept, where that is said by a schedule.
+    pub schedule: Option<Schedule>,
+    /// The group whose policy it is; `None` for the site's own, or an operator's.
+    pub group: Option<String>,
+}
+
 /// A guest's protection: where to, by which policy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Protection {
@@ -40,6 +53,12 @@ pub struct Protection {
     pub to: String,
     /// What it is owed.
     pub policy: farhaven_policies::policy::Policy,
+    /// Which points are kept, where that is said by a schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
+    /// The group whose policy it is; `None` for the site's own, or an operator's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// The operator paused it.
     pub paused: bool,
     /// Its first copy comes by a seed: the link waits until that is imported.
@@ -53,6 +72,17 @@ pub struct Protection {
     pub moved: Option<Term>,
 }
 
+impl Protection {
+    /// What it is owed.
+    pub fn owed(&self) -> Owed {
+        Owed {
+            policy: self.policy.clone(),
+            schedule: self.schedule.clone(),
+            group: self.group.clone(),
+        }
+    }
+}
+
 /// A guest that a peer sends here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StandbyRecord {
@@ -64,7 +94,7 @@ pub struct StandbyRecord {
 
 /// What was measured of a point, for listings. Rebuilt without the scan's
 /// figures from the point's own manifest.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PointRecord {
     /// Nanoseconds since 1970.
     pub cut_at: u64,
@@ -74,6 +104,9 @@ pub struct PointRecord {
     pub ram_scan: Duration,
     /// Bytes of RAM looked at in that time.
     pub ram_scanned_bytes: u64,
+    /// The cut of its whole group that it is part of, as the point itself tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 /// A guest that was taken over and runs here.

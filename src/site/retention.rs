@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
-use farhaven_policies::retain::{self, Point, Verdict};
+use farhaven_policies::retain::{self, Point, Reason, Verdict};
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::prune::{Keep, PruneReport};
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
 use super::events::EventKind;
+use super::groups::{self, Fates};
 use super::operate::{OperateError, failed};
 use super::remote::Remote;
 use super::standby::Standby;
@@ -74,11 +75,18 @@ struct Judged {
 
 /// By what the points of an opening's guest are kept.
 fn verdicts(opening: &Opening, points: &[Point]) -> Vec<Verdict> {
-    retain::retain(&opening.retention, points, SystemTime::now())
+    let now = SystemTime::now();
+    match &opening.schedule {
+        Some(schedule) => schedule.retain(points, now),
+        None => retain::retain(&opening.retention, points, now),
+    }
 }
 
 /// The same, for people.
 fn retention(opening: &Opening) -> String {
+    if let Some(schedule) = &opening.schedule {
+        return schedule.to_string();
+    }
     let kept = &opening.retention;
     format!(
         "all for {}, every {} for {}, newest {}",
@@ -87,7 +95,7 @@ fn retention(opening: &Opening) -> String {
 }
 
 /// What is to become of each point, the oldest first.
-fn judged(standby: &Standby) -> Vec<Judged> {
+fn judged(standby: &Standby, fates: &Fates) -> Vec<Judged> {
     // Hydrated or not: a daemon that starts anew finds its guest by the point.
     let in_use = [standby.active().map(|a| a.point), standby.tested()];
     let headers = standby.points();
@@ -107,7 +115,15 @@ fn judged(standby: &Standby) -> Vec<Judged> {
         let (keep, reason) = match (&name, newest == Some(header.point)) {
             (Some(name), _) => (true, format!("kept as \"{name}\" until it is released")),
             (None, true) => (true, "the newest".to_owned()),
-            (None, false) => (verdict.keep, verdict.reason.to_string()),
+            (None, false) => match fates.get(&(standby.guest, header.point)) {
+                _ if verdict.reason == Reason::InUse => (true, verdict.reason.to_string()),
+                Some(true) => (true, "its group's point is kept".to_owned()),
+                Some(false) => (
+                    false,
+                    "its group's point is past its time, or was never whole".to_owned(),
+                ),
+                None => (verdict.keep, verdict.reason.to_string()),
+            },
         };
         Judged {
             header,
@@ -154,8 +170,9 @@ async fn prune_store(
 ) -> Result<(), String> {
     let mut keep = Keep::new();
     let mut past = 0;
+    let fates = groups::fates(site, standbys);
     for standby in standbys {
-        let judged = judged(standby);
+        let judged = judged(standby, &fates);
         past += judged.iter().filter(|point| !point.keep).count();
         keep.insert(standby.guest, keep_of(&judged));
     }
@@ -256,7 +273,7 @@ impl Site {
     /// When there is no such guest here, or its points cannot be read.
     pub async fn plan_prune(&self, name: &str) -> Result<PruneView, OperateError> {
         let standby = self.standby_here(name)?;
-        let judged = judged(&standby);
+        let judged = judged(&standby, &groups::fates_of(self, &standby));
         let keep = Keep::from([(standby.guest, keep_of(&judged))]);
         let store = standby.remote().incoming.store.clone();
         let planned = tokio::task::spawn_blocking(move || {
@@ -281,7 +298,7 @@ impl Site {
     /// to forget, or the store refuses.
     pub async fn run_prune(&self, name: &str) -> Result<PruneView, OperateError> {
         let standby = self.standby_here(name)?;
-        let judged = judged(&standby);
+        let judged = judged(&standby, &groups::fates_of(self, &standby));
         let keep = Keep::from([(standby.guest, keep_of(&judged))]);
         let remote = standby.remote().clone();
         let these = [standby.clone()];

@@ -36,6 +36,9 @@ pub(super) struct Standby {
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
+    /// Held while one of its points is being sealed: however many seals a peer
+    /// asks for, one at a time waits for data and looks at the store.
+    pub(super) sealing: tokio::sync::Mutex<()>,
 }
 
 /// Only touched under the lock.
@@ -87,6 +90,7 @@ impl Standby {
             seen: Mutex::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
+            sealing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -110,7 +114,8 @@ impl Standby {
     }
 
     pub(super) fn name(&self) -> String {
-        self.opening().name
+        let opening = self.opening.read().unwrap_or_else(PoisonError::into_inner);
+        opening.name.clone()
     }
 
     pub(super) fn opening(&self) -> Opening {

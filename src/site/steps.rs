@@ -146,6 +146,7 @@ impl Driver {
             term,
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
+            schedule: self.protection.schedule.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),
@@ -264,7 +265,7 @@ impl Driver {
         attached: &mut Attached,
         after: After,
     ) -> Result<Sealed, DriveError> {
-        let made = super::cut::make(self, attached, after).await?;
+        let made = super::cut::make(self, attached, after, None).await?;
         let sealed = super::cut::seal(self, attached, made).await?;
         Ok(sealed)
     }

@@ -59,6 +59,7 @@ fn about() -> SeedAbout {
             },
             warm: true,
             retention: Retention::default(),
+            schedule: None,
         },
         point: 5,
         first: 100,
@@ -86,6 +87,7 @@ fn seal(about: &SeedAbout, shipped: u64, chain: [u8; 32]) -> SealRequest {
             ram_scanned_bytes: 0,
             changed_bytes: 0,
             sent_bytes: 0,
+            group: None,
         },
         activate: None,
     }

@@ -183,6 +183,7 @@ impl Site {
                 term,
                 warm: policy.warm,
                 retention: policy.retention.clone(),
+                schedule: None,
             },
             point: next_point.max(1),
             first,
@@ -269,7 +270,7 @@ impl Work {
         }
         let point = self.about.point;
         let (guest, known) = (&mut *self.guest, &mut Vec::new());
-        cut::ship(guest, shipment, known, point, After::Continue, limit)
+        cut::ship(guest, shipment, known, point, After::Continue, limit, None)
     }
 
     fn seal(&self, made: &Made) -> SealRequest {
@@ -291,6 +292,7 @@ impl Work {
                 ram_scanned_bytes: made.times.ram_scanned_bytes,
                 changed_bytes: made.shipped.changed_bytes,
                 sent_bytes: made.shipped.sent_bytes,
+                group: None,
             },
             activate: None,
         }
