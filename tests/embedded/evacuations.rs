@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use farhaven::site::evacuate::{Evacuation, EvacuationState, GuestState, Order};
 use farhaven::site::groups::{GroupMember, GroupRecord};
 use farhaven_policies::evacuate::Verdict;
-use farhaven_policies::files::Member;
+use farhaven_policies::files::{Member, NamedPolicy};
 use farhaven_storage_sync::unit::GuestId;
 
 use super::*;
@@ -89,6 +89,8 @@ async fn everything_goes_in_order_and_is_reported_against_the_plan() {
         name: "shop".to_owned(),
         from: None,
         peer: "west".to_owned(),
+        policy: String::new(),
+        owed: NamedPolicy::default(),
         members: BTreeMap::from([
             ("app".to_owned(), member("app", &["db"])),
             ("db".to_owned(), member("db", &[])),
