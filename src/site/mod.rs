@@ -253,6 +253,8 @@ impl Site {
         self.node.shutdown().await;
         // No source is told any more how its move ended.
         for standby in &standbys {
+            // A seal that waits for data would hold the store for ever.
+            standby.begin_anew();
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
