@@ -7,6 +7,7 @@ mod out;
 
 mod alerts;
 mod drill;
+mod evacuate;
 mod group;
 mod guests;
 mod image;
@@ -177,6 +178,12 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Move everything off this site, or what is named, before a deadline. Exit status 3:
+    /// not everything fits, and nothing was begun.
+    Evacuate(evacuate::Evacuate),
+    /// Watch, pause, resume, abort an evacuation; how past ones went.
+    #[command(subcommand)]
+    Evacuation(evacuate::EvacuationVerb),
     /// Who may use the API over TLS, and for what.
     #[command(subcommand)]
     Token(token::TokenVerb),
@@ -222,7 +229,8 @@ struct Json {
 type Outcome = Result<(), String>;
 
 /// Exit status of a move that was not made because the guest would stand
-/// longer than its policy allows: it runs where it ran.
+/// longer than its policy allows, and of an evacuation that does not fit its
+/// deadline: everything runs where it ran.
 const EXIT_TOO_LONG: u8 = 3;
 
 /// A failure with the exit status that programs tell it by: 1 for most.
@@ -330,6 +338,8 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Evacuate(order) => return evacuate::evacuate(&client, order).await,
+        Verb::Evacuation(verb) => return evacuate::run(&client, verb).await,
         Verb::Token(verb) => token::run(&client, verb).await,
         Verb::Commit(args) => turn::commit(&client, args).await,
         Verb::Rollback(args) => turn::rollback(&client, args).await,

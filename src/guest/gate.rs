@@ -155,6 +155,10 @@ impl Rendezvous {
 impl CutGate for Rendezvous {
     fn ready(&self) -> Result<(), GateError> {
         let mut state = self.lock();
+        // Whoever comes late is not stopped for nothing.
+        if let Some(why) = &state.given_up {
+            return Err(why.clone());
+        }
         state.ready += 1;
         self.turned.notify_all();
         self.wait(state, self.patience.ready, |s| s.ready, "ready")
@@ -162,7 +166,11 @@ impl CutGate for Rendezvous {
 
     fn stopped(&self) {
         let now = Instant::now();
-        self.lock().stops.push(now);
+        let mut state = self.lock();
+        // Some may have gone on by now: it is no instant of all any more.
+        if state.given_up.is_none() {
+            state.stops.push(now);
+        }
         self.turned.notify_all();
     }
 

@@ -29,6 +29,7 @@ pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 
 mod alerts;
 mod body;
+mod evacuation;
 pub mod rights;
 mod serve;
 mod tls;
@@ -56,7 +57,7 @@ pub struct ErrorBody {
 }
 
 /// The code of a move that was not made because the guest would stand longer
-/// than its policy allows.
+/// than its policy allows, and of an evacuation that does not fit its deadline.
 pub const TOO_LONG: &str = "too_long";
 
 impl IntoResponse for OperateError {
@@ -135,6 +136,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
         )
         .route("/v1/images/{name}", delete(remove_image))
         .merge(turn::routes())
+        .merge(evacuation::routes())
         .route("/v1/tokens", get(tokens::list).post(tokens::add))
         .route("/v1/tokens/{name}", delete(tokens::revoke))
         .merge(alerts::routes())

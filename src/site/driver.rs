@@ -30,6 +30,9 @@ pub(super) enum DriveError {
     /// A move would take longer than the policy allows, and nobody accepted that.
     #[error("{0}")]
     TooLong(String),
+    /// A move that is not wanted any more.
+    #[error("{0}")]
+    GivenUp(String),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -313,11 +316,12 @@ impl Driver {
                 None => {}
                 Some(Command::Move {
                     accept_pause,
+                    convoy,
                     reply,
                 }) => {
                     // The others of its group are not kept waiting.
                     seat = None;
-                    match self.move_it(attached, accept_pause).await {
+                    match self.move_it(attached, accept_pause, convoy.as_ref()).await {
                         Ok(report) => {
                             let _ = reply.send(Ok(report));
                             return Ok(Next::Again(Duration::ZERO));
@@ -327,6 +331,9 @@ impl Driver {
                             tracing::warn!(guest = %self.record.name, why, "not moved");
                             self.view.send_modify(|v| v.trouble.clone_from(&why));
                             let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::GivenUp(why)) => {
+                            let _ = reply.send(Err(NotMoved::GivenUp(why)));
                         }
                         Err(NotMoved::Failed(why)) => {
                             let _ = reply.send(Err(NotMoved::Failed(why.clone())));

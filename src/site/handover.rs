@@ -9,6 +9,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
@@ -28,11 +29,12 @@ pub(super) async fn perform(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(false);
     }
-    let outcome = hand_over(driver, attached, accept_pause).await;
+    let outcome = hand_over(driver, attached, accept_pause, convoy).await;
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(true);
     }
@@ -47,6 +49,7 @@ async fn hand_over(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
@@ -75,7 +78,7 @@ async fn hand_over(
             .ask_within(Message::Prepare { guest: id }, PREPARATION)
             .await
     });
-    let round = converge(driver, attached, accept_pause).await;
+    let round = converge(driver, attached, accept_pause, convoy).await;
     let prepared = driver
         .interruptible(preparing)
         .await?
@@ -86,7 +89,7 @@ async fn hand_over(
         (Ok(_), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error),
     };
-    let converged = match ready {
+    let mut converged = match ready {
         Ok(converged) => converged,
         Err(error) => {
             // Nothing was stopped; the peer's word is not needed.
@@ -122,6 +125,8 @@ async fn hand_over(
     };
     let outcome = cut::seal_and_run(driver, attached, &made, term).await;
     let blackout = made.stopped.elapsed();
+    // A peer that is lost now must not keep others from their last cuts.
+    drop(converged.turn.take());
     match outcome {
         Ok(times) => {
             end(driver, attached.guest.take(), term).await?;
@@ -165,6 +170,10 @@ fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
         DriveError::Interrupted => error,
         DriveError::TooLong(why) => DriveError::TooLong(format!(
             "'{}' runs on here, protected as before, and was not moved: {why}. To move it all the same: farhaven move {0} --accept-pause",
+            driver.record.name
+        )),
+        DriveError::GivenUp(why) => DriveError::GivenUp(format!(
+            "'{}' runs on here, protected as before: {why}",
             driver.record.name
         )),
         error => DriveError::Other(format!(

@@ -7,6 +7,7 @@
 
 pub mod alerts;
 pub mod api;
+pub mod evacuate;
 pub mod events;
 pub mod files;
 pub mod groups;
@@ -114,6 +115,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// The newest evacuation of this process.
+    evacuation: Mutex<Option<evacuate::Handle>>,
 }
 
 impl Site {
@@ -193,6 +196,7 @@ impl Site {
             hosted: RwLock::default(),
             alerts,
             unstopped: Mutex::default(),
+            evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -214,6 +218,7 @@ impl Site {
         for remote in remotes {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
+        site.resume_evacuation();
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(turn::watch(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
@@ -240,6 +245,11 @@ impl Site {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
         self.stop_seeding();
+        // Before the drivers: their end must not look like failed moves.
+        self.evacuation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()

@@ -9,6 +9,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
+use super::commands::Convoy;
 use super::driver::{Command, NotMoved};
 use super::events::EventKind;
 use super::operate::{OperateError, failed};
@@ -407,9 +408,20 @@ impl Site {
         name: &str,
         accept_pause: bool,
     ) -> Result<MoveReport, OperateError> {
+        self.move_among(name, accept_pause, None).await
+    }
+
+    /// As [`Site::move_guest`], as one of many.
+    pub(super) async fn move_among(
+        &self,
+        name: &str,
+        accept_pause: bool,
+        convoy: Option<Convoy>,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let order = Command::Move {
             accept_pause,
+            convoy,
             reply,
         };
         self.command(name, order).await?;
@@ -422,6 +434,7 @@ impl Site {
         }
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::GivenUp(why) => OperateError::Conflict(why),
             NotMoved::Failed(why) => OperateError::Failed(why),
         })
     }

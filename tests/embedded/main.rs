@@ -8,6 +8,7 @@ mod api;
 mod bad_peers;
 mod counter;
 mod drills;
+mod evacuations;
 mod groups;
 mod images;
 mod limits;
