@@ -26,7 +26,7 @@ pub(in crate::site) async fn answer(
     asked: TurnMessage,
 ) -> Message {
     let answered = match asked {
-        TurnMessage::Look { guest } => site.look(remote, guest).await.map(seen),
+        TurnMessage::Look { guest } => site.look_at_copy(remote, guest).await.map(seen),
         TurnMessage::GoBack { term } => site.goes_back(remote, term).await,
         TurnMessage::Commit { guest, discard } => site.committed(remote, guest, discard).await,
         TurnMessage::Turn(opening) => return site.turn(remote, *opening).await,
@@ -43,7 +43,7 @@ fn seen(state: CopyState) -> Message {
 
 impl Site {
     /// What is here of a guest that may run at that peer.
-    async fn look(
+    async fn look_at_copy(
         self: &Arc<Self>,
         remote: &Arc<Remote>,
         guest: GuestId,
