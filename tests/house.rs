@@ -296,6 +296,9 @@ fn routes_in(text: &str) -> Vec<&str> {
 #[test]
 fn every_route_of_the_api_needs_a_right() {
     let table = fs::read_to_string(root().join("src/site/api/rights.rs")).unwrap();
+    // The formatter breaks a long entry over several lines.
+    let words: Vec<_> = table.split_whitespace().collect();
+    let table = words.join(" ").replace("( ", "(");
     let mut wrong = Vec::new();
     let mut seen = 0;
     for (file, text) in sources() {

@@ -87,8 +87,8 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("POST", "/v1/guests/{name}/prune", Right::Administer),
     ("GET", "/v1/evacuations", Right::View),
     ("POST", "/v1/evacuations", Right::FailOver),
-    // A plan does nothing.
-    ("POST", "/v1/evacuations/plan", Right::View),
+    // A plan does nothing, but asks the peer.
+    ("POST", "/v1/evacuations/plan", Right::Operate),
     ("GET", "/v1/evacuations/{number}", Right::View),
     ("POST", "/v1/evacuation/pause", Right::FailOver),
     ("POST", "/v1/evacuation/resume", Right::FailOver),
