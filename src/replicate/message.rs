@@ -19,6 +19,12 @@ use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::view::PointView;
 
+mod run;
+mod unknown;
+
+pub use self::run::RunMessage;
+pub use self::unknown::Unknown;
+
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
 
@@ -69,6 +75,9 @@ pub struct Opening {
     pub warm: bool,
     /// How long points are kept.
     pub retention: farhaven_policies::policy::Retention,
+    /// How old the newest point is to be at most, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpo_ms: Option<u64>,
 }
 
 /// What the target holds of a guest.
@@ -335,6 +344,8 @@ pub enum Message {
     },
     /// Target: it does not run here, and will not under the term of that move.
     GivenUp,
+    /// Of a guest that a run at the target has.
+    Run(RunMessage),
     /// Source: protection ends; forget the guest's points when `discard`.
     Close {
         /// Who.
@@ -440,60 +451,5 @@ impl Envelope {
         }
         ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
             .map_err(|e| MessageError::Unreadable(e.to_string()))
-    }
-}
-
-/// The place in the conversation of a message that is not known here, so that
-/// whoever waits for what it asks or answers need not wait to the end.
-#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
-pub struct Unknown {
-    /// It is a request, of this number.
-    #[serde(default)]
-    pub id: Option<u64>,
-    /// It answers the request of this number.
-    #[serde(default)]
-    pub answers: Option<u64>,
-}
-
-impl Unknown {
-    /// As far as it can be read.
-    pub fn of(bytes: &[u8]) -> Self {
-        let known = bytes
-            .get(..MAX_MESSAGE.min(bytes.len()))
-            .unwrap_or_default();
-        ciborium::de::from_reader_with_recursion_limit(known, LEVELS).unwrap_or_default()
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn of_a_message_that_is_not_known_its_place_is() {
-        #[derive(Serialize)]
-        struct Newer {
-            id: u64,
-            body: Body,
-        }
-        #[derive(Serialize)]
-        #[serde(rename_all = "snake_case")]
-        enum Body {
-            FromTheFuture { of: Vec<u8> },
-        }
-        let newer = Newer {
-            id: 7,
-            body: Body::FromTheFuture { of: vec![1, 2] },
-        };
-        let mut bytes = Vec::new();
-        assert!(ciborium::into_writer(&newer, &mut bytes).is_ok());
-        assert!(Envelope::decode(&bytes).is_err());
-        let place = Unknown {
-            id: Some(7),
-            answers: None,
-        };
-        assert_eq!(Unknown::of(&bytes), place);
-        assert_eq!(Unknown::of(&bytes[..3]), Unknown::default());
-        assert_eq!(Unknown::of(&[0x9f; 4096]), Unknown::default());
     }
 }

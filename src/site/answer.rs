@@ -9,12 +9,14 @@ use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
 
 use super::remote::Remote;
+use super::runs::hold;
+use super::runs::stage::HeldAnswer;
 use super::seed::announced;
 use super::standby::Standby;
 use super::{Site, records};
 use crate::activate::fence::Term;
 use crate::replicate::message::{
-    MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
+    MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest, sound_volume,
 };
 use crate::replicate::receive::SealStep;
 
@@ -68,8 +70,9 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         },
         Message::GiveUp { guest } => match site.standby_of(remote, guest) {
             Some(standby) => match standby.give_up().await {
-                Some((times, term)) => Message::Running { times, term },
-                None => Message::GivenUp,
+                HeldAnswer::Running(times, term) => Message::Running { times, term },
+                HeldAnswer::Undecided => Message::Run(RunMessage::Undecided),
+                HeldAnswer::GivenUp => Message::GivenUp,
             },
             None => Message::GivenUp,
         },
@@ -89,6 +92,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             None => unknown_guest(),
         },
+        Message::Run(asked) => hold::answer(site, remote, asked).await,
         Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
         Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,
         Message::Retire { seqs } => {

@@ -118,6 +118,7 @@ pub fn router(site: Arc<Site>) -> Router {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .merge(super::runs::api::routes())
         .layer(axum::middleware::map_response(errors_in_json))
         .with_state(site)
 }
@@ -341,7 +342,11 @@ async fn failover(
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
-    whole(async move { site.fail_over(&name, body.point, body.force).await }).await
+    whole(async move {
+        let Failover { point, force, by } = body;
+        site.fail_over_recorded(&name, point, force, by).await
+    })
+    .await
 }
 
 async fn test(
@@ -349,14 +354,14 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test(&name, body.point).await }).await
+    whole(async move { site.test_recorded(&name, body.point, body.by).await }).await
 }
 
 async fn end_test(
     State(site): Here,
     InPath(name): InPath<String>,
 ) -> Answer<super::view::TestEnded> {
-    whole(async move { site.end_test(&name).await }).await
+    whole(async move { site.end_test_recorded(&name, None).await }).await
 }
 
 async fn move_guest(
@@ -364,7 +369,7 @@ async fn move_guest(
     InPath(name): InPath<String>,
     Json(body): Json<Move>,
 ) -> Answer<super::view::MoveReport> {
-    whole(async move { site.move_guest(&name, body.accept_pause).await }).await
+    whole(async move { site.move_recorded(&name, body.accept_pause, body.by).await }).await
 }
 
 async fn move_outlook(

@@ -7,6 +7,7 @@ use tokio::sync::oneshot;
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
+use super::runs::hold::HoldReply;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 
@@ -28,6 +29,12 @@ pub(super) enum Command {
         accept_pause: bool,
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
+    /// Bring it to stand still for a run at the peer, and hold it.
+    Hold(HoldReply),
+    /// The peer gave it back under this term: let its stopped copy go on.
+    GivenBack(Term, oneshot::Sender<Result<(), String>>),
+    /// Ask the peer now what became of it, if it is held.
+    Ask,
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
 }
@@ -71,6 +78,11 @@ impl Driver {
                         if trouble.is_empty() { "" } else { ": " },
                     ))));
                 }
+                Command::Hold(reply) => self.held_already(reply),
+                Command::GivenBack(term, reply) => {
+                    let _ = reply.send(self.given_back(term).await);
+                }
+                Command::Ask => {}
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);

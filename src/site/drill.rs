@@ -21,7 +21,8 @@ mod error;
 mod place;
 
 use self::error::TestError;
-use self::place::{Places, allocated, free_memory, remove};
+pub(super) use self::place::free_memory;
+use self::place::{Places, allocated, remove};
 use super::operate::OperateError;
 use super::promote::ActivateError;
 use super::standby::{Standby, ground, step};
@@ -39,9 +40,20 @@ const BESIDE: u64 = 128 << 20;
 
 /// A test that runs.
 pub(super) struct Drill {
-    ready: Ready,
+    ready: Arc<Ready>,
     point: u64,
     since: Instant,
+    /// The run that it is a part of, if it is of one.
+    run: Option<String>,
+    /// Set until it runs.
+    waiting: Option<Waiting>,
+}
+
+/// A test that is made ready, and does not run yet.
+struct Waiting {
+    replica: Arc<Replica>,
+    times: ActivationTimes,
+    cut_at: u64,
 }
 
 /// What `status` and pruning know of a test.
@@ -105,11 +117,26 @@ impl Standby {
         point: Option<u64>,
         declared: Instant,
     ) -> Result<TestReport, TestError> {
+        self.prepare_test(point, declared, None).await?;
+        self.run_test(declared).await
+    }
+
+    /// Makes a test ready, from the newest or a named point; nothing runs yet.
+    /// Answers the point. One that is ready or runs for the same run is taken.
+    pub(super) async fn prepare_test(
+        self: &Arc<Self>,
+        point: Option<u64>,
+        declared: Instant,
+        run: Option<&str>,
+    ) -> Result<u64, TestError> {
         let Ok(mut drill) = self.drill.try_lock() else {
             return Err(TestError::Busy(self.name()));
         };
         if let Some(running) = &*drill {
-            return Err(TestError::Runs(self.name(), running.point));
+            return match running.run.as_deref() == run && run.is_some() {
+                true => Ok(running.point),
+                false => Err(TestError::Runs(self.name(), running.point)),
+            };
         }
         if let Some(active) = self.active() {
             return Err(TestError::Active(self.name(), active.term.number));
@@ -128,20 +155,16 @@ impl Standby {
                 running: None,
             });
         });
-        match self.start_test(point, declared).await {
-            Ok((ready, report)) => {
-                self.see(|s| {
-                    if let Some(test) = &mut s.test {
-                        test.running = Some((ready.qmp(), ready.pid(), report.console.clone()));
-                    }
-                });
-                tracing::info!(guest = %self.name(), point, "a test runs here, isolated");
+        match self.ready_test(point).await {
+            Ok((ready, waiting)) => {
                 *drill = Some(Drill {
-                    ready,
+                    ready: Arc::new(ready),
                     point,
                     since: declared,
+                    run: run.map(str::to_owned),
+                    waiting: Some(waiting),
                 });
-                Ok(report)
+                Ok(point)
             }
             Err(error) => {
                 if let Ok(site) = self.site() {
@@ -154,11 +177,71 @@ impl Standby {
         }
     }
 
-    async fn start_test(
+    /// Lets a test run that was made ready. On an error nothing is left of it.
+    pub(super) async fn run_test(
         self: &Arc<Self>,
-        point: u64,
         declared: Instant,
-    ) -> Result<(Ready, TestReport), TestError> {
+    ) -> Result<TestReport, TestError> {
+        let Ok(mut drill) = self.drill.try_lock() else {
+            return Err(TestError::Busy(self.name()));
+        };
+        let Some(test) = &mut *drill else {
+            return Err(TestError::NoTest(self.name()));
+        };
+        let Some(waiting) = &test.waiting else {
+            return Err(TestError::Runs(self.name(), test.point));
+        };
+        let (ready, replica) = (test.ready.clone(), waiting.replica.clone());
+        let began = Instant::now();
+        let ran = step(move || ready.restore_and_run(&replica)).await;
+        if let Err(error) = ran.and_then(|ran| ran) {
+            self.stop_test_of(&mut drill).await;
+            return Err(error.into());
+        }
+        let (ready, point) = (test.ready.clone(), test.point);
+        let waiting = test.waiting.take();
+        let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
+        times.restore = began.elapsed();
+        times.total = declared.elapsed();
+        let console = ConsolePaths::beside(ready.run_directory());
+        self.see(|s| {
+            if let Some(test) = &mut s.test {
+                test.running = Some((ready.qmp(), ready.pid(), console.clone()));
+            }
+        });
+        tracing::info!(guest = %self.name(), point, "a test runs here, isolated");
+        Ok(TestReport {
+            guest: self.name(),
+            point,
+            age_ms: age(cut_at).as_millis() as u64,
+            rto_ms: times.total.as_secs_f64() * 1e3,
+            qmp: ready.qmp().map(|path| path.display().to_string()),
+            pid: ready.pid(),
+            console,
+            times,
+        })
+    }
+
+    /// The machine of a test that runs, and is a part of this run.
+    pub(super) async fn tested_by(&self, run: &str) -> Option<Arc<Ready>> {
+        let drill = self.drill.lock().await;
+        let test = drill.as_ref().filter(|d| d.run.as_deref() == Some(run));
+        let test = test.filter(|test| test.waiting.is_none());
+        test.map(|test| test.ready.clone())
+    }
+
+    /// Does a test of it run, by its machine's word?
+    pub(super) async fn test_runs(&self) -> bool {
+        let ready = {
+            let drill = self.drill.lock().await;
+            drill.as_ref().map(|test| test.ready.clone())
+        };
+        let Some(ready) = ready else { return false };
+        let runs = step(move || ready.runs()).await;
+        runs.is_ok_and(|runs| runs.unwrap_or(false))
+    }
+
+    async fn ready_test(self: &Arc<Self>, point: u64) -> Result<(Ready, Waiting), TestError> {
         let site = self.site()?;
         let Some(header) = self.points().into_iter().find(|p| p.point == point) else {
             let what = format!("point {point}");
@@ -192,37 +275,22 @@ impl Standby {
         times.ram = began.elapsed();
         let (ready, took) = launched?;
         times.launch = took;
-        let filled = filled.and_then(|filled| filled);
-        let began = Instant::now();
-        let (ready, ran) = step(move || {
-            let ran = filled.and_then(|bytes| {
-                ready.restore_and_run(&replica)?;
-                Ok(bytes)
-            });
-            match ran {
-                Ok(bytes) => (Some(ready), Ok(bytes)),
-                Err(error) => {
-                    ready.discard();
-                    (None, Err(error))
-                }
+        match filled.and_then(|filled| filled) {
+            Ok(bytes) => times.ram_bytes = bytes,
+            Err(error) => {
+                step(move || ready.discard()).await?;
+                return Err(error.into());
             }
-        })
-        .await?;
-        times.ram_bytes = ran?;
-        let ready = ready.ok_or_else(|| ActivateError::Step("the test ended".to_owned()))?;
-        times.restore = began.elapsed();
-        times.total = declared.elapsed();
-        let report = TestReport {
-            guest: self.name(),
-            point,
-            age_ms: age(header.cut_at_unix_ns).as_millis() as u64,
-            rto_ms: times.total.as_secs_f64() * 1e3,
-            qmp: ready.qmp().map(|path| path.display().to_string()),
-            pid: ready.pid(),
-            console: ConsolePaths::beside(ready.run_directory()),
-            times,
-        };
-        Ok((ready, report))
+        }
+        let cut_at = header.cut_at_unix_ns;
+        Ok((
+            ready,
+            Waiting {
+                replica,
+                times,
+                cut_at,
+            },
+        ))
     }
 
     async fn launch_test(
@@ -262,7 +330,7 @@ impl Standby {
         })
     }
 
-    async fn end_test(self: &Arc<Self>) -> Result<TestEnded, TestError> {
+    pub(super) async fn end_test(self: &Arc<Self>) -> Result<TestEnded, TestError> {
         let Ok(mut drill) = self.drill.try_lock() else {
             return Err(TestError::Busy(self.name()));
         };
@@ -270,6 +338,24 @@ impl Standby {
             return Err(TestError::NoTest(self.name()));
         };
         self.throw_away(running).await
+    }
+
+    /// Ends the test of this run, if there is one; waits for who has it in hand.
+    pub(super) async fn end_test_of(
+        self: &Arc<Self>,
+        run: &str,
+    ) -> Result<Option<TestEnded>, TestError> {
+        let mut drill = self.drill.lock().await;
+        match drill.take_if(|test| test.run.as_deref() == Some(run)) {
+            Some(running) => Ok(Some(self.throw_away(running).await?)),
+            None => Ok(None),
+        }
+    }
+
+    /// Where a test's files are while there is one.
+    pub(super) fn test_places(&self) -> Result<[PathBuf; 2], ActivateError> {
+        let places = Places::of(&*self.site()?, self.guest);
+        Ok([places.ram, places.run])
     }
 
     async fn throw_away(&self, running: Drill) -> Result<TestEnded, TestError> {

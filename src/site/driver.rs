@@ -318,7 +318,16 @@ impl Driver {
                         return Err(DriveError::Other(why));
                     }
                 },
-                Some(Command::Resume) => {}
+                Some(Command::Hold(reply)) => {
+                    self.hold(attached, reply).await?;
+                    return Ok(Next::Again(Duration::ZERO));
+                }
+                Some(Command::GivenBack(term, reply)) => {
+                    // It runs here: the answer to an earlier word was lost.
+                    let now = self.site.fence.adopt(term);
+                    let _ = reply.send(now.map(|_| ()).map_err(|e| e.to_string()));
+                }
+                Some(Command::Resume | Command::Ask) => {}
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",

@@ -13,6 +13,7 @@ use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
+use super::runs::hold;
 use super::steps::{blocking, take};
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
@@ -90,9 +91,11 @@ async fn hand_over(
     };
 
     // Without this on disk, a daemon that comes back would let the guest go on.
+    driver.protection.held = None;
     driver.protection.moving = Some(term);
     if let Err(why) = driver.keep_protection().await {
         driver.protection.moving = None;
+        driver.protection.held = None;
         give_up(driver);
         return Err(DriveError::Other(format!(
             "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
@@ -108,6 +111,7 @@ async fn hand_over(
             driver.site.fence.may_run(id, driver.site.key())?;
             resume(driver, attached).await?;
             driver.protection.moving = None;
+            driver.protection.held = None;
             // Should this fail: the peer has given up by then, and says so.
             let _ = driver.keep_protection().await;
             give_up(driver);
@@ -154,7 +158,7 @@ async fn hand_over(
     }
 }
 
-fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
+pub(super) fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
     match error {
         DriveError::Interrupted => error,
         DriveError::TooLong(why) => DriveError::TooLong(format!(
@@ -214,7 +218,7 @@ pub(super) async fn resolve(driver: &mut Driver) -> Result<(), DriveError> {
 
 /// Asks the peer until it answers, then lets go or takes back. `Some` when it
 /// runs there.
-async fn how_it_ended(
+pub(super) async fn how_it_ended(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
 ) -> Result<Option<ActivationTimes>, DriveError> {
@@ -226,6 +230,7 @@ async fn how_it_ended(
     let answer = loop {
         let asked = remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60));
         match driver.interruptible(asked).await? {
+            answer if hold::is_undecided(&answer) => hold::undecided(driver).await?,
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {
@@ -245,6 +250,7 @@ async fn how_it_ended(
             // Taken over by an operator, from some point: the held copy may be newer.
             driver.site.fence.adopt(there)?;
             driver.protection.moving = None;
+            driver.protection.held = None;
             let _ = driver.keep_protection().await;
             Err(DriveError::Other(format!(
                 "'{}' was taken over at '{}' under term {} while it was held here for a move",
@@ -313,10 +319,12 @@ async fn run_here(
     if let Err(GuestError::Gone(_)) = &resumed {
         // It ended while it was held, and no waiting brings it back.
         driver.protection.moving = None;
+        driver.protection.held = None;
         let _ = driver.keep_protection().await;
     }
     resumed?;
     driver.protection.moving = None;
+    driver.protection.held = None;
     let _ = driver.keep_protection().await;
     tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it runs on here");
     Ok(())
@@ -341,6 +349,7 @@ async fn end(
     })
     .await?;
     driver.protection.moving = None;
+    driver.protection.held = None;
     driver.protection.moved = Some(term);
     let _ = driver.keep_protection().await;
     let note = match ended {
@@ -360,7 +369,7 @@ async fn end(
     Ok(note)
 }
 
-async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
+pub(super) async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
     let mut guest = take(&mut attached.guest)?;
     let name = driver.record.name.clone();
     let (guest, resumed) = blocking(move || {

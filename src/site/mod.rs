@@ -12,6 +12,7 @@ pub mod hosted;
 pub mod images;
 pub mod records;
 pub mod remote;
+pub mod runs;
 pub mod seed;
 pub mod view;
 
@@ -160,6 +161,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// Runs of runbooks.
+    runs: runs::Runs,
 }
 
 impl Site {
@@ -208,6 +211,7 @@ impl Site {
             key: "site.state_dir",
             source,
         })?;
+        let runs = runs::Runs::open(state.join("runs"))?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
         let limits = limits::Limits::open(&config)?;
         let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
@@ -231,6 +235,7 @@ impl Site {
             naming: Mutex::default(),
             hosted: RwLock::default(),
             unstopped: Mutex::default(),
+            runs,
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -247,6 +252,7 @@ impl Site {
                 tracing::error!("{error}");
             }
         }
+        site.resume_runs().await;
         // Questions are answered only from here on: a source that asks whether
         // its guest runs here must not be answered before that is known.
         for remote in remotes {
@@ -272,6 +278,7 @@ impl Site {
         if guests > 0 {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
+        self.runs.stop().await;
         self.stop_seeding();
         // Drivers let go of their guests when their command queues close.
         self.drivers

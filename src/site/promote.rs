@@ -157,7 +157,7 @@ impl Standby {
             .ok_or_else(|| ActivateError::Step("not active".to_owned()))
     }
 
-    async fn run(
+    pub(super) async fn run(
         self: &Arc<Self>,
         state: &mut State,
         point: u64,

@@ -265,6 +265,7 @@ impl Site {
             paused: false,
             seeded,
             moving: None,
+            held: None,
             moved: None,
         })
     }

@@ -113,6 +113,7 @@ impl Site {
                 },
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
+                rpo_ms: None,
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),

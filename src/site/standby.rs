@@ -4,6 +4,8 @@
 //! in one order: launch and RAM side by side, then the device state, then the
 //! guest goes on. A term is durable before any of it can run.
 
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use farhaven_storage_sync::PointHeader;
@@ -15,6 +17,7 @@ use super::drill::{Drill, TestSeen};
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
+use super::runs::stage::HeldAnswer;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
 use crate::activate::fence::Term;
@@ -22,7 +25,7 @@ use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
 use crate::activate::warm::Warm;
 use crate::guest::Definition;
-use crate::replicate::message::{ActivationTimes, Opening, PointContext};
+use crate::replicate::message::{Opening, PointContext};
 
 /// A guest that a peer sends here.
 pub(super) struct Standby {
@@ -36,6 +39,8 @@ pub(super) struct Standby {
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
+    /// How many requests to hold the guest the source has not answered yet.
+    pub(super) expecting: AtomicUsize,
 }
 
 /// Only touched under the lock.
@@ -50,6 +55,8 @@ pub(super) struct State {
     /// It ran here before a restart of this daemon, and its QEMU lives and
     /// does not answer yet.
     pub(super) unwatched: Option<Activation>,
+    /// The source holds its guest for a run here, which may run it under this term.
+    pub(super) staged: Option<Term>,
 }
 
 impl State {
@@ -87,6 +94,7 @@ impl Standby {
             seen: Mutex::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
+            expecting: AtomicUsize::new(0),
         }
     }
 
@@ -235,6 +243,16 @@ impl Standby {
     /// the term of this number. Each has a directory of its own: what an earlier
     /// one left there is evidence, and may be all that is left of its disks.
     pub(super) async fn launch(&self, point: u64, number: u64) -> Result<Ready, ActivateError> {
+        self.launch_on(point, number, BTreeMap::new()).await
+    }
+
+    /// As [`Standby::launch`], with networks that go before those of this site.
+    pub(super) async fn launch_on(
+        &self,
+        point: u64,
+        number: u64,
+        networks: BTreeMap<String, String>,
+    ) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
         let guest = self.guest;
@@ -242,7 +260,11 @@ impl Standby {
             // Made ready for a hand-over, by a daemon that ended before it.
             let before = ground(&site, guest, number.saturating_sub(1)).run;
             Launched::end_left(&before.join("qmp.sock"), &before);
-            Ready::launch(&ground(&site, guest, number), &replica, &context.definition)
+            let mut all = site.config.networks.clone();
+            all.extend(networks);
+            let mut ground = ground(&site, guest, number);
+            ground.networks = &all;
+            Ready::launch(&ground, &replica, &context.definition)
         })
         .await?
     }
@@ -288,15 +310,19 @@ impl Standby {
         }
     }
 
-    /// Gives up what was prepared, unless it runs already.
-    pub(super) async fn give_up(self: &Arc<Self>) -> Option<(ActivationTimes, Term)> {
+    /// Answers a source that asks what became of the guest that it holds: a run
+    /// has it, or it runs here, or else what was prepared is given up.
+    pub(super) async fn give_up(self: &Arc<Self>) -> HeldAnswer {
         self.begin_anew();
         let mut state = self.state.lock().await;
+        if state.staged.is_some() || self.expecting.load(Ordering::SeqCst) > 0 {
+            return HeldAnswer::Undecided;
+        }
         if let Some(active) = state.runs() {
-            return Some((active.times.clone(), active.term));
+            return HeldAnswer::Running(active.times.clone(), active.term);
         }
         self.discard(&mut state).await;
-        None
+        HeldAnswer::GivenUp
     }
 
     /// The source goes on: what was prepared here is not needed.

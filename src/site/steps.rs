@@ -145,6 +145,7 @@ impl Driver {
             term,
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
+            rpo_ms: Some(self.protection.policy.rpo.duration().as_millis() as u64),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),

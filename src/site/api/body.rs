@@ -101,6 +101,9 @@ pub struct Failover {
     pub point: Option<u64>,
     /// Even if the source is alive.
     pub force: bool,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/test`.
@@ -109,6 +112,9 @@ pub struct Failover {
 pub struct TestFailover {
     /// The newest when absent.
     pub point: Option<u64>,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/move`.
@@ -117,6 +123,9 @@ pub struct TestFailover {
 pub struct Move {
     /// Even if the guest stands longer than its policy allows.
     pub accept_pause: bool,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/take-back`.

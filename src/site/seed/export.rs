@@ -183,6 +183,7 @@ impl Site {
                 term,
                 warm: policy.warm,
                 retention: policy.retention.clone(),
+                rpo_ms: None,
             },
             point: next_point.max(1),
             first,
