@@ -159,7 +159,7 @@ impl Standby {
         let seen = self.seen();
         let site = self.site.upgrade();
         TargetView {
-            name: opening.name,
+            name: opening.name.clone(),
             id: self.guest.to_string(),
             from: self.from(),
             points: points.len(),
@@ -167,6 +167,7 @@ impl Standby {
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
             term: site
+                .as_ref()
                 .and_then(|s| s.fence.current(self.guest))
                 .map(|t| t.number),
             active: seen.active.map(|a| ActiveView {
@@ -178,6 +179,10 @@ impl Standby {
                 hydration: seen.hydration,
                 times: a.times,
             }),
+            tested_at: site
+                .as_ref()
+                .and_then(|site| site.last_good_test(&opening.name))
+                .map(|at| super::unix_ns(at) / 1_000_000),
             test: seen.test.map(TestSeen::view),
             trouble: seen.trouble,
         }
