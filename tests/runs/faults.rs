@@ -25,7 +25,7 @@ fn a_hook_that_fails_gives_the_guest_back() {
     let steps = format!(
         "{PLANNED}[[steps]]\nname = \"dns\"\ndo = \"exec\"\nrun = [\"/bin/sh\", \"-c\", \"echo no >&2; exit 3\"]\non-error = \"rollback\"\n"
     );
-    let file = runbook(&pair, &steps);
+    let file = runbook(&pair, "planned", &steps);
     let run = begin(&pair.west, &file, "planned", &[]);
     assert_eq!(over(&pair.west, &run), Outcome::RolledBack);
     assert!(pair.west.target("web").active.is_none());
@@ -47,7 +47,7 @@ fn a_hook_that_fails_gives_the_guest_back() {
         report.events
     );
     // And may be moved by the next one.
-    let file = runbook(&pair, PLANNED);
+    let file = runbook(&pair, "planned", PLANNED);
     let run = begin(&pair.west, &file, "planned", &[]);
     assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
     let last = console.last_beat().unwrap();
@@ -85,7 +85,7 @@ on-error = "rollback"
 name = "cleanup"
 do = "cleanup"
 "#;
-    let file = runbook(&pair, steps);
+    let file = runbook(&pair, "test", steps);
     let run = begin(&pair.west, &file, "test", &[]);
     until(&pair.west, &run, "a question", |view| view.question.clone());
     pair.west
@@ -187,7 +187,7 @@ do = "approve"
 by = ["*"]
 timeout = "10m"
 "#;
-    let file = runbook(&pair, steps);
+    let file = runbook(&pair, "unplanned", steps);
     pair.west
         .cli(&[
             "runbook",

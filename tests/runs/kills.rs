@@ -41,7 +41,7 @@ fn an_unplanned_run_outlives_its_daemon() {
         "do = \"start-group\"",
         "do = \"wait-healthy\"",
     ]);
-    let file = runbook(&pair, &steps);
+    let file = runbook(&pair, "unplanned", &steps);
     let run = begin(&pair.west, &file, "unplanned", &[]);
     kill_in_each(&mut pair.west, &run, &waits);
     assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
@@ -75,7 +75,7 @@ fn a_planned_run_outlives_both_daemons() {
         "do = \"start-group\"",
         "do = \"wait-healthy\"",
     ]);
-    let file = runbook(&pair, &steps);
+    let file = runbook(&pair, "planned", &steps);
     let run = begin(&pair.west, &file, "planned", &[]);
     kill_in_each(&mut pair.west, &run, &waits[..3]);
     let last = console.last_beat().unwrap();
@@ -111,7 +111,7 @@ fn a_test_outlives_its_daemon_and_leaves_nothing() {
         "do = \"wait-healthy\"",
         "do = \"cleanup\"",
     ]);
-    let file = runbook(&pair, &steps);
+    let file = runbook(&pair, "test", &steps);
     let run = begin(&pair.west, &file, "test", &[]);
     kill_in_each(&mut pair.west, &run, &waits);
     assert_eq!(over(&pair.west, &run), Outcome::Succeeded);

@@ -42,10 +42,10 @@ fn stage() -> (Pair, Console) {
     (pair, console)
 }
 
-/// A runbook of these steps for the guest.
-fn runbook(pair: &Pair, steps: &str) -> String {
+/// A runbook of one mode, of these steps for the guest.
+fn runbook(pair: &Pair, mode: &str, steps: &str) -> String {
     let path = pair.dir.path().join("book.toml");
-    let text = format!("name = \"book\"\n[groups]\nweb = []\n{steps}");
+    let text = format!("name = \"book\"\nmodes = [\"{mode}\"]\n[groups]\nweb = []\n{steps}");
     std::fs::write(&path, text).unwrap();
     path.to_str().unwrap().to_owned()
 }

@@ -39,6 +39,33 @@ fn verbs_without_a_runbook_are_recorded() {
         assert!(page.contains(words), "no {words}");
     }
     assert!(!page.contains("<script") && !page.contains("http://"));
+
+    // Whatever guests, peers and people write stays text.
+    let hostile = "</td><script>alert(1)</script>\"' onload='x\u{202e}";
+    let mut told = told;
+    told.by = hostile.to_owned();
+    told.standing = hostile.to_owned();
+    told.plan.runbook = hostile.to_owned();
+    for guest in &mut told.guests {
+        guest.guest = hostile.to_owned();
+        guest.console = Some(hostile.to_owned());
+        guest.screen = Some(format!("{hostile}\""));
+        guest.removed = vec![hostile.to_owned()];
+        guest.healthy_by = hostile.to_owned();
+    }
+    for step in &mut told.steps {
+        step.name = hostile.to_owned();
+        step.said = hostile.to_owned();
+    }
+    for event in &mut told.events {
+        event.what = hostile.to_owned();
+        event.by = Some(hostile.to_owned());
+    }
+    let page = farhaven::runbook::report::html::page(&told);
+    assert!(page.contains("&lt;script&gt;"));
+    for harm in ["<script", "' onload", "\u{202e}", "data:image"] {
+        assert!(!page.contains(harm), "{harm}");
+    }
 }
 
 #[test]
@@ -55,11 +82,11 @@ fn a_move_is_recorded_at_its_source() {
 #[test]
 fn what_cannot_be_run_is_said() {
     let (pair, _console) = stage();
-    let file = runbook(&pair, "[[steps]]\nname = \"x\"\ndo = \"promot\"\n");
+    let file = runbook(&pair, "test", "[[steps]]\nname = \"x\"\ndo = \"promot\"\n");
     let start = ["runbook", "run", &file, "--mode", "test", "--as", "anna"];
     pair.west.cli(&start).bad("promote");
     let steps = "[[steps]]\nname = \"ready\"\ndo = \"check\"\n[[steps]]\nname = \"promote\"\ndo = \"promote\"\n[[steps]]\nname = \"cleanup\"\ndo = \"cleanup\"\n";
-    let file = runbook(&pair, steps);
+    let file = runbook(&pair, "test", steps);
     let start = ["runbook", "run", &file, "--mode", "test", "--as", "anna"];
     pair.east.cli(&start).bad("run this there");
     pair.west.cli(&["run", "show", "../x"]).bad("no run");
