@@ -144,9 +144,10 @@ fn a_source_that_is_lost_in_the_sync_is_waited_for() {
     let (mut pair, _console) = stage();
     let file = runbook(
         &pair,
+        "planned",
         &format!(
             "[[steps]]\nname = \"wait\"\ndo = \"delay\"\nfor = \"2s\"\n{}",
-            PLANNED.replacen("on-error = \"rollback\"", "timeout = \"4s\"", 1)
+            PLANNED.replacen("on-error = \"rollback\"", "timeout = \"12s\"", 1)
         ),
     );
     let run = begin(&pair.west, &file, "planned", &[]);

@@ -25,6 +25,7 @@ fn verbs_without_a_runbook_are_recorded() {
 
     pair.west.cli(&["failover", "web"]).bad("--force");
     pair.west.cli(&["failover", "web", "--force"]).good();
+    there(&pair).await_beat(3, LONG);
     let all = runs(&pair.west);
     assert_eq!(all[0].outcome, Some(Outcome::Succeeded), "{all:#?}");
     assert_eq!(all[1].outcome, Some(Outcome::Stopped), "{all:#?}");

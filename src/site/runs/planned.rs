@@ -9,6 +9,7 @@ use crate::activate::fence::Term;
 use crate::replicate::message::{Message, RunMessage};
 use crate::runbook::perform::{Ended, Failure, Scope, Synced};
 use crate::site::remote::AskError;
+use crate::site::standby::Standby;
 
 /// Longest that a source is waited for while it converges; the step's own
 /// timeout is what counts.
@@ -44,6 +45,14 @@ pub(super) async fn final_sync(run: &AtSite, scope: &Scope) -> Ended<Synced> {
     Ok(synced)
 }
 
+/// Ends when the source is not heard of any more: a connection that died is
+/// closed much later.
+async fn falls_silent(standby: &Standby) {
+    while standby.remote().alive() {
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
 async fn take(run: &AtSite, target: &Target) -> Ended<()> {
     let standby = &target.standby;
     let group = target.group.clone();
@@ -67,7 +76,10 @@ async fn take(run: &AtSite, target: &Target) -> Ended<()> {
     let question = Message::Run(RunMessage::Hold {
         guest: standby.guest,
     });
-    let answer = standby.remote().ask_within(question, HOLD).await;
+    let answer = tokio::select! {
+        answer = standby.remote().ask_within(question, HOLD) => answer,
+        () = falls_silent(&target.standby) => Err(AskError::Unreachable(standby.from())),
+    };
     let Message::Run(RunMessage::Held {
         point,
         bytes,
