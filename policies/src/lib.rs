@@ -6,6 +6,7 @@
 //! into [`decide`] and [`retain`], which answer with an action and its reason.
 //! Except for [`load::load`], nothing here knows a clock, a file or a guest.
 
+pub mod alert;
 pub mod bandwidth;
 pub mod decide;
 pub mod evacuate;

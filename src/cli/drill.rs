@@ -6,6 +6,7 @@ use super::show::{bytes, millis};
 use super::{Outcome, guest_path, print_json, told};
 use crate::client::Client;
 use crate::site::api::TestFailover;
+use crate::site::kept::PointChoice;
 use crate::site::view::{TestEnded, TestReport};
 
 /// Without a verb: start one.
@@ -16,8 +17,8 @@ pub(super) struct Test {
     #[arg(required = true)]
     name: Option<String>,
     /// From this point; the newest if not given.
-    #[arg(long, value_name = "NUMBER")]
-    point: Option<u64>,
+    #[arg(long, value_name = "NUMBER|NAME")]
+    point: Option<PointChoice>,
     /// As JSON.
     #[arg(long)]
     json: bool,
@@ -45,7 +46,7 @@ pub(super) async fn run(client: &Client, test: Test) -> Outcome {
     }
 }
 
-async fn start(client: &Client, name: &str, point: Option<u64>, json: bool) -> Outcome {
+async fn start(client: &Client, name: &str, point: Option<PointChoice>, json: bool) -> Outcome {
     let path = guest_path(name, "/test");
     let body = TestFailover {
         point,

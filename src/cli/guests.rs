@@ -11,6 +11,7 @@ use super::{EXIT_TOO_LONG, Failure, Json, Outcome, guest_path, print_json, show,
 use crate::client::{Client, ClientError};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::site::api::{AddGuest, Done, Failover, Move, Protect, StartGuest, TakeBack, Unprotect};
+use crate::site::kept::PointChoice;
 use crate::site::records::GuestRecord;
 use crate::site::view::{FailoverReport, MoveOutlook, MoveReport, Phase, SourceView};
 
@@ -264,7 +265,7 @@ pub(super) fn spinner(what: String) -> ProgressBar {
 pub(super) async fn failover(
     client: &Client,
     name: &str,
-    point: Option<u64>,
+    point: Option<PointChoice>,
     force: bool,
     json: bool,
 ) -> Outcome {

@@ -5,10 +5,12 @@
 #[macro_use]
 mod out;
 
+mod alerts;
 mod drill;
 mod guests;
 mod image;
 mod link;
+mod points;
 mod policy;
 mod run;
 mod runbook;
@@ -24,6 +26,7 @@ use clap::{Args, Parser, Subcommand};
 use farhaven_policies::units::Period;
 
 use crate::client::Client;
+use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
 ///
@@ -95,6 +98,11 @@ enum Verb {
     },
     /// How every guest stands.
     Status(show::Status),
+    /// What is the matter, and who cares for it.
+    #[command(subcommand)]
+    Alert(alerts::AlertVerb),
+    /// What happened, the oldest first.
+    Events(alerts::EventsOf),
     /// Recovery points of a guest.
     Points {
         /// The guest.
@@ -103,13 +111,19 @@ enum Verb {
         #[arg(long)]
         json: bool,
     },
+    /// Points with a name stay until they are released.
+    #[command(subcommand)]
+    Point(points::PointVerb),
+    /// Which points would be dropped, and why.
+    #[command(subcommand)]
+    Prune(points::PruneVerb),
     /// Run a guest here whose site is lost; run it where its points are kept.
     Failover {
         /// The guest.
         name: String,
         /// From this point; the newest if not given.
-        #[arg(long, value_name = "NUMBER")]
-        point: Option<u64>,
+        #[arg(long, value_name = "NUMBER|NAME")]
+        point: Option<PointChoice>,
         /// Even if its site is alive: the guest is stopped there first.
         #[arg(long)]
         force: bool,
@@ -251,7 +265,11 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Resume { name } => guests::resume(&client, &name).await,
         Verb::Unprotect { name, discard } => guests::unprotect(&client, &name, discard).await,
         Verb::Status(status) => show::status(&client, status).await,
+        Verb::Alert(verb) => alerts::alert(&client, verb).await,
+        Verb::Events(asked) => alerts::events(&client, asked).await,
         Verb::Points { name, json } => show::points(&client, &name, json).await,
+        Verb::Point(verb) => points::point(&client, verb).await,
+        Verb::Prune(verb) => points::prune(&client, verb).await,
         Verb::Failover {
             name,
             point,

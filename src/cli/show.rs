@@ -55,6 +55,10 @@ pub(super) async fn status(client: &Client, status: Status) -> Outcome {
 fn whole(view: &SiteView) {
     say!("Site {}", view.site);
     peers(&view.peers);
+    if !view.alerts.is_empty() {
+        say!("\nAlerts (farhaven alert ack NUMBER)");
+        super::alerts::tell(&view.alerts);
+    }
     if view.guests.is_empty() && view.standbys.is_empty() {
         say!(
             "\nNo guests. Next: farhaven guest add NAME --qmp PATH, or to try it out: farhaven guest start NAME --kind sim"
@@ -284,7 +288,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         return Ok(());
     }
     let mut rows = table(&[
-        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent",
+        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent", "Name",
     ]);
     for point in &points {
         rows.add_row(vec![
@@ -295,6 +299,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             format!("{:.1} ms", point.ram_scan_ms),
             bytes(point.changed_bytes),
             bytes(point.sent_bytes),
+            point.name.clone().unwrap_or_default(),
         ]);
     }
     say!("{rows}");

@@ -13,17 +13,19 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
+pub use self::envelope::{Envelope, MessageError, Unknown};
+
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
+mod envelope;
 mod run;
-mod unknown;
 
 pub use self::run::RunMessage;
-pub use self::unknown::Unknown;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -42,19 +44,6 @@ pub const MOST_POINTS: usize = 3000;
 
 /// Far more than any message nests; CBOR could nest a million.
 pub(super) const LEVELS: usize = 64;
-
-/// A message with its place in the conversation.
-#[derive(Debug, Serialize, Deserialize)]
-pub struct Envelope {
-    /// Set on a request: the answer names it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub id: Option<u64>,
-    /// Set on an answer.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub answers: Option<u64>,
-    /// What is said.
-    pub body: Message,
-}
 
 /// What a source tells of the guest it wants to send.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -390,6 +379,35 @@ pub enum Message {
         /// One sentence; empty when it is over.
         what: String,
     },
+    /// Source: this point of its guest, the newest if none is named, has this
+    /// name from now on: no prune drops it.
+    KeepPoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: Option<PointChoice>,
+        /// Its name.
+        name: String,
+    },
+    /// Source: this point of its guest has no name any more.
+    ReleasePoint {
+        /// Who.
+        guest: GuestId,
+        /// Which point.
+        point: PointChoice,
+    },
+    /// Target: it is this point, and that is durable.
+    KeptPoint {
+        /// Its number.
+        point: u64,
+    },
+    /// What time is it at your place?
+    Clock,
+    /// So late.
+    ClockTold {
+        /// Nanoseconds since 1970.
+        at: u64,
+    },
     /// Done, nothing to add.
     Done,
     /// The request is refused.
@@ -413,43 +431,4 @@ pub enum Refusal {
     OutOfStep,
     /// The store or the machine cannot do it now.
     Unable,
-}
-
-/// A message that cannot be read.
-#[derive(Debug, thiserror::Error)]
-pub enum MessageError {
-    /// Over the limit.
-    #[error("a control message of {0} bytes is over the limit of {MAX_MESSAGE}")]
-    TooLong(usize),
-    /// Not one of ours.
-    #[error("a control message cannot be read ({0}); do both sites run the same version?")]
-    Unreadable(String),
-}
-
-impl Envelope {
-    /// As bytes for the control stream.
-    ///
-    /// # Errors
-    /// When it is over [`MAX_MESSAGE`].
-    pub fn encode(&self) -> Result<Bytes, MessageError> {
-        let mut bytes = Vec::new();
-        ciborium::into_writer(self, &mut bytes)
-            .map_err(|e| MessageError::Unreadable(e.to_string()))?;
-        if bytes.len() > MAX_MESSAGE {
-            return Err(MessageError::TooLong(bytes.len()));
-        }
-        Ok(bytes.into())
-    }
-
-    /// From bytes of the control stream.
-    ///
-    /// # Errors
-    /// When they are no message.
-    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
-        if bytes.len() > MAX_MESSAGE {
-            return Err(MessageError::TooLong(bytes.len()));
-        }
-        ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
-            .map_err(|e| MessageError::Unreadable(e.to_string()))
-    }
 }

@@ -13,7 +13,7 @@ use super::runs::hold;
 use super::runs::stage::HeldAnswer;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, records};
+use super::{Site, kept, records};
 use crate::activate::fence::Term;
 use crate::replicate::message::{
     MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest, sound_volume,
@@ -105,6 +105,15 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             Message::Done
         }
+        Message::KeepPoint { guest, point, name } => {
+            kept::answer(site, remote, guest, point, Some(name)).await
+        }
+        Message::ReleasePoint { guest, point } => {
+            kept::answer(site, remote, guest, Some(point), None).await
+        }
+        Message::Clock => Message::ClockTold {
+            at: super::unix_ns(std::time::SystemTime::now()),
+        },
         other => {
             let kind = std::mem::discriminant(&other);
             tracing::warn!(peer = %remote.record.site, ?kind, "not a question");
@@ -175,6 +184,7 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         Err(error) => return refused(Refusal::Unable, error),
     };
     standby.stand_down().await;
+    site.clear(super::alerts::Kind::FenceRaised, &standby.name());
     // What an earlier process of the source sent may still wait for the disk:
     // its batch and point numbers must be known before new ones are given out.
     if !remote.incoming.settled(SETTLE).await {

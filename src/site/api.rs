@@ -20,12 +20,16 @@ use tokio::net::UnixListener;
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
+pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
+pub use points::{KeepPoint, ReleasePoint};
 
+mod alerts;
 mod body;
+mod points;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -114,6 +118,8 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(alerts::routes())
+        .merge(points::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -344,6 +350,7 @@ async fn failover(
 ) -> Answer<super::view::FailoverReport> {
     whole(async move {
         let Failover { point, force, by } = body;
+        let point = site.point_number(&name, point.as_ref())?;
         site.fail_over_recorded(&name, point, force, by).await
     })
     .await
@@ -354,7 +361,11 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
-    whole(async move { site.test_recorded(&name, body.point, body.by).await }).await
+    whole(async move {
+        let point = site.point_number(&name, body.point.as_ref())?;
+        site.test_recorded(&name, point, body.by).await
+    })
+    .await
 }
 
 async fn end_test(

@@ -2,8 +2,10 @@
 
 use std::time::{Duration, Instant, SystemTime};
 
+use farhaven_policies::alert::Severity;
 use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
+use super::alerts::{Alert, Kind};
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
 use super::steps::{blocking, take};
@@ -18,6 +20,9 @@ use crate::replicate::send::Shipped;
 /// A guest that changes more than the capture buffer holds between a round
 /// and the cut after it gets this many rounds to calm down in.
 const ROUNDS: usize = 4;
+
+/// No cut was given up for so long: it is over.
+const SETTLED: Duration = Duration::from_secs(60);
 
 /// A cut whose every byte is on its way.
 pub(super) struct Made {
@@ -60,6 +65,9 @@ pub(super) async fn make(
     if matches!(made, Err(GuestError::LeftStopped { .. })) {
         driver.left_stopped = true;
     }
+    if let Err(error) = &made {
+        driver.tell_given_up(error);
+    }
     let waiting_bytes = attached.guest.as_ref().map_or(0, |guest| guest.waiting());
     let waiting_bytes = waiting_bytes * farhaven_storage_sync::unit::UNIT as u64;
     driver.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
@@ -71,6 +79,33 @@ pub(super) async fn make(
         v.last_ram_scanned_bytes = Some(made.times.ram_scanned_bytes);
     });
     Ok(made)
+}
+
+impl Driver {
+    /// A cut that came to nothing is an alert until one is sealed; who asked for
+    /// its end, and a link that went away, are told of elsewhere.
+    fn tell_given_up(&self, error: &GuestError) {
+        let name = &self.record.name;
+        let alert = match error {
+            GuestError::Sink(SinkError::Closed) => return,
+            GuestError::LeftStopped { .. } => Alert::new(
+                Kind::GuestStopped,
+                name,
+                Severity::Critical,
+                format!("'{name}': {error}"),
+                "let it go on by hand; protection goes on by itself then",
+            ),
+            _ => Alert::new(
+                Kind::CutGivenUp,
+                name,
+                Severity::Warning,
+                format!("a cut of '{name}' was given up, it runs on: {error}"),
+                "nothing at once: it is tried again. If it stays: raise protect.capture_buffer, give it more of the link (farhaven link show), or a longer RPO",
+            )
+            .clears_after(SETTLED),
+        };
+        self.site.raise(alert);
+    }
 }
 
 /// Stops a guest that is being copied, lets it go on unless it is held, and
@@ -233,6 +268,8 @@ pub(super) async fn seal(
         v.last_seal_ms = Some(took.as_millis() as u64);
     });
     driver.site.note_sealed(driver.record.id, made.cut_at);
+    driver.site.clear(Kind::CutGivenUp, &driver.record.name);
+    driver.site.clear(Kind::GuestStopped, &driver.record.name);
     tracing::info!(
         guest = %driver.record.name,
         point = made.point,

@@ -23,6 +23,7 @@ mod place;
 use self::error::TestError;
 pub(super) use self::place::free_memory;
 use self::place::{Places, allocated, remove};
+use super::events::EventKind;
 use super::operate::OperateError;
 use super::promote::ActivateError;
 use super::standby::{Standby, ground, step};
@@ -94,7 +95,12 @@ impl Site {
         point: Option<u64>,
     ) -> Result<TestReport, OperateError> {
         let declared = Instant::now();
-        Ok(self.standby_here(name)?.test(point, declared).await?)
+        let standby = self.standby_here(name)?;
+        let report = standby.test(point, declared).await?;
+        self.note_tested(standby.guest);
+        let what = format!("a test of '{name}' runs from point {}", report.point);
+        self.note(EventKind::TestStarted, name, &what);
+        Ok(report)
     }
 
     /// Ends a guest's test and removes all of it.
@@ -102,7 +108,13 @@ impl Site {
     /// # Errors
     /// When none runs.
     pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
-        Ok(self.standby_here(name)?.end_test().await?)
+        let ended = self.standby_here(name)?.end_test().await?;
+        let what = format!(
+            "the test of '{name}' from point {} has ended, all of it is removed",
+            ended.point
+        );
+        self.note(EventKind::TestEnded, name, &what);
+        Ok(ended)
     }
 }
 

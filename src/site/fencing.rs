@@ -5,7 +5,10 @@ use std::sync::{Arc, PoisonError};
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
+use farhaven_policies::alert::Severity;
+
 use super::Site;
+use super::alerts::{Alert, Kind};
 use super::driver::{Command, Driver};
 use super::records::GuestRecord;
 use super::remote::Remote;
@@ -223,6 +226,7 @@ impl Standby {
                 active.process()
             );
             tracing::error!(guest = %self.name(), "{why}");
+            self.tell_fenced(&why);
             self.see(|s| s.trouble.clone_from(&why));
             return Err(why);
         }
@@ -232,6 +236,7 @@ impl Standby {
             active.process()
         );
         tracing::warn!(guest = %self.name(), "{why}");
+        self.tell_fenced(&why);
         // A QEMU stays by itself.
         let stopped = state.active.take().map(|(_, ready)| ready);
         state.evidence = stopped.filter(|ready| ready.pid().is_none());
@@ -243,6 +248,19 @@ impl Standby {
             self.leave_evidence(&mut state, &site);
         }
         Ok(())
+    }
+
+    /// Raises an alert, until its source sends it here again.
+    fn tell_fenced(&self, why: &str) {
+        let Ok(site) = self.site() else { return };
+        let name = self.name();
+        site.raise(Alert::new(
+            Kind::FenceRaised,
+            &name,
+            Severity::Critical,
+            format!("'{name}' is {why}"),
+            format!("make sure that it runs at '{0}', and protect it from there again; the copy here is evidence until then", self.from()),
+        ));
     }
 
     /// A stopped copy is kept for whoever wants to look at it, and does not run

@@ -1,41 +1,31 @@
 //! What a site does with guests outside of their drivers, all blocking:
-//! define, check, attach, stop, resume; and pruning of a peer's store.
+//! define, check, attach, stop, resume.
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
-use farhaven_policies::retain::{self, Point};
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::prune::Keep;
-use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
 use super::records::GuestRecord;
 use super::remote::Remote;
-use super::standby::Standby;
 use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::qemu::{self, AttachOptions, QemuGuest};
 use crate::guest::{Definition, Guest, GuestError, embedded};
-use crate::replicate::message::{Message, RETIRE_BATCHES};
+use crate::replicate::message::Message;
 
 /// QEMU answers in this time, or counts as stuck.
 const QMP_PATIENCE: Duration = Duration::from_secs(10);
-
-/// The source forgets batches at the end of the shipments under way.
-const FORGET: Duration = Duration::from_secs(300);
 
 /// Sockets should hold at least this much, and twice what the link holds.
 const SMALLEST_BUFFER: u64 = 1 << 20;
 
 /// Most findings that a builder's answer carries to the guest's site.
 const MOST_FINDINGS: usize = 200;
-
-/// A peer's store is pruned only when this many of its points are past their time.
-const WORTH_PRUNING: usize = 4;
 
 /// Reads a running QEMU's definition.
 pub(super) fn define(qmp: &Path) -> Result<Definition, String> {
@@ -268,90 +258,4 @@ pub(super) fn stop_guest(site: &Site, record: &GuestRecord) -> Result<(), GuestE
         }
         Err(error) => Err(error.into()),
     }
-}
-
-/// Drops the points past their time that a peer sent, in two steps: the peer
-/// forgets what is about to go, then it goes.
-pub(super) async fn prune_store(remote: &Remote, standbys: &[Arc<Standby>]) -> Result<(), String> {
-    let mut keep = Keep::new();
-    let mut past = 0;
-    for standby in standbys {
-        let opening = standby.opening();
-        // Hydrated or not: a daemon that starts anew finds its guest by the point.
-        let in_use = [standby.active().map(|a| a.point), standby.tested()];
-        let headers = standby.points();
-        let newest = headers.last().map(|p| p.point);
-        let points: Vec<Point> = headers
-            .iter()
-            .map(|p| Point {
-                number: p.point,
-                cut_at: SystemTime::UNIX_EPOCH + Duration::from_nanos(p.cut_at_unix_ns),
-                in_use: in_use.contains(&Some(p.point)) || newest == Some(p.point),
-            })
-            .collect();
-        let verdicts = retain::retain(&opening.retention, &points, SystemTime::now());
-        past += verdicts.iter().filter(|v| !v.keep).count();
-        keep.insert(
-            opening.guest,
-            verdicts
-                .iter()
-                .filter(|v| v.keep)
-                .map(|v| v.number)
-                .collect(),
-        );
-    }
-    if past < WORTH_PRUNING {
-        return Ok(());
-    }
-    perform(remote, keep, standbys).await
-}
-
-async fn perform(remote: &Remote, keep: Keep, standbys: &[Arc<Standby>]) -> Result<(), String> {
-    let store = remote.incoming.store.clone();
-    let planned = {
-        let store = store.clone();
-        tokio::task::spawn_blocking(move || store.plan_prune(&keep)).await
-    };
-    let plan = planned
-        .map_err(|e| e.to_string())?
-        .map_err(|e| e.to_string())?;
-    if plan.is_empty() {
-        return Ok(());
-    }
-    for seqs in plan.retire.chunks(RETIRE_BATCHES) {
-        let retire = Message::Retire {
-            seqs: seqs.to_vec(),
-        };
-        if let Err(error) = remote.ask_within(retire, FORGET).await {
-            store.give_up_prune(&plan);
-            return Err(error.to_string());
-        }
-    }
-    // The peer was given minutes to answer: a test may have begun meanwhile.
-    let begun = |(guest, point): &(GuestId, u64)| {
-        let mut all = standbys.iter();
-        all.any(|s| s.guest == *guest && s.tested() == Some(*point))
-    };
-    if plan.dropped.iter().any(begun) {
-        store.give_up_prune(&plan);
-        return Ok(());
-    }
-    let done = tokio::task::spawn_blocking(move || store.perform_prune(&plan)).await;
-    let report = done
-        .map_err(|e| e.to_string())?
-        .map_err(|e| e.to_string())?;
-    tracing::info!(
-        peer = %remote.record.site,
-        points = report.points,
-        freed_bytes = report.bytes_freed,
-        "old points were pruned"
-    );
-    Ok(())
-}
-
-/// Drops every point of a guest that is given up, and frees what only they needed.
-pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
-    let keep = Keep::from([(guest, std::collections::BTreeSet::new())]);
-    perform(remote, keep, &[]).await?;
-    Ok(())
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::operate::{OperateError, failed};
 use super::remote::Remote;
-use super::{Site, guests};
+use super::{Site, retention};
 use crate::guest::qemu::peer::bytes_free;
 
 /// An image, stored for the guests of a paired site.
@@ -184,7 +184,7 @@ impl Site {
             let Some(image) = images.into_iter().find(|image| image.name == name) else {
                 continue;
             };
-            guests::discard_points(&remote, image.id)
+            retention::discard_points(&remote, image.id)
                 .await
                 .map_err(|why| {
                     OperateError::Failed(format!("image '{name}' is not removed: {why}"))

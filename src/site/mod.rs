@@ -5,13 +5,17 @@
 //! here, and one [`standby`] per guest that a peer sends here. The HTTP API
 //! ([`api`]) and the peers' questions ([`answer`]) call into it.
 
+pub mod alerts;
 pub mod api;
+pub mod events;
 pub mod files;
 pub mod groups;
 pub mod hosted;
 pub mod images;
+pub mod kept;
 pub mod records;
 pub mod remote;
+pub mod retention;
 pub mod runs;
 pub mod seed;
 pub mod view;
@@ -23,6 +27,7 @@ mod converge;
 mod cut;
 mod drill;
 mod driver;
+mod error;
 mod fencing;
 mod guests;
 mod handover;
@@ -38,6 +43,7 @@ mod start;
 mod status;
 mod steps;
 mod takeover;
+mod watch;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -48,86 +54,26 @@ use farhaven_policies::site::SiteConfig;
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
+use farhaven_storage_sync::store::{Store, StoreOptions};
 use farhaven_storage_sync::unit::GuestId;
-use farhaven_wan::link::StartError;
-use farhaven_wan::peer::IdentityError;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
-use crate::activate::fence::{Fence, FenceError, Term};
+use crate::activate::fence::{Fence, Term};
 use crate::activate::machine::Builders;
-use crate::activate::nbd::{NbdError, NbdServer};
+use crate::activate::nbd::NbdServer;
 use crate::guest::embedded::SharedVmm;
 use crate::replicate::message::PointContext;
 use crate::replicate::receive::Incoming;
 use driver::{Driver, DriverHandle};
+pub use error::SiteError;
+use events::EventKind;
 pub use promote::ActivateError;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use sealed::SealedTimes;
 use seed::announced::Announced;
 use standby::Standby;
-
-/// Why a site does not start.
-#[derive(Debug, thiserror::Error)]
-pub enum SiteError {
-    /// Its directory.
-    #[error(
-        "{path} cannot be written ({source}); give this user a directory of its own there, or name another in {key}"
-    )]
-    Directory {
-        /// Which.
-        path: PathBuf,
-        /// What names it in the configuration.
-        key: &'static str,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Its key.
-    #[error(transparent)]
-    Identity(#[from] IdentityError),
-    /// Its network.
-    #[error(transparent)]
-    Node(StartError),
-    /// Its port.
-    #[error(
-        "listen.address is {address}, but {source}; `ss -lunp 'sport = :{}'` shows who has the port. End that, or name another address",
-        address.port()
-    )]
-    Listen {
-        /// As configured.
-        address: std::net::SocketAddr,
-        /// The system's reason.
-        #[source]
-        source: std::io::Error,
-    },
-    /// Its catalogue.
-    #[error(transparent)]
-    Catalogue(#[from] CatalogueError),
-    /// Its store.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Its terms.
-    #[error(transparent)]
-    Fence(#[from] FenceError),
-    /// The time zone of its windows.
-    #[error(transparent)]
-    Zone(#[from] limits::ZoneError),
-    /// Its exports of points.
-    #[error(transparent)]
-    Exports(#[from] NbdError),
-}
-
-impl From<StartError> for SiteError {
-    fn from(error: StartError) -> Self {
-        match error {
-            StartError::Listen { address, source } => Self::Listen { address, source },
-            other => Self::Node(other),
-        }
-    }
-}
 
 /// A running site.
 pub struct Site {
@@ -158,6 +104,7 @@ pub struct Site {
     naming: Mutex<()>,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
+    alerts: alerts::Alerts,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
@@ -212,6 +159,11 @@ impl Site {
             source,
         })?;
         let runs = runs::Runs::open(state.join("runs"))?;
+        let alerts = alerts::Alerts::open(&state).map_err(|source| SiteError::Directory {
+            path: state.join("events"),
+            key: "site.state_dir",
+            source,
+        })?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
         let limits = limits::Limits::open(&config)?;
         let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
@@ -234,6 +186,7 @@ impl Site {
             adding: Mutex::default(),
             naming: Mutex::default(),
             hosted: RwLock::default(),
+            alerts,
             unstopped: Mutex::default(),
             runs,
         });
@@ -259,8 +212,11 @@ impl Site {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
-        tokio::spawn(operate::prune(Arc::downgrade(&site)));
+        tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(watch::watch(Arc::downgrade(&site)));
+        let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
+        site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(
             site = %site.config.site.name,
             key = %site.key(),

@@ -10,6 +10,7 @@ use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
 use super::driver::{Command, NotMoved};
+use super::events::EventKind;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Protection};
 use super::view::{MoveOutlook, MoveReport, Phase};
@@ -398,6 +399,10 @@ impl Site {
         let moved = answer
             .await
             .map_err(|_| OperateError::Failed("the daemon is shutting down".to_owned()))?;
+        if let Ok(report) = &moved {
+            let what = format!("'{name}' was moved to '{}', nothing was lost", report.to);
+            self.note(EventKind::Moved, name, &what);
+        }
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
             NotMoved::Failed(why) => OperateError::Failed(why),

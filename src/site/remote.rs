@@ -12,6 +12,7 @@ use farhaven_wan::{Peer, PeerEvent, PeerRecord};
 use tokio::sync::{OnceCell, Semaphore, oneshot, watch};
 
 use super::Site;
+use super::events::EventKind;
 use crate::replicate::asking::{Answer, Questions};
 use crate::replicate::message::{Envelope, Message, Refusal, Unknown};
 use crate::replicate::receive::Incoming;
@@ -303,6 +304,8 @@ impl Remote {
             match event {
                 Some(PeerEvent::Connected { remote_site, .. }) => {
                     tracing::info!(peer = %self.record.site, remote_site, "connected");
+                    let what = format!("site '{}' is reached", self.record.site);
+                    site.note(EventKind::PeerConnected, &self.record.site, &what);
                     self.connections.send_modify(|n| *n += 1 + *n % 2);
                     self.tell(Message::Terms {
                         terms: site.terms_with(&self.record.site),
@@ -317,6 +320,8 @@ impl Remote {
                 }
                 Some(PeerEvent::Disconnected { why }) => {
                     tracing::warn!(peer = %self.record.site, why, "disconnected");
+                    let what = format!("site '{}' is not reached: {why}", self.record.site);
+                    site.note(EventKind::PeerDisconnected, &self.record.site, &what);
                     self.connections.send_modify(|n| *n += *n % 2);
                     self.lock_pending().clear();
                     self.trouble

@@ -344,6 +344,14 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
+        let kept = self.remote.incoming.store.kept(self.guest);
+        if let (true, Some(name)) = (discard, kept.values().next()) {
+            return Err(ActivateError::Step(format!(
+                "'{0}' has {1} kept points here (\"{name}\"); nothing is dropped before they are released: farhaven point release {0} --point \"{name}\"",
+                self.name(),
+                kept.len()
+            )));
+        }
         // What a test runs from goes, and none may begin until all is gone.
         let _no_test = match discard {
             true => {
@@ -363,7 +371,7 @@ impl Standby {
         let guest = self.guest;
         store.abandon(guest);
         if discard {
-            super::guests::discard_points(&self.remote, guest)
+            super::retention::discard_points(&self.remote, guest)
                 .await
                 .map_err(ActivateError::Step)?;
             site.forget_standby(guest)?;

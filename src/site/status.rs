@@ -27,6 +27,7 @@ impl Site {
             peers,
             guests,
             standbys: self.standby_views(),
+            alerts: self.alerts(),
         }
     }
 

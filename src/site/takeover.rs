@@ -137,6 +137,7 @@ impl Site {
 
     /// The points of a guest that is kept here, oldest first.
     pub(super) fn points_of(&self, standby: &Standby) -> Vec<PointView> {
+        let mut kept = standby.remote().incoming.store.kept(standby.guest);
         standby
             .points()
             .iter()
@@ -155,6 +156,7 @@ impl Site {
                     ram_scanned_bytes: record.map_or(0, |r| r.ram_scanned_bytes),
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
+                    name: kept.remove(&p.point),
                 }
             })
             .collect()
@@ -219,6 +221,11 @@ impl Site {
         };
         let note = standby.make_room().await;
         let (point, active) = standby.fail_over(point, declared).await.map_err(failed)?;
+        let what = format!(
+            "'{name}' was taken over from point {point}, under term {}",
+            active.term.number
+        );
+        self.note(super::events::EventKind::FailedOver, name, &what);
         let lost = cut_at(point).map_or(0, |at| super::unix_ns(declared_at).saturating_sub(at));
         Ok(FailoverReport {
             guest: name.to_owned(),

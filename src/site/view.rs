@@ -324,6 +324,9 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// Its name: it is kept until that is taken from it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// A whole site.
@@ -341,6 +344,9 @@ pub struct SiteView {
     pub guests: Vec<SourceView>,
     /// Guests that peers send here.
     pub standbys: Vec<TargetView>,
+    /// Alerts that stand.
+    #[serde(default)]
+    pub alerts: Vec<super::alerts::AlertView>,
 }
 
 /// What a failover did.

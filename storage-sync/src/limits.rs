@@ -64,6 +64,11 @@ pub const ASKED: usize = 4096;
 /// Most batches of one answer: their digests are 512 KiB.
 pub const ANSWER_BATCHES: usize = 512;
 
+/// Most bytes of a kept point's name.
+pub const KEPT_NAME: usize = 128;
+/// Most kept points of one guest.
+pub const KEPT_POINTS: usize = 1000;
+
 /// Segment files kept open for reading.
 pub const SEGMENTS_OPEN: usize = 64;
 

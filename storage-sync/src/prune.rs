@@ -29,7 +29,8 @@ const WORTH: u64 = 4;
 
 /// The points to keep, per guest. Guests that are not named keep all of theirs.
 /// The newest point of a guest is kept too, unless its list is empty: then the
-/// guest is given up altogether.
+/// guest is given up altogether. Points that have a name stay, and a guest with
+/// such points is not given up.
 pub type Keep = BTreeMap<GuestId, BTreeSet<u64>>;
 
 /// What a prune will do. Its `Display` is for people.
@@ -176,8 +177,10 @@ impl Store {
                 continue;
             };
             let newest = state.newest_point();
+            let given_up = keep.is_empty() && state.kept.is_empty();
             for &point in state.points.keys() {
-                if keep.contains(&point) || point == newest && !keep.is_empty() {
+                let named = state.kept.contains_key(&point);
+                if keep.contains(&point) || named || point == newest && !given_up {
                     continue;
                 }
                 if state.pins.contains_key(&point) {

@@ -9,6 +9,7 @@ mod answers;
 mod digests;
 mod hints;
 mod images;
+mod kept;
 mod open;
 mod read;
 mod rebuild;
@@ -37,6 +38,7 @@ pub use digests::DigestPage;
 pub use hints::Prefix;
 use hints::{Hints, hints_of};
 pub use images::{Image, ImageError, ImageProgress};
+pub use kept::{KeepError, NAME_LOST};
 pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
 pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
 pub use scrub::{Damage, Damaged, ScrubOptions, ScrubProgress, ScrubReport};
@@ -172,6 +174,8 @@ pub(crate) struct GuestState {
     /// Those of `unsealed` whose differences were rebuilt and are right.
     pub(crate) rebuilt: BTreeSet<u64>,
     pub(crate) pins: HashMap<u64, usize>,
+    /// Points that have a name: no prune drops them.
+    pub(crate) kept: BTreeMap<u64, String>,
 }
 
 impl GuestState {

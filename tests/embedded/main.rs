@@ -3,6 +3,7 @@
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
+mod alerts;
 mod counter;
 mod drills;
 mod images;

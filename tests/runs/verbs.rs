@@ -86,7 +86,7 @@ fn what_cannot_be_run_is_said() {
     let file = runbook(&pair, "test", "[[steps]]\nname = \"x\"\ndo = \"promot\"\n");
     let start = ["runbook", "run", &file, "--mode", "test", "--as", "anna"];
     pair.west.cli(&start).bad("promote");
-    let steps = "[[steps]]\nname = \"ready\"\ndo = \"check\"\n[[steps]]\nname = \"promote\"\ndo = \"promote\"\n[[steps]]\nname = \"cleanup\"\ndo = \"cleanup\"\n";
+    let steps = "[[steps]]\nname = \"ready\"\ndo = \"check\"\n[[steps]]\nname = \"promote\"\ndo = \"promote\"\n[[steps]]\nname = \"start\"\ndo = \"start-group\"\n[[steps]]\nname = \"cleanup\"\ndo = \"cleanup\"\n";
     let file = runbook(&pair, "test", steps);
     let start = ["runbook", "run", &file, "--mode", "test", "--as", "anna"];
     pair.east.cli(&start).bad("run this there");

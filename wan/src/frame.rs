@@ -323,6 +323,35 @@ pub fn batch_head(seq: u64, payload_bytes: usize) -> [u8; HEADER_BYTES + BATCH_N
     head
 }
 
+/// A message's copy, as a DATAGRAM of QUIC carries it: its number on this connection, from
+/// 0, then the message.
+pub fn encode_copy(number: u64, message: &[u8]) -> Bytes {
+    let mut out = BytesMut::with_capacity(size_of::<u64>() + message.len());
+    out.put_u64_le(number);
+    out.put_slice(message);
+    out.freeze()
+}
+
+/// Number and message of a copy.
+///
+/// # Errors
+/// When it has no number, or is longer than a message that is copied.
+pub fn decode_copy(mut copy: Bytes) -> Result<(u64, Bytes), FrameError> {
+    let malformed = |what| FrameError::Malformed {
+        kind: Kind::Message,
+        what,
+    };
+    let number = copy
+        .first_chunk()
+        .map(|bytes| u64::from_le_bytes(*bytes))
+        .ok_or_else(|| malformed("its copy has no number"))?;
+    let message = copy.split_off(size_of::<u64>());
+    if message.len() > limits::MAX_COPIED_MESSAGE_BYTES {
+        return Err(malformed("its copy is longer than copies are"));
+    }
+    Ok((number, message))
+}
+
 fn header(kind: Kind, body_bytes: usize) -> [u8; HEADER_BYTES] {
     debug_assert!(body_bytes <= kind.limit(), "{kind:?} of {body_bytes} bytes");
     let [a, b, c, d] = (body_bytes as u32).to_le_bytes();

@@ -125,3 +125,24 @@ fn the_bytes_of_a_batch_are_pinned() {
     );
     assert_eq!(batch_head(0x0102, 3), frame.encode()[..13]);
 }
+
+proptest! {
+    #[test]
+    fn a_copy_is_what_it_was_or_refused(
+        number in any::<u64>(),
+        message in prop::collection::vec(any::<u8>(), 0..2 * limits::MAX_COPIED_MESSAGE_BYTES),
+    ) {
+        let decoded = decode_copy(encode_copy(number, &message));
+        match message.len() <= limits::MAX_COPIED_MESSAGE_BYTES {
+            true => prop_assert_eq!(decoded.expect("valid"), (number, Bytes::from(message))),
+            false => prop_assert!(decoded.is_err()),
+        }
+    }
+
+    #[test]
+    fn bytes_that_are_no_copy_are_refused(
+        bytes in prop::collection::vec(any::<u8>(), 0..8),
+    ) {
+        prop_assert!(decode_copy(Bytes::from(bytes)).is_err());
+    }
+}

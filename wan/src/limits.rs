@@ -12,6 +12,19 @@ pub const MAX_MESSAGE_BYTES: usize = 1 << 20;
 /// stream, a stream ends before it grows past this.
 pub const MAX_STREAM_BYTES: usize = MAX_BATCH_BYTES + 64;
 
+/// Longest message that is sent a second time as a copy: with its number and QUIC's own
+/// bytes it fits a packet of any path.
+pub const MAX_COPIED_MESSAGE_BYTES: usize = 1024;
+
+/// Copies that wait to leave. Messages in greater haste are sent once.
+pub const MAX_COPIES_WAITING: usize = 8;
+
+/// Copies a receiver keeps while an earlier message is missing.
+pub const MAX_EARLY_MESSAGES: u64 = 32;
+
+/// Bytes of copies QUIC keeps for either side; beyond them the oldest are dropped.
+pub const COPY_BUFFER_BYTES: usize = 64 << 10;
+
 /// Data streams a peer may have open at once.
 pub const MAX_DATA_STREAMS: u32 = 64;
 
@@ -84,6 +97,10 @@ pub const OUTGOING_MESSAGES: usize = 16;
 
 const _: () = assert!(MAX_BATCH_BYTES < MAX_STREAM_BYTES);
 const _: () = assert!(MAX_MESSAGE_BYTES <= MESSAGE_QUEUE_BYTES);
+const _: () = assert!(
+    MAX_EARLY_MESSAGES as usize * MAX_COPIED_MESSAGE_BYTES <= MESSAGE_QUEUE_BYTES
+        && MAX_COPIED_MESSAGE_BYTES * 2 < COPY_BUFFER_BYTES
+);
 const _: () = assert!(MAX_HELLO_BYTES > MAX_SITE_NAME_BYTES + 2 * MAX_VERSIONS + 32);
 const _: () =
     assert!(MAX_PAIR_BYTES > MAX_ADDRESSES * (MAX_ADDRESS_BYTES + 2) + MAX_SITE_NAME_BYTES + 64);

@@ -7,8 +7,9 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use common::*;
-use farhaven_wan::PeerEvent;
+use farhaven_wan::emulate::{Emulator, EmulatorOptions};
 use farhaven_wan::link::{AcknowledgeError, SendDataError};
+use farhaven_wan::{Peer, PeerEvent};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn data_flows_both_ways_at_once() {
@@ -294,4 +295,57 @@ async fn sites_that_both_dial_end_with_one_link() {
     within(settled).await;
     at_east.send_data(1, payload(1, 100)).await.expect("taken");
     assert!(matches!(next_data(&at_west).await, (1, _)));
+}
+
+/// Messages each way over a link that loses every tenth packet; what copies brought.
+async fn messages_over_loss(copies_at_west: bool) -> u64 {
+    let east = Site::start("east");
+    let west = Site::start_with("west", |link| link.message_copies = copies_at_west);
+    let shape = "50mbit,20ms,10%".parse().expect("a link");
+    let emulator = Emulator::start(EmulatorOptions::new(east.node.local_addr(), shape));
+    let emulator = emulator.expect("started");
+    let at_east = east.node.trust(west.record(false));
+    let mut record = east.record(true);
+    record.addresses = vec![emulator.addr().to_string()];
+    let at_west = west.node.trust(record);
+    connected(&at_east).await;
+    connected(&at_west).await;
+    let count = 300u64;
+    // Short ones, and some that are too long for a copy.
+    let message = |number: u64| payload(number, if number.is_multiple_of(7) { 3_000 } else { 100 });
+    let speak = async |peer: &Peer| {
+        for number in 0..count {
+            peer.send_message(message(number)).await.expect("connected");
+            tokio::time::sleep(Duration::from_millis(3)).await;
+        }
+    };
+    let listen = async |peer: &Peer| {
+        let mut heard = 0;
+        while heard < count {
+            match within(peer.event()).await.expect("open") {
+                PeerEvent::Message(bytes) => {
+                    assert_eq!(bytes, message(heard), "message {heard}");
+                    heard += 1;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    };
+    tokio::join!(
+        speak(&at_east),
+        speak(&at_west),
+        listen(&at_east),
+        listen(&at_west)
+    );
+    at_east.status().messages_by_copy + at_west.status().messages_by_copy
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn copies_of_messages_stand_in_for_lost_packets() {
+    assert!(messages_over_loss(true).await > 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_peer_that_takes_no_copies_is_sent_none() {
+    assert_eq!(messages_over_loss(false).await, 0);
 }

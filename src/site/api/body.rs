@@ -6,6 +6,7 @@ use farhaven_policies::units::Period;
 use serde::{Deserialize, Serialize};
 
 use super::StartGuest;
+use crate::site::kept::PointChoice;
 
 /// Body of `POST /v1/invitations`.
 #[derive(Debug, Serialize, Deserialize)]
@@ -97,8 +98,8 @@ pub struct Unprotect {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Failover {
-    /// The newest when absent.
-    pub point: Option<u64>,
+    /// Its number or its name; the newest when absent.
+    pub point: Option<PointChoice>,
     /// Even if the source is alive.
     pub force: bool,
     /// Who asks, for the audit record.
@@ -110,8 +111,8 @@ pub struct Failover {
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct TestFailover {
-    /// The newest when absent.
-    pub point: Option<u64>,
+    /// Its number or its name; the newest when absent.
+    pub point: Option<PointChoice>,
     /// Who asks, for the audit record.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub by: Option<String>,

@@ -168,6 +168,11 @@ impl Site {
             let site = self.clone();
             let noted = facts.clone();
             let _ = tokio::task::spawn_blocking(move || site.runs.good.note(&noted)).await;
+            for guest in facts.guests.keys() {
+                if let Some(standby) = self.standby_named(guest) {
+                    self.note_tested(standby.guest);
+                }
+            }
         }
         self.let_all_go(&facts, id).await;
         tracing::warn!(run = id, %outcome, "a run is over");

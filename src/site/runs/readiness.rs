@@ -16,10 +16,14 @@ use crate::guest::qemu::check::{Finding, Severity};
 use crate::guest::qemu::peer::check_peer;
 use crate::runbook::perform::{Checked, Ended, Failure, Scope};
 use crate::site::drill::free_memory;
+use crate::site::remote::Remote;
 use crate::site::{Site, age};
 
 /// Memory that is left to the host beside a guest's RAM.
 const BESIDE: u64 = 128 << 20;
+
+/// A link that is down is waited for that long.
+const LINK: Duration = Duration::from_secs(20);
 
 /// What is looked at in a mode when the step does not say. Not the RPO: a planned
 /// move sends the rest, and after a disaster it grows while people decide.
@@ -113,7 +117,7 @@ async fn look(
         }
         Readiness::Room => room(site, target, mode).await,
         Readiness::Networks => networks(run, site, target, named),
-        Readiness::Link => match standby.remote().alive() {
+        Readiness::Link => match answers(standby.remote()).await {
             true => Ok(format!("its site '{}' answers", standby.from())),
             false => Err(format!("its site '{}' does not answer", standby.from())),
         },
@@ -127,6 +131,12 @@ async fn look(
             }
         }
     }
+}
+
+/// Does the other site answer? Right after a restart here the link takes a moment.
+async fn answers(remote: &Remote) -> bool {
+    let _ = tokio::time::timeout(LINK, remote.reachable()).await;
+    remote.alive()
 }
 
 /// What a guest's points may be old, by its source's word.

@@ -68,7 +68,8 @@ fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
         let Some(known) = state.guests.get(&guest) else {
             continue;
         };
-        if known.points.contains_key(&point) && !known.pins.contains_key(&point) {
+        let needed = known.pins.contains_key(&point) || known.kept.contains_key(&point);
+        if known.points.contains_key(&point) && !needed {
             drops.entry(guest).or_default().insert(point);
         }
     }

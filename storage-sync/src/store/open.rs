@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex};
 
 use super::hints::Hints;
 use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Store, StoreError};
-use super::{StoreOptions, held};
+use super::{StoreOptions, held, kept};
 use crate::codec::Sequence;
 use crate::disk::{Access, Disk};
 use crate::files::{FileError, is_bad_sector, lock, make_dir, sync_dir};
@@ -88,7 +88,7 @@ fn load_guest(
     let dir = inner.manifests.join(guest.to_string());
     sync_dir(&*inner.disk, &dir)?;
     let mut state = GuestState::default();
-    let mut found = BTreeMap::new();
+    let (mut found, mut kept) = (BTreeMap::new(), BTreeMap::new());
     let names = inner.disk.list(&dir);
     for name in names.map_err(FileError::at("list", &dir))? {
         let path = dir.join(name);
@@ -102,6 +102,9 @@ fn load_guest(
         ) {
             (Some("man"), Some(point)) => {
                 found.insert(point, path);
+            }
+            (Some("kept"), Some(point)) => {
+                kept.insert(point, kept::read(&*inner.disk, &path));
             }
             // A manifest that was never renamed was never sealed.
             (Some("tmp"), _) => {
@@ -153,6 +156,8 @@ fn load_guest(
         let entry = PointEntry::new(Arc::new(head.header), base, length);
         state.points.insert(point, entry);
     }
+    kept.retain(|point, _| state.points.contains_key(point));
+    state.kept = kept;
     held(&inner.state).guests.insert(guest, state);
     choose_newest(inner, guest, report)
 }

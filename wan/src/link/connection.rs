@@ -17,6 +17,7 @@ use tokio::time::timeout;
 
 use super::close::{CloseCode, describe};
 use super::data;
+use super::messages;
 use super::remote::{Live, PeerEvent, Remote};
 use super::streams::{self, Fault, Read};
 use super::tls::{VERSIONS, protocol_name};
@@ -226,8 +227,8 @@ async fn work(
 ) -> Fault {
     let mut newest = remote.newest.subscribe();
     let ended = tokio::select! {
-        ended = write_messages(send, outgoing) => ended,
-        ended = read_messages(remote, receive) => ended,
+        ended = messages::send(connection, send, outgoing) => ended,
+        ended = messages::receive(remote, connection, receive) => ended,
         ended = write_acknowledgements(remote, connection) => ended,
         ended = accept_streams(remote, connection, generation) => ended,
         ended = data::send(remote, connection, generation) => ended,
@@ -254,26 +255,6 @@ async fn detach(remote: &Remote, connection: &Connection, why: String) {
     }
     remote.connected.send_replace(false);
     remote.notice(PeerEvent::Disconnected { why }).await;
-}
-
-async fn write_messages(
-    mut send: SendStream,
-    mut outgoing: mpsc::Receiver<Bytes>,
-) -> Result<Infallible, Fault> {
-    while let Some(message) = outgoing.recv().await {
-        streams::write(&mut send, &Frame::Message(message)).await?;
-    }
-    // Only detaching drops the other end.
-    Err(Fault::Gone)
-}
-
-async fn read_messages(remote: &Remote, mut receive: RecvStream) -> Result<Infallible, Fault> {
-    loop {
-        match streams::read_frame(&mut receive).await? {
-            Frame::Message(bytes) => remote.message_arrived(bytes).await,
-            other => return Err(other.unexpected("a message").into()),
-        }
-    }
 }
 
 async fn write_acknowledgements(

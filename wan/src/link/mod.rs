@@ -13,6 +13,7 @@ mod data;
 mod dial;
 mod gate;
 mod handle;
+mod messages;
 mod node;
 mod options;
 mod pair;

@@ -33,6 +33,9 @@ pub struct LinkOptions {
     /// Generic segmentation offload: sending costs a third with it. Off for
     /// network drivers that lose its packets.
     pub segmentation_offload: bool,
+    /// Short messages leave twice, in different packets, so that a lost one costs no round
+    /// trip. Off: once, as with a peer that does not know of copies.
+    pub message_copies: bool,
     /// Socket buffers to ask for, in bytes; the system may give less.
     pub socket_buffer_bytes: usize,
     /// Shortest and longest wait before dialling again.
@@ -52,6 +55,7 @@ impl Default for LinkOptions {
             idle_timeout: Duration::from_secs(8),
             handshake_timeout: Duration::from_secs(8),
             segmentation_offload: true,
+            message_copies: true,
             socket_buffer_bytes: 4 << 20,
             redial: (Duration::from_millis(200), Duration::from_secs(5)),
             rate: RateOptions::default(),
@@ -69,6 +73,7 @@ impl std::fmt::Debug for LinkOptions {
             .field("keep_alive", &self.keep_alive)
             .field("idle_timeout", &self.idle_timeout)
             .field("segmentation_offload", &self.segmentation_offload)
+            .field("message_copies", &self.message_copies)
             .field("socket_buffer_bytes", &self.socket_buffer_bytes)
             .finish_non_exhaustive()
     }
@@ -98,7 +103,8 @@ impl LinkOptions {
             .send_fairness(true)
             .keep_alive_interval(Some(self.keep_alive))
             .max_idle_timeout(IdleTimeout::try_from(self.idle_timeout).ok())
-            .datagram_receive_buffer_size(None)
+            .datagram_receive_buffer_size(self.message_copies.then_some(limits::COPY_BUFFER_BYTES))
+            .datagram_send_buffer_size(limits::COPY_BUFFER_BYTES)
             .enable_segmentation_offload(self.segmentation_offload);
         transport.congestion_controller_factory(control::factory(&self.rate));
         transport

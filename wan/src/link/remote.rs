@@ -71,6 +71,7 @@ pub(crate) struct State {
     /// When it was last looked how much the path carries.
     pub(crate) path_seen: Option<Instant>,
     pub(crate) totals: Totals,
+    pub(crate) messages_by_copy: u64,
     pub(crate) last_heard: Option<Instant>,
     pub(crate) why_last_disconnect: Option<String>,
 }
@@ -124,6 +125,7 @@ impl Remote {
                 live: None,
                 path_seen: None,
                 totals: Totals::default(),
+                messages_by_copy: 0,
                 last_heard: None,
                 why_last_disconnect: None,
             }),

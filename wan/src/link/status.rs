@@ -72,6 +72,8 @@ pub struct LinkStatus {
     pub queued_bytes: u64,
     /// As many may be, as the path is now.
     pub queue_bytes: u64,
+    /// Messages of the peer that a copy brought before the stream did.
+    pub messages_by_copy: u64,
     /// When the peer was last heard of.
     pub last_heard: Option<Instant>,
     /// Why the last connection, or attempt at one, ended.
@@ -108,6 +110,7 @@ impl LinkStatus {
             data_repeated_bytes: state.receiver.repeated_bytes(),
             queued_bytes: state.sender.queued_bytes(),
             queue_bytes: state.sender.queue_bytes(),
+            messages_by_copy: state.messages_by_copy,
             last_heard: state.last_heard,
             why_last_disconnect: state.why_last_disconnect.clone(),
         }

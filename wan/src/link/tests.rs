@@ -220,6 +220,47 @@ async fn garbage_on_any_stream_ends_the_connection() {
 }
 
 #[tokio::test]
+async fn copies_that_are_none_end_the_connection_and_idle_claims_do_not() {
+    let pair = Pair::new();
+    let too_long = crate::frame::encode_copy(0, &[0; limits::MAX_COPIED_MESSAGE_BYTES + 1]);
+    for copy in [Bytes::from_static(b"short"), Bytes::new(), too_long] {
+        let (connection, _send, _receive) = pair.greeted().await;
+        connection.send_datagram(copy).expect("sent");
+        assert_eq!(closed(&connection).await.0, CloseCode::Protocol as u64);
+    }
+    // Numbers of the future and the past, far more of them than are kept.
+    let (connection, mut send, _receive) = pair.greeted().await;
+    for number in (1..2_000).chain(u64::MAX - 10..=u64::MAX) {
+        let claim = crate::frame::encode_copy(number, &[7; 1000]);
+        within(connection.send_datagram_wait(claim))
+            .await
+            .expect("sent");
+    }
+    write(&mut send, &Frame::Message(Bytes::from_static(b"first"))).await;
+    let first = async {
+        loop {
+            match pair.peer.event().await {
+                Some(PeerEvent::Message(bytes)) => break bytes,
+                Some(_) => {}
+                None => panic!("closed"),
+            }
+        }
+    };
+    assert_eq!(within(first).await, "first");
+    assert!(pair.peer.status().messages_by_copy <= limits::MAX_EARLY_MESSAGES);
+    connection.close(0u32.into(), b"");
+    // What it had claimed is left behind with its connection.
+    while pair.peer.status().connected {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    while timeout(Duration::from_millis(100), pair.peer.event())
+        .await
+        .is_ok()
+    {}
+    pair.still_works().await;
+}
+
+#[tokio::test]
 async fn a_peer_cannot_acknowledge_what_it_was_not_sent() {
     let pair = Pair::new();
     // Not connected, so nothing has left.

@@ -10,6 +10,7 @@
 //! process begins with another incarnation, and with nothing remembered but
 //! what the receiver's disk holds ([`Receiver::stored`]).
 
+mod inbox;
 mod queue;
 mod ranges;
 mod receiver;
@@ -18,6 +19,7 @@ mod sender;
 #[cfg(test)]
 mod tests;
 
+pub use inbox::Inbox;
 pub use queue::{AHEAD_BYTES, queue_bytes};
 pub use ranges::RangeSet;
 pub use receiver::{Arrival, Receiver, ReceiverError};

@@ -1,0 +1,113 @@
+//! A message's place in the conversation, and its bytes.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use super::{LEVELS, MAX_MESSAGE, Message};
+
+/// A message with its place in the conversation.
+#[derive(Debug, Serialize, Deserialize)]
+pub struct Envelope {
+    /// Set on a request: the answer names it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<u64>,
+    /// Set on an answer.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub answers: Option<u64>,
+    /// What is said.
+    pub body: Message,
+}
+
+/// A message that cannot be read.
+#[derive(Debug, thiserror::Error)]
+pub enum MessageError {
+    /// Over the limit.
+    #[error("a control message of {0} bytes is over the limit of {MAX_MESSAGE}")]
+    TooLong(usize),
+    /// Not one of ours.
+    #[error("a control message cannot be read ({0}); do both sites run the same version?")]
+    Unreadable(String),
+}
+
+impl Envelope {
+    /// As bytes for the control stream.
+    ///
+    /// # Errors
+    /// When it is over [`MAX_MESSAGE`].
+    pub fn encode(&self) -> Result<Bytes, MessageError> {
+        let mut bytes = Vec::new();
+        ciborium::into_writer(self, &mut bytes)
+            .map_err(|e| MessageError::Unreadable(e.to_string()))?;
+        if bytes.len() > MAX_MESSAGE {
+            return Err(MessageError::TooLong(bytes.len()));
+        }
+        Ok(bytes.into())
+    }
+
+    /// From bytes of the control stream.
+    ///
+    /// # Errors
+    /// When they are no message.
+    pub fn decode(bytes: &[u8]) -> Result<Self, MessageError> {
+        if bytes.len() > MAX_MESSAGE {
+            return Err(MessageError::TooLong(bytes.len()));
+        }
+        ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
+            .map_err(|e| MessageError::Unreadable(e.to_string()))
+    }
+}
+
+/// The place in the conversation of a message that is not known here, so that
+/// whoever waits for what it asks or answers need not wait to the end.
+#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+pub struct Unknown {
+    /// It is a request, of this number.
+    #[serde(default)]
+    pub id: Option<u64>,
+    /// It answers the request of this number.
+    #[serde(default)]
+    pub answers: Option<u64>,
+}
+
+impl Unknown {
+    /// As far as it can be read.
+    pub fn of(bytes: &[u8]) -> Self {
+        let known = bytes
+            .get(..MAX_MESSAGE.min(bytes.len()))
+            .unwrap_or_default();
+        ciborium::de::from_reader_with_recursion_limit(known, LEVELS).unwrap_or_default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn of_a_message_that_is_not_known_its_place_is() {
+        #[derive(Serialize)]
+        struct Newer {
+            id: u64,
+            body: Body,
+        }
+        #[derive(Serialize)]
+        #[serde(rename_all = "snake_case")]
+        enum Body {
+            FromTheFuture { of: Vec<u8> },
+        }
+        let newer = Newer {
+            id: 7,
+            body: Body::FromTheFuture { of: vec![1, 2] },
+        };
+        let mut bytes = Vec::new();
+        assert!(ciborium::into_writer(&newer, &mut bytes).is_ok());
+        assert!(Envelope::decode(&bytes).is_err());
+        let place = Unknown {
+            id: Some(7),
+            answers: None,
+        };
+        assert_eq!(Unknown::of(&bytes), place);
+        assert_eq!(Unknown::of(&bytes[..3]), Unknown::default());
+        assert_eq!(Unknown::of(&[0x9f; 4096]), Unknown::default());
+    }
+}

@@ -1,0 +1,274 @@
+//! Looks at the site every second: what is measured becomes facts, and those
+//! may become alerts.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use farhaven_policies::alert::{Facts, Kind, PeerFacts, SourceFacts, StandbyFacts, StoreFacts};
+use farhaven_storage_sync::unit::GuestId;
+
+use super::remote::Remote;
+use super::view::{Phase, SourceView};
+use super::{Site, age, unix_ns};
+use crate::replicate::message::Message;
+
+/// From one look to the next.
+const EVERY: Duration = Duration::from_secs(1);
+/// From one look at the file system to the next.
+const STORE_EVERY: Duration = Duration::from_secs(10);
+/// From one comparison of clocks to the next.
+const CLOCKS_EVERY: Duration = Duration::from_secs(60);
+/// Questions of one comparison: the fastest answer tells best.
+const CLOCK_QUESTIONS: usize = 4;
+
+/// How a peer's clock stands against this one's.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Skew {
+    /// By how much it differs.
+    pub(super) by: Duration,
+    /// It is ahead.
+    pub(super) ahead: bool,
+    /// How far off this may be: half the round trip.
+    pub(super) error: Duration,
+}
+
+impl Skew {
+    /// From when a question left and its answer came, and what it told: the
+    /// peer looked at its clock some time between.
+    fn of(left: u64, round_trip: Duration, told: u64) -> Self {
+        let error = round_trip / 2;
+        let then = i128::from(left) + error.as_nanos() as i128;
+        let difference = i128::from(told) - then;
+        let by = u64::try_from(difference.unsigned_abs()).unwrap_or(u64::MAX);
+        Self {
+            by: Duration::from_nanos(by),
+            ahead: difference > 0,
+            error,
+        }
+    }
+}
+
+/// Since when what is.
+#[derive(Default)]
+struct Since<K>(BTreeMap<K, Instant>);
+
+impl<K: Ord + Clone> Since<K> {
+    /// How long it is so that `key`; `None` while it is not.
+    fn holds(&mut self, key: &K, is_so: bool) -> Option<Duration> {
+        if !is_so {
+            self.0.remove(key);
+            return None;
+        }
+        Some(
+            self.0
+                .entry(key.clone())
+                .or_insert_with(Instant::now)
+                .elapsed(),
+        )
+    }
+
+    /// What is asked for no more is forgotten.
+    fn only(&mut self, known: impl Fn(&K) -> bool) {
+        self.0.retain(|key, _| known(key));
+    }
+}
+
+/// What looks remember.
+#[derive(Default)]
+struct Watch {
+    unsealed: Since<String>,
+    silent: Since<String>,
+    troubled: Since<String>,
+    store: Option<(Instant, Option<StoreFacts>)>,
+    clocks: BTreeMap<String, Instant>,
+}
+
+/// Looks until the site is gone.
+pub(super) async fn watch(site: Weak<Site>) {
+    let mut watch = Watch::default();
+    loop {
+        tokio::time::sleep(EVERY).await;
+        let Some(site) = site.upgrade() else { return };
+        watch.look(&site).await;
+    }
+}
+
+impl Watch {
+    async fn look(&mut self, site: &Arc<Site>) {
+        let facts = Facts {
+            sources: self.sources(site),
+            standbys: standbys(site),
+            peers: self.peers(site),
+            store: self.store(site).await,
+        };
+        site.judge(&facts);
+        // Nobody will seal a point of a guest that is gone.
+        for subject in site.raised(Kind::CutGivenUp) {
+            if !facts.sources.iter().any(|source| source.name == subject) {
+                site.clear(Kind::CutGivenUp, &subject);
+            }
+        }
+    }
+
+    fn sources(&mut self, site: &Site) -> Vec<SourceFacts> {
+        let records = site.guest_records();
+        let views: Vec<SourceView> = records.iter().map(|r| site.source_view(r)).collect();
+        self.unsealed
+            .only(|id| views.iter().any(|view| view.id == *id));
+        let facts = views.into_iter().map(|view| {
+            let sealed_age = view.rpo_ms.map(Duration::from_millis);
+            let open = sealed_age.is_none() || view.peer.is_none();
+            let told = |phase| (view.phase == phase).then(|| view.trouble.clone());
+            SourceFacts {
+                paused: view.phase == Phase::Paused,
+                rpo: Duration::from_millis(view.rpo_target_ms.unwrap_or_default()),
+                sealed_age,
+                known_for: self.unsealed.holds(&view.id, open).unwrap_or_default(),
+                fenced: told(Phase::Fenced),
+                held: told(Phase::Held),
+                lost: told(Phase::Lost),
+                elsewhere: view.phase == Phase::Moved,
+                name: view.name,
+                peer: view.peer,
+                trouble: view.trouble,
+            }
+        });
+        facts.collect()
+    }
+
+    fn peers(&mut self, site: &Arc<Site>) -> Vec<PeerFacts> {
+        let remotes = site.remotes.read().unwrap_or_else(PoisonError::into_inner);
+        let remotes: Vec<Arc<Remote>> = remotes.values().cloned().collect();
+        let known = |name: &String| remotes.iter().any(|r| r.record.site == *name);
+        self.silent.only(known);
+        self.troubled.only(known);
+        self.clocks.retain(|name, _| known(name));
+        let mut skews = site.alerts.skews();
+        skews.retain(|name, _| known(name));
+        let facts = remotes.iter().map(|remote| {
+            let name = &remote.record.site;
+            let alive = remote.alive();
+            let compared = self.clocks.get(name);
+            if alive && compared.is_none_or(|at| at.elapsed() >= CLOCKS_EVERY) {
+                self.clocks.insert(name.clone(), Instant::now());
+                tokio::spawn(compare_clocks(Arc::downgrade(site), remote.clone()));
+            }
+            let trouble = remote.trouble();
+            let since = self.troubled.holds(name, !trouble.is_empty());
+            let skew = skews.get(name);
+            PeerFacts {
+                site: name.clone(),
+                silent_for: self.silent.holds(name, !alive),
+                skew: skew.map(|skew| (skew.by, skew.error)),
+                ahead: skew.is_some_and(|skew| skew.ahead),
+                trouble: since.map(|since| (trouble, since)),
+            }
+        });
+        facts.collect()
+    }
+
+    async fn store(&mut self, site: &Site) -> Option<StoreFacts> {
+        if let Some((at, facts)) = &self.store
+            && at.elapsed() < STORE_EVERY
+        {
+            return facts.clone();
+        }
+        let (directory, reserve) = (site.config.store_dir(), site.config.store.min_free.bytes());
+        // A disk that hangs must not keep other alerts.
+        let looked = tokio::task::spawn_blocking(move || {
+            let room = rustix::fs::statvfs(&directory).ok()?;
+            Some(StoreFacts {
+                path: directory.display().to_string(),
+                total: room.f_blocks.saturating_mul(room.f_frsize),
+                free: room.f_bavail.saturating_mul(room.f_frsize),
+                reserve,
+            })
+        });
+        let looked = tokio::time::timeout(EVERY, looked).await;
+        let facts = looked.ok().and_then(Result::ok).flatten();
+        self.store = Some((Instant::now(), facts.clone()));
+        facts
+    }
+}
+
+fn standbys(site: &Site) -> Vec<StandbyFacts> {
+    let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
+    let protected: Vec<GuestId> = drivers.keys().copied().collect();
+    drop(drivers);
+    let standbys = site.standbys.read().unwrap_or_else(PoisonError::into_inner);
+    let standbys: Vec<_> = standbys.values().cloned().collect();
+    let facts = standbys.iter().map(|standby| {
+        let guest = standby.guest;
+        let active = standby.active();
+        let active = active.filter(|_| !protected.contains(&guest));
+        let (tested, untested_for) = match standby.newest() {
+            0 => (false, None),
+            _ => site.alerts.untested(guest),
+        };
+        StandbyFacts {
+            name: standby.name(),
+            from: standby.from(),
+            unprotected_for: active.map(|active| age(active.at)),
+            untested_for,
+            tested,
+        }
+    });
+    facts.collect()
+}
+
+/// Asks a peer for the time, some times over.
+async fn compare_clocks(site: Weak<Site>, remote: Arc<Remote>) {
+    let mut best: Option<Skew> = None;
+    for _ in 0..CLOCK_QUESTIONS {
+        let (left, asked) = (unix_ns(SystemTime::now()), Instant::now());
+        // A peer of before does not know the question: nothing is known of its clock then.
+        let Ok(Message::ClockTold { at }) = remote.ask(Message::Clock).await else {
+            break;
+        };
+        let skew = Skew::of(left, asked.elapsed(), at);
+        if best.is_none_or(|best| skew.error < best.error) {
+            best = Some(skew);
+        }
+    }
+    if let (Some(site), Some(skew)) = (site.upgrade(), best) {
+        site.alerts.skews().insert(remote.record.site.clone(), skew);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn clocks_are_compared_by_the_middle_of_the_round_trip() {
+        let millis = Duration::from_millis;
+        let left: u64 = 1_000_000_000_000;
+        let of = |told_ms: i64| {
+            let told = left.saturating_add_signed(told_ms * 1_000_000);
+            let skew = Skew::of(left, millis(80), told);
+            (skew.by, skew.ahead, skew.error)
+        };
+        assert_eq!(of(40), (millis(0), false, millis(40)));
+        assert_eq!(of(1040), (millis(1000), true, millis(40)));
+        assert_eq!(of(-960), (millis(1000), false, millis(40)));
+        let far = Skew::of(0, millis(0), u64::MAX);
+        assert_eq!((far.by, far.ahead), (Duration::from_nanos(u64::MAX), true));
+    }
+
+    #[test]
+    fn times_begin_anew() {
+        let mut since = Since::default();
+        assert_eq!(since.holds(&1, false), None);
+        assert!(
+            since
+                .holds(&1, true)
+                .is_some_and(|time| time < Duration::from_secs(60))
+        );
+        let first = since.0[&1];
+        since.holds(&1, true);
+        assert_eq!(since.0[&1], first);
+        since.only(|key| *key != 1);
+        assert!(since.0.is_empty());
+    }
+}
