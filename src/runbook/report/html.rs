@@ -109,9 +109,9 @@ pub fn page(report: &Report) -> String {
     cleanup(report, &mut page);
     pictures(report, &mut page);
     record(report, &mut page);
-    let _ = write!(
+    let _ = writeln!(
         page,
-        "<footer><p>Made by Farhaven {} from the audit record of the run, whose lines are chained by BLAKE3. Its last checksum:</p><p><code class=\"hash\">{}</code></p></footer></main></body></html>\n",
+        "<footer><p>Made by Farhaven {} from the audit record of the run, whose lines are chained by BLAKE3. Its last checksum:</p><p><code class=\"hash\">{}</code></p></footer></main></body></html>",
         escaped(&report.version),
         escaped(&report.record)
     );
