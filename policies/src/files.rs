@@ -21,6 +21,7 @@ use crate::units::{ByteSize, Period, RateLimit};
 pub use crate::bandwidth::Window;
 
 mod check;
+mod force;
 mod order;
 pub mod show;
 

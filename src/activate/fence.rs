@@ -31,6 +31,11 @@ pub struct Term {
 /// No group is ever promoted so often; a larger number is an attack or a fault.
 const MOST: u64 = 1 << 60;
 
+/// No site misses so many promotions of a group: a term that leaps further is
+/// not believed. Were it, a peer could bring a group to where no honest site
+/// believes the next promotion.
+const LEAP: u64 = 1 << 20;
+
 /// How far beyond the term in force [`Fence::overrule`] goes.
 pub const OVERRULES: u64 = 2;
 
@@ -140,7 +145,8 @@ impl Fence {
     /// When it could not be made durable: it is not in force then.
     pub fn adopt(&self, term: Term) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        if term.number > MOST {
+        let known = terms.get(&term.group).map_or(0, |known| known.number);
+        if term.number > MOST || term.number.saturating_sub(known) > LEAP {
             return Err(FenceError::Absurd(term.number));
         }
         match terms.get(&term.group) {
@@ -178,6 +184,10 @@ impl Fence {
             .get(&group)
             .map_or(0, |t| t.number)
             .saturating_add(step);
+        if number > MOST {
+            // The other site would not believe it, and run the group on.
+            return Err(FenceError::Absurd(number));
+        }
         let term = Term {
             group,
             number,

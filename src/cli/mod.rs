@@ -7,6 +7,7 @@ mod out;
 
 mod alerts;
 mod drill;
+mod group;
 mod guests;
 mod image;
 mod link;
@@ -18,14 +19,16 @@ mod seed;
 pub(crate) mod show;
 mod site;
 mod store;
+mod token;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use farhaven_policies::units::Period;
+use farhaven_wan::SiteKey;
 
-use crate::client::Client;
+use crate::client::{Client, Trust};
 use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
@@ -35,7 +38,7 @@ use crate::site::kept::PointChoice;
 #[derive(Debug, Parser)]
 #[command(name = "farhaven", version, max_term_width = 100)]
 struct Cli {
-    /// The daemon's unix socket.
+    /// The daemon's unix socket, or https://HOST:PORT.
     #[arg(
         long,
         global = true,
@@ -44,6 +47,20 @@ struct Cli {
         value_name = "SOCKET"
     )]
     api: PathBuf,
+    /// The file with the token to show over TLS.
+    #[arg(long, global = true, env = "FARHAVEN_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The fingerprint of the key that the API's server must have.
+    #[arg(
+        long,
+        global = true,
+        env = "FARHAVEN_API_FINGERPRINT",
+        value_name = "FINGERPRINT"
+    )]
+    api_fingerprint: Option<SiteKey>,
+    /// Instead of a fingerprint: the authorities that its certificate may be signed by.
+    #[arg(long, global = true, env = "FARHAVEN_API_CA", value_name = "FILE")]
+    api_ca: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -61,6 +78,9 @@ enum Verb {
     /// Guests that run here.
     #[command(subcommand)]
     Guest(guests::GuestVerb),
+    /// Protection groups: guests that are protected and run together.
+    #[command(subcommand)]
+    Group(group::GroupVerb),
     /// Protect a guest: copy it to a paired site, all the time.
     Protect {
         /// The guest.
@@ -156,6 +176,9 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Who may use the API over TLS, and for what.
+    #[command(subcommand)]
+    Token(token::TokenVerb),
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
@@ -248,11 +271,12 @@ fn quiet_when_unread() {
 }
 
 async fn run(cli: Cli) -> Result<(), Failure> {
-    let client = Client::new(&cli.api);
+    let client = client(&cli)?;
     let outcome = match cli.verb {
         Verb::Site(verb) => site::run(&client, verb).await,
         Verb::Pair(pair) => site::pair(&client, pair).await,
         Verb::Peer(verb) => site::peer(&client, verb).await,
+        Verb::Group(verb) => group::run(&client, verb).await,
         Verb::Guest(verb) => guests::guest(&client, verb).await,
         Verb::Protect {
             name,
@@ -290,6 +314,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Token(verb) => token::run(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
@@ -301,6 +326,19 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };
     Ok(outcome?)
+}
+
+/// The daemon that was named, by its socket or its address.
+fn client(cli: &Cli) -> Result<Client, String> {
+    let named = cli.api.to_str().filter(|named| named.contains("://"));
+    let Some(url) = named else {
+        return Ok(Client::new(&cli.api));
+    };
+    let trust = Trust {
+        fingerprint: cli.api_fingerprint,
+        authority: cli.api_ca.as_deref(),
+    };
+    Client::over_tls(url, cli.token_file.as_deref(), &trust).map_err(told)
 }
 
 /// A guest's path in the API, whatever its name.

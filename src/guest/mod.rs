@@ -150,6 +150,13 @@ pub trait Guest: Send {
     /// over stays handed over.
     fn round(&mut self, sink: &mut dyn Sink) -> Result<(), GuestError>;
 
+    /// Do rounds leave to the cut what changes all the time ([`hot`])? As at
+    /// first they do; before the last cut of a move nothing is worth waiting.
+    fn leave_to_the_cut(&mut self, leave: bool);
+
+    /// Does a round read what changed on disks? If not, a cut alone does.
+    fn rounds_read_disks(&self) -> bool;
+
     /// Units that changed, and that the last round left to the cut.
     fn waiting(&self) -> u64 {
         0

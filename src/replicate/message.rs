@@ -9,6 +9,7 @@
 use std::time::Duration;
 
 use bytes::Bytes;
+use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,10 @@ use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
+pub use self::group::GroupMessage;
+
 mod envelope;
+mod group;
 mod run;
 
 pub use self::run::RunMessage;
@@ -67,6 +71,9 @@ pub struct Opening {
     /// How old the newest point is to be at most, in milliseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rpo_ms: Option<u64>,
+    /// The same as a schedule, which says it exactly; sites of before go by the above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
 }
 
 /// What the target holds of a guest.
@@ -374,6 +381,9 @@ pub enum Message {
     /// Source: this seed is about to be written. Answered with `Done` when its
     /// key and numbers are durable.
     SeedAnnounce(Box<SeedAnnouncement>),
+    /// Source: of protection groups, and of what their guests are owed.
+    /// Answered with `Done` when it is durable.
+    Group(Box<GroupMessage>),
     /// Target: something here hinders replication (a full store); for the source's status.
     Trouble {
         /// One sentence; empty when it is over.

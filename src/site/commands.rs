@@ -7,9 +7,11 @@ use tokio::sync::oneshot;
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
+use super::records::Owed;
 use super::runs::hold::HoldReply;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
+use crate::replicate::message::{GroupMessage, Message};
 
 /// What a driver is asked to do.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub(super) enum Command {
     GivenBack(Term, oneshot::Sender<Result<(), String>>),
     /// Ask the peer now what became of it, if it is held.
     Ask,
+    /// What it is owed has changed: from now on this holds.
+    Owe(Box<Owed>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
 }
@@ -83,6 +87,7 @@ impl Driver {
                     let _ = reply.send(self.given_back(term).await);
                 }
                 Command::Ask => {}
+                Command::Owe(owed) => self.owe(*owed).await,
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
@@ -102,6 +107,7 @@ impl Driver {
                 Command::Pause => self.set_paused(true).await,
                 Command::Resume => self.set_paused(false).await,
                 Command::End => return Ok(Next::Ended),
+                Command::Owe(owed) => self.owe(*owed).await,
                 Command::Fence(term, done) => {
                     let _ = done.send(self.fence(term, attached.guest.take()).await);
                 }
@@ -138,6 +144,35 @@ impl Driver {
         if paused {
             self.phase(Phase::Paused);
         }
+    }
+
+    /// What the guest is owed has changed: it holds from the next cut on.
+    pub(super) async fn owe(&mut self, owed: Owed) {
+        let rpo = owed.policy.rpo.duration();
+        self.protection.policy = owed.policy;
+        self.protection.schedule = owed.schedule;
+        self.protection.group = owed.group;
+        let _ = self.keep_protection().await;
+        self.site.limits.owe(&self.protection);
+        let group = self.protection.group.clone();
+        self.view.send_modify(|v| {
+            v.rpo_target_ms = Some(rpo.as_millis() as u64);
+            v.policy_of = group;
+        });
+        let told = GroupMessage::Owed {
+            guest: self.record.id,
+            warm: self.protection.policy.warm,
+            retention: self.protection.policy.retention.clone(),
+            schedule: self.protection.schedule.clone(),
+        };
+        // A peer that does not know this, or cannot be reached, hears it with
+        // the next opening.
+        let remote = self.remote.clone();
+        tokio::spawn(async move {
+            if let Err(error) = remote.ask(Message::Group(Box::new(told))).await {
+                tracing::debug!(%error, "the peer was not told of a changed policy yet");
+            }
+        });
     }
 
     pub(super) async fn take_back(&mut self) -> Result<(), String> {

@@ -35,6 +35,8 @@ pub(super) struct Made {
     pub(super) chain: [u8; 32],
     /// Bytes of batches sent after the stop.
     pub(super) final_bytes: u64,
+    /// Of those, the device state's and the disks', by their share of what changed.
+    pub(super) shares: [u64; 2],
 }
 
 /// Stops the guest for an instant, and ships what changed.
@@ -142,7 +144,9 @@ pub(super) fn ship(
         }
     };
     let before = shipment.sum().0.sent_bytes;
-    let shipped = everything(guest.volumes().len(), &mut cut, buffer, shipment, known);
+    let mut changed = [0; 3];
+    let volumes = guest.volumes().len();
+    let shipped = everything(volumes, &mut cut, buffer, shipment, known, &mut changed);
     let (cut_at, times) = (cut.at, cut.times);
     let state_bytes = cut.device_state.len() as u64;
     let finished = guest.finish_cut(cut, shipped.is_ok());
@@ -166,24 +170,44 @@ pub(super) fn ship(
         shipped,
         chain,
         final_bytes,
+        shares: shares(final_bytes, changed),
     })
 }
 
+/// What the second and third part of `changed` have of these bytes.
+fn shares(bytes: u64, changed: [u64; 3]) -> [u64; 2] {
+    let all: u64 = changed.iter().sum();
+    let [_, state, disks] = changed;
+    [state, disks].map(|part| (bytes as f64 * part as f64 / all.max(1) as f64) as u64)
+}
+
+/// `changed` gets the bytes of guest data of memory, device state and disks.
 fn everything(
     volumes: usize,
     cut: &mut Cut,
     buffer: CaptureBuffer,
     shipment: &mut dyn Outlet,
     known: &mut Vec<farhaven_storage_sync::unit::Digest>,
+    changed: &mut [u64; 3],
 ) -> Result<(), GuestError> {
     shipment.hurry(true);
+    let mut counted = shipment.sum().0.changed_bytes;
+    let mut count = |shipment: &dyn Outlet, part: usize| {
+        let now = shipment.sum().0.changed_bytes;
+        if let Some(changed) = changed.get_mut(part) {
+            *changed = now - std::mem::replace(&mut counted, now);
+        }
+    };
     let shipped = (|| {
         buffer.drain_into(shipment)?;
+        count(shipment, 0);
         let state = u16::try_from(volumes.saturating_sub(1)).unwrap_or(u16::MAX);
         shipment.device_state(state, &cut.device_state, known)?;
+        count(shipment, 1);
         for disk in &mut cut.disks {
             disk.changed(shipment)?;
         }
+        count(shipment, 2);
         Ok(shipment.flush()?)
     })();
     shipment.hurry(false);
@@ -279,14 +303,21 @@ pub(super) async fn seal(
         sent_bytes = made.shipped.sent_bytes,
         "sealed"
     );
-    Ok(Sealed {
+    let [state_bytes, disk_bytes] = made.shares;
+    let sealed = Sealed {
         cut_at: made.cut_at,
+        stopped: made.stopped,
         pause: made.times.pause,
         took,
         since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,
-    })
+        state_bytes,
+        disk_bytes,
+        scan: made.times.ram_scan,
+    };
+    attached.sealed = Some(sealed);
+    Ok(sealed)
 }
 
 /// Hands a held guest over: seals its last point and has the peer run it. The

@@ -52,6 +52,8 @@ pub(super) struct Attached {
     pub(super) next: u64,
     pub(super) state_known: Vec<Digest>,
     pub(super) shipment: Option<Shipment>,
+    /// The newest point of this attempt.
+    pub(super) sealed: Option<Sealed>,
 }
 
 /// The task of one protected guest.
@@ -108,10 +110,12 @@ impl Driver {
             id: record.id.to_string(),
             peer: Some(protection.to.clone()),
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
+            policy_of: protection.group.clone(),
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
         let flow = site.limits.join(record.id, &record.name, remote.peer.key());
+        site.limits.owe(&protection);
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -328,6 +332,7 @@ impl Driver {
                     let _ = reply.send(now.map(|_| ()).map_err(|e| e.to_string()));
                 }
                 Some(Command::Resume | Command::Ask) => {}
+                Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",
@@ -413,6 +418,8 @@ impl Driver {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sealed {
     pub(super) cut_at: SystemTime,
+    /// The same, on the clock that nobody sets.
+    pub(super) stopped: Instant,
     /// How long the guest was stopped for it.
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
@@ -423,4 +430,10 @@ pub(super) struct Sealed {
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.
     pub(super) final_bytes: u64,
+    /// Of those, the device state's, by its share of what changed.
+    pub(super) state_bytes: u64,
+    /// And the disks'.
+    pub(super) disk_bytes: u64,
+    /// How long memory was looked through for it.
+    pub(super) scan: Duration,
 }

@@ -30,7 +30,13 @@ pub(super) async fn perform(
     attached: &mut Attached,
     accept_pause: bool,
 ) -> Result<MoveReport, DriveError> {
+    if let Some(guest) = attached.guest.as_mut() {
+        guest.leave_to_the_cut(false);
+    }
     let outcome = hand_over(driver, attached, accept_pause).await;
+    if let Some(guest) = attached.guest.as_mut() {
+        guest.leave_to_the_cut(true);
+    }
     // However it ended: a guest that is still here gets all of its time.
     throttle(attached, 0).await.unwrap_or_else(|error| {
         tracing::warn!(guest = %driver.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
@@ -63,7 +69,7 @@ async fn hand_over(
             return Err(not_begun(driver, why));
         }
     }
-    // The peer gets ready while one more point keeps the last cut small.
+    // The peer gets ready while rounds make the last cut small.
     let remote = driver.remote.clone();
     let preparing = tokio::spawn(async move {
         remote

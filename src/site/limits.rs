@@ -23,6 +23,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use super::operate::{OperateError, failed};
+use super::records::Protection;
 use super::{Site, files};
 
 /// What a QUIC connection may send for each bit of batches within the cap: its headers,
@@ -95,6 +96,8 @@ struct State {
     configured: Configured,
     set: Set,
     flows: BTreeMap<GuestId, (String, Weak<Flow>)>,
+    /// What the policies of groups say.
+    owed: BTreeMap<GuestId, LinkTerms>,
 }
 
 /// `GET /v1/link`.
@@ -102,7 +105,7 @@ struct State {
 pub struct LinkView {
     /// What holds now for all guests together.
     pub limit: RateLimit,
-    /// By whose word: `configuration`, a window's name, or `operator`.
+    /// By whose word: `configuration`, a window's name, `policy`, or `operator`.
     pub by: String,
     /// The time zone of windows.
     pub time_zone: String,
@@ -156,6 +159,7 @@ impl Limits {
                 configured: Configured::of(config)?,
                 set,
                 flows: BTreeMap::new(),
+                owed: BTreeMap::new(),
             }),
         };
         limits.apply(Timestamp::now());
@@ -181,6 +185,19 @@ impl Limits {
         self.state().flows.insert(guest, entry);
         self.apply(Timestamp::now());
         Some(flow)
+    }
+
+    /// What a guest is owed by the policy of its group; without one the
+    /// configuration holds for it.
+    pub(super) fn owe(&self, protection: &Protection) {
+        let terms = protection.policy.link_terms();
+        let mut state = self.state();
+        match protection.group {
+            Some(_) => state.owed.insert(protection.guest, terms),
+            None => state.owed.remove(&protection.guest),
+        };
+        drop(state);
+        self.apply(Timestamp::now());
     }
 
     /// What the configuration says now.
@@ -300,8 +317,13 @@ impl State {
                 terms.priority,
             ),
             None => {
-                let terms = &self.configured.guests;
+                let owed = self.owed.get(&guest);
+                let terms = owed.unwrap_or(&self.configured.guests);
                 let (limit, by) = of(terms, minute);
+                let by = match (owed, by.as_str()) {
+                    (Some(_), "configuration") => "policy".to_owned(),
+                    _ => by,
+                };
                 (limit, by, terms.priority)
             }
         }
@@ -396,6 +418,7 @@ impl Site {
         self.limits.configure(config)?;
         let mut rest = config.clone();
         let before = &self.config;
+        self.policies.look_again();
         rest.link.rate_limit = before.link.rate_limit;
         rest.link.windows = before.link.windows.clone();
         rest.link.time_zone = before.link.time_zone.clone();

@@ -22,6 +22,7 @@ pub mod view;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;
@@ -37,6 +38,7 @@ mod pairing;
 mod promote;
 mod protect;
 mod rebuild;
+mod rounds;
 mod sealed;
 mod standby;
 mod start;
@@ -96,6 +98,8 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
@@ -182,6 +186,7 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
@@ -214,6 +219,7 @@ impl Site {
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);

@@ -17,6 +17,9 @@ pub enum OperateError {
     /// It contradicts what is.
     #[error("{0}")]
     Conflict(String),
+    /// Whoever asked has no right to it.
+    #[error("{0}")]
+    Forbidden(String),
     /// A move would take longer than the guest's policy allows, and nobody
     /// accepted that: nothing was done.
     #[error("{0}")]

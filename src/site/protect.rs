@@ -12,7 +12,7 @@ use super::Site;
 use super::driver::{Command, NotMoved};
 use super::events::EventKind;
 use super::operate::{OperateError, failed};
-use super::records::{GuestRecord, Protection};
+use super::records::{GuestRecord, Owed, Protection};
 use super::view::{MoveOutlook, MoveReport, Phase};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
@@ -206,7 +206,8 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
-        self.begin_protection(name, to, rpo, false).await
+        self.begin_protection(name, to, self.usually_owed(rpo), false)
+            .await
     }
 
     /// As [`Site::protect`], but the first copy comes by a seed
@@ -220,14 +221,26 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
-        self.begin_protection(name, to, rpo, true).await
+        self.begin_protection(name, to, self.usually_owed(rpo), true)
+            .await
     }
 
-    async fn begin_protection(
+    /// What a guest is owed by the site's configuration and an operator's word.
+    fn usually_owed(&self, rpo: Option<Period>) -> Owed {
+        let mut policy = self.config.protect.clone();
+        policy.rpo = rpo.unwrap_or(policy.rpo);
+        Owed {
+            policy,
+            schedule: None,
+            group: None,
+        }
+    }
+
+    pub(super) async fn begin_protection(
         self: &Arc<Self>,
         name: &str,
         to: &str,
-        rpo: Option<Period>,
+        owed: Owed,
         seeded: bool,
     ) -> Result<(), OperateError> {
         let record = self.guest(name)?;
@@ -249,11 +262,7 @@ impl Site {
         }
         self.unless_seeding(record.id, || Ok(()))?;
         self.unblocked(name, to).await?;
-        let mut policy = self.config.protect.clone();
-        if let Some(rpo) = rpo {
-            policy.rpo = rpo;
-        }
-        if let Some(problem) = policy.problems().first() {
+        if let Some(problem) = owed.policy.problems().first() {
             return Err(OperateError::Conflict(format!(
                 "the policy cannot be kept: {} {}",
                 problem.key, problem.what
@@ -262,7 +271,9 @@ impl Site {
         self.start_protection(Protection {
             guest: record.id,
             to: to.to_owned(),
-            policy,
+            policy: owed.policy,
+            schedule: owed.schedule,
+            group: owed.group,
             paused: false,
             seeded,
             moving: None,
@@ -338,6 +349,7 @@ impl Site {
     /// When the guest is not protected, or the peer refuses to discard.
     pub async fn unprotect(&self, name: &str, discard: bool) -> Result<(), OperateError> {
         let record = self.guest(name)?;
+        self.in_no_file(&record)?;
         let view = self.source_view(&record);
         if view.phase == Phase::Held {
             return Err(OperateError::Conflict(format!(

@@ -114,6 +114,7 @@ impl Site {
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
                 rpo_ms: None,
+                schedule: None,
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
@@ -122,7 +123,8 @@ impl Site {
             self.catalogue
                 .put(Table::Remote, &guest.to_string(), &record)?;
         }
-        self.catalogue.flush()
+        self.catalogue.flush()?;
+        self.rebuild_groups(remote)
     }
 
     /// A guest that runs here, from the note of the newest term.
@@ -149,7 +151,7 @@ pub(super) fn drop_activation_notes(site: &Arc<Site>, guest: GuestId) {
     }
 }
 
-fn keep<T: serde::Serialize>(path: &Path, value: &T) {
+pub(super) fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     let written = serde_json::to_vec(value)
         .map_err(std::io::Error::other)
         .and_then(|bytes| files::replace(path, &bytes));
@@ -159,7 +161,7 @@ fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     }
 }
 
-fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+pub(super) fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     if fs::metadata(path).ok()?.len() > LONGEST_NOTE {
         return None;
     }

@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
@@ -31,6 +32,17 @@ pub struct GuestRecord {
     pub definition: Definition,
 }
 
+/// What a guest is owed, and by whose word.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Owed {
+    /// RPO, limits, what a move may cost.
+    pub policy: farhaven_policies::policy::Policy,
+    /// Which points are kept, where that is said by a schedule.
+    pub schedule: Option<Schedule>,
+    /// The group whose policy it is; `None` for the site's own, or an operator's.
+    pub group: Option<String>,
+}
+
 /// A guest's protection: where to, by which policy.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Protection {
@@ -40,6 +52,12 @@ pub struct Protection {
     pub to: String,
     /// What it is owed.
     pub policy: farhaven_policies::policy::Policy,
+    /// Which points are kept, where that is said by a schedule.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub schedule: Option<Schedule>,
+    /// The group whose policy it is; `None` for the site's own, or an operator's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
     /// The operator paused it.
     pub paused: bool,
     /// Its first copy comes by a seed: the link waits until that is imported.
@@ -54,6 +72,17 @@ pub struct Protection {
     /// It was moved: it runs at the peer under this term, and its copy here was ended.
     #[serde(default)]
     pub moved: Option<Term>,
+}
+
+impl Protection {
+    /// What it is owed.
+    pub fn owed(&self) -> Owed {
+        Owed {
+            policy: self.policy.clone(),
+            schedule: self.schedule.clone(),
+            group: self.group.clone(),
+        }
+    }
 }
 
 /// A guest that a peer sends here.

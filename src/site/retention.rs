@@ -74,11 +74,18 @@ struct Judged {
 
 /// By what the points of an opening's guest are kept.
 fn verdicts(opening: &Opening, points: &[Point]) -> Vec<Verdict> {
-    retain::retain(&opening.retention, points, SystemTime::now())
+    let now = SystemTime::now();
+    match &opening.schedule {
+        Some(schedule) => schedule.retain(points, now),
+        None => retain::retain(&opening.retention, points, now),
+    }
 }
 
 /// The same, for people.
 fn retention(opening: &Opening) -> String {
+    if let Some(schedule) = &opening.schedule {
+        return schedule.to_string();
+    }
     let kept = &opening.retention;
     format!(
         "all for {}, every {} for {}, newest {}",

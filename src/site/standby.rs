@@ -41,6 +41,9 @@ pub(super) struct Standby {
     attempt: watch::Sender<u64>,
     /// How many requests to hold the guest the source has not answered yet.
     pub(super) expecting: AtomicUsize,
+    /// Held while one of its points is being sealed: however many seals a peer
+    /// asks for, one at a time waits for data and looks at the store.
+    pub(super) sealing: tokio::sync::Mutex<()>,
 }
 
 /// Only touched under the lock.
@@ -95,6 +98,7 @@ impl Standby {
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
             expecting: AtomicUsize::new(0),
+            sealing: tokio::sync::Mutex::default(),
         }
     }
 
@@ -118,7 +122,8 @@ impl Standby {
     }
 
     pub(super) fn name(&self) -> String {
-        self.opening().name
+        let opening = self.opening.read().unwrap_or_else(PoisonError::into_inner);
+        opening.name.clone()
     }
 
     pub(super) fn opening(&self) -> Opening {

@@ -27,6 +27,8 @@ impl Site {
             peers,
             guests,
             standbys: self.standby_views(),
+            groups: self.group_views(),
+            policy_files: self.policy_files_view(),
             alerts: self.alerts(),
         }
     }
@@ -39,6 +41,14 @@ impl Site {
     }
 
     pub(super) fn source_view(&self, record: &GuestRecord) -> SourceView {
+        let view = self.guest_view(record);
+        SourceView {
+            group: self.group_of(record.id).map(|group| group.name),
+            ..view
+        }
+    }
+
+    pub(super) fn guest_view(&self, record: &GuestRecord) -> SourceView {
         let seed = self.exporting(record.id);
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(driver) = drivers.get(&record.id) else {

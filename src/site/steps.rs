@@ -132,6 +132,7 @@ impl Driver {
                 .max(self.last_point + 1),
             state_known,
             shipment: None,
+            sealed: None,
         })
     }
 
@@ -146,6 +147,7 @@ impl Driver {
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
             rpo_ms: Some(self.protection.policy.rpo.duration().as_millis() as u64),
+            schedule: self.protection.schedule.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
+use super::breach::MOST_GUESTS;
 use super::operate::{FENCE_WAIT, OperateError, failed};
 use super::records::PointRecord;
 use super::records::StandbyRecord;
@@ -60,7 +61,16 @@ impl Site {
                     standby.from()
                 ));
             }
-            None => Arc::new(Standby::new(self, remote.clone(), opening)),
+            None => {
+                let from = &remote.record.site;
+                let of_peer = standbys.values().filter(|s| s.from() == *from).count();
+                if of_peer >= MOST_GUESTS {
+                    return Err(format!(
+                        "that site keeps {MOST_GUESTS} guests of this one already; end some: farhaven unprotect NAME --discard"
+                    ));
+                }
+                Arc::new(Standby::new(self, remote.clone(), opening))
+            }
         };
         self.catalogue
             .put(Table::Remote, &guest.to_string(), &standby.record())

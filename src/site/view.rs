@@ -76,6 +76,13 @@ pub struct SourceView {
     pub id: String,
     /// The peer it is protected to.
     pub peer: Option<String>,
+    /// The group it is in.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// The group whose policy it is protected by. One that it is in no more is
+    /// the one it left last: its protection goes on as it was.
+    #[serde(default)]
+    pub policy_of: Option<String>,
     /// Where it stands.
     pub phase: Phase,
     /// In the pass under way: bytes looked at and to look at.
@@ -344,6 +351,12 @@ pub struct SiteView {
     pub guests: Vec<SourceView>,
     /// Guests that peers send here.
     pub standbys: Vec<TargetView>,
+    /// Protection groups, this site's own and its peers'.
+    #[serde(default)]
+    pub groups: Vec<super::groups::GroupView>,
+    /// The policy files, if any are configured.
+    #[serde(default)]
+    pub policy_files: Option<super::groups::PolicyFilesView>,
     /// Alerts that stand.
     #[serde(default)]
     pub alerts: Vec<super::alerts::AlertView>,

@@ -4,8 +4,11 @@
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
 mod alerts;
+mod api;
+mod bad_peers;
 mod counter;
 mod drills;
+mod groups;
 mod images;
 mod limits;
 mod mended;

@@ -208,6 +208,14 @@ impl Guest for EmbeddedGuest {
         Ok(())
     }
 
+    fn leave_to_the_cut(&mut self, leave: bool) {
+        self.hot.leave(leave);
+    }
+
+    fn rounds_read_disks(&self) -> bool {
+        true
+    }
+
     fn waiting(&self) -> u64 {
         self.hot.waiting()
     }

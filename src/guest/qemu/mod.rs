@@ -214,6 +214,14 @@ impl Guest for QemuGuest {
         Ok(())
     }
 
+    fn leave_to_the_cut(&mut self, leave: bool) {
+        self.hot.leave(leave);
+    }
+
+    fn rounds_read_disks(&self) -> bool {
+        false
+    }
+
     fn waiting(&self) -> u64 {
         self.hot.waiting()
     }

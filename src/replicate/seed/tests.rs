@@ -60,6 +60,7 @@ fn about() -> SeedAbout {
             warm: true,
             retention: Retention::default(),
             rpo_ms: None,
+            schedule: None,
         },
         point: 5,
         first: 100,

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use axum::extract::{DefaultBodyLimit, Path as InPath, State};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use farhaven_policies::runbook::Mode;
 use farhaven_policies::runbook::plan::Plan;
 use farhaven_policies::runbook::run::{Answer, Event};
@@ -14,6 +14,7 @@ use super::start::StartRun;
 use super::view::RunView;
 use crate::runbook::report::Report;
 use crate::site::Site;
+use crate::site::api::rights::Caller;
 use crate::site::operate::OperateError;
 
 /// Longest body with a runbook: 1 MiB of it, as JSON.
@@ -77,8 +78,9 @@ pub fn routes() -> Router<Arc<Site>> {
         .layer(DefaultBodyLimit::max(LONGEST_RUNBOOK))
 }
 
-fn person(by: &str) -> Result<String, OperateError> {
-    let by = by.trim();
+/// Who says something. Whoever holds a token is known by its name, and by no other.
+fn person(caller: &Caller, by: &str) -> Result<String, OperateError> {
+    let by = caller.token().unwrap_or_else(|| by.trim());
     match by.len() {
         1..=LONGEST_NAME if !by.chars().any(char::is_control) => Ok(by.to_owned()),
         _ => Err(OperateError::Conflict(format!(
@@ -121,9 +123,13 @@ async fn plan(State(site): Here, Json(body): Json<Start>) -> Answered<Plan> {
     reading(move || site.plan_run(&body.runbook, body.mode)).await
 }
 
-async fn start(State(site): Here, Json(body): Json<Start>) -> Answered<RunView> {
+async fn start(
+    State(site): Here,
+    Extension(caller): Extension<Caller>,
+    Json(body): Json<Start>,
+) -> Answered<RunView> {
     let start = StartRun {
-        by: person(&body.by)?,
+        by: person(&caller, &body.by)?,
         text: body.runbook,
         mode: body.mode,
         point: body.point,
@@ -134,17 +140,19 @@ async fn start(State(site): Here, Json(body): Json<Start>) -> Answered<RunView> 
 
 async fn tell(
     site: Arc<Site>,
+    caller: &Caller,
     id: String,
     by: &str,
     step: Option<String>,
     event: Event,
 ) -> Answered<RunView> {
-    let by = person(by)?;
+    let by = person(caller, by)?;
     whole(async move { site.tell_run(&id, &by, step.as_deref(), event).await }).await
 }
 
 async fn approve(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(id): InPath<String>,
     Json(body): Json<Say>,
 ) -> Answered<RunView> {
@@ -152,36 +160,48 @@ async fn approve(
         true => Event::Refused { why: body.why },
         false => Event::Approved { comment: body.why },
     };
-    tell(site, id, &body.by, Some(body.step), event).await
+    tell(site, &caller, id, &body.by, Some(body.step), event).await
 }
 
 async fn pause(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(id): InPath<String>,
     Json(body): Json<Say>,
 ) -> Answered<RunView> {
-    tell(site, id, &body.by, None, Event::Paused).await
+    tell(site, &caller, id, &body.by, None, Event::Paused).await
 }
 
 async fn go_on(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(id): InPath<String>,
     Json(body): Json<Say>,
 ) -> Answered<RunView> {
-    tell(site, id, &body.by, None, Event::Continued).await
+    tell(site, &caller, id, &body.by, None, Event::Continued).await
 }
 
 async fn abort(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(id): InPath<String>,
     Json(body): Json<Say>,
 ) -> Answered<RunView> {
     let rollback = body.rollback;
-    tell(site, id, &body.by, None, Event::Aborted { rollback }).await
+    tell(
+        site,
+        &caller,
+        id,
+        &body.by,
+        None,
+        Event::Aborted { rollback },
+    )
+    .await
 }
 
 async fn decide(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(id): InPath<String>,
     Json(body): Json<Say>,
 ) -> Answered<RunView> {
@@ -190,5 +210,13 @@ async fn decide(
             "say what is to follow: repeat, take-as-done, rollback or end".to_owned(),
         ));
     };
-    tell(site, id, &body.by, None, Event::Answered { answer }).await
+    tell(
+        site,
+        &caller,
+        id,
+        &body.by,
+        None,
+        Event::Answered { answer },
+    )
+    .await
 }

@@ -184,6 +184,7 @@ impl Site {
                 warm: policy.warm,
                 retention: policy.retention.clone(),
                 rpo_ms: None,
+                schedule: None,
             },
             point: next_point.max(1),
             first,
