@@ -26,10 +26,12 @@ pub use body::{
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
+pub use scrub::StartScrub;
 
 mod alerts;
 mod body;
 mod points;
+mod scrub;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -120,6 +122,7 @@ pub fn router(site: Arc<Site>) -> Router {
         .route("/v1/images/{name}", delete(remove_image))
         .merge(alerts::routes())
         .merge(points::routes())
+        .merge(scrub::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

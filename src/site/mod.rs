@@ -13,11 +13,14 @@ pub mod groups;
 pub mod hosted;
 pub mod images;
 pub mod kept;
+pub mod metrics;
 pub mod records;
 pub mod remote;
 pub mod retention;
+pub mod scrub;
 pub mod seed;
 pub mod view;
+pub mod webhook;
 
 mod adopt;
 mod answer;
@@ -104,6 +107,7 @@ pub struct Site {
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     alerts: alerts::Alerts,
+    scrubs: scrub::Scrubs,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
@@ -183,6 +187,7 @@ impl Site {
             naming: Mutex::default(),
             hosted: RwLock::default(),
             alerts,
+            scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
         });
         site.rebuild_peers()?;
@@ -209,6 +214,8 @@ impl Site {
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
+        tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
+        tokio::spawn(webhook::deliver(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(

@@ -202,6 +202,15 @@ impl Standby {
     }
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        if let Some(site) = self.site.upgrade()
+            && let Some(why) = site.scrubs.damaged(&self.from(), self.guest, point)
+        {
+            let name = self.name();
+            return Err(ActivateError::Context(
+                point,
+                format!("a scrub found it damaged ({why}); choose another: farhaven points {name}"),
+            ));
+        }
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
         let context =
             PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;

@@ -156,6 +156,7 @@ impl Site {
                     ram_scanned_bytes: record.map_or(0, |r| r.ram_scanned_bytes),
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
+                    damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
                     name: kept.remove(&p.point),
                 }
             })

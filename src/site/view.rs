@@ -321,6 +321,9 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// A scrub found that it cannot be restored in full, and why: it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
     /// Its name: it is kept until that is taken from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

@@ -9,6 +9,7 @@ mod drills;
 mod images;
 mod limits;
 mod mended;
+mod scrubs;
 mod seeds;
 
 use std::net::UdpSocket;
