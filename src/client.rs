@@ -1,16 +1,23 @@
-//! A client of a site's HTTP API, over its unix socket.
+//! A client of a site's HTTP API, over its unix socket or over TLS.
 
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full, Limited};
-use hyper::{Method, Request};
+use hyper::body::Incoming;
+use hyper::client::conn::http1;
+use hyper::{Method, Request, Response};
 use hyper_util::rt::TokioIo;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::UnixStream;
 
 use crate::site::api::{ErrorBody, TOO_LONG};
+
+mod tls;
+
+pub use tls::{TlsError, Trust};
 
 /// Longest answer taken.
 const LONGEST_ANSWER: usize = 64 << 20;
@@ -20,7 +27,7 @@ const LONGEST_ANSWER: usize = 64 << 20;
 pub enum ClientError {
     /// Nobody listens.
     #[error(
-        "no Farhaven daemon answers at {path}: {source}. Start it with: farhaven site run --config FILE; or name its socket with --api"
+        "no Farhaven daemon answers at {path}: {source}. If it is another site's, its address, port or fingerprint differ. Start it with: farhaven site run --config FILE; or name its socket with --api"
     )]
     Connect {
         /// The socket.
@@ -32,7 +39,8 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
-    /// The guest would stand longer than its policy allows: nothing was done.
+    /// The guest would stand longer than its policy allows, or not everything
+    /// fits before a deadline: nothing was done.
     #[error("{0}")]
     TooLong(String),
     /// The connection broke, or the answer makes no sense.
@@ -45,18 +53,40 @@ pub enum ClientError {
     },
 }
 
-/// A site's daemon, by its socket.
+/// A site's daemon, by its socket or its TLS address.
 #[derive(Debug, Clone)]
 pub struct Client {
-    socket: PathBuf,
+    reach: Reach,
+}
+
+#[derive(Debug, Clone)]
+enum Reach {
+    Socket(PathBuf),
+    Tls(tls::Secure),
 }
 
 impl Client {
     /// Names the socket; connects with each request.
     pub fn new(socket: &Path) -> Self {
         Self {
-            socket: socket.to_owned(),
+            reach: Reach::Socket(socket.to_owned()),
         }
+    }
+
+    /// Names `https://host:port`, the file of the token to show, and what the
+    /// server is known by; connects with each request.
+    ///
+    /// # Errors
+    /// See [`TlsError`].
+    pub fn over_tls(
+        url: &str,
+        token_file: Option<&Path>,
+        trust: &Trust<'_>,
+    ) -> Result<Self, TlsError> {
+        let secure = tls::Secure::new(url, token_file, trust)?;
+        Ok(Self {
+            reach: Reach::Tls(secure),
+        })
     }
 
     /// `GET path`.
@@ -94,28 +124,29 @@ impl Client {
         path: &str,
         body: Bytes,
     ) -> Result<T, ClientError> {
-        let stream =
-            UnixStream::connect(&self.socket)
-                .await
-                .map_err(|source| ClientError::Connect {
-                    path: self.socket.clone(),
-                    source,
-                })?;
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream))
-            .await
-            .map_err(|e| self.broken(e))?;
-        tokio::spawn(connection);
         let request = Request::builder()
             .method(method)
             .uri(path)
-            .header("host", "farhaven")
-            .header("content-type", "application/json")
-            .body(Full::new(body))
-            .map_err(|e| self.broken(e))?;
-        let response = sender
-            .send_request(request)
-            .await
-            .map_err(|e| self.broken(e))?;
+            .header("content-type", "application/json");
+        let unreached = |source| ClientError::Connect {
+            path: self.path(),
+            source,
+        };
+        let response = match &self.reach {
+            Reach::Socket(socket) => {
+                let stream = UnixStream::connect(socket).await.map_err(unreached)?;
+                let request = request.header("host", "farhaven").body(Full::new(body));
+                self.exchange(stream, request).await?
+            }
+            Reach::Tls(secure) => {
+                let stream = secure.connect().await.map_err(unreached)?;
+                let request = request
+                    .header("host", &secure.address)
+                    .header("authorization", secure.authorization())
+                    .body(Full::new(body));
+                self.exchange(stream, request).await?
+            }
+        };
         let status = response.status();
         let answer = Limited::new(response.into_body(), LONGEST_ANSWER)
             .collect()
@@ -135,9 +166,31 @@ impl Client {
         })
     }
 
+    async fn exchange(
+        &self,
+        stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static,
+        request: Result<Request<Full<Bytes>>, hyper::http::Error>,
+    ) -> Result<Response<Incoming>, ClientError> {
+        let request = request.map_err(|e| self.broken(e))?;
+        let (mut sender, connection) = http1::handshake(TokioIo::new(stream))
+            .await
+            .map_err(|e| self.broken(e))?;
+        tokio::spawn(connection);
+        let response = sender.send_request(request).await;
+        response.map_err(|e| self.broken(e))
+    }
+
+    /// What it is reached by, for people.
+    fn path(&self) -> PathBuf {
+        match &self.reach {
+            Reach::Socket(socket) => socket.clone(),
+            Reach::Tls(secure) => format!("https://{}", secure.address).into(),
+        }
+    }
+
     fn broken(&self, why: impl ToString) -> ClientError {
         ClientError::Broken {
-            path: self.socket.clone(),
+            path: self.path(),
             why: why.to_string(),
         }
     }

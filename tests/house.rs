@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 #[path = "house/reading.rs"]
 mod reading;
+#[path = "house/service.rs"]
+mod service;
 
 use reading::{anchors, code_of, lines_with, links, without_tests};
 
@@ -274,6 +276,53 @@ fn nothing_is_left_for_later() {
         "work that is not done is an issue, not a mark in a file",
         wrong,
     );
+}
+
+/// The argument lists of every `.route(…)` in a text.
+fn routes_in(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices(".route(") {
+        let rest = &text[at + ".route(".len()..];
+        let mut depth = 1;
+        let end = rest.find(|c| {
+            depth += i32::from(c == '(') - i32::from(c == ')');
+            depth == 0
+        });
+        found.push(&rest[..end.unwrap_or(rest.len())]);
+    }
+    found
+}
+
+#[test]
+fn every_route_of_the_api_needs_a_right() {
+    let table = fs::read_to_string(root().join("src/site/api/rights.rs")).unwrap();
+    let mut wrong = Vec::new();
+    let mut seen = 0;
+    for (file, text) in sources() {
+        for route in routes_in(&text) {
+            let path = route.split('"').nth(1).unwrap_or_default();
+            for method in ["get", "post", "put", "patch", "delete", "head", "any"] {
+                let call = format!("{method}(");
+                let called = route.match_indices(&call).any(|(at, _)| {
+                    let before = route[..at].chars().next_back();
+                    before.is_none_or(|c| !c.is_alphanumeric() && c != '_')
+                });
+                if !called {
+                    continue;
+                }
+                seen += 1;
+                let entry = format!("(\"{}\", \"{path}\", Right::", method.to_uppercase());
+                if !table.contains(&entry) {
+                    wrong.push(format!(
+                        "{file}: {} {path} has no right, so everybody is refused; add it to RIGHTS in src/site/api/rights.rs",
+                        method.to_uppercase()
+                    ));
+                }
+            }
+        }
+    }
+    none("every route has a right in one table", wrong);
+    assert!(seen > 20, "the routes were not found: {seen}");
 }
 
 #[test]

@@ -26,6 +26,17 @@ const LONGEST_BACK_OFF: Duration = Duration::from_secs(60);
 const BUFFER_SHARE: u64 = 60;
 /// A round has shrunk what is left if that is now under this share (in percent) of before.
 const SHRUNK: u64 = 80;
+/// A guest that runs freely and writes more than this share (in percent) of what the
+/// link carries is throttled: a round leaves about that share of the one before, so
+/// at a third the rounds after the first take half as long as that one, all together.
+const KEEPS_UP: u64 = 33;
+/// Rounds go on while what is left is more than this share (in percent) of what they
+/// come down to, however slowly.
+const NEAR: u64 = 125;
+/// Where a round takes so long, no throttle is tried out: what a guest writes
+/// again within the round counts once, so the rate is at least what was measured,
+/// and each guess that is too low costs such a round.
+const LONG_ROUND: Duration = Duration::from_secs(1);
 /// Rounds after which a move ends whatever is left.
 const MOST_ROUNDS: u32 = 30;
 /// A throttle grows by at least so many percent of the guest's time...
@@ -248,9 +259,10 @@ pub enum MoveStep {
     LinkDown,
 }
 
-/// Plans the next step of a planned move, so that it ends: rounds as long as
-/// they leave less each time; then throttling, within the policy, by as much
-/// as the measured rates ask for; then the last cut. One that takes longer than
+/// Plans the next step of a planned move, so that it ends soon: a guest whose
+/// rounds would shrink slowly is throttled, within the policy, by as much as the
+/// measured rates ask for; rounds go on as long as they leave less each time, or
+/// come down to what fits the blackout; then the last cut. One that takes longer than
 /// the policy wants is planned only when that is accepted (`accept_pause`).
 pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) -> MoveStep {
     if facts.link_bytes_per_second == 0 {
@@ -277,10 +289,10 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) ->
     if may_throttle && outruns(facts) {
         return throttle(policy, facts);
     }
-    if facts
+    let shrinks = facts
         .remaining_before
-        .is_none_or(|before| shrunk(before, facts.remaining_bytes))
-    {
+        .is_none_or(|before| shrunk(before, facts.remaining_bytes));
+    if shrinks || more_rounds_serve(policy, facts) {
         return MoveStep::Round;
     }
     match may_throttle {
@@ -289,16 +301,50 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) ->
     }
 }
 
-/// Does the guest write so fast that rounds cannot shrink? Not believed of a
-/// round in which the throttle changed.
-fn outruns(facts: &MoveFacts) -> bool {
-    let settled = facts.throttle == 0 || facts.remaining_before.is_some();
-    let link = u128::from(facts.link_bytes_per_second);
-    settled && u128::from(facts.dirty_bytes_per_second) * 100 >= link * u128::from(SHRUNK)
+/// Bytes that rounds come down to at the measured rates, in the end: in such a
+/// round the link carries what the guest writes in it. `None`: to nothing, as
+/// the guest writes faster, or it is not known how fast.
+fn rounds_come_down_to(facts: &MoveFacts) -> Option<u64> {
+    let (dirty, link) = (facts.dirty_bytes_per_second, facts.link_bytes_per_second);
+    let spare = link.checked_sub(dirty).filter(|spare| *spare > 0)?;
+    let written = dirty as f64 * facts.overhead.as_secs_f64();
+    // A float that is too large for the type becomes its largest value.
+    (dirty > 0).then_some((written * link as f64 / spare as f64) as u64)
 }
 
-/// The throttle under which what a round leaves fits the blackout, if the guest
-/// writes as much less as it runs less; at least a step more than now.
+/// Rounds that hardly shrink any more still do where their end fits the
+/// blackout, and while there is something to win on the way there.
+fn more_rounds_serve(policy: &Policy, facts: &MoveFacts) -> bool {
+    let (Some(end), Some(before)) = (rounds_come_down_to(facts), facts.remaining_before) else {
+        return false;
+    };
+    let at_the_end = MoveFacts {
+        remaining_bytes: end,
+        ..*facts
+    };
+    let left = u128::from(facts.remaining_bytes);
+    let far = left * 100 > u128::from(end) * u128::from(NEAR);
+    expected_blackout(&at_the_end) <= policy.max_blackout.duration()
+        || (far && facts.remaining_bytes < before)
+}
+
+/// Does the guest write so fast that rounds shrink slowly, or not at all? Not
+/// believed of a round in which the throttle changed.
+fn outruns(facts: &MoveFacts) -> bool {
+    let settled = facts.throttle == 0 || facts.remaining_before.is_some();
+    // Once throttled, it need not be measured to be just what was aimed at.
+    let share = if facts.throttle == 0 {
+        KEEPS_UP
+    } else {
+        KEEPS_UP * 3 / 2
+    };
+    let link = u128::from(facts.link_bytes_per_second);
+    settled && u128::from(facts.dirty_bytes_per_second) * 100 > link * u128::from(share)
+}
+
+/// The throttle under which rounds shrink fast and what one leaves fits the
+/// blackout, if the guest writes as much less as it runs less; at least a step
+/// more than now. All that the policy allows while rounds are long.
 fn throttle(policy: &Policy, facts: &MoveFacts) -> MoveStep {
     let seconds = |time: Duration| time.as_secs_f64().max(1e-3);
     let room = policy
@@ -308,21 +354,22 @@ fn throttle(policy: &Policy, facts: &MoveFacts) -> MoveStep {
         .max(facts.fixed / 10);
     // A round over such a rest takes so long, and the guest writes on in it.
     let round = seconds(facts.overhead) + seconds(room);
-    let wanted = facts.link_bytes_per_second as f64 * seconds(room) / round;
+    let fits = SHRUNK as f64 / 100.0 * seconds(room) / round;
+    let wanted = facts.link_bytes_per_second as f64 * fits.min(KEEPS_UP as f64 / 100.0);
     let runs = f64::from(100 - facts.throttle.min(99)) / 100.0;
     let freely = facts.dirty_bytes_per_second as f64 / runs;
     let (needed, step) = match freely > 0.0 {
-        true => {
-            let share = wanted * SHRUNK as f64 / 100.0 / freely;
-            (100.0 * (1.0 - share), THROTTLE_STEP)
-        }
+        true => (100.0 * (1.0 - wanted / freely), THROTTLE_STEP),
         false => (0.0, BLIND_STEP),
     };
     let least = facts.throttle.saturating_add(step);
-    MoveStep::Throttle {
+    let rest = expected_blackout(facts).saturating_sub(facts.fixed);
+    let percent = match rest >= LONG_ROUND {
+        true => policy.max_throttle,
         // A float that is too large for the type becomes its largest value.
-        percent: least.max(needed.ceil() as u8).min(policy.max_throttle),
-    }
+        false => least.max(needed.ceil() as u8).min(policy.max_throttle),
+    };
+    MoveStep::Throttle { percent }
 }
 
 /// How long the guest would run nowhere if the last cut were now.

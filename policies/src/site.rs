@@ -56,6 +56,9 @@ pub struct Site {
     pub name: String,
     /// Keys, catalogue, terms; and the store unless that is put elsewhere.
     pub state_dir: PathBuf,
+    /// Policy files: a TOML file, or a directory of them. Empty: none. `{state_dir}` and
+    /// `{name}` are replaced.
+    pub policy_files: PathBuf,
 }
 
 /// Where peers reach a site.
@@ -75,6 +78,20 @@ pub struct Listen {
 pub struct Api {
     /// Unix socket. `{state_dir}` and `{name}` are replaced.
     pub socket: PathBuf,
+    /// TCP address for TLS, beside the socket; empty: none.
+    pub listen: String,
+    /// PEM file of the certificate and what it was signed by; empty: the site
+    /// makes one itself, with a key of its own.
+    pub certificate: PathBuf,
+    /// PEM file of the certificate's private key.
+    pub key: PathBuf,
+}
+
+impl Api {
+    /// Where it is served over TLS, if it is.
+    pub fn listen_address(&self) -> Option<SocketAddr> {
+        self.listen.parse().ok()
+    }
 }
 
 /// The WAN.
@@ -170,6 +187,7 @@ impl Default for Site {
         Site {
             name: String::new(),
             state_dir: "/var/lib/farhaven".into(),
+            policy_files: PathBuf::new(),
         }
     }
 }
@@ -187,6 +205,9 @@ impl Default for Api {
     fn default() -> Api {
         Api {
             socket: "{state_dir}/api.sock".into(),
+            listen: String::new(),
+            certificate: PathBuf::new(),
+            key: PathBuf::new(),
         }
     }
 }
@@ -271,6 +292,12 @@ impl SiteConfig {
             &site,
             1,
         )
+    }
+
+    /// Where policy files are, if there are any.
+    pub fn policy_files(&self) -> Option<PathBuf> {
+        let path = self.expand(&self.site.policy_files);
+        (!path.as_os_str().is_empty()).then_some(path)
     }
 
     /// The unix socket of the API.

@@ -159,6 +159,11 @@ impl RateLimit {
     pub const fn rate(self) -> Option<Rate> {
         self.0
     }
+
+    /// One of so many equal parts of it, never less than a bit a second.
+    pub fn divided(self, among: u64) -> RateLimit {
+        RateLimit(self.0.map(|Rate(bits)| Rate((bits / among.max(1)).max(1))))
+    }
 }
 
 impl FromStr for Period {

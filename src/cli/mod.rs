@@ -7,6 +7,8 @@ mod out;
 
 mod alerts;
 mod drill;
+mod evacuate;
+mod group;
 mod guests;
 mod image;
 mod link;
@@ -18,14 +20,17 @@ mod seed;
 pub(crate) mod show;
 mod site;
 mod store;
+mod token;
+mod turn;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use farhaven_policies::units::Period;
+use farhaven_wan::SiteKey;
 
-use crate::client::Client;
+use crate::client::{Client, Trust};
 use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
@@ -35,7 +40,7 @@ use crate::site::kept::PointChoice;
 #[derive(Debug, Parser)]
 #[command(name = "farhaven", version, max_term_width = 100)]
 struct Cli {
-    /// The daemon's unix socket.
+    /// The daemon's unix socket, or https://HOST:PORT.
     #[arg(
         long,
         global = true,
@@ -44,6 +49,20 @@ struct Cli {
         value_name = "SOCKET"
     )]
     api: PathBuf,
+    /// The file with the token to show over TLS.
+    #[arg(long, global = true, env = "FARHAVEN_TOKEN_FILE", value_name = "FILE")]
+    token_file: Option<PathBuf>,
+    /// The fingerprint of the key that the API's server must have.
+    #[arg(
+        long,
+        global = true,
+        env = "FARHAVEN_API_FINGERPRINT",
+        value_name = "FINGERPRINT"
+    )]
+    api_fingerprint: Option<SiteKey>,
+    /// Instead of a fingerprint: the authorities that its certificate may be signed by.
+    #[arg(long, global = true, env = "FARHAVEN_API_CA", value_name = "FILE")]
+    api_ca: Option<PathBuf>,
     #[command(subcommand)]
     verb: Verb,
 }
@@ -61,6 +80,9 @@ enum Verb {
     /// Guests that run here.
     #[command(subcommand)]
     Guest(guests::GuestVerb),
+    /// Protection groups: guests that are protected and run together.
+    #[command(subcommand)]
+    Group(group::GroupVerb),
     /// Protect a guest: copy it to a paired site, all the time.
     Protect {
         /// The guest.
@@ -80,17 +102,17 @@ enum Verb {
     Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// Go on after a pause.
     Resume {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// End protection; the guest runs on.
     Unprotect {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// Drop its recovery points at the peer, too.
         #[arg(long)]
@@ -103,9 +125,9 @@ enum Verb {
     Alert(alerts::AlertVerb),
     /// What happened, the oldest first.
     Events(alerts::EventsOf),
-    /// Recovery points of a guest.
+    /// Recovery points of a guest; of a group, those with all of its guests.
     Points {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -117,9 +139,10 @@ enum Verb {
     /// Which points would be dropped, and why.
     #[command(subcommand)]
     Prune(points::PruneVerb),
-    /// Run a guest here whose site is lost; run it where its points are kept.
+    /// Run a guest here whose site is lost, or all guests of a group; run it
+    /// where its points are kept.
     Failover {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// From this point; the newest if not given.
         #[arg(long, value_name = "NUMBER|NAME")]
@@ -156,6 +179,26 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Move everything off this site, or what is named, before a deadline. Exit status 3:
+    /// not everything fits, and nothing was begun.
+    Evacuate(evacuate::Evacuate),
+    /// Watch, pause, resume, abort an evacuation; how past ones went.
+    #[command(subcommand)]
+    Evacuation(evacuate::EvacuationVerb),
+    /// Who may use the API over TLS, and for what.
+    #[command(subcommand)]
+    Token(token::TokenVerb),
+    /// A move or a failover stays: no rollback any more; run it where the guest runs.
+    Commit(turn::CommitArgs),
+    /// Go back after a move or a failover: to the site that the guest came from, or
+    /// here to another point. Until it was committed.
+    Rollback(turn::RollbackArgs),
+    /// Protect a guest that was moved or taken over to the site that it came from:
+    /// only what differs is sent.
+    Reprotect(turn::ReprotectArgs),
+    /// Copies of guests that were stopped for good, and are kept.
+    #[command(subcommand)]
+    Evidence(turn::EvidenceVerb),
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
@@ -192,7 +235,8 @@ struct Json {
 type Outcome = Result<(), String>;
 
 /// Exit status of a move that was not made because the guest would stand
-/// longer than its policy allows: it runs where it ran.
+/// longer than its policy allows, and of an evacuation that does not fit its
+/// deadline: everything runs where it ran.
 const EXIT_TOO_LONG: u8 = 3;
 
 /// A failure with the exit status that programs tell it by: 1 for most.
@@ -246,11 +290,12 @@ fn quiet_when_unread() {
 }
 
 async fn run(cli: Cli) -> Result<(), Failure> {
-    let client = Client::new(&cli.api);
+    let client = client(&cli)?;
     let outcome = match cli.verb {
         Verb::Site(verb) => site::run(&client, verb).await,
         Verb::Pair(pair) => site::pair(&client, pair).await,
         Verb::Peer(verb) => site::peer(&client, verb).await,
+        Verb::Group(verb) => group::run(&client, verb).await,
         Verb::Guest(verb) => guests::guest(&client, verb).await,
         Verb::Protect {
             name,
@@ -265,9 +310,20 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Status(status) => show::status(&client, status).await,
         Verb::Alert(verb) => alerts::alert(&client, verb).await,
         Verb::Events(asked) => alerts::events(&client, asked).await,
+        Verb::Points { name, json } if group::is_group(&client, &name).await => {
+            group::points(&client, &name, json).await
+        }
         Verb::Points { name, json } => show::points(&client, &name, json).await,
         Verb::Point(verb) => points::point(&client, verb).await,
         Verb::Prune(verb) => points::prune(&client, verb).await,
+        Verb::Failover {
+            name,
+            point,
+            force,
+            json,
+        } if group::is_group(&client, &name).await => {
+            group::failover(&client, &name, point, force, json).await
+        }
         Verb::Failover {
             name,
             point,
@@ -288,6 +344,13 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Evacuate(order) => return evacuate::evacuate(&client, order).await,
+        Verb::Evacuation(verb) => return evacuate::run(&client, verb).await,
+        Verb::Token(verb) => token::run(&client, verb).await,
+        Verb::Commit(args) => turn::commit(&client, args).await,
+        Verb::Rollback(args) => turn::rollback(&client, args).await,
+        Verb::Reprotect(args) => turn::reprotect(&client, args).await,
+        Verb::Evidence(verb) => turn::evidence(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
@@ -297,6 +360,19 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };
     Ok(outcome?)
+}
+
+/// The daemon that was named, by its socket or its address.
+fn client(cli: &Cli) -> Result<Client, String> {
+    let named = cli.api.to_str().filter(|named| named.contains("://"));
+    let Some(url) = named else {
+        return Ok(Client::new(&cli.api));
+    };
+    let trust = Trust {
+        fingerprint: cli.api_fingerprint,
+        authority: cli.api_ca.as_deref(),
+    };
+    Client::over_tls(url, cli.token_file.as_deref(), &trust).map_err(told)
 }
 
 /// A guest's path in the API, whatever its name.

@@ -72,6 +72,21 @@ fn whole(view: &SiteView) {
         say!("\nGuests of peers, kept here");
         standbys(&view.standbys);
     }
+    if !view.groups.is_empty() {
+        say!("\nProtection groups");
+        super::group::list(&view.groups);
+    }
+    for guest in &view.guests {
+        if let Some(left) = guest.policy_of.as_ref().filter(|_| guest.group.is_none()) {
+            say!(
+                "! {0}: it is in no group any more, and stays protected as group '{left}' was owed. To end that: farhaven unprotect {0}",
+                guest.name
+            );
+        }
+    }
+    if let Some(files) = &view.policy_files {
+        super::group::policy_files(files);
+    }
 }
 
 pub(crate) fn table(header: &[&str]) -> Table {
@@ -218,6 +233,12 @@ fn standbys(standbys: &[TargetView]) {
                 },
                 Color::Cyan,
             ),
+        };
+        let active = standby.active.as_ref();
+        let state = match active.map(|active| (active.going_back, active.commit)) {
+            Some((true, _)) => "STOPPED, going back".to_owned(),
+            Some((false, Some(commit))) if !commit.committed => format!("{state}, uncommitted"),
+            _ => state,
         };
         let (state, color) = match &standby.test {
             Some(test) if test.running => (

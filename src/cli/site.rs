@@ -134,6 +134,8 @@ async fn serve(config: Option<PathBuf>, set: &[String]) -> Outcome {
         LogFormat::Text => log.with_ansi(false).try_init(),
     };
     set.map_err(told)?;
+    // Also what libraries and QEMU make is this user's alone.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o077));
     let socket = config.api_socket();
     let site = Site::start(config).await.map_err(told)?;
     let mut terminate = signal(SignalKind::terminate()).map_err(told)?;

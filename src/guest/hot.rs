@@ -64,6 +64,11 @@ impl Hot {
         self.looks = looks;
     }
 
+    /// The usual number of looks, or nothing waits.
+    pub fn leave(&mut self, leave: bool) {
+        self.after(if leave { LOOKS } else { 0 });
+    }
+
     /// A look begins, unless one that failed goes on.
     pub fn begin(&mut self) {
         self.waiting = 0;
@@ -211,5 +216,9 @@ mod tests {
         }
         hot.after(0);
         assert!(!hot.waits(0, UNITS - 1), "nothing waits");
+        hot.leave(true);
+        assert!(hot.waits(0, UNITS - 1));
+        hot.leave(false);
+        assert!(!hot.waits(0, UNITS - 1), "nothing is left");
     }
 }

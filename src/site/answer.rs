@@ -8,11 +8,12 @@ use std::collections::BTreeSet;
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
 
+use super::breach::MOST_TERMS;
 use super::remote::Remote;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, kept, records};
-use crate::activate::fence::Term;
+use super::{Site, kept, records, turn};
+use crate::activate::fence::{FenceError, Term};
 use crate::replicate::message::{
     MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
 };
@@ -28,7 +29,13 @@ const SETTLE: Duration = Duration::from_secs(20);
 pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Message) -> Message {
     match question {
         Message::Terms { terms } => {
+            if terms.len() > MOST_TERMS {
+                remote.breach("it tells more terms than two sites can share");
+                return refused(Refusal::Unable, "too many terms");
+            }
             for term in terms {
+                // Each may be a look into the catalogue.
+                tokio::task::consume_budget().await;
                 if let Err(why) = hear_term(site, remote, term).await {
                     return refused(Refusal::Unable, why);
                 }
@@ -73,6 +80,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             },
             None => Message::GivenUp,
         },
+        Message::Group(told) => site.hear_of_groups(remote, *told),
         Message::Close { guest, discard } => {
             if let Some(standby) = site.standby_of(remote, guest)
                 && let Err(error) = standby.close(discard).await
@@ -89,6 +97,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             None => unknown_guest(),
         },
+        Message::Turn(asked) => turn::answer(site, remote, *asked).await,
         Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
         Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,
         Message::Retire { seqs } => {
@@ -112,7 +121,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         },
         other => {
             let kind = std::mem::discriminant(&other);
-            tracing::warn!(peer = %remote.record.site, ?kind, "not a question");
+            remote.complain(&format!("what it asks is no question: {kind:?}"));
             Message::Refused {
                 code: Refusal::Unknown,
                 why: "this site does not know that question; do both run the same version?"
@@ -140,7 +149,16 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
             site.has_stopped(now);
             Ok(())
         }
-        Ok(None) => Ok(()),
+        Ok(None) => {
+            if term.owner == own && before.is_none_or(|b| b.number < term.number) {
+                site.look_again(term.group);
+            }
+            Ok(())
+        }
+        Err(error @ FenceError::Absurd(_)) => {
+            remote.breach(&error.to_string());
+            Err(error.to_string())
+        }
         Err(error) => {
             // Not durable, but heard: obey it all the same.
             tracing::error!(%error, "a newer term cannot be kept");
@@ -157,6 +175,14 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
     if opening.term.owner != remote.record.key || opening.term.group != guest {
         return refused(Refusal::Fenced, "the term offered is not the source's own");
     }
+    // Its word on the term counts only once it may speak of this guest at all.
+    if let Some(why) = unsound(&opening).map(str::to_owned) {
+        return refused(Refusal::Unable, why);
+    }
+    if let Some(why) = site.not_theirs(remote, guest) {
+        remote.complain(&format!("it opens guest {guest}, and {why}"));
+        return refused(Refusal::Unable, why);
+    }
     match site.fence.adopt(opening.term) {
         Ok(term) if term == opening.term => {}
         Ok(term) => {
@@ -170,10 +196,12 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
                 ),
             );
         }
-        Err(error) => return refused(Refusal::Unable, error),
-    }
-    if let Some(why) = unsound(&opening) {
-        return refused(Refusal::Unable, why);
+        Err(error) => {
+            if matches!(error, FenceError::Absurd(_)) {
+                remote.breach(&error.to_string());
+            }
+            return refused(Refusal::Unable, error);
+        }
     }
     let standby = match site.standby(remote, opening) {
         Ok(standby) => standby,
@@ -232,13 +260,25 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
         Some(term) if Some(term) == request.activate => {}
         _ => return refused(Refusal::Fenced, "a newer term of this guest is known here"),
     }
+    // A hand-over is of this guest, to this site: no other term is its to give.
+    let given = |term: Term| term.group == request.guest && term.owner == site.key();
+    if request.activate.is_some_and(|term| !given(term)) {
+        remote.breach("it hands over what is not its own");
+        return refused(
+            Refusal::Fenced,
+            "that is no term of a hand-over to this site",
+        );
+    }
     let sound = request.volumes.iter().all(sound_volume);
     if request.volumes.len() > records::MAX_VOLUMES || !sound {
         return refused(Refusal::Unable, "too many volumes, or volumes too large");
     }
     let mut attempt = standby.attempt();
     let sealed = tokio::select! {
-        sealed = remote.incoming.seal(&request) => sealed,
+        sealed = async {
+            let _one = standby.sealing.lock().await;
+            remote.incoming.seal(&request).await
+        } => sealed,
         _ = attempt.changed() => {
             return refused(Refusal::OutOfStep, "the source began anew before this point was whole");
         }
@@ -279,7 +319,7 @@ pub(super) fn refused(code: Refusal, why: impl ToString) -> Message {
     }
 }
 
-fn unknown_guest() -> Message {
+pub(super) fn unknown_guest() -> Message {
     refused(Refusal::OutOfStep, "this guest has not been opened here")
 }
 
@@ -292,6 +332,9 @@ async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
 impl Standby {
     /// For [`answer`]: begins to keep the RAM of a newly sealed point warm.
     fn sealed(self: &Arc<Self>, header: &PointHeader) {
+        if header.parent == self.base() && header.parent != 0 {
+            self.base_was_built_upon();
+        }
         self.warm_up(header.point);
     }
 }

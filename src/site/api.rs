@@ -1,10 +1,8 @@
-//! The HTTP API of a site, on its unix socket. The command line speaks it, and
-//! scripts may: every answer is JSON; an error is `{"error": "…"}` with 404
-//! (no such thing), 409 (it contradicts what is), 412 (a move that would take
+//! The HTTP API of a site, on its unix socket, and over TLS where that is
+//! configured. The command line speaks it, and scripts may: every answer is JSON; an error is `{"error": "…"}` with 404
+//! (no such thing), 401 and 403 (not known, or no right to it: [`rights`]), 409 (it contradicts what is), 412 (a move that would take
 //! longer than the policy allows) or 500 (it went wrong).
 
-use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,26 +10,37 @@ use axum::extract::{DefaultBodyLimit, Path as InPath, Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use farhaven_wan::Invitation;
 use serde::{Deserialize, Serialize};
-use tokio::net::UnixListener;
 
 use super::Site;
 use super::operate::OperateError;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
-    Pair, Protect, TakeBack, TestFailover, Unprotect,
+    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited,
+    Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
+use rights::{Caller, Right};
 pub use scrub::StartScrub;
+use serve::Served;
+pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 
 mod alerts;
 mod body;
+mod evacuation;
+pub mod rights;
+mod serve;
+mod tls;
+mod tokens;
+
+pub use serve::serve;
+pub use tokens::{AddToken, TokenAdded, TokenView};
 mod points;
 mod scrub;
+mod turn;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -50,7 +59,7 @@ pub struct ErrorBody {
 }
 
 /// The code of a move that was not made because the guest would stand longer
-/// than its policy allows.
+/// than its policy allows, and of an evacuation that does not fit its deadline.
 pub const TOO_LONG: &str = "too_long";
 
 impl IntoResponse for OperateError {
@@ -58,6 +67,7 @@ impl IntoResponse for OperateError {
         let status = match self {
             OperateError::Unknown(_) => StatusCode::NOT_FOUND,
             OperateError::Conflict(_) => StatusCode::CONFLICT,
+            OperateError::Forbidden(_) => StatusCode::FORBIDDEN,
             OperateError::TooLong(_) => StatusCode::PRECONDITION_FAILED,
             OperateError::Failed(_) => StatusCode::INTERNAL_SERVER_ERROR,
         };
@@ -79,8 +89,8 @@ pub struct Done {}
 type Answer<T> = Result<Json<T>, OperateError>;
 type Here = State<Arc<Site>>;
 
-/// Every route.
-pub fn router(site: Arc<Site>) -> Router {
+/// Every route. Its right is in [`rights`].
+fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
     Router::new()
         .route(
             "/v1/status",
@@ -96,6 +106,13 @@ pub fn router(site: Arc<Site>) -> Router {
             "/v1/guests",
             get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
         )
+        .route(
+            "/v1/groups",
+            get(async |State(site): Here| Json(site.view().groups)),
+        )
+        .route("/v1/groups/{name}", get(show_group))
+        .route("/v1/groups/{name}/points", get(group_points))
+        .route("/v1/groups/{name}/failover", post(fail_over_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -120,6 +137,10 @@ pub fn router(site: Arc<Site>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(turn::routes())
+        .merge(evacuation::routes())
+        .route("/v1/tokens", get(tokens::list).post(tokens::add))
+        .route("/v1/tokens/{name}", delete(tokens::revoke))
         .merge(alerts::routes())
         .merge(points::routes())
         .merge(scrub::routes())
@@ -128,6 +149,7 @@ pub fn router(site: Arc<Site>) -> Router {
         })
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
         .layer(axum::middleware::map_response(errors_in_json))
+        .layer(Extension(served))
         .with_state(site)
 }
 
@@ -148,51 +170,6 @@ async fn errors_in_json(response: Response) -> Response {
         said => said.to_owned(),
     };
     (status, Json(ErrorBody { error, code: None })).into_response()
-}
-
-/// Serves the API until `stop` is ready. A socket file left by a daemon that
-/// died is replaced; a living daemon's is not.
-///
-/// # Errors
-/// When the socket cannot be made.
-pub async fn serve(
-    site: Arc<Site>,
-    socket: &Path,
-    stop: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    if std::os::unix::net::UnixStream::connect(socket).is_ok() {
-        return Err(std::io::Error::new(
-            std::io::ErrorKind::AddrInUse,
-            "another daemon answers on it",
-        ));
-    }
-    match std::fs::remove_file(socket) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    if let Some(directory) = socket.parent() {
-        super::files::private_directory(directory)?;
-    }
-    let listener = UnixListener::bind(socket)?;
-    std::fs::set_permissions(socket, std::fs::Permissions::from_mode(0o600))?;
-    let (stopped, stopping) = tokio::sync::oneshot::channel();
-    let served = axum::serve(listener, router(site)).with_graceful_shutdown(async move {
-        stop.await;
-        let _ = stopped.send(());
-    });
-    // A client that never ends its request must not keep the daemon.
-    let too_long = async {
-        if stopping.await.is_err() {
-            std::future::pending::<()>().await;
-        }
-        tokio::time::sleep(GRACE).await;
-    };
-    let served = tokio::select! {
-        served = served.into_future() => served,
-        () = too_long => Ok(()),
-    };
-    let _ = std::fs::remove_file(socket);
-    served
 }
 
 /// Runs an operation to its end, even when the client goes away midway: half
@@ -261,6 +238,29 @@ async fn show_guest(
     site.guest(&name).map(Json)
 }
 
+async fn show_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::groups::GroupView> {
+    let group = site.group(&name)?;
+    Ok(Json(site.group_view(&group)))
+}
+
+async fn group_points(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<Vec<super::groups::GroupPointView>> {
+    site.group_points(&name).await.map(Json)
+}
+
+async fn fail_over_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<FailoverGroup>,
+) -> Answer<super::groups::GroupFailover> {
+    whole(async move { site.fail_over_group(&name, body.cut, body.force).await }).await
+}
+
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
@@ -319,22 +319,31 @@ async fn import_seed(
 async fn unprotect(
     State(site): Here,
     InPath(name): InPath<String>,
+    Extension(caller): Extension<Caller>,
     Json(body): Json<Unprotect>,
 ) -> Answer<Done> {
+    // What a thief wants gone first is what a guest could be restored from.
+    if body.discard && !caller.may(Right::Administer) {
+        return Err(OperateError::Forbidden(caller.lacks(Right::Administer)));
+    }
     whole(async move {
-        site.unprotect(&name, body.discard).await?;
+        site.unprotect_named(&name, body.discard).await?;
         Ok(Done {})
     })
     .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.pause(&name).await?;
+    for member in site.members_of(&name)? {
+        site.pause(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 
 async fn resume(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.resume(&name).await?;
+    for member in site.members_of(&name)? {
+        site.resume(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 

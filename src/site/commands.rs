@@ -1,14 +1,48 @@
 //! What operators and terms ask of a [`Driver`], and what it does about it
 //! between its steps.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
+use super::records::Owed;
+use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
+use crate::replicate::message::{GroupMessage, Message};
+
+/// What a move heeds that is one of many.
+#[derive(Debug, Clone)]
+pub(super) struct Convoy {
+    /// Last cuts to one peer go one after the other: two at once would each
+    /// stand for the time of both.
+    last_cut: Arc<Semaphore>,
+    /// Whoever asked for the moves wants no more of them.
+    given_up: watch::Receiver<bool>,
+}
+
+impl Convoy {
+    /// Moves that go one last cut at a time, until `given_up` becomes true.
+    pub(super) fn new(given_up: watch::Receiver<bool>) -> Self {
+        Self {
+            last_cut: Arc::new(Semaphore::new(1)),
+            given_up,
+        }
+    }
+
+    /// Are moves that have not come to their last cut to end?
+    pub(super) fn is_given_up(&self) -> bool {
+        *self.given_up.borrow()
+    }
+
+    /// The turn for a last cut, if nobody has it.
+    pub(super) fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.last_cut.clone().try_acquire_owned().ok()
+    }
+}
 
 /// What a driver is asked to do.
 #[derive(Debug)]
@@ -26,10 +60,16 @@ pub(super) enum Command {
     /// when that is accepted.
     Move {
         accept_pause: bool,
+        /// The moves that this one is among.
+        convoy: Option<Convoy>,
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
+    /// What it is owed has changed: from now on this holds.
+    Owe(Box<Owed>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
+    /// Of the copy that is kept stopped here, since the guest runs at the peer.
+    Turn(TurnOrder),
 }
 
 impl Command {
@@ -45,6 +85,8 @@ pub(super) enum NotMoved {
     /// It would have stood longer than its policy allows: it runs here, and is
     /// protected as before.
     TooLong(String),
+    /// Whoever asked for it wants it no more: as above.
+    GivenUp(String),
     /// It went wrong; the message says where the guest is.
     Failed(String),
 }
@@ -71,10 +113,12 @@ impl Driver {
                         if trouble.is_empty() { "" } else { ": " },
                     ))));
                 }
+                Command::Owe(owed) => self.owe(*owed).await,
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
                 }
+                Command::Turn(order) => self.turn_order(order).await,
             }
         }
         false
@@ -90,6 +134,7 @@ impl Driver {
                 Command::Pause => self.set_paused(true).await,
                 Command::Resume => self.set_paused(false).await,
                 Command::End => return Ok(Next::Ended),
+                Command::Owe(owed) => self.owe(*owed).await,
                 Command::Fence(term, done) => {
                     let _ = done.send(self.fence(term, attached.guest.take()).await);
                 }
@@ -107,11 +152,13 @@ impl Driver {
         &mut self,
         attached: &mut Attached,
         accept_pause: bool,
+        convoy: Option<&Convoy>,
     ) -> Result<MoveReport, NotMoved> {
-        let outcome = handover::perform(self, attached, accept_pause).await;
+        let outcome = handover::perform(self, attached, accept_pause, convoy).await;
         let held = self.protection.moving.is_some();
         outcome.map_err(|e| match e {
             DriveError::TooLong(why) => NotMoved::TooLong(why),
+            DriveError::GivenUp(why) => NotMoved::GivenUp(why),
             e if held => NotMoved::Failed(format!(
                 "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
                 self.record.name, self.protection.to
@@ -126,6 +173,35 @@ impl Driver {
         if paused {
             self.phase(Phase::Paused);
         }
+    }
+
+    /// What the guest is owed has changed: it holds from the next cut on.
+    pub(super) async fn owe(&mut self, owed: Owed) {
+        let rpo = owed.policy.rpo.duration();
+        self.protection.policy = owed.policy;
+        self.protection.schedule = owed.schedule;
+        self.protection.group = owed.group;
+        let _ = self.keep_protection().await;
+        self.site.limits.owe(&self.protection);
+        let group = self.protection.group.clone();
+        self.view.send_modify(|v| {
+            v.rpo_target_ms = Some(rpo.as_millis() as u64);
+            v.policy_of = group;
+        });
+        let told = GroupMessage::Owed {
+            guest: self.record.id,
+            warm: self.protection.policy.warm,
+            retention: self.protection.policy.retention.clone(),
+            schedule: self.protection.schedule.clone(),
+        };
+        // A peer that does not know this, or cannot be reached, hears it with
+        // the next opening.
+        let remote = self.remote.clone();
+        tokio::spawn(async move {
+            if let Err(error) = remote.ask(Message::Group(Box::new(told))).await {
+                tracing::debug!(%error, "the peer was not told of a changed policy yet");
+            }
+        });
     }
 
     pub(super) async fn take_back(&mut self) -> Result<(), String> {

@@ -1,6 +1,7 @@
-//! Before the last cut of a planned move: points while the guest runs, each
+//! Before the last cut of a planned move: rounds while the guest runs, each
 //! leaving less, until what is left fits into the blackout that the policy
-//! allows. A guest that changes faster than the link carries is throttled.
+//! allows ([`super::rounds`] has what a round is). A guest whose changes the
+//! link does not carry with ease is throttled, from the beginning.
 //!
 //! What is expected, and the figures that this rests on, are in the status all
 //! the while ([`MoveOutlook`]). A blackout that the policy does not allow is
@@ -11,17 +12,23 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
 use farhaven_policies::policy::Policy;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::commands::Convoy;
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
+use super::rounds::Rounds;
 use super::steps::blocking;
 use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
 
 /// What a last cut costs whatever is left: device state, sealing, restoring.
-const HAND_OVER: Duration = Duration::from_millis(150);
+pub(super) const HAND_OVER: Duration = Duration::from_millis(150);
 
-/// Bytes of a cut from which on the time they took tells the link's rate.
+/// How often a move looks whether its turn for the last cut has come.
+const TURN: Duration = Duration::from_millis(200);
+
+/// Bytes of a cut or a round from which on the time they took tells the link's rate.
 const TELLING_BYTES: u64 = 1 << 20;
 
 /// How a move came to its last cut.
@@ -30,9 +37,11 @@ pub(super) struct Converged {
     pub(super) note: String,
     /// How long it should run nowhere.
     pub(super) expected: Duration,
+    /// Its turn among the last cuts of a convoy.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
-/// Points while the guest runs, until the last cut keeps within the policy or
+/// Rounds while the guest runs, until the last cut keeps within the policy or
 /// more of them would not help. What the policy allows of the guest's time is
 /// taken before it is told that the last cut will be longer than it wants:
 /// that is an error, or comes back for the report when it was accepted.
@@ -40,20 +49,34 @@ pub(super) async fn converge(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<Converged, DriveError> {
+    let policy = driver.protection.policy.clone();
+    let sealed = match attached.sealed {
+        Some(sealed) => sealed,
+        None => driver.point(attached, After::Continue).await?,
+    };
+    let mut rounds = Rounds::after(driver, sealed);
     let mut before = None;
-    let mut throttled = 0;
-    let mut rounds = 0;
+    let (mut throttled, mut done) = (0, 0);
+    // The newest point tells already whether the guest writes too fast for this link.
+    let known = rounds.before_the_next(driver);
+    if let MoveStep::Throttle { percent } = next_move_step(&policy, &known, accept_pause) {
+        hold_back(driver, attached, percent).await?;
+        throttled = percent;
+    }
     loop {
-        let sealed = driver.point(attached, After::Continue).await?;
-        rounds += 1;
+        if convoy.is_some_and(Convoy::is_given_up) {
+            return Err(DriveError::GivenUp("the evacuation was aborted".to_owned()));
+        }
+        let found = rounds.next(driver, attached).await?;
+        done += 1;
         let facts = MoveFacts {
-            rounds,
+            rounds: done,
             remaining_before: before,
             throttle: throttled,
-            ..measured(driver, &sealed)
+            ..found
         };
-        let policy = driver.protection.policy.clone();
         let outlook = outlook(&policy, &facts);
         tracing::info!(guest = %driver.record.name, ?outlook, "a round of the move");
         driver.view.send_modify(|v| v.outlook = Some(outlook));
@@ -64,6 +87,14 @@ pub(super) async fn converge(
                 within,
                 expected_blackout,
             } => {
+                let turn = convoy.map(Convoy::turn);
+                if matches!(turn, Some(None)) {
+                    // Another guest stands still. Rounds go on, so that the last
+                    // cut is small when its turn has come.
+                    driver.interruptible(tokio::time::sleep(TURN)).await?;
+                    done -= 1;
+                    continue;
+                }
                 let note = match within {
                     true => slowed(throttled),
                     false => too_long(&policy, &facts),
@@ -75,17 +106,17 @@ pub(super) async fn converge(
                 return Ok(Converged {
                     note,
                     expected: expected_blackout,
+                    turn: turn.flatten(),
                 });
             }
             MoveStep::TooLong { .. } => {
                 return Err(DriveError::TooLong(too_long(&policy, &facts)));
             }
             MoveStep::Throttle { percent } => {
-                throttle(attached, percent).await?;
+                hold_back(driver, attached, percent).await?;
                 throttled = percent;
-                // Part of what the next point finds was written before now.
+                // Part of what the next round finds was written before now.
                 before = None;
-                driver.view.send_modify(|v| v.trouble = slowed(percent));
             }
             MoveStep::LinkDown => {
                 return Err(AskError::Unreachable(driver.protection.to.clone()).into());
@@ -94,15 +125,22 @@ pub(super) async fn converge(
     }
 }
 
+async fn hold_back(
+    driver: &Driver,
+    attached: &mut Attached,
+    percent: u8,
+) -> Result<(), DriveError> {
+    throttle(attached, percent).await?;
+    driver.view.send_modify(|v| v.trouble = slowed(percent));
+    Ok(())
+}
+
 /// What the point that was just sealed tells of the guest and the link, as of
 /// a first round of a guest that runs freely.
 pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
-    let link = driver.remote.peer.status();
-    let rtt = link.rtt.unwrap_or_default();
-    let window = link.congestion_window_bytes.unwrap_or(0);
-    let told = window as f64 / rtt.as_secs_f64().max(1e-4);
-    let capped = driver.site.limits.holds_back(driver.record.id);
-    let rate = link_rate(told as u64, sealed, capped);
+    let rtt = driver.remote.peer.status().rtt.unwrap_or_default();
+    let shown = outright(driver, sealed.final_bytes, sealed.took);
+    let rate = link_rate(told_rate(driver), shown);
     let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
     // A guest that writes as before leaves as much to a last cut as this one
     // found, or more if sealing took longer than its changes took to be made.
@@ -121,15 +159,32 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     }
 }
 
-/// What the transport tells, held against what a cut that was large enough
-/// showed: at least that, and hardly more. A policy's cap holds cuts back, but
-/// not the last one.
-fn link_rate(told: u64, sealed: &Sealed, capped: bool) -> u64 {
-    if capped || sealed.final_bytes < TELLING_BYTES || told == 0 {
-        return told;
+/// What the transport tells of the link, bytes a second; 0 while it knows nothing.
+pub(super) fn told_rate(driver: &Driver) -> u64 {
+    let link = driver.remote.peer.status();
+    let rtt = link.rtt.unwrap_or_default().as_secs_f64().max(1e-4);
+    let by_window = link.congestion_window_bytes.unwrap_or(0) as f64 / rtt;
+    // The window has room for more than the path carries.
+    match link.path.map(|path| path.bandwidth as f64 / 8.0) {
+        Some(told) if told > 0.0 => told.min(by_window) as u64,
+        _ => by_window as u64,
     }
-    let shown = (sealed.final_bytes as f64 / sealed.took.as_secs_f64().max(1e-3)) as u64;
-    told.clamp(shown, shown.saturating_mul(2))
+}
+
+/// Bytes a second that a round or a cut showed outright, if it was large enough
+/// to show anything. A policy's cap holds both back, but not the last cut.
+pub(super) fn outright(driver: &Driver, bytes: u64, took: Duration) -> Option<u64> {
+    let told = bytes >= TELLING_BYTES && !driver.site.limits.holds_back(driver.record.id);
+    told.then(|| (bytes as f64 / took.as_secs_f64().max(1e-3)) as u64)
+}
+
+/// What the transport tells, held against what a cut showed: at least that, and
+/// hardly more.
+fn link_rate(told: u64, shown: Option<u64>) -> u64 {
+    match shown.filter(|_| told > 0) {
+        Some(shown) => told.clamp(shown, shown.saturating_mul(2)),
+        None => told,
+    }
 }
 
 /// For people and programs.
@@ -196,31 +251,18 @@ pub(super) async fn throttle(attached: &mut Attached, percent: u8) -> Result<(),
 mod tests {
     use super::*;
 
-    fn sealed(final_bytes: u64, took: Duration) -> Sealed {
-        Sealed {
-            cut_at: SystemTime::UNIX_EPOCH,
-            pause: Duration::ZERO,
-            took,
-            since_before: Duration::from_secs(1),
-            sent_bytes: final_bytes,
-            final_bytes,
-        }
-    }
-
     #[test]
     fn the_links_rate_is_held_against_what_a_cut_showed() {
-        let large = sealed(10_000_000, Duration::from_secs(4));
-        for (told, capped, rate) in [
-            (3_000_000, false, 3_000_000),
-            (1_000_000, false, 2_500_000),
-            (90_000_000, false, 5_000_000),
-            (90_000_000, true, 90_000_000),
-            (0, false, 0),
+        let shown = Some(2_500_000);
+        for (told, rate) in [
+            (3_000_000, 3_000_000),
+            (1_000_000, 2_500_000),
+            (90_000_000, 5_000_000),
+            (0, 0),
         ] {
-            assert_eq!(link_rate(told, &large, capped), rate, "{told} {capped}");
+            assert_eq!(link_rate(told, shown), rate, "{told}");
         }
-        let small = sealed(10_000, Duration::from_secs(4));
-        assert_eq!(link_rate(90_000_000, &small, false), 90_000_000);
+        assert_eq!(link_rate(90_000_000, None), 90_000_000);
     }
 
     #[test]

@@ -21,7 +21,7 @@ use super::remote::{AskError, Remote};
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
-use crate::guest::{After, Guest, GuestError};
+use crate::guest::{Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// Why an attempt ended.
@@ -30,6 +30,9 @@ pub(super) enum DriveError {
     /// A move would take longer than the policy allows, and nobody accepted that.
     #[error("{0}")]
     TooLong(String),
+    /// A move that is not wanted any more.
+    #[error("{0}")]
+    GivenUp(String),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -52,6 +55,8 @@ pub(super) struct Attached {
     pub(super) next: u64,
     pub(super) state_known: Vec<Digest>,
     pub(super) shipment: Option<Shipment>,
+    /// The newest point of this attempt.
+    pub(super) sealed: Option<Sealed>,
 }
 
 /// The task of one protected guest.
@@ -108,10 +113,12 @@ impl Driver {
             id: record.id.to_string(),
             peer: Some(protection.to.clone()),
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
+            policy_of: protection.group.clone(),
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
         let flow = site.limits.join(record.id, &record.name, remote.peer.key());
+        site.limits.owe(&protection);
         let totals = Arc::new(Totals::default());
         let driver = Driver {
             site,
@@ -205,7 +212,10 @@ impl Driver {
                     self.view.send_modify(|v| {
                         v.phase = Phase::Moved;
                         v.term = Some(term.number);
-                        v.trouble = format!("it runs at '{}'", self.protection.to);
+                        v.trouble = format!(
+                            "it runs at '{}'; its copy here is kept stopped",
+                            self.protection.to
+                        );
                     });
                     return Ok(self.wait_for_command().await);
                 }
@@ -217,6 +227,10 @@ impl Driver {
         }
         if self.protection.moving.is_some() {
             return self.resolve_move().await;
+        }
+        if self.is_kept() {
+            // Handed back, and this daemon ended before its guest went on.
+            self.regain().await.map_err(DriveError::Other)?;
         }
         if self.protection.paused {
             self.phase(Phase::Paused);
@@ -276,8 +290,9 @@ impl Driver {
             self.phase(Phase::Shipping);
         }
         self.round(attached).await?;
+        let mut seat = None;
         loop {
-            let sealed = self.point(attached, After::Continue).await?;
+            let sealed = self.next_point(attached, &mut seat).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
@@ -301,24 +316,33 @@ impl Driver {
                 None => {}
                 Some(Command::Move {
                     accept_pause,
+                    convoy,
                     reply,
-                }) => match self.move_it(attached, accept_pause).await {
-                    Ok(report) => {
-                        let _ = reply.send(Ok(report));
-                        return Ok(Next::Again(Duration::ZERO));
+                }) => {
+                    // The others of its group are not kept waiting.
+                    seat = None;
+                    match self.move_it(attached, accept_pause, convoy.as_ref()).await {
+                        Ok(report) => {
+                            let _ = reply.send(Ok(report));
+                            return Ok(Next::Again(Duration::ZERO));
+                        }
+                        Err(NotMoved::TooLong(why)) => {
+                            // Nothing was done: protection goes on in this very attempt.
+                            tracing::warn!(guest = %self.record.name, why, "not moved");
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                            let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::GivenUp(why)) => {
+                            let _ = reply.send(Err(NotMoved::GivenUp(why)));
+                        }
+                        Err(NotMoved::Failed(why)) => {
+                            let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                            return Err(DriveError::Other(why));
+                        }
                     }
-                    Err(NotMoved::TooLong(why)) => {
-                        // Nothing was done: protection goes on in this very attempt.
-                        tracing::warn!(guest = %self.record.name, why, "not moved");
-                        self.view.send_modify(|v| v.trouble.clone_from(&why));
-                        let _ = reply.send(Err(NotMoved::TooLong(why)));
-                    }
-                    Err(NotMoved::Failed(why)) => {
-                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
-                        return Err(DriveError::Other(why));
-                    }
-                },
+                }
                 Some(Command::Resume) => {}
+                Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",
@@ -404,6 +428,8 @@ impl Driver {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sealed {
     pub(super) cut_at: SystemTime,
+    /// The same, on the clock that nobody sets.
+    pub(super) stopped: Instant,
     /// How long the guest was stopped for it.
     pub(super) pause: Duration,
     /// From the cut until it was sealed.
@@ -414,4 +440,10 @@ pub(super) struct Sealed {
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.
     pub(super) final_bytes: u64,
+    /// Of those, the device state's, by its share of what changed.
+    pub(super) state_bytes: u64,
+    /// And the disks'.
+    pub(super) disk_bytes: u64,
+    /// How long memory was looked through for it.
+    pub(super) scan: Duration,
 }

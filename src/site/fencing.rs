@@ -41,6 +41,28 @@ impl Site {
             .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
     }
 
+    /// Why a peer may not send this guest here, whatever term it offers. `None`:
+    /// nobody else has it here, or the peer owns it by a term that is known.
+    pub(super) fn not_theirs(&self, remote: &Remote, guest: GuestId) -> Option<String> {
+        if self.fence.current(guest).map(|term| term.owner) == Some(remote.record.key) {
+            return None;
+        }
+        let other = {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            standbys.get(&guest).map(|standby| standby.from())
+        };
+        match other {
+            Some(other) if other == remote.record.site => None,
+            Some(other) => Some(format!("this guest is protected to here from '{other}'")),
+            // After a failover there, its term is heard before it is sent back.
+            None if self.was_shared(guest) => Some(
+                "this guest is one of that site's own, and no term known there says otherwise"
+                    .to_owned(),
+            ),
+            None => None,
+        }
+    }
+
     /// Tells every connected peer the terms in force.
     pub(super) fn tell_terms(self: &Arc<Self>) {
         let remotes: Vec<_> = self
@@ -177,6 +199,11 @@ impl Driver {
         })
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
+        if stopped.is_ok() && !self.is_kept() {
+            self.protection.stopped = true;
+            // Else a rollback is refused after a restart, and says so.
+            let _ = self.keep_protection().await;
+        }
         let done = match &stopped {
             Ok(()) if gone => "its copy here ended with the daemon that it lived in".to_owned(),
             Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),

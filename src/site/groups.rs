@@ -9,7 +9,7 @@
 use std::collections::BTreeMap;
 use std::sync::PoisonError;
 
-use farhaven_policies::files::{Member, start_order};
+use farhaven_policies::files::{Member, NamedPolicy, start_order};
 use farhaven_storage_sync::catalogue::{CatalogueError, Table};
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
@@ -17,6 +17,22 @@ use serde::{Deserialize, Serialize};
 use super::Site;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, StandbyRecord};
+
+pub use self::cuts::PointGroup;
+pub(super) use self::cuts::{GroupCut, Seat};
+pub use self::failover::{GroupFailover, MemberFailover};
+pub(super) use self::force::{InForce, keep};
+pub use self::points::GroupPointView;
+pub(super) use self::points::{Fates, fates, fates_of};
+pub use self::view::{GroupView, MemberView, PolicyFilesView};
+
+mod cuts;
+mod drive;
+mod failover;
+mod force;
+mod points;
+mod told;
+mod view;
 
 /// Most guests of one group: all of them are stopped for each other's cut.
 pub const MAX_MEMBERS: usize = 64;
@@ -33,6 +49,12 @@ pub struct GroupRecord {
     pub from: Option<String>,
     /// The site that it is protected to.
     pub peer: String,
+    /// The name of its policy.
+    #[serde(default)]
+    pub policy: String,
+    /// What it is owed by that.
+    #[serde(default)]
+    pub owed: NamedPolicy,
     /// Its guests, by name.
     pub members: BTreeMap<String, GroupMember>,
 }
@@ -227,6 +249,11 @@ impl Site {
                 ));
             }
         }
+        self.put_group(group)
+    }
+
+    /// As [`Site::keep_group`], of what was judged before.
+    fn put_group(&self, group: &GroupRecord) -> Result<(), OperateError> {
         let kept = (|| -> Result<(), CatalogueError> {
             self.catalogue
                 .put(Table::Groups, &group.id.to_string(), group)?;

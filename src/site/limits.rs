@@ -6,7 +6,7 @@
 //! minute, by the configured time zone. What holds goes to [`Shares`], which every shipment
 //! passes, at once: also for batches that wait already.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -23,6 +23,7 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use super::operate::{OperateError, failed};
+use super::records::Protection;
 use super::{Site, files};
 
 /// What a QUIC connection may send for each bit of batches within the cap: its headers,
@@ -95,6 +96,10 @@ struct State {
     configured: Configured,
     set: Set,
     flows: BTreeMap<GuestId, (String, Weak<Flow>)>,
+    /// Guests that go before the others while they are moved.
+    favoured: BTreeSet<GuestId>,
+    /// What the policies of groups say.
+    owed: BTreeMap<GuestId, LinkTerms>,
 }
 
 /// `GET /v1/link`.
@@ -102,7 +107,7 @@ struct State {
 pub struct LinkView {
     /// What holds now for all guests together.
     pub limit: RateLimit,
-    /// By whose word: `configuration`, a window's name, or `operator`.
+    /// By whose word: `configuration`, a window's name, `policy`, or `operator`.
     pub by: String,
     /// The time zone of windows.
     pub time_zone: String,
@@ -156,6 +161,8 @@ impl Limits {
                 configured: Configured::of(config)?,
                 set,
                 flows: BTreeMap::new(),
+                favoured: BTreeSet::new(),
+                owed: BTreeMap::new(),
             }),
         };
         limits.apply(Timestamp::now());
@@ -181,6 +188,19 @@ impl Limits {
         self.state().flows.insert(guest, entry);
         self.apply(Timestamp::now());
         Some(flow)
+    }
+
+    /// What a guest is owed by the policy of its group; without one the
+    /// configuration holds for it.
+    pub(super) fn owe(&self, protection: &Protection) {
+        let terms = protection.policy.link_terms();
+        let mut state = self.state();
+        match protection.group {
+            Some(_) => state.owed.insert(protection.guest, terms),
+            None => state.owed.remove(&protection.guest),
+        };
+        drop(state);
+        self.apply(Timestamp::now());
     }
 
     /// What the configuration says now.
@@ -222,6 +242,20 @@ impl Limits {
         let state = self.state();
         let minute = minute_of_week(Timestamp::now(), &state.configured.zone);
         bits(state.guest(guest, minute).0) != 0
+    }
+
+    /// Lets a guest go before others on the link, or ends that: at once, and for no longer
+    /// than this process lives.
+    pub(super) fn favour(&self, guest: GuestId, before_others: bool) {
+        let mut state = self.state();
+        let changed = match before_others {
+            true => state.favoured.insert(guest),
+            false => state.favoured.remove(&guest),
+        };
+        drop(state);
+        if changed {
+            self.apply(Timestamp::now());
+        }
     }
 
     /// What holds now, and by whose word.
@@ -293,6 +327,14 @@ impl State {
     }
 
     fn guest(&self, guest: GuestId, minute: u32) -> (RateLimit, String, u8) {
+        let (limit, by, priority) = self.usual(guest, minute);
+        match self.favoured.contains(&guest) {
+            true => (limit, by, u8::MAX),
+            false => (limit, by, priority),
+        }
+    }
+
+    fn usual(&self, guest: GuestId, minute: u32) -> (RateLimit, String, u8) {
         match self.set.guests.get(&guest.to_string()) {
             Some(terms) => (
                 terms.limit_at(minute),
@@ -300,8 +342,13 @@ impl State {
                 terms.priority,
             ),
             None => {
-                let terms = &self.configured.guests;
+                let owed = self.owed.get(&guest);
+                let terms = owed.unwrap_or(&self.configured.guests);
                 let (limit, by) = of(terms, minute);
+                let by = match (owed, by.as_str()) {
+                    (Some(_), "configuration") => "policy".to_owned(),
+                    _ => by,
+                };
                 (limit, by, terms.priority)
             }
         }
@@ -396,6 +443,7 @@ impl Site {
         self.limits.configure(config)?;
         let mut rest = config.clone();
         let before = &self.config;
+        self.policies.look_again();
         rest.link.rate_limit = before.link.rate_limit;
         rest.link.windows = before.link.windows.clone();
         rest.link.time_zone = before.link.time_zone.clone();

@@ -7,6 +7,7 @@
 
 pub mod alerts;
 pub mod api;
+pub mod evacuate;
 pub mod events;
 pub mod files;
 pub mod groups;
@@ -19,11 +20,13 @@ pub mod remote;
 pub mod retention;
 pub mod scrub;
 pub mod seed;
+pub mod turn;
 pub mod view;
 pub mod webhook;
 
 mod adopt;
 mod answer;
+mod breach;
 mod commands;
 mod converge;
 mod cut;
@@ -39,6 +42,7 @@ mod pairing;
 mod promote;
 mod protect;
 mod rebuild;
+mod rounds;
 mod sealed;
 mod standby;
 mod start;
@@ -98,12 +102,16 @@ pub struct Site {
     seeding: Mutex<BTreeMap<GuestId, seed::Working>>,
     exports: Arc<NbdServer>,
     limits: limits::Limits,
+    /// What policy files say.
+    policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
     /// Images that are being stored.
     adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
     naming: Mutex<()>,
+    /// What turns round, and what was left of it.
+    turns: turn::Turns,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     alerts: alerts::Alerts,
@@ -111,6 +119,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// The newest evacuation of this process.
+    evacuation: Mutex<Option<evacuate::Handle>>,
 }
 
 impl Site {
@@ -182,13 +192,16 @@ impl Site {
             seeding: Mutex::default(),
             exports,
             limits,
+            policies: groups::InForce::default(),
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
+            turns: turn::Turns::default(),
             hosted: RwLock::default(),
             alerts,
             scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
+            evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -210,9 +223,12 @@ impl Site {
         for remote in remotes {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
+        site.resume_evacuation();
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
+        tokio::spawn(turn::watch(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
+        tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
         tokio::spawn(webhook::deliver(Arc::downgrade(&site)));
@@ -236,6 +252,11 @@ impl Site {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
         self.stop_seeding();
+        // Before the drivers: their end must not look like failed moves.
+        self.evacuation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()
@@ -254,6 +275,8 @@ impl Site {
         self.node.shutdown().await;
         // No source is told any more how its move ended.
         for standby in &standbys {
+            // A seal that waits for data would hold the store for ever.
+            standby.begin_anew();
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
@@ -388,6 +411,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {

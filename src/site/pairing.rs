@@ -81,6 +81,20 @@ impl Site {
         self: &Arc<Self>,
         record: PeerRecord,
     ) -> Result<Arc<Remote>, OperateError> {
+        let same_key = {
+            let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
+            let mut known = remotes.values();
+            known.find(|known| known.record.key == record.key).cloned()
+        };
+        // Its store is open, and its session served, once.
+        if let Some(known) = &same_key
+            && known.record.site != record.site
+        {
+            return Err(OperateError::Conflict(format!(
+                "that site is paired already, under the name '{0}'; if it has another now, run: farhaven peer remove {0}, and pair again",
+                known.record.site
+            )));
+        }
         if let Some(known) = self.remote(&record.site)
             && known.record.key != record.key
         {
@@ -90,10 +104,22 @@ impl Site {
                 record.site
             )));
         }
+        if record.site == self.config.site.name {
+            self.node.revoke(record.key);
+            return Err(OperateError::Conflict(format!(
+                "the other site has this one's name, '{}'; give one of them another",
+                record.site
+            )));
+        }
         self.catalogue
             .put(Table::Peers, &record.site, &record)
             .map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
+        if let Some(known) = same_key {
+            tracing::info!(peer = %record.site, "paired again; it had lost its side of the pairing");
+            self.node.trust(record);
+            return Ok(known);
+        }
         tracing::info!(peer = %record.site, key = %record.key, "paired");
         let remote = self.trust(record).map_err(failed)?;
         tokio::spawn(remote.clone().serve(Arc::downgrade(self)));

@@ -9,10 +9,11 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
+use super::commands::Convoy;
 use super::driver::{Command, NotMoved};
 use super::events::EventKind;
 use super::operate::{OperateError, failed};
-use super::records::{GuestRecord, Protection};
+use super::records::{GuestRecord, Owed, Protection};
 use super::view::{MoveOutlook, MoveReport, Phase};
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
@@ -107,6 +108,7 @@ impl Site {
             name: name.to_owned(),
             qmp: Some(qmp.to_owned()),
             console: None,
+            run: None,
             definition,
         };
         self.keep_guest(&record)?;
@@ -206,7 +208,8 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
-        self.begin_protection(name, to, rpo, false).await
+        self.begin_protection(name, to, self.usually_owed(rpo), false)
+            .await
     }
 
     /// As [`Site::protect`], but the first copy comes by a seed
@@ -220,14 +223,26 @@ impl Site {
         to: &str,
         rpo: Option<Period>,
     ) -> Result<(), OperateError> {
-        self.begin_protection(name, to, rpo, true).await
+        self.begin_protection(name, to, self.usually_owed(rpo), true)
+            .await
     }
 
-    async fn begin_protection(
+    /// What a guest is owed by the site's configuration and an operator's word.
+    fn usually_owed(&self, rpo: Option<Period>) -> Owed {
+        let mut policy = self.config.protect.clone();
+        policy.rpo = rpo.unwrap_or(policy.rpo);
+        Owed {
+            policy,
+            schedule: None,
+            group: None,
+        }
+    }
+
+    pub(super) async fn begin_protection(
         self: &Arc<Self>,
         name: &str,
         to: &str,
-        rpo: Option<Period>,
+        owed: Owed,
         seeded: bool,
     ) -> Result<(), OperateError> {
         let record = self.guest(name)?;
@@ -249,11 +264,7 @@ impl Site {
         }
         self.unless_seeding(record.id, || Ok(()))?;
         self.unblocked(name, to).await?;
-        let mut policy = self.config.protect.clone();
-        if let Some(rpo) = rpo {
-            policy.rpo = rpo;
-        }
-        if let Some(problem) = policy.problems().first() {
+        if let Some(problem) = owed.policy.problems().first() {
             return Err(OperateError::Conflict(format!(
                 "the policy cannot be kept: {} {}",
                 problem.key, problem.what
@@ -262,15 +273,22 @@ impl Site {
         self.start_protection(Protection {
             guest: record.id,
             to: to.to_owned(),
-            policy,
+            policy: owed.policy,
+            schedule: owed.schedule,
+            group: owed.group,
             paused: false,
             seeded,
             moving: None,
             moved: None,
+            stopped: false,
+            committed: false,
         })
     }
 
-    fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
+    pub(super) fn start_protection(
+        self: &Arc<Self>,
+        protection: Protection,
+    ) -> Result<(), OperateError> {
         // Not beside an export: two would be attached to one guest.
         self.unless_seeding(protection.guest, || {
             self.keep_protection(&protection).map_err(failed)?;
@@ -337,6 +355,7 @@ impl Site {
     /// When the guest is not protected, or the peer refuses to discard.
     pub async fn unprotect(&self, name: &str, discard: bool) -> Result<(), OperateError> {
         let record = self.guest(name)?;
+        self.in_no_file(&record)?;
         let view = self.source_view(&record);
         if view.phase == Phase::Held {
             return Err(OperateError::Conflict(format!(
@@ -389,9 +408,20 @@ impl Site {
         name: &str,
         accept_pause: bool,
     ) -> Result<MoveReport, OperateError> {
+        self.move_among(name, accept_pause, None).await
+    }
+
+    /// As [`Site::move_guest`], as one of many.
+    pub(super) async fn move_among(
+        &self,
+        name: &str,
+        accept_pause: bool,
+        convoy: Option<Convoy>,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let order = Command::Move {
             accept_pause,
+            convoy,
             reply,
         };
         self.command(name, order).await?;
@@ -404,6 +434,7 @@ impl Site {
         }
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::GivenUp(why) => OperateError::Conflict(why),
             NotMoved::Failed(why) => OperateError::Failed(why),
         })
     }
@@ -426,11 +457,14 @@ impl Site {
     ///
     /// # Errors
     /// Without `force`; when it is not held; when it cannot be resumed.
-    pub async fn take_back(&self, name: &str, force: bool) -> Result<(), OperateError> {
+    pub async fn take_back(self: &Arc<Self>, name: &str, force: bool) -> Result<(), OperateError> {
         if !force {
             return Err(OperateError::Conflict(format!(
                 "taking '{name}' back without the peer's word may leave it running twice. Make sure that it does not run at the peer, then add --force"
             )));
+        }
+        if let Some(standby) = self.standby_named(name) {
+            return self.take_back_here(&standby).await;
         }
         let (reply, answer) = tokio::sync::oneshot::channel();
         self.command(name, Command::TakeBack(reply)).await?;

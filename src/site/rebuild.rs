@@ -16,7 +16,7 @@ use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
 use super::{Site, files, hex};
 use crate::activate::fence::Term;
-use crate::replicate::message::{Opening, PointContext};
+use crate::replicate::message::{CommitTerms, Opening, PointContext};
 
 /// No note is longer.
 const LONGEST_NOTE: u64 = 1 << 20;
@@ -113,15 +113,20 @@ impl Site {
                 },
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
+                commit: CommitTerms::of(&self.config.protect),
+                schedule: None,
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
                 opening,
+                base: if context.base { newest.point } else { 0 },
+                turned: false,
             };
             self.catalogue
                 .put(Table::Remote, &guest.to_string(), &record)?;
         }
-        self.catalogue.flush()
+        self.catalogue.flush()?;
+        self.rebuild_groups(remote)
     }
 
     /// A guest that runs here, from the note of the newest term.
@@ -148,7 +153,7 @@ pub(super) fn drop_activation_notes(site: &Arc<Site>, guest: GuestId) {
     }
 }
 
-fn keep<T: serde::Serialize>(path: &Path, value: &T) {
+pub(super) fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     let written = serde_json::to_vec(value)
         .map_err(std::io::Error::other)
         .and_then(|bytes| files::replace(path, &bytes));
@@ -158,7 +163,7 @@ fn keep<T: serde::Serialize>(path: &Path, value: &T) {
     }
 }
 
-fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
+pub(super) fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
     if fs::metadata(path).ok()?.len() > LONGEST_NOTE {
         return None;
     }

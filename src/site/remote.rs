@@ -9,9 +9,10 @@ use std::time::Duration;
 use bytes::Bytes;
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_wan::{Peer, PeerEvent, PeerRecord};
-use tokio::sync::{OnceCell, Semaphore, oneshot, watch};
+use tokio::sync::{OnceCell, oneshot, watch};
 
 use super::Site;
+use super::breach::{Conduct, plain, plain_answer};
 use super::events::EventKind;
 use crate::replicate::asking::{Answer, Questions};
 use crate::replicate::message::{Envelope, Message, Refusal, Unknown};
@@ -23,9 +24,6 @@ const ANSWER: Duration = Duration::from_secs(30);
 
 /// A peer that was silent for so long, keep-alives included, may be gone.
 const SILENT: Duration = Duration::from_secs(4);
-
-/// Questions of one peer that are worked on at a time.
-const QUESTIONS: usize = 256;
 
 /// Batches whose digests are learned after a restart before anything is sent:
 /// 2 MiB on the wire, for half a gigabyte of content.
@@ -92,7 +90,7 @@ pub struct Remote {
     /// How many connections there were so far; odd while connected.
     connections: watch::Sender<u64>,
     trouble: Mutex<String>,
-    questions: Arc<Semaphore>,
+    pub(super) conduct: Conduct,
 }
 
 impl Remote {
@@ -109,7 +107,7 @@ impl Remote {
             next_id: AtomicU64::new(1),
             connections: watch::channel(0).0,
             trouble: Mutex::default(),
-            questions: Arc::new(Semaphore::new(QUESTIONS)),
+            conduct: Conduct::default(),
         }
     }
 
@@ -304,6 +302,7 @@ impl Remote {
             match event {
                 Some(PeerEvent::Connected { remote_site, .. }) => {
                     tracing::info!(peer = %self.record.site, remote_site, "connected");
+                    self.conduct.begin();
                     let what = format!("site '{}' is reached", self.record.site);
                     site.note(EventKind::PeerConnected, &self.record.site, &what);
                     self.connections.send_modify(|n| *n += 1 + *n % 2);
@@ -334,25 +333,35 @@ impl Remote {
                 None => break,
             }
         }
+        // Nothing comes any more: nobody waits to the end for it.
+        self.lock_pending().clear();
     }
 
     fn message(self: &Arc<Self>, site: &Arc<Site>, bytes: &[u8]) {
         let envelope = match Envelope::decode(bytes) {
             Ok(envelope) => envelope,
             Err(error) => {
-                tracing::warn!(peer = %self.record.site, %error, "the peer's message is not understood");
-                self.not_known(Unknown::of(bytes), error.to_string());
+                match Unknown::of(bytes) {
+                    Some(place) => {
+                        let why = plain(&error.to_string());
+                        self.complain(&format!("the peer's message is not understood: {why}"));
+                        self.not_known(place, why);
+                    }
+                    None => self.breach("what it sends is no message of any version"),
+                }
                 return;
             }
         };
         if let Some(id) = envelope.answers {
-            if let Some(waiting) = self.lock_pending().remove(&id) {
-                let _ = waiting.send(envelope.body);
+            // One that nobody waits for (any more) is dropped.
+            let waiting = self.lock_pending().remove(&id);
+            if let Some(waiting) = waiting {
+                let _ = waiting.send(plain_answer(envelope.body));
             }
             return;
         }
         if let Message::Trouble { what } = envelope.body {
-            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = what;
+            *self.trouble.lock().unwrap_or_else(PoisonError::into_inner) = plain(&what);
             return;
         }
         if let Message::Holds { images } = envelope.body {
@@ -363,13 +372,13 @@ impl Remote {
             return;
         }
         // A peer that asks without end waits for its own answers.
-        let Ok(room) = self.questions.clone().try_acquire_owned() else {
-            tracing::warn!(peer = %self.record.site, "too many questions at once; one is dropped");
+        let Some(room) = self.room_for_question() else {
             return;
         };
         let (remote, site) = (self.clone(), site.clone());
         tokio::spawn(async move {
             let _room = room;
+            let _turn = remote.conduct.turn(&envelope.body).await;
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
             if let Some(id) = envelope.id {
                 remote.reply(id, answer).await;
@@ -403,7 +412,7 @@ impl Remote {
                 let _ = waiting.send(refused);
             }
         } else if let Some(id) = place.id
-            && let Ok(room) = self.questions.clone().try_acquire_owned()
+            && let Some(room) = self.room_for_question()
         {
             let remote = self.clone();
             tokio::spawn(async move {

@@ -27,18 +27,29 @@ impl Site {
             peers,
             guests,
             standbys: self.standby_views(),
+            groups: self.group_views(),
+            policy_files: self.policy_files_view(),
             alerts: self.alerts(),
         }
     }
 
     pub(super) fn standby_views(&self) -> Vec<TargetView> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        let mut views: Vec<_> = standbys.values().map(|s| s.view()).collect();
+        let own = standbys.values().filter(|s| !s.is_turned());
+        let mut views: Vec<_> = own.map(|s| s.view()).collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
     }
 
     pub(super) fn source_view(&self, record: &GuestRecord) -> SourceView {
+        let view = self.guest_view(record);
+        SourceView {
+            group: self.group_of(record.id).map(|group| group.name),
+            ..view
+        }
+    }
+
+    pub(super) fn guest_view(&self, record: &GuestRecord) -> SourceView {
         let seed = self.exporting(record.id);
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         let Some(driver) = drivers.get(&record.id) else {

@@ -76,6 +76,13 @@ pub struct SourceView {
     pub id: String,
     /// The peer it is protected to.
     pub peer: Option<String>,
+    /// The group it is in.
+    #[serde(default)]
+    pub group: Option<String>,
+    /// The group whose policy it is protected by. One that it is in no more is
+    /// the one it left last: its protection goes on as it was.
+    #[serde(default)]
+    pub policy_of: Option<String>,
     /// Where it stands.
     pub phase: Phase,
     /// In the pass under way: bytes looked at and to look at.
@@ -240,6 +247,12 @@ pub struct ActiveView {
     pub hydrated: bool,
     /// Bytes copied to its own disks, and bytes to copy.
     pub hydration: Option<(u64, u64)>,
+    /// Can it be rolled back, and until when is that thought of?
+    #[serde(default)]
+    pub commit: Option<super::turn::view::CommitView>,
+    /// It is being rolled back to its source, and is stopped here for that.
+    #[serde(default)]
+    pub going_back: bool,
     /// What taking it over took.
     pub times: ActivationTimes,
 }
@@ -324,6 +337,9 @@ pub struct PointView {
     /// A scrub found that it cannot be restored in full, and why: it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged: Option<String>,
+    /// The cut of its whole group that it is part of.
+    #[serde(default)]
+    pub group: Option<super::groups::PointGroup>,
     /// Its name: it is kept until that is taken from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
@@ -344,6 +360,12 @@ pub struct SiteView {
     pub guests: Vec<SourceView>,
     /// Guests that peers send here.
     pub standbys: Vec<TargetView>,
+    /// Protection groups, this site's own and its peers'.
+    #[serde(default)]
+    pub groups: Vec<super::groups::GroupView>,
+    /// The policy files, if any are configured.
+    #[serde(default)]
+    pub policy_files: Option<super::groups::PolicyFilesView>,
     /// Alerts that stand.
     #[serde(default)]
     pub alerts: Vec<super::alerts::AlertView>,

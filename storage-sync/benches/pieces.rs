@@ -182,6 +182,30 @@ fn hash(criterion: &mut Criterion<Cpu>) {
     });
 }
 
+/// What a scan of RAM does to each chunk of a page file that has not changed: a
+/// private copy, its digests, and whether they are those known.
+fn scan(criterion: &mut Criterion<Cpu>) {
+    const CHUNKS: usize = 256;
+    let ram = program(CHUNKS * GROUP);
+    let key = DigestKey::new([4; 32]);
+    let mut known = Vec::new();
+    key.digests(&ram, &mut known);
+    let mut copy = vec![0; GROUP * UNIT];
+    let mut digests = Vec::with_capacity(GROUP);
+    let mut group = criterion.benchmark_group("scan");
+    group.throughput(Throughput::Bytes(ram.len() as u64));
+    group.bench_function("64 MiB unchanged", |bench| {
+        bench.iter(|| {
+            for (chunk, known) in ram.chunks(GROUP * UNIT).zip(known.chunks(GROUP)) {
+                copy.copy_from_slice(chunk);
+                digests.clear();
+                key.digests(&copy, &mut digests);
+                assert_eq!(digests, known);
+            }
+        });
+    });
+}
+
 fn dedup(criterion: &mut Criterion<Cpu>) {
     let mut random = StdRng::seed_from_u64(2);
     let mut index = DedupIndex::new(64 << 20);
@@ -396,7 +420,7 @@ fn configured<M: Measurement>(criterion: Criterion<M>) -> Criterion<M> {
 criterion_group! {
     name = pieces;
     config = configured(Criterion::default().with_measurement(Cpu));
-    targets = hash, dedup, differences, compress, manifest, restore
+    targets = hash, scan, dedup, differences, compress, manifest, restore
 }
 criterion_group! {
     name = disk;

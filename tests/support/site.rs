@@ -180,9 +180,15 @@ impl TestSite {
 
     /// `farhaven --api SOCKET ARGS…`
     pub fn cli(&self, args: &[&str]) -> Told {
+        let socket = self.dir.join("api.sock");
+        let mut all = vec!["--api", socket.to_str().unwrap()];
+        all.extend(args);
+        self.cli_alone(&all)
+    }
+
+    /// `farhaven ARGS…`
+    pub fn cli_alone(&self, args: &[&str]) -> Told {
         let output = Command::new(env!("CARGO_BIN_EXE_farhaven"))
-            .arg("--api")
-            .arg(self.dir.join("api.sock"))
             .args(args)
             .stdin(Stdio::null())
             .output()

@@ -61,6 +61,12 @@ impl Checked for SiteConfig {
                 &format!("has {address:?}; expected host:port"),
             );
         }
+        let policies = self.policy_files();
+        require(
+            policies.is_none_or(|path| path.is_absolute()),
+            "site.policy_files",
+            "must be an absolute path, of a file or a directory",
+        );
         for (key, path) in [
             ("api.socket", self.api_socket()),
             ("store.dir", self.store_dir()),
@@ -80,6 +86,30 @@ impl Checked for SiteConfig {
             "api.socket",
             "is longer than the 107 bytes that Linux allows a socket's path; choose a shorter one",
         );
+        let api = &self.api;
+        require(
+            api.listen.is_empty() || api.listen_address().is_some(),
+            "api.listen",
+            "is no address and port, like 10.0.0.5:4748",
+        );
+        require(
+            api.listen_address().is_none_or(|at| at.port() != 0),
+            "api.listen",
+            "has port 0; clients need a fixed one, like 10.0.0.5:4748",
+        );
+        let empty = |path: &std::path::Path| path.as_os_str().is_empty();
+        require(
+            empty(&api.certificate) == empty(&api.key),
+            "api.certificate",
+            "and api.key go together; name both, or neither",
+        );
+        for (key, path) in [("api.certificate", &api.certificate), ("api.key", &api.key)] {
+            require(
+                empty(path) || path.is_absolute(),
+                key,
+                "must be an absolute path",
+            );
+        }
         let Link {
             window,
             socket_buffer,

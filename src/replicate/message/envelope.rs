@@ -59,23 +59,35 @@ impl Envelope {
 
 /// The place in the conversation of a message that is not known here, so that
 /// whoever waits for what it asks or answers need not wait to the end.
-#[derive(Debug, Default, PartialEq, Eq, Deserialize)]
+#[derive(Debug, PartialEq, Eq)]
 pub struct Unknown {
     /// It is a request, of this number.
-    #[serde(default)]
     pub id: Option<u64>,
     /// It answers the request of this number.
-    #[serde(default)]
     pub answers: Option<u64>,
 }
 
+/// What every version of an [`Envelope`] has.
+#[derive(Deserialize)]
+struct Place {
+    #[serde(default)]
+    id: Option<u64>,
+    #[serde(default)]
+    answers: Option<u64>,
+    #[serde(rename = "body")]
+    _body: serde::de::IgnoredAny,
+}
+
 impl Unknown {
-    /// As far as it can be read.
-    pub fn of(bytes: &[u8]) -> Self {
-        let known = bytes
-            .get(..MAX_MESSAGE.min(bytes.len()))
-            .unwrap_or_default();
-        ciborium::de::from_reader_with_recursion_limit(known, LEVELS).unwrap_or_default()
+    /// `None` when it is no message of any version: not one CBOR map that says
+    /// something, nested no deeper than a message may be.
+    pub fn of(bytes: &[u8]) -> Option<Self> {
+        let known = bytes.get(..MAX_MESSAGE.min(bytes.len()))?;
+        let place: Place = ciborium::de::from_reader_with_recursion_limit(known, LEVELS).ok()?;
+        Some(Self {
+            id: place.id,
+            answers: place.answers,
+        })
     }
 }
 
@@ -106,8 +118,14 @@ mod tests {
             id: Some(7),
             answers: None,
         };
-        assert_eq!(Unknown::of(&bytes), place);
-        assert_eq!(Unknown::of(&bytes[..3]), Unknown::default());
-        assert_eq!(Unknown::of(&[0x9f; 4096]), Unknown::default());
+        assert_eq!(Unknown::of(&bytes), Some(place));
+        assert_eq!(Unknown::of(&bytes[..3]), None);
+        assert_eq!(Unknown::of(&[0x9f; 4096]), None);
+        // {"body": [[[[…]]]]}, deeper than any message.
+        let mut deep = vec![0xa1, 0x64];
+        deep.extend(b"body");
+        deep.extend([0x81; 4096]);
+        assert_eq!(Unknown::of(&deep), None);
+        assert!(Envelope::decode(&deep).is_err());
     }
 }

@@ -5,9 +5,10 @@ use std::time::Duration;
 
 use axum::extract::{Path as InPath, Query, State};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use serde::{Deserialize, Serialize};
 
+use super::rights::Caller;
 use super::{Answer, Here};
 use crate::site::Site;
 use crate::site::alerts::AlertView;
@@ -22,7 +23,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Acknowledge {
-    /// Who cares for it.
+    /// Who cares for it; over TLS it is whoever the token names.
     pub by: String,
 }
 
@@ -60,9 +61,11 @@ pub(super) fn routes() -> Router<Arc<Site>> {
 async fn acknowledge(
     State(site): Here,
     InPath(id): InPath<u64>,
+    Extension(caller): Extension<Caller>,
     Json(body): Json<Acknowledge>,
 ) -> Answer<AlertView> {
-    site.acknowledge(id, &body.by).map(Json)
+    let by = caller.token().unwrap_or(&body.by);
+    site.acknowledge(id, by).map(Json)
 }
 
 async fn events(State(site): Here, Query(query): Query<AfterEvents>) -> Answer<Events> {

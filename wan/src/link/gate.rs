@@ -1,4 +1,4 @@
-//! Lines that a stranger can cause are logged at most once a second: a log is
+//! Lines that a stranger, or a peer, can cause are logged at most once a second: a log is
 //! disk space too.
 
 use std::sync::{Mutex, PoisonError};
@@ -8,12 +8,12 @@ const PERIOD: Duration = Duration::from_secs(1);
 
 /// Lets one line through each second, and counts the others.
 #[derive(Debug, Default)]
-pub(crate) struct Gate(Mutex<(Option<Instant>, u64)>);
+pub struct Gate(Mutex<(Option<Instant>, u64)>);
 
 impl Gate {
     /// `Some` with the number of lines kept back since the last one, when a
     /// line may be logged now.
-    pub(crate) fn pass(&self, now: Instant) -> Option<u64> {
+    pub fn pass(&self, now: Instant) -> Option<u64> {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (last, kept_back) = *state;
         if last.is_some_and(|last| now.saturating_duration_since(last) < PERIOD) {

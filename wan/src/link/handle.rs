@@ -271,6 +271,16 @@ impl Peer {
         }
     }
 
+    /// The application found what no honest peer sends. The connection is
+    /// closed with the reason; the peer may come back, after a pause of its own,
+    /// as after any other breach of the protocol.
+    pub fn break_off(&self, why: &str) {
+        if let Some(live) = &self.remote.state().live {
+            live.connection
+                .close(CloseCode::Protocol.number(), why.as_bytes());
+        }
+    }
+
     /// When the peer was last heard of, keep-alives included, to about a
     /// quarter of a second; `None` if never.
     pub fn last_heard(&self) -> Option<Instant> {

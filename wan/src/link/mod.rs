@@ -24,6 +24,7 @@ mod status;
 mod streams;
 mod tls;
 
+pub use gate::Gate;
 pub use handle::{AcknowledgeError, Closed, Peer, SendDataError, SendMessageError};
 pub use node::{Node, NodeOptions, Pairing, StartError};
 pub use options::LinkOptions;

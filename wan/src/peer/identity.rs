@@ -139,12 +139,12 @@ impl Identity {
     }
 
     /// The certificate, DER.
-    pub(crate) fn certificate(&self) -> &[u8] {
+    pub fn certificate(&self) -> &[u8] {
         &self.certificate
     }
 
-    /// The private key, PKCS#8 DER.
-    pub(crate) fn private_key(&self) -> &[u8] {
+    /// The private key, PKCS#8 DER: for TLS, and for nothing that is written or shown.
+    pub fn private_key(&self) -> &[u8] {
         &self.private_key
     }
 }

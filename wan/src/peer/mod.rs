@@ -37,6 +37,13 @@ impl SiteKey {
         &self.0
     }
 
+    /// Of the public key in a DER certificate; `None` when it is none.
+    pub fn of_certificate(certificate: &[u8]) -> Option<SiteKey> {
+        let certificate = rustls::pki_types::CertificateDer::from(certificate);
+        let parsed = rustls::server::ParsedCertificate::try_from(&certificate).ok()?;
+        Some(SiteKey::of_public_key(&parsed.subject_public_key_info()))
+    }
+
     /// Of a DER SubjectPublicKeyInfo.
     pub(crate) fn of_public_key(info: &[u8]) -> SiteKey {
         SiteKey(*blake3::hash(info).as_bytes())

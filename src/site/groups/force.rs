@@ -1,0 +1,566 @@
+//! Policy files in force: read at start, again whenever they change, and at
+//! SIGHUP. A broken file leaves in force what was before, and says so.
+//!
+//! Every few seconds what they say is compared with what is: groups are
+//! written down, their guests protected, running drivers told what changed.
+//! Nothing here ever ends a protection: a guest or a group that the files name
+//! no more goes on as it was, until an operator ends that.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::{Duration, Instant, SystemTime};
+
+use farhaven_policies::alert::{Finding, Kind, Severity};
+use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles};
+use farhaven_policies::load::files_of;
+use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::unit::GuestId;
+use tokio::sync::Notify;
+
+use super::cuts::Cuts;
+use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
+use crate::site::Site;
+use crate::site::driver::Command;
+use crate::site::operate::OperateError;
+use crate::site::records::{GuestRecord, Owed, Protection};
+use crate::site::unix_ns;
+
+/// How often the files are looked at.
+const EVERY: Duration = Duration::from_secs(3);
+
+/// A guest whose protection could not begin is left alone for so long.
+const AGAIN: Duration = Duration::from_secs(30);
+
+/// What policy files say, and how far that is in force.
+#[derive(Default)]
+pub(in crate::site) struct InForce {
+    state: Mutex<State>,
+    wake: Arc<Notify>,
+    /// Who is cut together.
+    pub(in crate::site) cuts: Cuts,
+}
+
+#[derive(Default)]
+struct State {
+    files: Option<Arc<PolicyFiles>>,
+    /// Of the texts that were read last, sound or not.
+    seen: Option<blake3::Hash>,
+    /// When the sound ones were read.
+    read_at: Option<SystemTime>,
+    /// Why the newest are not in force; empty when they are.
+    trouble: String,
+    /// Groups that are not in force as a whole, and why.
+    waiting: BTreeMap<String, String>,
+    /// What drivers were told last.
+    sent: BTreeMap<GuestId, Owed>,
+    /// Protections that could not begin: when that was, and why.
+    refused: BTreeMap<GuestId, (Instant, String)>,
+    /// What peers were told last, while they are connected.
+    told: BTreeMap<String, Vec<GroupRecord>>,
+}
+
+impl InForce {
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The files are read anew now.
+    pub(in crate::site) fn look_again(&self) {
+        self.wake.notify_one();
+    }
+
+    /// What the newest sound files say.
+    pub(in crate::site) fn files(&self) -> Option<Arc<PolicyFiles>> {
+        self.state().files.clone()
+    }
+
+    /// Why a group of the files is not in force as a whole; empty when it is.
+    pub(super) fn trouble_of(&self, group: &str) -> String {
+        self.state().waiting.get(group).cloned().unwrap_or_default()
+    }
+
+    pub(super) fn told(&self, peer: &str) -> Option<Vec<GroupRecord>> {
+        self.state().told.get(peer).cloned()
+    }
+
+    pub(super) fn set_told(&self, peer: &str, groups: Option<Vec<GroupRecord>>) {
+        let mut state = self.state();
+        match groups {
+            Some(groups) => state.told.insert(peer.to_owned(), groups),
+            None => state.told.remove(peer),
+        };
+    }
+
+    /// For `status`.
+    pub(super) fn view(&self, path: &Path) -> PolicyFilesView {
+        let state = self.state();
+        let waiting = state.waiting.iter();
+        PolicyFilesView {
+            path: path.to_owned(),
+            groups: state.files.as_ref().map_or(0, |files| files.groups.len()),
+            read_at: state.read_at.map(unix_ns),
+            trouble: state.trouble.clone(),
+            waiting: waiting.map(|(g, why)| (g.clone(), why.clone())).collect(),
+        }
+    }
+}
+
+/// Keeps what policy files say in force, for as long as the site runs.
+pub(in crate::site) async fn keep(site: Weak<Site>) {
+    loop {
+        let Some(strong) = site.upgrade() else { return };
+        strong.look_at_policy_files().await;
+        strong.put_in_force().await;
+        strong.group_alerts();
+        strong.tell_groups().await;
+        let wake = strong.policies.wake.clone();
+        drop(strong);
+        let _ = tokio::time::timeout(EVERY, wake.notified()).await;
+    }
+}
+
+/// The texts' sum, and what they say when that is not the sum of before.
+fn read(
+    path: &Path,
+    before: Option<blake3::Hash>,
+) -> (blake3::Hash, Option<Result<PolicyFiles, String>>) {
+    let mut sum = blake3::Hasher::new();
+    match files_of(path, "site.policy_files names where policy files are") {
+        Ok(files) => {
+            for file in files {
+                sum.update(file.as_os_str().as_encoded_bytes());
+                let size = file.metadata().map_or(0, |about| about.len());
+                sum.update(&size.to_le_bytes());
+                if size <= farhaven_policies::load::LARGEST_FILE {
+                    match std::fs::read(&file) {
+                        Ok(text) => sum.update(&text),
+                        Err(error) => sum.update(error.to_string().as_bytes()),
+                    };
+                }
+            }
+        }
+        Err(error) => {
+            sum.update(error.to_string().as_bytes());
+        }
+    }
+    let sum = sum.finalize();
+    if Some(sum) == before {
+        return (sum, None);
+    }
+    let files = PolicyFiles::read(path);
+    (
+        sum,
+        Some(files.map(|loaded| loaded.value).map_err(|e| e.to_string())),
+    )
+}
+
+impl Site {
+    async fn look_at_policy_files(self: &Arc<Self>) {
+        let Some(path) = self.config.policy_files() else {
+            return;
+        };
+        let before = self.policies.state().seen;
+        let looked = tokio::task::spawn_blocking({
+            let path = path.clone();
+            move || read(&path, before)
+        });
+        let Ok((sum, Some(files))) = looked.await else {
+            return;
+        };
+        let mut state = self.policies.state();
+        state.seen = Some(sum);
+        match files {
+            Ok(files) => {
+                tracing::info!(path = %path.display(), groups = files.groups.len(), "policy files are in force");
+                self.heed_thresholds(files.alerts.clone());
+                state.files = Some(Arc::new(files));
+                state.read_at = Some(SystemTime::now());
+                state.trouble.clear();
+                state.refused.clear();
+            }
+            Err(why) => {
+                let kept = match state.files {
+                    Some(_) => "what they said before stays in force",
+                    None => "groups of before go on as they were",
+                };
+                tracing::error!(path = %path.display(), why, "policy files are broken; {kept}");
+                state.trouble = format!(
+                    "policy files are broken; {kept}. Find all mistakes: farhaven policy check {}. {why}",
+                    path.display()
+                );
+            }
+        }
+        let trouble = state.trouble.clone();
+        drop(state);
+        self.policy_files_alert(&path, &trouble);
+    }
+
+    /// Brings what is to what the files say.
+    async fn put_in_force(self: &Arc<Self>) {
+        let Some(files) = self.policies.files() else {
+            return;
+        };
+        let records = self.guest_records();
+        let by_name: BTreeMap<&str, &GuestRecord> =
+            records.iter().map(|r| (r.name.as_str(), r)).collect();
+        let before: Vec<GroupRecord> = self
+            .groups()
+            .into_iter()
+            .filter(|group| group.from.is_none())
+            .collect();
+        let mut waiting = BTreeMap::new();
+        let mut wanted = Vec::new();
+        for (name, group) in &files.groups {
+            // The same files may be at all sites: those guests run elsewhere.
+            if !group
+                .guests
+                .keys()
+                .any(|g| by_name.contains_key(g.as_str()))
+            {
+                continue;
+            }
+            let policy = files.policies.get(&group.policy).cloned();
+            match self.wanted(name, group, policy.unwrap_or_default(), &by_name) {
+                Ok(record) => wanted.push(record),
+                Err(why) => {
+                    waiting.insert(name.clone(), why);
+                }
+            }
+        }
+        if let Err(error) = self.write_groups(&before, &wanted) {
+            waiting.insert(String::new(), error.to_string());
+        }
+        for group in &wanted {
+            for name in group.members.keys() {
+                if let Err(why) = self.protect_member(group, name).await {
+                    waiting.entry(group.name.clone()).or_insert(why);
+                }
+            }
+        }
+        let mut state = self.policies.state();
+        for (group, why) in &waiting {
+            if state.waiting.get(group) != Some(why) {
+                tracing::warn!(group, why, "a group is not in force as a whole");
+            }
+        }
+        state.waiting = waiting;
+    }
+
+    /// A group as the files say it, of guests that are all known here.
+    fn wanted(
+        &self,
+        name: &str,
+        group: &Group,
+        owed: NamedPolicy,
+        known: &BTreeMap<&str, &GuestRecord>,
+    ) -> Result<GroupRecord, String> {
+        let lacking: Vec<_> = group
+            .guests
+            .keys()
+            .filter(|guest| !known.contains_key(guest.as_str()))
+            .map(String::as_str)
+            .collect();
+        if !lacking.is_empty() {
+            return Err(format!(
+                "no guest '{}' is known here; the group is in force when all of its guests are (farhaven guest add NAME --qmp PATH)",
+                lacking.join("', '")
+            ));
+        }
+        if group.guests.len() > MAX_MEMBERS {
+            return Err(format!(
+                "it has {} guests; at most {MAX_MEMBERS} can be cut at one instant: make two groups of them",
+                group.guests.len()
+            ));
+        }
+        if known.contains_key(name) && !group.guests.contains_key(name) {
+            return Err(format!(
+                "it is called like guest '{name}', which is not in it; give the group another name"
+            ));
+        }
+        if self.remote(&group.peer).is_none() {
+            return Err(self.no_peer(&group.peer).to_string());
+        }
+        let members: BTreeMap<String, GroupMember> = group
+            .guests
+            .iter()
+            .filter_map(|(guest, terms)| {
+                let guest_id = known.get(guest.as_str())?.id;
+                let member = GroupMember {
+                    guest: guest_id,
+                    terms: terms.clone(),
+                };
+                Some((guest.clone(), member))
+            })
+            .collect();
+        for other in self.groups().iter().filter(|group| group.from.is_some()) {
+            let shared = members.iter().find(|(_, m)| other.has(m.guest));
+            if let Some((guest, _)) = shared {
+                return Err(format!(
+                    "guest '{guest}' is in group '{}' of site '{}'; a guest is in one group",
+                    other.name,
+                    other.from.as_deref().unwrap_or_default()
+                ));
+            }
+        }
+        Ok(GroupRecord {
+            id: self.group_id(name),
+            name: name.to_owned(),
+            from: None,
+            peer: group.peer.clone(),
+            policy: group.policy.clone(),
+            owed,
+            members,
+        })
+    }
+
+    /// The same for the same name at the same site, also with a lost catalogue:
+    /// points of before are still the group's.
+    fn group_id(&self, name: &str) -> GuestId {
+        let mut sum = blake3::Hasher::new_derive_key("farhaven 2026 protection group id");
+        sum.update(self.key().as_bytes());
+        sum.update(name.as_bytes());
+        let mut id = [0; 16];
+        sum.finalize_xof().fill(&mut id);
+        // As a version 8 UUID: it is no guest's, and no image's.
+        id[6] = id[6] & 0x0f | 0x80;
+        id[8] = id[8] & 0x3f | 0x80;
+        GuestId(id)
+    }
+
+    /// Writes down what differs. A guest that is in another group now has left
+    /// the one it was in; a group that the files name no more goes on.
+    fn write_groups(
+        &self,
+        before: &[GroupRecord],
+        wanted: &[GroupRecord],
+    ) -> Result<(), OperateError> {
+        for old in before {
+            if wanted.iter().any(|group| group.id == old.id) {
+                continue;
+            }
+            let mut left = old.clone();
+            left.members
+                .retain(|_, m| !wanted.iter().any(|group| group.has(m.guest)));
+            if left.members.is_empty() {
+                self.forget_group(old.id)?;
+                tracing::info!(group = old.name, "its guests are in other groups now");
+            } else if left != *old {
+                self.put_group(&left)?;
+            }
+        }
+        for group in wanted.iter().filter(|group| !before.contains(group)) {
+            self.put_group(group)?;
+            tracing::info!(
+                group = group.name,
+                guests = group.members.len(),
+                peer = group.peer,
+                "a group is in force"
+            );
+        }
+        Ok(())
+    }
+
+    /// Protects a member by its group's policy, or tells its driver what changed.
+    async fn protect_member(
+        self: &Arc<Self>,
+        group: &GroupRecord,
+        name: &str,
+    ) -> Result<(), String> {
+        let Some(member) = group.members.get(name) else {
+            return Ok(());
+        };
+        let guest = member.guest;
+        let owed = Owed {
+            policy: group.owed.in_force(group.members.len()),
+            schedule: Some(group.owed.retention.clone()),
+            group: Some(group.name.clone()),
+        };
+        let protection = self
+            .catalogue
+            .find::<Protection>(Table::Protections, &guest.to_string())
+            .map_err(|e| e.to_string())?;
+        let Some(protection) = protection else {
+            return self.begin_by_group(group, name, guest, owed).await;
+        };
+        if protection.to != group.peer {
+            return Err(format!(
+                "'{name}' is protected to '{}', and the group goes to '{}'; run: farhaven unprotect {name}, and it is protected there",
+                protection.to, group.peer
+            ));
+        }
+        if protection.owed() == owed {
+            return Ok(());
+        }
+        let driver = {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.get(&guest).cloned()
+        };
+        if self.policies.state().sent.get(&guest) == Some(&owed) {
+            // On its way: a driver in a long step looks at it afterwards.
+            return Ok(());
+        }
+        match driver {
+            Some(driver) => {
+                let told = driver
+                    .commands
+                    .try_send(Command::Owe(Box::new(owed.clone())));
+                if told.is_ok() {
+                    tracing::info!(guest = name, group = group.name, "its policy has changed");
+                    self.policies.state().sent.insert(guest, owed);
+                }
+                Ok(())
+            }
+            None => {
+                let changed = Protection {
+                    policy: owed.policy,
+                    schedule: owed.schedule,
+                    group: owed.group,
+                    ..protection
+                };
+                self.keep_protection(&changed).map_err(|e| e.to_string())
+            }
+        }
+    }
+
+    async fn begin_by_group(
+        self: &Arc<Self>,
+        group: &GroupRecord,
+        name: &str,
+        guest: GuestId,
+        owed: Owed,
+    ) -> Result<(), String> {
+        if let Some((at, why)) = self.policies.state().refused.get(&guest)
+            && at.elapsed() < AGAIN
+        {
+            return Err(why.clone());
+        }
+        self.policies.state().sent.insert(guest, owed.clone());
+        let begun = self
+            .begin_protection(name, &group.peer, owed, false)
+            .await
+            .map_err(|error| error.to_string());
+        let mut state = self.policies.state();
+        match begun {
+            Ok(()) => {
+                state.refused.remove(&guest);
+                tracing::info!(
+                    guest = name,
+                    group = group.name,
+                    "is protected by its group's policy"
+                );
+                Ok(())
+            }
+            Err(why) => {
+                state.sent.remove(&guest);
+                state.refused.insert(guest, (Instant::now(), why.clone()));
+                Err(why)
+            }
+        }
+    }
+
+    /// May an operator end this guest's protection? Not while policy files ask
+    /// for it: it would begin anew.
+    pub(in crate::site) fn in_no_file(&self, record: &GuestRecord) -> Result<(), OperateError> {
+        let Some(files) = self.policies.files() else {
+            return Ok(());
+        };
+        let Some(group) = self.group_of(record.id).filter(|g| g.from.is_none()) else {
+            return Ok(());
+        };
+        let named = files.groups.get(&group.name);
+        let asks =
+            named.is_some_and(|g| g.guests.contains_key(&record.name) && g.peer == group.peer);
+        if !asks {
+            return Ok(());
+        }
+        let path = self.config.policy_files().unwrap_or_default();
+        Err(OperateError::Conflict(format!(
+            "policy files ask for the protection of '{}', in group '{}'; take it out of {} first, or leave it protected and paused: farhaven pause {0}",
+            record.name,
+            group.name,
+            path.display()
+        )))
+    }
+
+    /// Ends the protection of a guest, or of all guests of a group, which is
+    /// forgotten then.
+    ///
+    /// # Errors
+    /// When policy files still ask for it, or as of [`Site::unprotect`].
+    pub async fn unprotect_named(&self, name: &str, discard: bool) -> Result<(), OperateError> {
+        let Ok(group) = self.group(name) else {
+            return self.unprotect(name, discard).await;
+        };
+        if let Some(from) = &group.from {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is a group of site '{from}': run this there"
+            )));
+        }
+        let protected = |guest: GuestId| {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.contains_key(&guest)
+        };
+        for member in self.members_here(&group) {
+            if protected(member.guest) {
+                self.unprotect(&member.name, discard).await?;
+            }
+        }
+        self.forget_group(group.id)
+    }
+
+    /// Tells of broken policy files, or that they are sound again.
+    fn policy_files_alert(&self, path: &Path, trouble: &str) {
+        let subject = path.display().to_string();
+        if trouble.is_empty() {
+            self.clear(Kind::PolicyBroken, &subject);
+            return;
+        }
+        let advice = format!("run: farhaven policy check {subject}");
+        let (kind, severity) = (Kind::PolicyBroken, Severity::Warning);
+        self.raise(Finding::new(kind, subject, severity, trouble, advice));
+    }
+
+    /// Tells of groups that are not protected as a whole, or are again.
+    fn group_alerts(&self) {
+        let degraded: BTreeMap<String, String> = self
+            .group_views()
+            .into_iter()
+            .filter(|group| group.from.is_none() && group.trouble.starts_with("degraded"))
+            .map(|group| (group.name, group.trouble))
+            .collect();
+        for (group, what) in &degraded {
+            let advice = format!("see: farhaven group show {group}");
+            let (kind, severity) = (Kind::GroupDegraded, Severity::Warning);
+            self.raise(Finding::new(kind, group.clone(), severity, what, advice));
+        }
+        for group in self.raised(Kind::GroupDegraded) {
+            if !degraded.contains_key(&group) {
+                self.clear(Kind::GroupDegraded, &group);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn files_are_read_only_when_they_changed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("policies.toml");
+        let (missing, told) = read(&file, None);
+        assert!(told.unwrap().is_err());
+        std::fs::write(&file, "[policies.gold]\nrpo = \"2s\"\n").unwrap();
+        let (sound, told) = read(&file, Some(missing));
+        let rpo = told.unwrap().unwrap().policies["gold"].rpo;
+        assert_eq!(rpo, farhaven_policies::units::Period::from_secs(2));
+        assert!(read(&file, Some(sound)).1.is_none());
+        std::fs::write(&file, "[policies.gold]\nrpo = \"2x\"\n").unwrap();
+        let (broken, told) = read(&file, Some(sound));
+        assert!(told.unwrap().unwrap_err().contains("rpo"));
+        assert!(read(&file, Some(broken)).1.is_none());
+    }
+}

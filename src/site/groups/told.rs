@@ -1,0 +1,278 @@
+//! Groups told to the peer that they are protected to, and heard there: kept in
+//! the catalogue, and beside that peer's store for a catalogue that is lost.
+
+use std::path::PathBuf;
+use std::sync::{Arc, PoisonError};
+
+use farhaven_storage_sync::catalogue::CatalogueError;
+use farhaven_storage_sync::unit::GuestId;
+
+use super::{GroupRecord, MAX_MEMBERS};
+use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
+use crate::site::answer::{refused, unknown_guest};
+use crate::site::operate::OperateError;
+use crate::site::protect::is_guest_name;
+use crate::site::remote::{AskError, Remote};
+use crate::site::{Site, hex, rebuild};
+
+/// Most groups that one peer may have here.
+const MOST_GROUPS: usize = 4096;
+
+/// Most health checks, networks or guests to wait for of one member.
+const MOST_TERMS: usize = 256;
+
+impl Site {
+    /// Tells every peer that is connected what it does not know yet.
+    pub(super) async fn tell_groups(self: &Arc<Self>) {
+        let own: Vec<GroupRecord> = self
+            .groups()
+            .into_iter()
+            .filter(|group| group.from.is_none())
+            .collect();
+        let remotes: Vec<_> = {
+            let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
+            remotes.values().cloned().collect()
+        };
+        for remote in remotes {
+            let peer = &remote.record.site;
+            if !remote.connected() {
+                self.policies.set_told(peer, None);
+                continue;
+            }
+            let theirs: Vec<_> = own.iter().filter(|g| g.peer == *peer).cloned().collect();
+            let before = self.policies.told(peer);
+            if before.as_ref() == Some(&theirs) {
+                continue;
+            }
+            match tell(&remote, before.unwrap_or_default(), &theirs).await {
+                Ok(()) => self.policies.set_told(peer, Some(theirs)),
+                Err(AskError::Refused {
+                    code: Refusal::Unknown,
+                    ..
+                }) => {
+                    if !theirs.is_empty() {
+                        tracing::warn!(
+                            peer,
+                            "this peer's version of Farhaven knows no groups: there, guests are run one by one"
+                        );
+                    }
+                    self.policies.set_told(peer, Some(theirs));
+                }
+                Err(error) => tracing::warn!(peer, %error, "groups could not be told yet"),
+            }
+        }
+    }
+
+    /// A peer tells of its groups.
+    pub(in crate::site) fn hear_of_groups(
+        self: &Arc<Self>,
+        remote: &Arc<Remote>,
+        told: GroupMessage,
+    ) -> Message {
+        let heard = match told {
+            GroupMessage::Known(group) => self.hear_group(remote, group),
+            GroupMessage::All { ids } => self.hear_all(remote, &ids),
+            GroupMessage::Owed {
+                guest,
+                warm,
+                retention,
+                schedule,
+            } => {
+                let Some(standby) = self.standby_of(remote, guest) else {
+                    return unknown_guest();
+                };
+                let opening = Opening {
+                    warm,
+                    retention,
+                    schedule,
+                    ..standby.opening()
+                };
+                self.standby(remote, opening)
+                    .map(|_| ())
+                    .map_err(OperateError::Failed)
+            }
+        };
+        match heard {
+            Ok(()) => Message::Done,
+            Err(error) => refused(Refusal::Unable, error),
+        }
+    }
+
+    fn hear_group(&self, remote: &Remote, group: GroupRecord) -> Result<(), OperateError> {
+        if let Some(why) = unsound(&group) {
+            return Err(OperateError::Conflict(why.to_owned()));
+        }
+        let peer = &remote.record.site;
+        let group = GroupRecord {
+            from: Some(peer.clone()),
+            ..group
+        };
+        let known = self.groups();
+        let same = known.iter().find(|other| other.id == group.id);
+        if same.is_some_and(|other| other.from != group.from) {
+            return Err(OperateError::Conflict(
+                "another site has a group of that id".to_owned(),
+            ));
+        }
+        if same == Some(&group) {
+            return Ok(());
+        }
+        let of_peer = known.iter().filter(|other| other.from == group.from);
+        if same.is_none() && of_peer.count() >= MOST_GROUPS {
+            return Err(OperateError::Conflict(format!(
+                "more than {MOST_GROUPS} groups of one site are not taken"
+            )));
+        }
+        // A guest that the peer has put into this group has left the other.
+        for other in known
+            .iter()
+            .filter(|o| o.id != group.id && o.from == group.from)
+        {
+            let mut left = other.clone();
+            left.members.retain(|_, m| !group.has(m.guest));
+            if left.members.is_empty() {
+                self.forget_group(other.id)?;
+            } else if left != *other {
+                self.put_group(&left)?;
+            }
+        }
+        self.keep_group(&group)?;
+        tracing::info!(
+            peer,
+            group = group.name,
+            guests = group.members.len(),
+            "a peer's group is known"
+        );
+        self.note_groups(remote);
+        Ok(())
+    }
+
+    fn hear_all(&self, remote: &Remote, ids: &[GuestId]) -> Result<(), OperateError> {
+        let from = Some(remote.record.site.as_str());
+        let mut gone = self.groups();
+        gone.retain(|group| group.from.as_deref() == from && !ids.contains(&group.id));
+        for group in &gone {
+            tracing::info!(peer = from, group = group.name, "a peer's group is no more");
+            self.forget_group(group.id)?;
+        }
+        if !gone.is_empty() {
+            self.note_groups(remote);
+        }
+        Ok(())
+    }
+
+    fn groups_note(&self, remote: &Remote) -> PathBuf {
+        let name = format!("{}.groups", hex(remote.record.key.as_bytes()));
+        self.config.store_dir().join(name)
+    }
+
+    /// Notes a peer's groups beside its store.
+    fn note_groups(&self, remote: &Remote) {
+        let mut groups = self.groups();
+        groups.retain(|group| group.from.as_ref() == Some(&remote.record.site));
+        rebuild::keep(&self.groups_note(remote), &groups);
+    }
+
+    /// Groups of a peer that only their note knows of; they are put into the catalogue.
+    pub(in crate::site) fn rebuild_groups(&self, remote: &Remote) -> Result<(), CatalogueError> {
+        let from = Some(remote.record.site.clone());
+        if self.groups().iter().any(|group| group.from == from) {
+            return Ok(());
+        }
+        let noted = rebuild::note::<Vec<GroupRecord>>(&self.groups_note(remote));
+        for group in noted.into_iter().flatten().take(MOST_GROUPS) {
+            if group.from != from || unsound(&group).is_some() {
+                continue;
+            }
+            tracing::warn!(
+                group = group.name,
+                peer = from,
+                "the catalogue had lost this group; found beside its store"
+            );
+            if let Err(error) = self.put_group(&group) {
+                tracing::error!(group = group.name, %error, "it cannot be kept");
+            }
+        }
+        Ok(())
+    }
+}
+
+async fn tell(
+    remote: &Remote,
+    before: Vec<GroupRecord>,
+    groups: &[GroupRecord],
+) -> Result<(), AskError> {
+    let ids = groups.iter().map(|group| group.id).collect();
+    let ask = async |told| remote.ask(Message::Group(Box::new(told))).await;
+    // First: what is no more stands in nobody's way.
+    ask(GroupMessage::All { ids }).await?;
+    for group in groups.iter().filter(|group| !before.contains(group)) {
+        ask(GroupMessage::Known(group.clone())).await?;
+    }
+    Ok(())
+}
+
+/// What an honest site would not tell.
+fn unsound(group: &GroupRecord) -> Option<&'static str> {
+    if !is_guest_name(&group.name) {
+        return Some("that is no name for a group");
+    }
+    if group.members.is_empty() || group.members.len() > MAX_MEMBERS {
+        return Some("a group has 1 to 64 guests");
+    }
+    let mut guests: Vec<_> = group.members.values().map(|m| m.guest).collect();
+    guests.sort();
+    guests.dedup();
+    if guests.len() < group.members.len() {
+        return Some("a guest is in the group twice");
+    }
+    let sound = |(name, member): (&String, &super::GroupMember)| {
+        let terms = &member.terms;
+        is_guest_name(name)
+            && terms.after.len() <= MOST_TERMS
+            && terms.health.len() <= MOST_TERMS
+            && terms.networks.len() <= MOST_TERMS
+    };
+    (!group.members.iter().all(sound)).then_some("a guest of the group is told unsoundly")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::GroupMember;
+    use super::*;
+
+    #[test]
+    fn what_no_honest_site_tells_is_refused() {
+        let member = GroupMember {
+            guest: GuestId::random(),
+            terms: Default::default(),
+        };
+        let sound = GroupRecord {
+            id: GuestId::random(),
+            name: "bank".to_owned(),
+            from: None,
+            peer: "west".to_owned(),
+            policy: "gold".to_owned(),
+            owed: Default::default(),
+            members: [("db".to_owned(), member.clone())].into(),
+        };
+        assert_eq!(unsound(&sound), None);
+        let change = |change: &dyn Fn(&mut GroupRecord)| {
+            let mut group = sound.clone();
+            change(&mut group);
+            unsound(&group)
+        };
+        assert!(change(&|g| g.name = "../etc".to_owned()).is_some());
+        assert!(change(&|g| g.members.clear()).is_some());
+        assert!(change(&|g| drop(g.members.insert("web".to_owned(), member.clone()))).is_some());
+        let many = |g: &mut GroupRecord| {
+            for n in 0..=MAX_MEMBERS {
+                let guest = GuestId::random();
+                let terms = Default::default();
+                g.members
+                    .insert(n.to_string(), GroupMember { guest, terms });
+            }
+        };
+        assert!(change(&many).is_some());
+    }
+}

@@ -1,0 +1,227 @@
+//! The hostile site: a key, a node, and messages of its own making.
+
+use farhaven::activate::fence::Term;
+use farhaven::guest::Definition;
+use farhaven::replicate::message::{
+    CommitTerms, Envelope, Message, Opening, PointContext, SealRequest,
+};
+use farhaven_policies::policy::Policy;
+use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::{
+    Identity, Introduction, LinkOptions, Node, NodeOptions, Peer, PeerEvent, SiteKey,
+};
+
+use super::*;
+
+pub struct Hostile {
+    pub node: Node,
+    pub peer: Peer,
+    name: String,
+    identity: Identity,
+    definition: Definition,
+    asked: u64,
+    /// Answers that came while another was waited for.
+    answers: Vec<(u64, Message)>,
+}
+
+impl Hostile {
+    /// Paired with west, by an invitation as any site.
+    pub async fn pair(stage: &Stage, name: &str) -> Self {
+        let identity = Identity::load_or_create(&stage.dir.path().join(name), name).unwrap();
+        let link = LinkOptions {
+            redial: (Duration::from_millis(50), Duration::from_millis(300)),
+            ..LinkOptions::default()
+        };
+        let listen = "127.0.0.1:0".parse().unwrap();
+        let node = Node::start(&identity, NodeOptions { listen, link }).unwrap();
+        let invitation = stage.west.invite(Duration::from_secs(60)).unwrap();
+        let own = Introduction::new(name, Vec::new()).unwrap();
+        let record = node.accept_invitation(&invitation, &own).await.unwrap();
+        let peer = node.trust(record);
+        let mut hostile = Self {
+            node,
+            peer,
+            name: name.to_owned(),
+            identity,
+            definition: Definition::Embedded(stage.definition.clone()),
+            asked: 0,
+            answers: Vec::new(),
+        };
+        hostile.connected().await;
+        hostile
+    }
+
+    /// Accepts one more invitation of west, by this name; west hears of it.
+    pub async fn accept(&mut self, stage: &Stage, name: &str) {
+        let invitation = stage.west.invite(Duration::from_secs(60)).unwrap();
+        let own = Introduction::new(name, Vec::new()).unwrap();
+        let record = self
+            .node
+            .accept_invitation(&invitation, &own)
+            .await
+            .unwrap();
+        self.peer = self.node.trust(record);
+        // West takes pairings in by a task of its own.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    }
+
+    pub fn key(&self) -> SiteKey {
+        self.identity.key()
+    }
+
+    async fn event(&mut self) -> PeerEvent {
+        let event = tokio::time::timeout(2 * PATIENCE, self.peer.event()).await;
+        event.expect("something happens").expect("it is trusted")
+    }
+
+    /// Waits for the next connection.
+    pub async fn connected(&mut self) {
+        while !matches!(self.event().await, PeerEvent::Connected { .. }) {}
+    }
+
+    /// Waits until the session ends; why.
+    pub async fn disconnected(&mut self) -> String {
+        loop {
+            if let PeerEvent::Disconnected { why } = self.event().await {
+                return why;
+            }
+        }
+    }
+
+    pub async fn say(&self, bytes: Vec<u8>) {
+        let _ = self.peer.send_message(bytes.into()).await;
+    }
+
+    pub async fn answer(&self, to: u64, body: Message) {
+        let answer = Envelope {
+            id: None,
+            answers: Some(to),
+            body,
+        };
+        self.say(answer.encode().unwrap().to_vec()).await;
+    }
+
+    /// Asks, and does not wait; the question's number.
+    pub async fn question(&mut self, body: Message) -> Result<u64, String> {
+        self.asked += 1;
+        let question = Envelope {
+            id: Some(self.asked),
+            answers: None,
+            body,
+        };
+        let sent = self.peer.send_message(question.encode().unwrap()).await;
+        sent.map(|()| self.asked).map_err(|e| e.to_string())
+    }
+
+    /// The answer; an error when the session ends before it comes.
+    pub async fn answer_to(&mut self, id: u64) -> Result<Message, String> {
+        if let Some(at) = self.answers.iter().position(|(to, _)| *to == id) {
+            return Ok(self.answers.swap_remove(at).1);
+        }
+        loop {
+            match self.event().await {
+                PeerEvent::Disconnected { why } => return Err(why),
+                PeerEvent::Message(bytes) => match Envelope::decode(&bytes).unwrap() {
+                    Envelope {
+                        answers: Some(to),
+                        body,
+                        ..
+                    } if to == id => return Ok(body),
+                    Envelope {
+                        answers: Some(to),
+                        body,
+                        ..
+                    } => self.answers.push((to, body)),
+                    _ => {}
+                },
+                _ => {}
+            }
+        }
+    }
+
+    pub async fn ask(&mut self, body: Message) -> Result<Message, String> {
+        let id = self.question(body).await?;
+        // A refusal and the end of the session may come in either order.
+        match self.answer_to(id).await {
+            Ok(Message::Refused { code, why }) => {
+                let soon = Duration::from_millis(500);
+                match tokio::time::timeout(soon, self.disconnected_now()).await {
+                    Ok(why) => Err(why),
+                    Err(_) => Ok(Message::Refused { code, why }),
+                }
+            }
+            other => other,
+        }
+    }
+
+    async fn disconnected_now(&mut self) -> String {
+        loop {
+            match self.peer.event().await {
+                Some(PeerEvent::Disconnected { why }) => return why,
+                Some(PeerEvent::Message(bytes)) => {
+                    if let Ok(Envelope {
+                        answers: Some(to),
+                        body,
+                        ..
+                    }) = Envelope::decode(&bytes)
+                    {
+                        self.answers.push((to, body));
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    pub fn opening(&self, guest: GuestId, name: &str, number: u64) -> Opening {
+        Opening {
+            guest,
+            name: name.to_owned(),
+            source: self.name.clone(),
+            definition: self.definition.clone(),
+            volumes: Vec::new(),
+            term: Term {
+                group: guest,
+                number,
+                owner: self.key(),
+            },
+            warm: false,
+            retention: Policy::default().retention,
+            schedule: None,
+            commit: CommitTerms::default(),
+        }
+    }
+
+    /// A guest of its own, as an honest site opens one.
+    pub async fn open(&mut self, guest: GuestId, name: &str, number: u64) {
+        let opening = self.opening(guest, name, number);
+        let told = self.ask(Message::Open(Box::new(opening))).await;
+        assert!(matches!(told, Ok(Message::Opened(_))), "{told:?}");
+    }
+
+    pub fn seal(&self, guest: GuestId, name: &str, point: u64, term: u64, batches: u64) -> Message {
+        Message::Seal(Box::new(SealRequest {
+            guest,
+            point,
+            parent: 0,
+            cut_at: 1,
+            volumes: Vec::new(),
+            batches,
+            chain: [0; 32],
+            context: PointContext {
+                name: name.to_owned(),
+                source: self.name.clone(),
+                term,
+                definition: self.definition.clone(),
+                pause: Duration::ZERO,
+                ram_scan: Duration::ZERO,
+                ram_scanned_bytes: 0,
+                changed_bytes: 0,
+                sent_bytes: 0,
+                base: false,
+                group: None,
+            },
+            activate: None,
+        }))
+    }
+}
