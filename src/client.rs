@@ -39,7 +39,8 @@ pub enum ClientError {
     /// The daemon said no.
     #[error("{0}")]
     Refused(String),
-    /// The guest would stand longer than its policy allows: nothing was done.
+    /// The guest would stand longer than its policy allows, or not everything
+    /// fits before a deadline: nothing was done.
     #[error("{0}")]
     TooLong(String),
     /// The connection broke, or the answer makes no sense.

@@ -235,3 +235,76 @@ fn a_guest_that_is_not_what_was_said_is_refused() {
     assert_eq!(guest.running(), Some(true));
     works_on(&vm);
 }
+
+#[test]
+fn two_guests_are_cut_at_one_instant() {
+    use farhaven::guest::gate::{Patience, Rendezvous};
+
+    if !has_qemu() {
+        return;
+    }
+    let vms = [Vm::start(), Vm::start()];
+    let mut guests: Vec<_> = vms
+        .iter()
+        .map(|vm| {
+            let mut guest = vm.attach();
+            let mut model = Model::new(guest.volumes());
+            guest.round(&mut model).expect("first copy");
+            (guest, model)
+        })
+        .collect();
+    // A machine under load may stop one late; what the gate can do is seen once.
+    let mut skews = Vec::new();
+    for point in 1..=20 {
+        let gate = Rendezvous::new(2, Patience::default());
+        std::thread::scope(|scope| {
+            for (guest, model) in &mut guests {
+                let gate = &gate;
+                scope.spawn(move || {
+                    let cut = guest
+                        .cut_at(point, After::Continue, gate, model)
+                        .expect("cuts");
+                    ship(guest, cut, model);
+                    guest.sealed(point);
+                });
+            }
+        });
+        skews.push(gate.skew().expect("all have stopped"));
+    }
+    skews.sort();
+    println!("skew of 20 cuts: {skews:?}");
+    assert!(skews[0] < Duration::from_millis(5), "{skews:?}");
+
+    // One that never comes: the other was not stopped, and goes on.
+    let gate = Rendezvous::new(
+        2,
+        Patience {
+            ready: Duration::from_millis(200),
+            stopped: Duration::from_millis(200),
+        },
+    );
+    let (guest, model) = &mut guests[0];
+    assert!(matches!(
+        guest.cut_at(21, After::Continue, &gate, model),
+        Err(GuestError::Gate(_))
+    ));
+    assert_eq!(guest.running(), Some(true));
+
+    // One that is ready and does not stop: the cut of the other is undone.
+    let gate = Rendezvous::new(
+        2,
+        Patience {
+            ready: Duration::from_secs(20),
+            stopped: Duration::from_millis(200),
+        },
+    );
+    std::thread::scope(|scope| {
+        let late = scope.spawn(|| farhaven::guest::gate::CutGate::ready(&gate));
+        let refused = guest.cut_at(21, After::Continue, &gate, model);
+        assert!(matches!(refused, Err(GuestError::Gate(_))));
+        late.join().expect("waits").expect("was ready");
+    });
+    assert_eq!(guest.running(), Some(true));
+    works_on(&vms[0]);
+    check_held(&vms[0], guest, 21, model);
+}

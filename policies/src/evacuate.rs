@@ -22,7 +22,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 mod bound;
 mod bytes;
@@ -100,7 +100,7 @@ pub struct LinkFacts {
 /// cut; then those whose `urgent_from` has come, the earliest first; then the
 /// rest by `turn`; each as far as its cap goes, then the next. A group that must
 /// wait for others with little left is copied again now and then meanwhile.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Plan {
     /// Waves in order. No group depends on another of its own wave.
     pub waves: Vec<Wave>,
@@ -121,7 +121,7 @@ pub struct Plan {
 }
 
 /// Whether a deadline can be met.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Verdict {
     /// Everything is expected to run at its peer in time.
@@ -134,7 +134,7 @@ pub enum Verdict {
 }
 
 /// Groups that go together.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Wave {
     /// From 1.
     pub number: usize,
@@ -147,7 +147,7 @@ pub struct Wave {
 }
 
 /// A group's way to its peer.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Passage {
     /// Which group.
     pub group: String,
@@ -170,7 +170,7 @@ pub struct Passage {
 }
 
 /// Times that no plan can beat.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Bound {
     /// Bytes that are to be copied now, over the rate of their link: the slowest link.
     pub bytes: Duration,
@@ -183,7 +183,7 @@ pub struct Bound {
 }
 
 /// A group that does not fit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Left {
     /// Which group.
     pub group: String,
@@ -194,7 +194,7 @@ pub struct Left {
 }
 
 /// Why a group does not fit.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "why")]
 pub enum LeftReason {
     /// Nothing connects this site with its peer.
@@ -214,7 +214,7 @@ pub enum LeftReason {
 }
 
 /// What would move everything.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 pub struct WouldDo {
     /// This deadline, at today's rates; `None` where a link is missing.
     pub deadline: Option<Duration>,
@@ -223,7 +223,7 @@ pub struct WouldDo {
 }
 
 /// A bound of a policy that is expected to be broken.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Give {
     /// Which group.
     pub group: String,

@@ -74,6 +74,11 @@ pub struct NamedPolicy {
     /// Its share where groups want more of the link than there is: in proportion to this.
     /// 0 gets what the others leave.
     pub priority: u8,
+    /// After a move or a failover: how long it can be rolled back before somebody
+    /// is reminded to commit it.
+    pub commit_window: Period,
+    /// Commit by itself when that time is over.
+    pub commit_when_over: bool,
 }
 
 /// What is copied of a guest.
@@ -214,6 +219,8 @@ impl Default for NamedPolicy {
             standby: Standby::Auto,
             capture_buffer: ByteSize::from_mib(64),
             priority: 100,
+            commit_window: crate::policy::COMMIT_WINDOW,
+            commit_when_over: false,
         }
     }
 }

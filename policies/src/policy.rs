@@ -40,6 +40,11 @@ pub struct Policy {
     /// Its share of the link where several groups want more than there is: they get of it
     /// in proportion to these. 0 gets what the others leave.
     pub priority: u8,
+    /// After a move or a failover: how long it can be rolled back before somebody
+    /// is reminded to commit it.
+    pub commit_window: Period,
+    /// Commit by itself when that time is over.
+    pub commit_when_over: bool,
     /// Which points are kept.
     pub retention: Retention,
 }
@@ -70,6 +75,8 @@ impl Default for Policy {
             capture_buffer: ByteSize::from_mib(64),
             warm: true,
             priority: 100,
+            commit_window: COMMIT_WINDOW,
+            commit_when_over: false,
             retention: Retention::default(),
         }
     }
@@ -86,6 +93,8 @@ impl Default for Retention {
     }
 }
 
+/// How long a move or a failover waits for its commit unless a policy says otherwise.
+pub const COMMIT_WINDOW: Period = Period::from_secs(24 * 3600);
 /// Shortest RPO that can be asked for.
 pub const SHORTEST_RPO: Period = Period::from_secs(1);
 /// Smallest capture buffer: a few groups of 64 units.
@@ -146,6 +155,11 @@ impl Policy {
                 self.capture_buffer
             ),
         );
+        require(
+            self.commit_window > Period::ZERO,
+            "commit_window",
+            "is 0s; there would be no time to see whether the guest is well, try 24h".into(),
+        );
         let Retention {
             all,
             then_every,
@@ -184,6 +198,7 @@ mod tests {
             max_blackout: Period::ZERO,
             max_throttle: 96,
             capture_buffer: ByteSize::from_bytes(4096),
+            commit_window: Period::ZERO,
             retention: Retention {
                 then_every: Period::ZERO,
                 newest: 0,
@@ -202,6 +217,7 @@ mod tests {
             "max_blackout",
             "max_throttle",
             "capture_buffer",
+            "commit_window",
             "retention.newest",
             "retention.then_every",
         ];

@@ -427,29 +427,24 @@ fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
         overhead: MS(200),
         facts: begin(remaining, 2_500_000, MS(310), MS(200)),
     };
+    let fits = |end: &MoveStep| matches!(end, MoveStep::LastCut { within: true, .. });
     let policy = Policy {
         max_throttle: 95,
         ..Policy::default()
     };
     let mut moved = noise(64 << 20);
     let end = moved.steps_to_the_end(&policy, false);
-    assert!(
-        matches!(end, MoveStep::LastCut { within: true, .. }),
-        "{end:?}"
-    );
+    assert!(fits(&end), "{end:?}");
     assert!(moved.facts.rounds <= 16, "{:?}", moved.facts);
     // Rounds of half a minute are none to try throttles out in.
     assert_eq!(moved.facts.throttle, 95);
     // Where they are short, not more is taken than the figures ask for.
     let mut moved = noise(2 << 20);
     moved.facts.dirty_bytes_per_second = 8_000_000;
+    let step = next_move_step(&policy, &moved.facts, false);
     assert!(
-        matches!(
-            next_move_step(&policy, &moved.facts, false),
-            MoveStep::Throttle { percent: 86..95 }
-        ),
-        "{:?}",
-        moved.facts
+        matches!(step, MoveStep::Throttle { percent: 86..95 }),
+        "{step:?}"
     );
 
     // With a second to stand still in, the default throttle is enough.
@@ -459,22 +454,14 @@ fn a_guest_that_outruns_the_link_is_throttled_until_the_move_fits() {
     };
     let mut moved = noise(64 << 20);
     let end = moved.steps_to_the_end(&patient, false);
-    assert!(
-        matches!(end, MoveStep::LastCut { within: true, .. }),
-        "{end:?} {:?}",
-        moved.facts
-    );
+    assert!(fits(&end), "{end:?} {:?}", moved.facts);
 
     // Where a round costs little, the default policy is enough: its rounds leave two
     // thirds of the one before, and come down to what fits.
     let mut moved = noise(32 << 20);
     (moved.overhead, moved.facts.overhead) = (MS(50), MS(50));
     let end = moved.steps_to_the_end(&Policy::default(), false);
-    assert!(
-        matches!(end, MoveStep::LastCut { within: true, .. }),
-        "{end:?} {:?}",
-        moved.facts
-    );
+    assert!(fits(&end), "{end:?} {:?}", moved.facts);
     assert_eq!(moved.facts.throttle, 80);
 
     // A policy that forbids it: nothing is done unless that is accepted.

@@ -31,6 +31,12 @@ pub struct Term {
 /// No group is ever promoted so often; a larger number is an attack or a fault.
 const MOST: u64 = 1 << 60;
 
+/// Terms that were taken together and are not in files of their own yet.
+const TOGETHER: &str = "together.terms";
+
+/// Bytes of that file: some hundred guests, far below.
+const LONGEST_TOGETHER: u64 = 1 << 20;
+
 /// No site misses so many promotions of a group: a term that leaps further is
 /// not believed. Were it, a peer could bring a group to where no honest site
 /// believes the next promotion.
@@ -112,10 +118,12 @@ impl Fence {
                 terms.insert(term.group, term);
             }
         }
-        Ok(Self {
+        let fence = Self {
             directory: directory.to_owned(),
             terms: Mutex::new(terms),
-        })
+        };
+        fence.finish_together()?;
+        Ok(fence)
     }
 
     /// The newest term known of a group.
@@ -198,6 +206,67 @@ impl Fence {
         Ok(term)
     }
 
+    /// As [`Fence::overrule`], of several at once: of all, or of none, whatever
+    /// happens meanwhile. Durable when it returns.
+    ///
+    /// # Errors
+    /// When they could not be made durable: none is in force then.
+    pub fn overrule_all(
+        &self,
+        groups: &[GuestId],
+        owner: SiteKey,
+    ) -> Result<Vec<Term>, FenceError> {
+        self.finish_together()?;
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        let raised: Vec<Term> = groups
+            .iter()
+            .map(|group| Term {
+                group: *group,
+                number: terms
+                    .get(group)
+                    .map_or(0, |t| t.number)
+                    .saturating_add(OVERRULES),
+                owner,
+            })
+            .collect();
+        // One file, replaced as a whole: from here on all of them hold.
+        self.write_file(&self.directory.join(TOGETHER), &raised)?;
+        terms.extend(raised.iter().map(|term| (term.group, *term)));
+        drop(terms);
+        if let Err(error) = self.finish_together() {
+            tracing::warn!(%error, "terms taken together are not in files of their own yet");
+        }
+        Ok(raised)
+    }
+
+    /// Terms that were taken together go into files of their own.
+    fn finish_together(&self) -> Result<(), FenceError> {
+        let path = self.directory.join(TOGETHER);
+        if !crate::site::exists(&path) {
+            return Ok(());
+        }
+        let together: Vec<Term> = read_file(&path, LONGEST_TOGETHER)?;
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        for term in together {
+            let known = terms.get(&term.group).copied();
+            // Written by now or not: a newer one of this process is, by itself.
+            let newest = known.map_or(term, |known| {
+                match (known.number, known.owner) >= (term.number, term.owner) {
+                    true => known,
+                    false => term,
+                }
+            });
+            self.write(newest)?;
+            terms.insert(newest.group, newest);
+        }
+        drop(terms);
+        fs::remove_file(&path).map_err(|source| FenceError::Io {
+            path,
+            doing: "removed",
+            source,
+        })
+    }
+
     /// May `site` run the group now?
     ///
     /// # Errors
@@ -214,15 +283,18 @@ impl Fence {
     }
 
     fn write(&self, term: Term) -> Result<(), FenceError> {
-        let path = self.directory.join(format!("{}.term", term.group));
-        let body = serde_json::to_string(&term).map_err(|e| FenceError::Io {
-            path: path.clone(),
+        self.write_file(&self.directory.join(format!("{}.term", term.group)), &term)
+    }
+
+    fn write_file(&self, path: &Path, value: &impl Serialize) -> Result<(), FenceError> {
+        let body = serde_json::to_string(value).map_err(|e| FenceError::Io {
+            path: path.to_owned(),
             doing: "written",
             source: io::Error::other(e),
         })?;
         let text = format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex());
-        crate::site::files::replace(&path, text.as_bytes()).map_err(|source| FenceError::Io {
-            path: path.clone(),
+        crate::site::files::replace(path, text.as_bytes()).map_err(|source| FenceError::Io {
+            path: path.to_owned(),
             doing: "written",
             source,
         })
@@ -230,7 +302,18 @@ impl Fence {
 }
 
 fn read(path: &Path) -> Result<Term, FenceError> {
-    const LONGEST: u64 = 4096;
+    let term: Term = read_file(path, 4096)?;
+    if path.file_stem().and_then(|s| s.to_str()) != Some(term.group.to_string().as_str()) {
+        return Err(FenceError::Damaged {
+            path: path.to_owned(),
+            why: "it is another group's".to_owned(),
+        });
+    }
+    Ok(term)
+}
+
+/// A checksummed file of at most so many bytes.
+fn read_file<T: serde::de::DeserializeOwned>(path: &Path, longest: u64) -> Result<T, FenceError> {
     let text = fs::read(path).map_err(|source| FenceError::Io {
         path: path.to_owned(),
         doing: "read",
@@ -240,7 +323,7 @@ fn read(path: &Path) -> Result<Term, FenceError> {
         path: path.to_owned(),
         why: why.to_owned(),
     };
-    if text.len() as u64 > LONGEST {
+    if text.len() as u64 > longest {
         return Err(damaged("too long"));
     }
     let text = String::from_utf8(text).map_err(|_| damaged("not text"))?;
@@ -251,9 +334,58 @@ fn read(path: &Path) -> Result<Term, FenceError> {
     if blake3::hash(body.as_bytes()).to_hex().as_str() != sum {
         return Err(damaged("its checksum differs"));
     }
-    let term: Term = serde_json::from_str(body).map_err(|e| damaged(&e.to_string()))?;
-    if path.file_stem().and_then(|s| s.to_str()) != Some(term.group.to_string().as_str()) {
-        return Err(damaged("it is another group's"));
+    serde_json::from_str(body).map_err(|e| damaged(&e.to_string()))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    fn keys() -> (SiteKey, SiteKey) {
+        (SiteKey::from_bytes([1; 32]), SiteKey::from_bytes([2; 32]))
     }
-    Ok(term)
+
+    #[test]
+    fn terms_of_several_are_taken_at_once_whatever_a_crash_leaves() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = keys();
+        let groups: Vec<GuestId> = (0..3).map(|_| GuestId::random()).collect();
+        let fence = Fence::open(dir.path()).unwrap();
+        fence.raise(groups[0], other).unwrap();
+        let taken = fence.overrule_all(&groups, own).unwrap();
+        let numbers: Vec<_> = taken.iter().map(|t| t.number).collect();
+        assert_eq!(numbers, [1 + OVERRULES, OVERRULES, OVERRULES]);
+        assert!(!dir.path().join(TOGETHER).exists());
+
+        // As a crash leaves it that came before the files of their own.
+        let next: Vec<Term> = taken
+            .iter()
+            .map(|t| Term {
+                number: t.number + OVERRULES,
+                ..*t
+            })
+            .collect();
+        fence.write_file(&dir.path().join(TOGETHER), &next).unwrap();
+        // One of them was overruled in a file of its own since.
+        let newer = Term {
+            number: 100,
+            owner: other,
+            ..next[1]
+        };
+        fence.write(newer).unwrap();
+        drop(fence);
+        let again = Fence::open(dir.path()).unwrap();
+        assert_eq!(again.current(groups[0]), Some(next[0]));
+        assert_eq!(again.current(groups[1]), Some(newer));
+        assert_eq!(again.current(groups[2]), Some(next[2]));
+        assert!(!dir.path().join(TOGETHER).exists());
+
+        // Damaged: nothing is guessed.
+        fs::write(dir.path().join(TOGETHER), "[]\nno sum\n").unwrap();
+        assert!(matches!(
+            Fence::open(dir.path()),
+            Err(FenceError::Damaged { .. })
+        ));
+    }
 }

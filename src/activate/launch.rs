@@ -353,6 +353,14 @@ impl Launched {
         let _ = fs::remove_file(pid_path(&self.run));
     }
 
+    /// Closes the control connection; QEMU goes on. Its end is still noticed,
+    /// or its process would stay in the table of them.
+    pub fn release(self) {
+        if let Some(mut child) = self.child {
+            std::thread::spawn(move || child.wait());
+        }
+    }
+
     /// Does the guest run, by QEMU's word?
     ///
     /// # Errors

@@ -79,6 +79,11 @@ pub trait Machine: Send {
     /// Ends the machine and frees what it holds.
     fn kill(self: Box<Self>);
 
+    /// Lets go of the machine, which goes on: from here on it is controlled as
+    /// a guest of this site. A monitor in this process is held by its
+    /// [`Machine::vmm`], and needs nothing.
+    fn release(self: Box<Self>) {}
+
     /// The guest, where its monitor lives in this process: to protect it from here.
     fn vmm(&self) -> Option<SharedVmm>;
 }

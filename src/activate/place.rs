@@ -231,6 +231,22 @@ impl Ready {
         self.with(|machine| machine.stop())
     }
 
+    /// Lets a guest that was stopped go on.
+    ///
+    /// # Errors
+    /// When the machine does not answer; it is stopped then.
+    pub fn go_on(&self) -> Result<(), ActivateError> {
+        self.with(|machine| machine.run())
+    }
+
+    /// Lets go of a machine that goes on without this: its control is for another.
+    pub fn release(&self) {
+        let machine = self.lock().take();
+        if let Some(machine) = machine {
+            machine.release();
+        }
+    }
+
     /// Ends the machine; what it wrote stays where it is.
     pub fn end(&self) {
         let machine = self.lock().take();

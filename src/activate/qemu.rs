@@ -141,6 +141,13 @@ impl Machine for QemuMachine {
         exports.withdraw();
     }
 
+    fn release(self: Box<Self>) {
+        let mut exports = self.exports;
+        // Its disks are its own by now.
+        exports.withdraw();
+        self.launched.release();
+    }
+
     fn vmm(&self) -> Option<SharedVmm> {
         None
     }

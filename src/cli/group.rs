@@ -3,10 +3,12 @@
 use clap::Subcommand;
 use comfy_table::{Cell, Color};
 
-use super::show::{millis, table};
+use super::show::{self, millis, table};
 use super::{Json, Outcome, escaped, print_json, told};
 use crate::client::Client;
-use crate::site::groups::{GroupView, PolicyFilesView};
+use crate::site::api::FailoverGroup;
+use crate::site::groups::{GroupFailover, GroupPointView, GroupView, PolicyFilesView};
+use crate::site::kept::PointChoice;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GroupVerb {
@@ -49,12 +51,93 @@ pub(super) async fn run(client: &Client, verb: GroupVerb) -> Outcome {
     }
 }
 
+/// Does this name stand for a group? A daemon that cannot be asked is told of
+/// by what is asked next.
+pub(super) async fn is_group(client: &Client, name: &str) -> bool {
+    let path = format!("/v1/groups/{}", escaped(name));
+    client.get::<GroupView>(&path).await.is_ok()
+}
+
+pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
+    let path = format!("/v1/groups/{}/points", escaped(name));
+    let points: Vec<GroupPointView> = client.get(&path).await.map_err(told)?;
+    if json {
+        return print_json(&points);
+    }
+    if points.is_empty() {
+        say!(
+            "No point of all guests of group '{name}' is sealed yet; each guest's own: farhaven points GUEST"
+        );
+        return Ok(());
+    }
+    let mut rows = table(&["Cut", "Cut at", "Age", "Skew", "Pause", "Points"]);
+    for point in &points {
+        let of: Vec<_> = point
+            .points
+            .iter()
+            .map(|(guest, number)| format!("{guest} {number}"))
+            .collect();
+        rows.add_row(vec![
+            point.cut.to_string(),
+            point.cut_at.chars().take(23).collect::<String>() + "Z",
+            millis(point.age_ms),
+            format!("{:.2} ms", point.skew_ms),
+            format!("{:.1} ms", point.pause_ms),
+            of.join(", "),
+        ]);
+    }
+    say!("{rows}");
+    Ok(())
+}
+
+pub(super) async fn failover(
+    client: &Client,
+    name: &str,
+    point: Option<PointChoice>,
+    force: bool,
+    json: bool,
+) -> Outcome {
+    let cut = match point {
+        None => None,
+        Some(PointChoice::Number(cut)) => Some(cut),
+        Some(PointChoice::Name(_)) => {
+            return Err(format!(
+                "the point of a group is named by its cut's number; see farhaven points {name}"
+            ));
+        }
+    };
+    let path = format!("/v1/groups/{}/failover", escaped(name));
+    let body = FailoverGroup { cut, force };
+    let done: GroupFailover = client.post(&path, &body).await.map_err(told)?;
+    let failed = done.members.iter().filter(|m| m.report.is_none()).count();
+    if json {
+        print_json(&done)?;
+    } else {
+        say!(
+            "Group '{name}' from cut {}: lost (RPO) {}, until it ran (RTO) {:.0} ms",
+            done.cut,
+            millis(done.rpo_ms),
+            done.rto_ms
+        );
+        for member in &done.members {
+            match &member.report {
+                Some(report) => show::failover(report),
+                None => say!("! '{}' does not run here: {}", member.guest, member.error),
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        failed => Err(format!("{failed} of its guests do not run here")),
+    }
+}
+
 /// For `status`, too.
 pub(super) fn list(groups: &[GroupView]) {
     if groups.is_empty() {
         return;
     }
-    let mut rows = table(&["Group", "From", "To", "Policy", "RPO target", "Guests"]);
+    let mut rows = table(&["Group", "From", "To", "Policy", "RPO", "Target", "Guests"]);
     for group in groups {
         let guests: Vec<_> = group.members.iter().map(|m| m.name.as_str()).collect();
         rows.add_row(vec![
@@ -62,6 +145,7 @@ pub(super) fn list(groups: &[GroupView]) {
             Cell::new(group.from.as_deref().unwrap_or("here")),
             Cell::new(&group.peer),
             Cell::new(&group.policy),
+            Cell::new(group.rpo_ms.map_or("-".to_owned(), millis)),
             Cell::new(group.owed.rpo.to_string()),
             Cell::new(guests.join(", ")),
         ]);

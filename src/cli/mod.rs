@@ -7,6 +7,7 @@ mod out;
 
 mod alerts;
 mod drill;
+mod evacuate;
 mod group;
 mod guests;
 mod image;
@@ -15,11 +16,13 @@ mod points;
 mod policy;
 mod run;
 mod runbook;
+mod scrub;
 mod seed;
 pub(crate) mod show;
 mod site;
 mod store;
 mod token;
+mod turn;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -100,17 +103,17 @@ enum Verb {
     Seed(seed::SeedVerb),
     /// Stop cutting for a while; the guest runs on, its RPO grows.
     Pause {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// Go on after a pause.
     Resume {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
     },
     /// End protection; the guest runs on.
     Unprotect {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// Drop its recovery points at the peer, too.
         #[arg(long)]
@@ -123,9 +126,9 @@ enum Verb {
     Alert(alerts::AlertVerb),
     /// What happened, the oldest first.
     Events(alerts::EventsOf),
-    /// Recovery points of a guest.
+    /// Recovery points of a guest; of a group, those with all of its guests.
     Points {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -137,9 +140,10 @@ enum Verb {
     /// Which points would be dropped, and why.
     #[command(subcommand)]
     Prune(points::PruneVerb),
-    /// Run a guest here whose site is lost; run it where its points are kept.
+    /// Run a guest here whose site is lost, or all guests of a group; run it
+    /// where its points are kept.
     Failover {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// From this point; the newest if not given.
         #[arg(long, value_name = "NUMBER|NAME")]
@@ -176,9 +180,26 @@ enum Verb {
         #[arg(long)]
         force: bool,
     },
+    /// Move everything off this site, or what is named, before a deadline. Exit status 3:
+    /// not everything fits, and nothing was begun.
+    Evacuate(evacuate::Evacuate),
+    /// Watch, pause, resume, abort an evacuation; how past ones went.
+    #[command(subcommand)]
+    Evacuation(evacuate::EvacuationVerb),
     /// Who may use the API over TLS, and for what.
     #[command(subcommand)]
     Token(token::TokenVerb),
+    /// A move or a failover stays: no rollback any more; run it where the guest runs.
+    Commit(turn::CommitArgs),
+    /// Go back after a move or a failover: to the site that the guest came from, or
+    /// here to another point. Until it was committed.
+    Rollback(turn::RollbackArgs),
+    /// Protect a guest that was moved or taken over to the site that it came from:
+    /// only what differs is sent.
+    Reprotect(turn::ReprotectArgs),
+    /// Copies of guests that were stopped for good, and are kept.
+    #[command(subcommand)]
+    Evidence(turn::EvidenceVerb),
     /// What guests may take of the link, and who goes first.
     #[command(subcommand)]
     Link(link::LinkVerb),
@@ -198,6 +219,11 @@ enum Verb {
     Approve(run::Approve),
     /// What a run did, for people, programs or auditors.
     Report(run::ReportOf),
+    /// Read and verify everything that is stored here, while the daemon works on.
+    ///
+    /// Damage is an alert, and the exit status is 1. The points that need what is
+    /// damaged are named, and refused until a scrub finds them whole.
+    Scrub(scrub::Scrub),
     /// Verify what is stored here, while the daemon is stopped.
     #[command(subcommand)]
     Store(store::StoreVerb),
@@ -217,7 +243,8 @@ struct Json {
 type Outcome = Result<(), String>;
 
 /// Exit status of a move that was not made because the guest would stand
-/// longer than its policy allows: it runs where it ran.
+/// longer than its policy allows, and of an evacuation that does not fit its
+/// deadline: everything runs where it ran.
 const EXIT_TOO_LONG: u8 = 3;
 
 /// A failure with the exit status that programs tell it by: 1 for most.
@@ -291,9 +318,20 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Status(status) => show::status(&client, status).await,
         Verb::Alert(verb) => alerts::alert(&client, verb).await,
         Verb::Events(asked) => alerts::events(&client, asked).await,
+        Verb::Points { name, json } if group::is_group(&client, &name).await => {
+            group::points(&client, &name, json).await
+        }
         Verb::Points { name, json } => show::points(&client, &name, json).await,
         Verb::Point(verb) => points::point(&client, verb).await,
         Verb::Prune(verb) => points::prune(&client, verb).await,
+        Verb::Failover {
+            name,
+            point,
+            force,
+            json,
+        } if group::is_group(&client, &name).await => {
+            group::failover(&client, &name, point, force, json).await
+        }
         Verb::Failover {
             name,
             point,
@@ -314,7 +352,13 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => return guests::move_guest(&client, &name, accept_pause, json).await,
         Verb::TakeBack { name, force } => guests::take_back(&client, &name, force).await,
+        Verb::Evacuate(order) => return evacuate::evacuate(&client, order).await,
+        Verb::Evacuation(verb) => return evacuate::run(&client, verb).await,
         Verb::Token(verb) => token::run(&client, verb).await,
+        Verb::Commit(args) => turn::commit(&client, args).await,
+        Verb::Rollback(args) => turn::rollback(&client, args).await,
+        Verb::Reprotect(args) => turn::reprotect(&client, args).await,
+        Verb::Evidence(verb) => turn::evidence(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
@@ -322,6 +366,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Run(verb) => return run::run(&client, verb).await,
         Verb::Approve(approve) => run::approve(&client, approve).await,
         Verb::Report(wanted) => run::report(&client, wanted).await,
+        Verb::Scrub(scrub) => scrub::run(&client, scrub).await,
         Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };

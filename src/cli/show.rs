@@ -252,6 +252,12 @@ fn standbys(standbys: &[TargetView]) {
                 Color::Cyan,
             ),
         };
+        let active = standby.active.as_ref();
+        let state = match active.map(|active| (active.going_back, active.commit)) {
+            Some((true, _)) => "STOPPED, going back".to_owned(),
+            Some((false, Some(commit))) if !commit.committed => format!("{state}, uncommitted"),
+            _ => state,
+        };
         let (state, color) = match &standby.test {
             Some(test) if test.running => (
                 format!("{state}, TEST of point {}", test.point),
@@ -318,6 +324,11 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         ]);
     }
     say!("{rows}");
+    for point in &points {
+        if let Some(why) = &point.damaged {
+            say!("! point {} is damaged and is not run: {why}", point.point);
+        }
+    }
     Ok(())
 }
 

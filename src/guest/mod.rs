@@ -15,6 +15,7 @@ use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
 pub mod definition;
 pub mod embedded;
+pub mod gate;
 pub mod hot;
 #[cfg(target_arch = "x86_64")]
 pub mod kvm;
@@ -168,7 +169,22 @@ pub trait Guest: Send {
     ///
     /// # Errors
     /// See [`GuestError`].
-    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError>;
+    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
+        self.cut_at(point, after, &gate::Alone, sink)
+    }
+
+    /// As [`Guest::cut`], at one instant with the others of the gate: it is
+    /// passed right before the stop, right after it, and before the guest goes on.
+    ///
+    /// # Errors
+    /// As of [`Guest::cut`], and when the gate gives the cut up.
+    fn cut_at(
+        &mut self,
+        point: u64,
+        after: After,
+        gate: &dyn gate::CutGate,
+        sink: &mut dyn Sink,
+    ) -> Result<Cut, GuestError>;
 
     /// Ends the disk instants of a cut. `shipped` says whether every changed
     /// unit of the disks reached the sink; if not, they count as changed in
@@ -224,6 +240,9 @@ pub enum GuestError {
     /// The sink refused.
     #[error(transparent)]
     Sink(#[from] SinkError),
+    /// Another guest that was to be cut at the same instant.
+    #[error(transparent)]
+    Gate(#[from] gate::GateError),
     /// The hypervisor's control socket.
     #[error(transparent)]
     Qmp(#[from] qemu::qmp::QmpError),

@@ -15,11 +15,13 @@ use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
 pub use self::envelope::{Envelope, MessageError, Unknown};
+pub use self::turn::{CopyState, TurnMessage};
 
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::guest::qemu::peer::PeerFacts;
 use crate::replicate::seed::{SeedId, SeedKey};
+use crate::site::groups::PointGroup;
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
@@ -30,6 +32,7 @@ mod group;
 mod run;
 
 pub use self::run::RunMessage;
+mod turn;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
 pub const MAX_MESSAGE: usize = 1 << 20;
@@ -74,6 +77,34 @@ pub struct Opening {
     /// The same as a schedule, which says it exactly; sites of before go by the above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
+    /// What holds after it was moved or taken over.
+    #[serde(default)]
+    pub commit: CommitTerms,
+}
+
+/// What holds of a guest that was moved or taken over, until that is committed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CommitTerms {
+    /// How long it may be rolled back before somebody is reminded of it.
+    pub window: Duration,
+    /// Commit by itself when that is over.
+    pub when_over: bool,
+}
+
+impl Default for CommitTerms {
+    fn default() -> Self {
+        Self::of(&farhaven_policies::policy::Policy::default())
+    }
+}
+
+impl CommitTerms {
+    /// By a policy.
+    pub fn of(policy: &farhaven_policies::policy::Policy) -> Self {
+        Self {
+            window: policy.commit_window.duration(),
+            when_over: policy.commit_when_over,
+        }
+    }
 }
 
 /// What the target holds of a guest.
@@ -179,6 +210,12 @@ pub struct PointContext {
     pub changed_bytes: u64,
     /// Bytes of the batches that carried them.
     pub sent_bytes: u64,
+    /// Not a point that can be run: what was here of the guest when it turned round.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub base: bool,
+    /// The cut of its whole group that it is part of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 impl PointContext {
@@ -389,6 +426,8 @@ pub enum Message {
         /// One sentence; empty when it is over.
         what: String,
     },
+    /// Of a guest that runs at the other site than before.
+    Turn(Box<TurnMessage>),
     /// Source: this point of its guest, the newest if none is named, has this
     /// name from now on: no prune drops it.
     KeepPoint {

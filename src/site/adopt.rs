@@ -51,6 +51,11 @@ impl Standby {
             (Some(ready), false) => {
                 let mut activation = activation;
                 activation.running = true;
+                let ready = match activation.returning.take() {
+                    // A rollback that was not begun in earnest: nothing was handed over.
+                    Some(_) => step(move || ready.go_on().map(|()| ready)).await??,
+                    None => ready,
+                };
                 site.keep_activation(&activation)?;
                 let ready = Arc::new(ready);
                 let hydrated = activation.hydrated;

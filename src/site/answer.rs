@@ -14,7 +14,7 @@ use super::runs::hold;
 use super::runs::stage::HeldAnswer;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, kept, records};
+use super::{Site, kept, records, turn};
 use crate::activate::fence::{FenceError, Term};
 use crate::replicate::message::{
     MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest, sound_volume,
@@ -101,6 +101,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             None => unknown_guest(),
         },
         Message::Run(asked) => hold::answer(site, remote, asked).await,
+        Message::Turn(asked) => turn::answer(site, remote, *asked).await,
         Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
         Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,
         Message::Retire { seqs } => {
@@ -152,7 +153,12 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
             site.has_stopped(now);
             Ok(())
         }
-        Ok(None) => Ok(()),
+        Ok(None) => {
+            if term.owner == own && before.is_none_or(|b| b.number < term.number) {
+                site.look_again(term.group);
+            }
+            Ok(())
+        }
         Err(error @ FenceError::Absurd(_)) => {
             remote.breach(&error.to_string());
             Err(error.to_string())
@@ -330,6 +336,9 @@ async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
 impl Standby {
     /// For [`answer`]: begins to keep the RAM of a newly sealed point warm.
     fn sealed(self: &Arc<Self>, header: &PointHeader) {
+        if header.parent == self.base() && header.parent != 0 {
+            self.base_was_built_upon();
+        }
         self.warm_up(header.point);
     }
 }

@@ -19,15 +19,18 @@ use super::operate::OperateError;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
-    Pair, Protect, TakeBack, TestFailover, Unprotect,
+    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited,
+    Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
+pub use scrub::StartScrub;
 use serve::Served;
+pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 
 mod alerts;
 mod body;
+mod evacuation;
 pub mod rights;
 mod serve;
 mod tls;
@@ -36,6 +39,8 @@ mod tokens;
 pub use serve::serve;
 pub use tokens::{AddToken, TokenAdded, TokenView};
 mod points;
+mod scrub;
+mod turn;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -54,7 +59,7 @@ pub struct ErrorBody {
 }
 
 /// The code of a move that was not made because the guest would stand longer
-/// than its policy allows.
+/// than its policy allows, and of an evacuation that does not fit its deadline.
 pub const TOO_LONG: &str = "too_long";
 
 impl IntoResponse for OperateError {
@@ -106,6 +111,8 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             get(async |State(site): Here| Json(site.view().groups)),
         )
         .route("/v1/groups/{name}", get(show_group))
+        .route("/v1/groups/{name}/points", get(group_points))
+        .route("/v1/groups/{name}/failover", post(fail_over_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -130,10 +137,13 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(turn::routes())
+        .merge(evacuation::routes())
         .route("/v1/tokens", get(tokens::list).post(tokens::add))
         .route("/v1/tokens/{name}", delete(tokens::revoke))
         .merge(alerts::routes())
         .merge(points::routes())
+        .merge(scrub::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
@@ -237,6 +247,21 @@ async fn show_group(
     Ok(Json(site.group_view(&group)))
 }
 
+async fn group_points(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<Vec<super::groups::GroupPointView>> {
+    site.group_points(&name).await.map(Json)
+}
+
+async fn fail_over_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<FailoverGroup>,
+) -> Answer<super::groups::GroupFailover> {
+    whole(async move { site.fail_over_group(&name, body.cut, body.force).await }).await
+}
+
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_guest(&name)?;
     Ok(Json(Done {}))
@@ -303,19 +328,23 @@ async fn unprotect(
         return Err(OperateError::Forbidden(caller.lacks(Right::Administer)));
     }
     whole(async move {
-        site.unprotect(&name, body.discard).await?;
+        site.unprotect_named(&name, body.discard).await?;
         Ok(Done {})
     })
     .await
 }
 
 async fn pause(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.pause(&name).await?;
+    for member in site.members_of(&name)? {
+        site.pause(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 
 async fn resume(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
-    site.resume(&name).await?;
+    for member in site.members_of(&name)? {
+        site.resume(&member.name).await?;
+    }
     Ok(Json(Done {}))
 }
 

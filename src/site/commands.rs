@@ -1,17 +1,49 @@
 //! What operators and terms ask of a [`Driver`], and what it does about it
 //! between its steps.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::oneshot;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
 use super::records::Owed;
 use super::runs::hold::HoldReply;
+use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 use crate::replicate::message::{GroupMessage, Message};
+
+/// What a move heeds that is one of many.
+#[derive(Debug, Clone)]
+pub(super) struct Convoy {
+    /// Last cuts to one peer go one after the other: two at once would each
+    /// stand for the time of both.
+    last_cut: Arc<Semaphore>,
+    /// Whoever asked for the moves wants no more of them.
+    given_up: watch::Receiver<bool>,
+}
+
+impl Convoy {
+    /// Moves that go one last cut at a time, until `given_up` becomes true.
+    pub(super) fn new(given_up: watch::Receiver<bool>) -> Self {
+        Self {
+            last_cut: Arc::new(Semaphore::new(1)),
+            given_up,
+        }
+    }
+
+    /// Are moves that have not come to their last cut to end?
+    pub(super) fn is_given_up(&self) -> bool {
+        *self.given_up.borrow()
+    }
+
+    /// The turn for a last cut, if nobody has it.
+    pub(super) fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        self.last_cut.clone().try_acquire_owned().ok()
+    }
+}
 
 /// What a driver is asked to do.
 #[derive(Debug)]
@@ -29,6 +61,8 @@ pub(super) enum Command {
     /// when that is accepted.
     Move {
         accept_pause: bool,
+        /// The moves that this one is among.
+        convoy: Option<Convoy>,
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
     /// Bring it to stand still for a run at the peer, and hold it.
@@ -41,6 +75,8 @@ pub(super) enum Command {
     Owe(Box<Owed>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
+    /// Of the copy that is kept stopped here, since the guest runs at the peer.
+    Turn(TurnOrder),
 }
 
 impl Command {
@@ -56,6 +92,8 @@ pub(super) enum NotMoved {
     /// It would have stood longer than its policy allows: it runs here, and is
     /// protected as before.
     TooLong(String),
+    /// Whoever asked for it wants it no more: as above.
+    GivenUp(String),
     /// It went wrong; the message says where the guest is.
     Failed(String),
 }
@@ -92,6 +130,7 @@ impl Driver {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
                 }
+                Command::Turn(order) => self.turn_order(order).await,
             }
         }
         false
@@ -125,11 +164,13 @@ impl Driver {
         &mut self,
         attached: &mut Attached,
         accept_pause: bool,
+        convoy: Option<&Convoy>,
     ) -> Result<MoveReport, NotMoved> {
-        let outcome = handover::perform(self, attached, accept_pause).await;
+        let outcome = handover::perform(self, attached, accept_pause, convoy).await;
         let held = self.protection.moving.is_some();
         outcome.map_err(|e| match e {
             DriveError::TooLong(why) => NotMoved::TooLong(why),
+            DriveError::GivenUp(why) => NotMoved::GivenUp(why),
             e if held => NotMoved::Failed(format!(
                 "'{}' is stopped here, and how its move to '{}' ended is not known: it is found out when that site answers (see farhaven status). {e}",
                 self.record.name, self.protection.to

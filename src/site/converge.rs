@@ -12,7 +12,9 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_policies::decide::{MoveFacts, MoveStep, expected_blackout, next_move_step};
 use farhaven_policies::policy::Policy;
+use tokio::sync::OwnedSemaphorePermit;
 
+use super::commands::Convoy;
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
 use super::rounds::Rounds;
@@ -21,7 +23,10 @@ use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
 
 /// What a last cut costs whatever is left: device state, sealing, restoring.
-const HAND_OVER: Duration = Duration::from_millis(150);
+pub(super) const HAND_OVER: Duration = Duration::from_millis(150);
+
+/// How often a move looks whether its turn for the last cut has come.
+const TURN: Duration = Duration::from_millis(200);
 
 /// Bytes of a cut or a round from which on the time they took tells the link's rate.
 const TELLING_BYTES: u64 = 1 << 20;
@@ -32,6 +37,8 @@ pub(super) struct Converged {
     pub(super) note: String,
     /// How long it should run nowhere.
     pub(super) expected: Duration,
+    /// Its turn among the last cuts of a convoy.
+    pub(super) turn: Option<OwnedSemaphorePermit>,
 }
 
 /// Rounds while the guest runs, until the last cut keeps within the policy or
@@ -42,6 +49,7 @@ pub(super) async fn converge(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<Converged, DriveError> {
     let policy = driver.protection.policy.clone();
     let sealed = match attached.sealed {
@@ -58,6 +66,9 @@ pub(super) async fn converge(
         throttled = percent;
     }
     loop {
+        if convoy.is_some_and(Convoy::is_given_up) {
+            return Err(DriveError::GivenUp("the evacuation was aborted".to_owned()));
+        }
         let found = rounds.next(driver, attached).await?;
         done += 1;
         let facts = MoveFacts {
@@ -76,6 +87,14 @@ pub(super) async fn converge(
                 within,
                 expected_blackout,
             } => {
+                let turn = convoy.map(Convoy::turn);
+                if matches!(turn, Some(None)) {
+                    // Another guest stands still. Rounds go on, so that the last
+                    // cut is small when its turn has come.
+                    driver.interruptible(tokio::time::sleep(TURN)).await?;
+                    done -= 1;
+                    continue;
+                }
                 let note = match within {
                     true => slowed(throttled),
                     false => too_long(&policy, &facts),
@@ -87,6 +106,7 @@ pub(super) async fn converge(
                 return Ok(Converged {
                     note,
                     expected: expected_blackout,
+                    turn: turn.flatten(),
                 });
             }
             MoveStep::TooLong { .. } => {

@@ -1,5 +1,6 @@
 //! One recovery point, from the stop of the guest to the peer's word that it is sealed.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::alert::Severity;
@@ -7,11 +8,13 @@ use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
 use super::alerts::{Alert, Kind};
 use super::driver::{Attached, DriveError, Driver, Sealed};
+use super::groups::{GroupCut, PointGroup};
 use super::remote::AskError;
 use super::steps::{blocking, take};
 use crate::activate::fence::Term;
 use crate::capture::CaptureBuffer;
 use crate::guest::embedded::VmmError;
+use crate::guest::gate::{Alone, CutGate};
 use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
 use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
 use crate::replicate::outlet::Outlet;
@@ -35,15 +38,19 @@ pub(super) struct Made {
     pub(super) chain: [u8; 32],
     /// Bytes of batches sent after the stop.
     pub(super) final_bytes: u64,
+    /// The group cut that it is part of.
+    pub(super) group: Option<PointGroup>,
     /// Of those, the device state's and the disks', by their share of what changed.
     pub(super) shares: [u64; 2],
 }
 
-/// Stops the guest for an instant, and ships what changed.
+/// Stops the guest for an instant, with the others of a group cut if there is
+/// one, and ships what changed.
 pub(super) async fn make(
     driver: &mut Driver,
     attached: &mut Attached,
     after: After,
+    group: Option<Arc<GroupCut>>,
 ) -> Result<Made, DriveError> {
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
@@ -57,7 +64,19 @@ pub(super) async fn make(
     let point = attached.next;
     driver.last_point = driver.last_point.max(point);
     let work = blocking(move || {
-        let made = ship(&mut *guest, &mut shipment, &mut known, point, after, limit);
+        let with = group.as_deref();
+        let made = ship(
+            &mut *guest,
+            &mut shipment,
+            &mut known,
+            point,
+            after,
+            limit,
+            with,
+        );
+        if let (Some(group), Err(error)) = (with, &made) {
+            group.gate.give_up(&error.to_string());
+        }
         (guest, shipment, known, made)
     });
     let (guest, shipment, known, made) = driver.finishing(work).await?;
@@ -119,21 +138,25 @@ pub(super) fn ship(
     point: u64,
     after: After,
     limit: usize,
+    group: Option<&GroupCut>,
 ) -> Result<Made, GuestError> {
+    let gate: &dyn CutGate = group.map_or(&Alone, |group| &group.gate);
     let mut rounds = 0;
     let (mut cut, buffer, stopped) = loop {
         let mut buffer = CaptureBuffer::new(limit);
         let stopped = Instant::now();
-        match guest.cut(point, after, &mut buffer) {
+        match guest.cut_at(point, after, gate, &mut buffer) {
             Ok(cut) => break (cut, buffer, stopped),
             // Or a vCPU waits for its disk: the guest went on, and comes to an
             // end of that.
             Err(
                 GuestError::Sink(SinkError::Full) | GuestError::Vmm(VmmError::DoesNotStop { .. }),
-            ) if rounds < ROUNDS => {
+            ) if rounds < ROUNDS && group.is_none() => {
                 rounds += 1;
                 guest.round(shipment)?;
             }
+            // The others of the group are not kept: the guest is cut by itself then.
+            Err(error) if group.is_some() => return Err(error),
             Err(GuestError::Sink(SinkError::Full)) => {
                 return Err(GuestError::State(format!(
                     "the guest changes more than {} MiB of memory between a copy and the cut after it, {ROUNDS} times over; its RPO stretches. Raise protect.capture_buffer, or give the link more",
@@ -170,6 +193,7 @@ pub(super) fn ship(
         shipped,
         chain,
         final_bytes,
+        group: group.and_then(GroupCut::mark),
         shares: shares(final_bytes, changed),
     })
 }
@@ -388,6 +412,8 @@ fn request(
             ram_scanned_bytes: made.times.ram_scanned_bytes,
             changed_bytes: made.shipped.changed_bytes,
             sent_bytes: made.shipped.sent_bytes,
+            base: false,
+            group: made.group.clone(),
         },
         activate,
     }

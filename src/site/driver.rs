@@ -21,7 +21,7 @@ use super::remote::{AskError, Remote};
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
-use crate::guest::{After, Guest, GuestError};
+use crate::guest::{Guest, GuestError};
 use crate::replicate::send::{Outgoing, Shipment, Totals};
 
 /// Why an attempt ended.
@@ -30,6 +30,9 @@ pub(super) enum DriveError {
     /// A move would take longer than the policy allows, and nobody accepted that.
     #[error("{0}")]
     TooLong(String),
+    /// A move that is not wanted any more.
+    #[error("{0}")]
+    GivenUp(String),
     #[error(transparent)]
     Guest(#[from] GuestError),
     #[error(transparent)]
@@ -209,7 +212,10 @@ impl Driver {
                     self.view.send_modify(|v| {
                         v.phase = Phase::Moved;
                         v.term = Some(term.number);
-                        v.trouble = format!("it runs at '{}'", self.protection.to);
+                        v.trouble = format!(
+                            "it runs at '{}'; its copy here is kept stopped",
+                            self.protection.to
+                        );
                     });
                     return Ok(self.wait_for_command().await);
                 }
@@ -221,6 +227,10 @@ impl Driver {
         }
         if self.protection.moving.is_some() {
             return self.resolve_move().await;
+        }
+        if self.is_kept() {
+            // Handed back, and this daemon ended before its guest went on.
+            self.regain().await.map_err(DriveError::Other)?;
         }
         if self.protection.paused {
             self.phase(Phase::Paused);
@@ -280,8 +290,9 @@ impl Driver {
             self.phase(Phase::Shipping);
         }
         self.round(attached).await?;
+        let mut seat = None;
         loop {
-            let sealed = self.point(attached, After::Continue).await?;
+            let sealed = self.next_point(attached, &mut seat).await?;
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
@@ -305,23 +316,31 @@ impl Driver {
                 None => {}
                 Some(Command::Move {
                     accept_pause,
+                    convoy,
                     reply,
-                }) => match self.move_it(attached, accept_pause).await {
-                    Ok(report) => {
-                        let _ = reply.send(Ok(report));
-                        return Ok(Next::Again(Duration::ZERO));
+                }) => {
+                    // The others of its group are not kept waiting.
+                    seat = None;
+                    match self.move_it(attached, accept_pause, convoy.as_ref()).await {
+                        Ok(report) => {
+                            let _ = reply.send(Ok(report));
+                            return Ok(Next::Again(Duration::ZERO));
+                        }
+                        Err(NotMoved::TooLong(why)) => {
+                            // Nothing was done: protection goes on in this very attempt.
+                            tracing::warn!(guest = %self.record.name, why, "not moved");
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                            let _ = reply.send(Err(NotMoved::TooLong(why)));
+                        }
+                        Err(NotMoved::GivenUp(why)) => {
+                            let _ = reply.send(Err(NotMoved::GivenUp(why)));
+                        }
+                        Err(NotMoved::Failed(why)) => {
+                            let _ = reply.send(Err(NotMoved::Failed(why.clone())));
+                            return Err(DriveError::Other(why));
+                        }
                     }
-                    Err(NotMoved::TooLong(why)) => {
-                        // Nothing was done: protection goes on in this very attempt.
-                        tracing::warn!(guest = %self.record.name, why, "not moved");
-                        self.view.send_modify(|v| v.trouble.clone_from(&why));
-                        let _ = reply.send(Err(NotMoved::TooLong(why)));
-                    }
-                    Err(NotMoved::Failed(why)) => {
-                        let _ = reply.send(Err(NotMoved::Failed(why.clone())));
-                        return Err(DriveError::Other(why));
-                    }
-                },
+                }
                 Some(Command::Hold(reply)) => {
                     self.hold(attached, reply).await?;
                     return Ok(Next::Again(Duration::ZERO));

@@ -199,6 +199,11 @@ impl Driver {
         })
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
+        if stopped.is_ok() && !self.is_kept() {
+            self.protection.stopped = true;
+            // Else a rollback is refused after a restart, and says so.
+            let _ = self.keep_protection().await;
+        }
         let done = match &stopped {
             Ok(()) if gone => "its copy here ended with the daemon that it lived in".to_owned(),
             Ok(()) => "its copy here was stopped and is kept as evidence".to_owned(),

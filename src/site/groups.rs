@@ -18,10 +18,19 @@ use super::Site;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, StandbyRecord};
 
+pub use self::cuts::PointGroup;
+pub(super) use self::cuts::{GroupCut, Seat};
+pub use self::failover::{GroupFailover, MemberFailover};
 pub(super) use self::force::{InForce, keep};
+pub use self::points::GroupPointView;
+pub(super) use self::points::{Fates, fates, fates_of};
 pub use self::view::{GroupView, MemberView, PolicyFilesView};
 
+mod cuts;
+mod drive;
+mod failover;
 mod force;
+mod points;
 mod told;
 mod view;
 

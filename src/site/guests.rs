@@ -259,3 +259,24 @@ pub(super) fn stop_guest(site: &Site, record: &GuestRecord) -> Result<(), GuestE
         Err(error) => Err(error.into()),
     }
 }
+
+/// Does a guest's copy run that nobody is attached to? `None`: it has ended.
+pub(super) fn copy_runs(site: &Site, record: &GuestRecord) -> Result<Option<bool>, GuestError> {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    if record.definition.is_embedded() {
+        let vmm = site.hosted(record.id);
+        return Ok(vmm.and_then(|vmm| super::hosted::lock(&vmm).running()));
+    }
+    match Qmp::connect(qmp_of(record)?, QMP_PATIENCE) {
+        Ok(mut qmp) => {
+            let status = qmp.execute("query-status", serde_json::json!({}))?;
+            Ok(Some(status["running"] == true))
+        }
+        Err(QmpError::Connect { source, .. })
+            if matches!(source.kind(), ConnectionRefused | NotFound) =>
+        {
+            Ok(None)
+        }
+        Err(error) => Err(error.into()),
+    }
+}

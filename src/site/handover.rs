@@ -9,6 +9,7 @@
 
 use std::time::{Duration, Instant};
 
+use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
@@ -29,11 +30,12 @@ pub(super) async fn perform(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(false);
     }
-    let outcome = hand_over(driver, attached, accept_pause).await;
+    let outcome = hand_over(driver, attached, accept_pause, convoy).await;
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(true);
     }
@@ -48,6 +50,7 @@ async fn hand_over(
     driver: &mut Driver,
     attached: &mut Attached,
     accept_pause: bool,
+    convoy: Option<&Convoy>,
 ) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
@@ -76,7 +79,7 @@ async fn hand_over(
             .ask_within(Message::Prepare { guest: id }, PREPARATION)
             .await
     });
-    let round = converge(driver, attached, accept_pause).await;
+    let round = converge(driver, attached, accept_pause, convoy).await;
     let prepared = driver
         .interruptible(preparing)
         .await?
@@ -87,7 +90,7 @@ async fn hand_over(
         (Ok(_), Err(error)) => Err(error.into()),
         (Err(error), _) => Err(error),
     };
-    let converged = match ready {
+    let mut converged = match ready {
         Ok(converged) => converged,
         Err(error) => {
             // Nothing was stopped; the peer's word is not needed.
@@ -109,7 +112,7 @@ async fn hand_over(
         )));
     }
     driver.phase(Phase::Held);
-    let made = match cut::make(driver, attached, After::Hold).await {
+    let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
         Err(error) => {
             // The peer was not asked to run it yet; but an operator may have
@@ -126,9 +129,11 @@ async fn hand_over(
     };
     let outcome = cut::seal_and_run(driver, attached, &made, term).await;
     let blackout = made.stopped.elapsed();
+    // A peer that is lost now must not keep others from their last cuts.
+    drop(converged.turn.take());
     match outcome {
         Ok(times) => {
-            let note = end(driver, attached.guest.take(), term).await?;
+            end(driver, attached.guest.take(), term).await?;
             tracing::info!(guest = %driver.record.name, blackout_ms = blackout.as_millis() as u64, "moved");
             Ok(report(
                 driver,
@@ -137,7 +142,7 @@ async fn hand_over(
                 declared.elapsed(),
                 times,
                 term,
-                join(converged, note),
+                converged,
             ))
         }
         Err(error) => {
@@ -169,6 +174,10 @@ pub(super) fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
         DriveError::Interrupted => error,
         DriveError::TooLong(why) => DriveError::TooLong(format!(
             "'{}' runs on here, protected as before, and was not moved: {why}. To move it all the same: farhaven move {0} --accept-pause",
+            driver.record.name
+        )),
+        DriveError::GivenUp(why) => DriveError::GivenUp(format!(
+            "'{}' runs on here, protected as before: {why}",
             driver.record.name
         )),
         error => DriveError::Other(format!(
@@ -341,38 +350,22 @@ async fn end(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
     term: Term,
-) -> Result<String, DriveError> {
+) -> Result<(), DriveError> {
     driver.site.fence.adopt(term)?;
-    let (site, record) = (driver.site.clone(), driver.record.clone());
-    let ended = blocking(move || match guest {
-        Some(mut guest) => {
-            let ended = guest.let_go();
-            drop(guest);
-            site.forget_hosted(record.id);
-            ended
-        }
-        None => site.let_guest_go(&record),
-    })
-    .await?;
+    // Its stopped copy is what a rollback returns to, and what a reprotection builds upon.
+    blocking(move || drop(guest)).await?;
     driver.protection.moving = None;
     driver.protection.held = None;
     driver.protection.moved = Some(term);
+    driver.protection.committed = false;
     let _ = driver.keep_protection().await;
-    let note = match ended {
-        Ok(()) => String::new(),
-        Err(error) => format!("the stopped copy here could not be ended: {error}"),
-    };
     let to = driver.protection.to.clone();
     driver.view.send_modify(|v| {
         v.phase = Phase::Moved;
         v.term = Some(term.number);
-        v.trouble = if note.is_empty() {
-            format!("it runs at '{to}'")
-        } else {
-            note.clone()
-        };
+        v.trouble = format!("it runs at '{to}'; its copy here is kept stopped");
     });
-    Ok(note)
+    Ok(())
 }
 
 pub(super) async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {

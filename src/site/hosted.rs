@@ -131,6 +131,7 @@ impl Site {
             name: name.to_owned(),
             qmp: None,
             console: ConsolePaths::beside(&self.run_directory(id)),
+            run: None,
             definition,
         };
         self.keep_guest(&record)?;

@@ -119,7 +119,7 @@ impl Site {
             let added = tokio::task::spawn_blocking(work).await.map_err(failed)?;
             drop(noted);
             let image = added.map_err(|error| match error {
-                ImageError::Store(_) | ImageError::Seal(_) | ImageError::Encode(_) => failed(error),
+                ImageError::Local(_) => failed(error),
                 other => OperateError::Conflict(other.to_string()),
             })?;
             tracing::info!(

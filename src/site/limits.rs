@@ -6,7 +6,7 @@
 //! minute, by the configured time zone. What holds goes to [`Shares`], which every shipment
 //! passes, at once: also for batches that wait already.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -96,6 +96,8 @@ struct State {
     configured: Configured,
     set: Set,
     flows: BTreeMap<GuestId, (String, Weak<Flow>)>,
+    /// Guests that go before the others while they are moved.
+    favoured: BTreeSet<GuestId>,
     /// What the policies of groups say.
     owed: BTreeMap<GuestId, LinkTerms>,
 }
@@ -159,6 +161,7 @@ impl Limits {
                 configured: Configured::of(config)?,
                 set,
                 flows: BTreeMap::new(),
+                favoured: BTreeSet::new(),
                 owed: BTreeMap::new(),
             }),
         };
@@ -241,6 +244,20 @@ impl Limits {
         bits(state.guest(guest, minute).0) != 0
     }
 
+    /// Lets a guest go before others on the link, or ends that: at once, and for no longer
+    /// than this process lives.
+    pub(super) fn favour(&self, guest: GuestId, before_others: bool) {
+        let mut state = self.state();
+        let changed = match before_others {
+            true => state.favoured.insert(guest),
+            false => state.favoured.remove(&guest),
+        };
+        drop(state);
+        if changed {
+            self.apply(Timestamp::now());
+        }
+    }
+
     /// What holds now, and by whose word.
     pub(super) fn view(&self) -> LinkView {
         let state = self.state();
@@ -310,6 +327,14 @@ impl State {
     }
 
     fn guest(&self, guest: GuestId, minute: u32) -> (RateLimit, String, u8) {
+        let (limit, by, priority) = self.usual(guest, minute);
+        match self.favoured.contains(&guest) {
+            true => (limit, by, u8::MAX),
+            false => (limit, by, priority),
+        }
+    }
+
+    fn usual(&self, guest: GuestId, minute: u32) -> (RateLimit, String, u8) {
         match self.set.guests.get(&guest.to_string()) {
             Some(terms) => (
                 terms.limit_at(minute),

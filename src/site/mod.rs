@@ -7,18 +7,23 @@
 
 pub mod alerts;
 pub mod api;
+pub mod evacuate;
 pub mod events;
 pub mod files;
 pub mod groups;
 pub mod hosted;
 pub mod images;
 pub mod kept;
+pub mod metrics;
 pub mod records;
 pub mod remote;
 pub mod retention;
 pub mod runs;
+pub mod scrub;
 pub mod seed;
+pub mod turn;
 pub mod view;
+pub mod webhook;
 
 mod adopt;
 mod answer;
@@ -106,14 +111,19 @@ pub struct Site {
     adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
     naming: Mutex<()>,
+    /// What turns round, and what was left of it.
+    turns: turn::Turns,
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     alerts: alerts::Alerts,
+    scrubs: scrub::Scrubs,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
     /// Runs of runbooks.
     runs: runs::Runs,
+    /// The newest evacuation of this process.
+    evacuation: Mutex<Option<evacuate::Handle>>,
 }
 
 impl Site {
@@ -190,10 +200,13 @@ impl Site {
             builders,
             adding: Mutex::default(),
             naming: Mutex::default(),
+            turns: turn::Turns::default(),
             hosted: RwLock::default(),
             alerts,
+            scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
             runs,
+            evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
         let mut remotes = Vec::new();
@@ -216,11 +229,15 @@ impl Site {
         for remote in remotes {
             tokio::spawn(remote.serve(Arc::downgrade(&site)));
         }
+        site.resume_evacuation();
         tokio::spawn(operate::pairings(Arc::downgrade(&site)));
+        tokio::spawn(turn::watch(Arc::downgrade(&site)));
         tokio::spawn(retention::prune(Arc::downgrade(&site)));
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
+        tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
+        tokio::spawn(webhook::deliver(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(
@@ -242,6 +259,11 @@ impl Site {
         }
         self.runs.stop().await;
         self.stop_seeding();
+        // Before the drivers: their end must not look like failed moves.
+        self.evacuation
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
         // Drivers let go of their guests when their command queues close.
         self.drivers
             .write()
@@ -260,6 +282,8 @@ impl Site {
         self.node.shutdown().await;
         // No source is told any more how its move ended.
         for standby in &standbys {
+            // A seal that waits for data would hold the store for ever.
+            standby.begin_anew();
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
@@ -394,6 +418,7 @@ impl Site {
             pause: context.pause,
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {

@@ -20,8 +20,8 @@ pub enum OperateError {
     /// Whoever asked has no right to it.
     #[error("{0}")]
     Forbidden(String),
-    /// A move would take longer than the guest's policy allows, and nobody
-    /// accepted that: nothing was done.
+    /// A move would take longer than the guest's policy allows, or an evacuation
+    /// longer than its deadline, and nobody accepted that: nothing was done.
     #[error("{0}")]
     TooLong(String),
     /// It went wrong.

@@ -234,6 +234,9 @@ impl Standby {
             hydrated: false,
             times: ActivationTimes::default(),
             at: unix_ns(std::time::SystemTime::now()),
+            committed_at: None,
+            commit_told: false,
+            returning: None,
         };
         // Before it can run: a daemon that dies now must find its guest again.
         site.keep_activation(&activation)?;

@@ -9,6 +9,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
+use super::commands::Convoy;
 use super::driver::{Command, NotMoved};
 use super::events::EventKind;
 use super::operate::{OperateError, failed};
@@ -107,6 +108,7 @@ impl Site {
             name: name.to_owned(),
             qmp: Some(qmp.to_owned()),
             console: None,
+            run: None,
             definition,
         };
         self.keep_guest(&record)?;
@@ -279,10 +281,15 @@ impl Site {
             moving: None,
             held: None,
             moved: None,
+            stopped: false,
+            committed: false,
         })
     }
 
-    fn start_protection(self: &Arc<Self>, protection: Protection) -> Result<(), OperateError> {
+    pub(super) fn start_protection(
+        self: &Arc<Self>,
+        protection: Protection,
+    ) -> Result<(), OperateError> {
         // Not beside an export: two would be attached to one guest.
         self.unless_seeding(protection.guest, || {
             self.keep_protection(&protection).map_err(failed)?;
@@ -402,9 +409,20 @@ impl Site {
         name: &str,
         accept_pause: bool,
     ) -> Result<MoveReport, OperateError> {
+        self.move_among(name, accept_pause, None).await
+    }
+
+    /// As [`Site::move_guest`], as one of many.
+    pub(super) async fn move_among(
+        &self,
+        name: &str,
+        accept_pause: bool,
+        convoy: Option<Convoy>,
+    ) -> Result<MoveReport, OperateError> {
         let (reply, answer) = tokio::sync::oneshot::channel();
         let order = Command::Move {
             accept_pause,
+            convoy,
             reply,
         };
         self.command(name, order).await?;
@@ -417,6 +435,7 @@ impl Site {
         }
         moved.map_err(|why| match why {
             NotMoved::TooLong(why) => OperateError::TooLong(why),
+            NotMoved::GivenUp(why) => OperateError::Conflict(why),
             NotMoved::Failed(why) => OperateError::Failed(why),
         })
     }
@@ -439,11 +458,14 @@ impl Site {
     ///
     /// # Errors
     /// Without `force`; when it is not held; when it cannot be resumed.
-    pub async fn take_back(&self, name: &str, force: bool) -> Result<(), OperateError> {
+    pub async fn take_back(self: &Arc<Self>, name: &str, force: bool) -> Result<(), OperateError> {
         if !force {
             return Err(OperateError::Conflict(format!(
                 "taking '{name}' back without the peer's word may leave it running twice. Make sure that it does not run at the peer, then add --force"
             )));
+        }
+        if let Some(standby) = self.standby_named(name) {
+            return self.take_back_here(&standby).await;
         }
         let (reply, answer) = tokio::sync::oneshot::channel();
         self.command(name, Command::TakeBack(reply)).await?;

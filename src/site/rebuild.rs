@@ -16,7 +16,7 @@ use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
 use super::{Site, files, hex};
 use crate::activate::fence::Term;
-use crate::replicate::message::{Opening, PointContext};
+use crate::replicate::message::{CommitTerms, Opening, PointContext};
 
 /// No note is longer.
 const LONGEST_NOTE: u64 = 1 << 20;
@@ -114,11 +114,14 @@ impl Site {
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
                 rpo_ms: None,
+                commit: CommitTerms::of(&self.config.protect),
                 schedule: None,
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
                 opening,
+                base: if context.base { newest.point } else { 0 },
+                turned: false,
             };
             self.catalogue
                 .put(Table::Remote, &guest.to_string(), &record)?;

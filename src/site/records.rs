@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::activate::fence::Term;
 use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, Opening};
+use crate::site::groups::PointGroup;
 use crate::site::view::ConsolePaths;
 
 /// Most volumes of one guest.
@@ -28,6 +29,9 @@ pub struct GuestRecord {
     /// Its serial console, where the daemon has one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsolePaths>,
+    /// The directory that a takeover made for it here, before it turned round.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run: Option<PathBuf>,
     /// How it was launched.
     pub definition: Definition,
 }
@@ -69,9 +73,17 @@ pub struct Protection {
     /// It stands still for a run at the peer, and this point is sealed there.
     #[serde(default)]
     pub held: Option<super::runs::hold::HeldPoint>,
-    /// It was moved: it runs at the peer under this term, and its copy here was ended.
+    /// It was moved: it runs at the peer under this term. Its copy here is kept
+    /// stopped, as it was at its last instruction.
     #[serde(default)]
     pub moved: Option<Term>,
+    /// A newer term of the peer stopped its copy here, which may know more than
+    /// the point that runs there.
+    #[serde(default)]
+    pub stopped: bool,
+    /// The peer committed: it is not rolled back to here any more.
+    #[serde(default)]
+    pub committed: bool,
 }
 
 impl Protection {
@@ -92,11 +104,33 @@ pub struct StandbyRecord {
     pub from: String,
     /// What the peer told of it.
     pub opening: Opening,
+    /// The point made of what was here when it turned round; 0 for none.
+    #[serde(default)]
+    pub base: u64,
+    /// It turned round: it runs here now and is protected to that peer. Its old
+    /// points stay until their time is over.
+    #[serde(default)]
+    pub turned: bool,
+}
+
+/// A copy of a guest that ran here, stopped for good, after the guest turned round.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct EvidenceRecord {
+    /// Its record as a guest of this site.
+    pub record: GuestRecord,
+    /// The term of the peer that it was stopped for.
+    pub term: u64,
+    /// It was moved, so that it holds nothing that the peer has not.
+    pub unchanged: bool,
+    /// Its sockets, consoles and images, as far as they are this site's.
+    pub directory: PathBuf,
+    /// When, nanoseconds since 1970.
+    pub at: u64,
 }
 
 /// What was measured of a point, for listings. Rebuilt without the scan's
 /// figures from the point's own manifest.
-#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct PointRecord {
     /// Nanoseconds since 1970.
     pub cut_at: u64,
@@ -106,6 +140,9 @@ pub struct PointRecord {
     pub ram_scan: Duration,
     /// Bytes of RAM looked at in that time.
     pub ram_scanned_bytes: u64,
+    /// The cut of its whole group that it is part of, as the point itself tells.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PointGroup>,
 }
 
 /// A guest that was taken over and runs here.
@@ -134,6 +171,15 @@ pub struct Activation {
     pub times: ActivationTimes,
     /// When, nanoseconds since 1970.
     pub at: u64,
+    /// When it was committed, nanoseconds since 1970; until then it can be rolled back.
+    #[serde(default)]
+    pub committed_at: Option<u64>,
+    /// Its source knows of the commit.
+    #[serde(default)]
+    pub commit_told: bool,
+    /// It is being rolled back to its source, under this term of that site.
+    #[serde(default)]
+    pub returning: Option<Term>,
 }
 
 impl Activation {

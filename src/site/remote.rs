@@ -333,6 +333,8 @@ impl Remote {
                 None => break,
             }
         }
+        // Nothing comes any more: nobody waits to the end for it.
+        self.lock_pending().clear();
     }
 
     fn message(self: &Arc<Self>, site: &Arc<Site>, bytes: &[u8]) {

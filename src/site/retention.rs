@@ -8,13 +8,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError, Weak};
 use std::time::{Duration, SystemTime};
 
-use farhaven_policies::retain::{self, Point, Verdict};
+use farhaven_policies::retain::{self, Point, Reason, Verdict};
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::prune::{Keep, PruneReport};
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
 use super::events::EventKind;
+use super::groups::{self, Fates};
 use super::operate::{OperateError, failed};
 use super::remote::Remote;
 use super::standby::Standby;
@@ -94,7 +95,7 @@ fn retention(opening: &Opening) -> String {
 }
 
 /// What is to become of each point, the oldest first.
-fn judged(standby: &Standby) -> Vec<Judged> {
+fn judged(standby: &Standby, fates: &Fates) -> Vec<Judged> {
     // Hydrated or not: a daemon that starts anew finds its guest by the point.
     let in_use = [standby.active().map(|a| a.point), standby.tested()];
     let headers = standby.points();
@@ -114,7 +115,15 @@ fn judged(standby: &Standby) -> Vec<Judged> {
         let (keep, reason) = match (&name, newest == Some(header.point)) {
             (Some(name), _) => (true, format!("kept as \"{name}\" until it is released")),
             (None, true) => (true, "the newest".to_owned()),
-            (None, false) => (verdict.keep, verdict.reason.to_string()),
+            (None, false) => match fates.get(&(standby.guest, header.point)) {
+                _ if verdict.reason == Reason::InUse => (true, verdict.reason.to_string()),
+                Some(true) => (true, "its group's point is kept".to_owned()),
+                Some(false) => (
+                    false,
+                    "its group's point is past its time, or was never whole".to_owned(),
+                ),
+                None => (verdict.keep, verdict.reason.to_string()),
+            },
         };
         Judged {
             header,
@@ -126,9 +135,22 @@ fn judged(standby: &Standby) -> Vec<Judged> {
     judged.collect()
 }
 
-fn keep_of(judged: &[Judged]) -> BTreeSet<u64> {
+/// The points to keep. What a guest that turned round is protected upon is none
+/// of those that are judged: it stays until something was built upon it.
+fn keep_of(standby: &Standby, judged: &[Judged]) -> BTreeSet<u64> {
     let kept = judged.iter().filter(|point| point.keep);
-    kept.map(|point| point.header.point).collect()
+    let kept = kept.map(|point| point.header.point);
+    let needed = standby.base() != 0 && standby.newest() == 0;
+    kept.chain(needed.then(|| standby.base())).collect()
+}
+
+/// Is what it is protected upon still there, though nothing needs it?
+fn base_is_left(standby: &Standby) -> bool {
+    let base = standby.base();
+    let store = &standby.remote().incoming.store;
+    base != 0
+        && standby.newest() != 0
+        && store.points(standby.guest).iter().any(|p| p.point == base)
 }
 
 /// Drops points past their time, and frees what nothing refers to any more.
@@ -161,10 +183,15 @@ async fn prune_store(
 ) -> Result<(), String> {
     let mut keep = Keep::new();
     let mut past = 0;
+    let fates = groups::fates(site, standbys);
     for standby in standbys {
-        let judged = judged(standby);
+        let judged = judged(standby, &fates);
         past += judged.iter().filter(|point| !point.keep).count();
-        keep.insert(standby.guest, keep_of(&judged));
+        // One is enough: it is large.
+        if base_is_left(standby) {
+            past += WORTH_PRUNING;
+        }
+        keep.insert(standby.guest, keep_of(standby, &judged));
     }
     if past < WORTH_PRUNING {
         return Ok(());
@@ -263,8 +290,8 @@ impl Site {
     /// When there is no such guest here, or its points cannot be read.
     pub async fn plan_prune(&self, name: &str) -> Result<PruneView, OperateError> {
         let standby = self.standby_here(name)?;
-        let judged = judged(&standby);
-        let keep = Keep::from([(standby.guest, keep_of(&judged))]);
+        let judged = judged(&standby, &groups::fates_of(self, &standby));
+        let keep = Keep::from([(standby.guest, keep_of(&standby, &judged))]);
         let store = standby.remote().incoming.store.clone();
         let planned = tokio::task::spawn_blocking(move || {
             let plan = store.plan_prune(&keep)?;
@@ -288,8 +315,8 @@ impl Site {
     /// to forget, or the store refuses.
     pub async fn run_prune(&self, name: &str) -> Result<PruneView, OperateError> {
         let standby = self.standby_here(name)?;
-        let judged = judged(&standby);
-        let keep = Keep::from([(standby.guest, keep_of(&judged))]);
+        let judged = judged(&standby, &groups::fates_of(self, &standby));
+        let keep = Keep::from([(standby.guest, keep_of(&standby, &judged))]);
         let remote = standby.remote().clone();
         let these = [standby.clone()];
         let report = perform(&remote, keep, &these)

@@ -5,7 +5,7 @@
 //! guest goes on. A term is durable before any of it can run.
 
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use farhaven_storage_sync::PointHeader;
@@ -18,6 +18,7 @@ use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
 use super::runs::stage::HeldAnswer;
+use super::turn::view::CommitView;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
 use crate::activate::fence::Term;
@@ -44,6 +45,10 @@ pub(super) struct Standby {
     /// Held while one of its points is being sealed: however many seals a peer
     /// asks for, one at a time waits for data and looks at the store.
     pub(super) sealing: tokio::sync::Mutex<()>,
+    /// The point that is none to run: what was here when the guest turned round; 0 for none.
+    base: AtomicU64,
+    /// It turned round: it is this site's own now, and nothing of it is run from here.
+    turned: AtomicBool,
 }
 
 /// Only touched under the lock.
@@ -99,6 +104,8 @@ impl Standby {
             attempt: watch::Sender::new(0),
             expecting: AtomicUsize::new(0),
             sealing: tokio::sync::Mutex::default(),
+            base: AtomicU64::new(0),
+            turned: AtomicBool::new(false),
         }
     }
 
@@ -137,8 +144,28 @@ impl Standby {
         *self.opening.write().unwrap_or_else(PoisonError::into_inner) = opening;
     }
 
+    /// The points that can be run, oldest first.
     pub(super) fn points(&self) -> Vec<PointHeader> {
-        self.remote.incoming.store.points(self.guest)
+        let mut points = self.remote.incoming.store.points(self.guest);
+        let base = self.base();
+        points.retain(|point| point.point != base);
+        points
+    }
+
+    /// The point that its source builds upon, and that is none to run; 0 for none.
+    pub(super) fn base(&self) -> u64 {
+        self.base.load(Ordering::Acquire)
+    }
+
+    /// Did it turn round? Then it is this site's own, whatever points are here.
+    pub(super) fn is_turned(&self) -> bool {
+        self.turned.load(Ordering::Acquire)
+    }
+
+    /// For [`Standby::record`], which is to be kept.
+    pub(super) fn turn(&self, turned: bool, base: u64) {
+        self.turned.store(turned, Ordering::Release);
+        self.base.store(base, Ordering::Release);
     }
 
     pub(super) fn see(&self, change: impl FnOnce(&mut Seen)) {
@@ -163,6 +190,14 @@ impl Standby {
         let newest = points.last();
         let seen = self.seen();
         let site = self.site.upgrade();
+        let overdue = seen
+            .active
+            .as_ref()
+            .and_then(|active| active.overdue(&opening));
+        let trouble = match (seen.trouble.is_empty(), overdue) {
+            (true, Some(overdue)) => overdue,
+            _ => seen.trouble,
+        };
         TargetView {
             name: opening.name.clone(),
             id: self.guest.to_string(),
@@ -182,6 +217,8 @@ impl Standby {
                 pid: a.pid,
                 hydrated: a.hydrated,
                 hydration: seen.hydration,
+                commit: Some(CommitView::of(a.at, a.committed_at, opening.commit)),
+                going_back: a.returning.is_some(),
                 times: a.times,
             }),
             tested_at: site
@@ -189,7 +226,7 @@ impl Standby {
                 .and_then(|site| site.last_good_test(&opening.name))
                 .map(|at| super::unix_ns(at) / 1_000_000),
             test: seen.test.map(TestSeen::view),
-            trouble: seen.trouble,
+            trouble,
         }
     }
 
@@ -211,18 +248,31 @@ impl Standby {
         });
     }
 
+    /// The newest point that can be run; 0 for none.
     pub(super) fn newest(&self) -> u64 {
-        self.remote
-            .incoming
-            .store
-            .newest(self.guest)
-            .map_or(0, |p| p.point)
+        let newest = self.remote.incoming.store.newest(self.guest);
+        let newest = newest.map_or(0, |p| p.point);
+        // The base is older than every other point, or the only one that counts.
+        if newest == self.base() { 0 } else { newest }
     }
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        if let Some(site) = self.site.upgrade()
+            && let Some(why) = site.scrubs.damaged(&self.from(), self.guest, point)
+        {
+            let name = self.name();
+            return Err(ActivateError::Context(
+                point,
+                format!("a scrub found it damaged ({why}); choose another: farhaven points {name}"),
+            ));
+        }
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
         let context =
             PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;
+        if context.base {
+            let why = "it only holds what was here of the guest when it turned round".to_owned();
+            return Err(ActivateError::Context(point, why));
+        }
         Ok((Arc::new(replica), context))
     }
 
@@ -384,11 +434,21 @@ impl Standby {
         Ok(())
     }
 
+    /// Is a machine made ready in that directory, or may it be?
+    pub(super) fn is_ready_in(&self, directory: &std::path::Path) -> bool {
+        self.state.try_lock().map_or(true, |state| {
+            let ready = state.ready.as_ref();
+            ready.is_some_and(|ready| ready.run_directory() == directory)
+        })
+    }
+
     /// What goes into the catalogue.
     pub(super) fn record(&self) -> StandbyRecord {
         StandbyRecord {
             from: self.from(),
             opening: self.opening(),
+            base: self.base(),
+            turned: self.is_turned(),
         }
     }
 }

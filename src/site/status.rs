@@ -35,7 +35,8 @@ impl Site {
 
     pub(super) fn standby_views(&self) -> Vec<TargetView> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        let mut views: Vec<_> = standbys.values().map(|s| s.view()).collect();
+        let own = standbys.values().filter(|s| !s.is_turned());
+        let mut views: Vec<_> = own.map(|s| s.view()).collect();
         views.sort_by(|a, b| a.name.cmp(&b.name));
         views
     }

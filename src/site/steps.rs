@@ -12,7 +12,7 @@ use super::remote::AskError;
 use super::view::Phase;
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest, GuestError, SinkError};
-use crate::replicate::message::{Message, Opened, Opening};
+use crate::replicate::message::{CommitTerms, Message, Opened, Opening};
 use crate::replicate::send::{Outgoing, Shipment};
 
 impl Driver {
@@ -147,6 +147,7 @@ impl Driver {
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
             rpo_ms: Some(self.protection.policy.rpo.duration().as_millis() as u64),
+            commit: CommitTerms::of(&self.protection.policy),
             schedule: self.protection.schedule.clone(),
         };
         match self.remote.ask(Message::Open(Box::new(opening))).await? {
@@ -266,7 +267,7 @@ impl Driver {
         attached: &mut Attached,
         after: After,
     ) -> Result<Sealed, DriveError> {
-        let made = super::cut::make(self, attached, after).await?;
+        let made = super::cut::make(self, attached, after, None).await?;
         let sealed = super::cut::seal(self, attached, made).await?;
         Ok(sealed)
     }

@@ -3,10 +3,12 @@
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
+use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::breach::MOST_GUESTS;
+use super::groups::PointGroup;
 use super::operate::{FENCE_WAIT, OperateError, failed};
 use super::records::PointRecord;
 use super::records::StandbyRecord;
@@ -20,7 +22,8 @@ use crate::replicate::message::{Message, Opening};
 impl Site {
     pub(super) fn standby_named(&self, name: &str) -> Option<Arc<Standby>> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        standbys.values().find(|s| s.name() == name).cloned()
+        let mut all = standbys.values();
+        all.find(|s| s.name() == name && !s.is_turned()).cloned()
     }
 
     pub(super) fn standby_of(&self, remote: &Remote, guest: GuestId) -> Option<Arc<Standby>> {
@@ -53,6 +56,7 @@ impl Site {
         let standby = match standbys.get(&guest) {
             Some(standby) if standby.from() == remote.record.site => {
                 standby.update(opening);
+                standby.turn(false, standby.base());
                 standby.clone()
             }
             Some(standby) => {
@@ -87,11 +91,17 @@ impl Site {
         };
         let guest = record.opening.guest;
         let standby = Arc::new(Standby::new(self, remote, record.opening));
+        let turned = record.turned || self.has_turned(guest);
+        standby.turn(turned, record.base);
         self.standbys
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(guest, standby.clone());
         standby.clear_left_test().await;
+        if turned {
+            self.finish_turning(&standby);
+            return;
+        }
         match self.activation(guest) {
             Ok(Some(activation)) => {
                 standby.find_again(activation).await;
@@ -152,9 +162,8 @@ impl Site {
             .points()
             .iter()
             .map(|p| {
-                let key = super::point_key(p.guest, p.point);
-                let record: Option<PointRecord> =
-                    self.catalogue.find(Table::Points, &key).unwrap_or_default();
+                let record = self.point_record(standby, p);
+                let record = record.as_ref();
                 let ms = |d: Duration| d.as_secs_f64() * 1e3;
                 PointView {
                     point: p.point,
@@ -166,10 +175,49 @@ impl Site {
                     ram_scanned_bytes: record.map_or(0, |r| r.ram_scanned_bytes),
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
+                    damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
+                    group: record.and_then(|r| r.group.clone()),
                     name: kept.remove(&p.point),
                 }
             })
             .collect()
+    }
+
+    /// The newest points of a guest that are of a cut of its group, oldest first.
+    pub(super) fn newest_marks(
+        &self,
+        standby: &Standby,
+        most: usize,
+    ) -> Vec<(PointHeader, PointGroup)> {
+        let mut headers = standby.points();
+        headers.drain(..headers.len().saturating_sub(most));
+        let marked = headers.into_iter().filter_map(|header| {
+            let mark = self.point_record(standby, &header)?.group?;
+            Some((header, mark))
+        });
+        marked.collect()
+    }
+
+    /// What was measured of a point. What a rebuilt catalogue lacks is read
+    /// from the point itself.
+    fn point_record(&self, standby: &Standby, header: &PointHeader) -> Option<PointRecord> {
+        let key = super::point_key(header.guest, header.point);
+        let known = self.catalogue.find(Table::Points, &key);
+        if let Ok(Some(record)) = known {
+            return Some(record);
+        }
+        let (_, context) = standby.open(header.point).ok()?;
+        let record = PointRecord {
+            cut_at: header.cut_at_unix_ns,
+            pause: context.pause,
+            ram_scan: context.ram_scan,
+            ram_scanned_bytes: context.ram_scanned_bytes,
+            group: context.group,
+        };
+        if let Err(error) = self.catalogue.put(Table::Points, &key, &record) {
+            tracing::error!(%error, "the catalogue cannot be written");
+        }
+        Some(record)
     }
 
     /// The peer that holds the points of a guest that runs here.
@@ -259,8 +307,20 @@ impl Site {
     /// # Errors
     /// When it lives and does not say so.
     pub(super) async fn announce_term(&self, remote: &Remote, term: Term) -> Result<bool, String> {
+        self.announce_terms(remote, vec![term]).await
+    }
+
+    /// As [`Site::announce_term`], of several guests of that source at once.
+    ///
+    /// # Errors
+    /// When it lives and does not say so of all of them.
+    pub(super) async fn announce_terms(
+        &self,
+        remote: &Remote,
+        terms: Vec<Term>,
+    ) -> Result<bool, String> {
         let deadline = Instant::now() + FENCE_WAIT;
-        let told = remote.ask_within(Message::Terms { terms: vec![term] }, FENCE_WAIT);
+        let told = remote.ask_within(Message::Terms { terms }, FENCE_WAIT);
         tokio::pin!(told);
         loop {
             if !remote.alive() {

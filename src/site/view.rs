@@ -250,6 +250,12 @@ pub struct ActiveView {
     pub hydrated: bool,
     /// Bytes copied to its own disks, and bytes to copy.
     pub hydration: Option<(u64, u64)>,
+    /// Can it be rolled back, and until when is that thought of?
+    #[serde(default)]
+    pub commit: Option<super::turn::view::CommitView>,
+    /// It is being rolled back to its source, and is stopped here for that.
+    #[serde(default)]
+    pub going_back: bool,
     /// What taking it over took.
     pub times: ActivationTimes,
 }
@@ -331,6 +337,12 @@ pub struct PointView {
     pub changed_bytes: u64,
     /// Bytes sent for it.
     pub sent_bytes: u64,
+    /// A scrub found that it cannot be restored in full, and why: it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
+    /// The cut of its whole group that it is part of.
+    #[serde(default)]
+    pub group: Option<super::groups::PointGroup>,
     /// Its name: it is kept until that is taken from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

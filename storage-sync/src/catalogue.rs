@@ -45,11 +45,13 @@ pub enum Table {
     Activations = 7,
     /// What peers tell of their guests.
     Remote = 8,
+    /// Copies of guests that were stopped for good, and are kept.
+    Evidence = 9,
 }
 
 impl Table {
     /// All of them.
-    pub const ALL: [Table; 8] = [
+    pub const ALL: [Table; 9] = [
         Table::Site,
         Table::Peers,
         Table::Guests,
@@ -58,6 +60,7 @@ impl Table {
         Table::Points,
         Table::Activations,
         Table::Remote,
+        Table::Evidence,
     ];
 
     fn from_number(number: u8) -> Option<Table> {

@@ -10,6 +10,7 @@ mod digests;
 mod hints;
 mod images;
 mod kept;
+mod local;
 mod open;
 mod read;
 mod rebuild;
@@ -39,6 +40,7 @@ pub use hints::Prefix;
 use hints::{Hints, hints_of};
 pub use images::{Image, ImageError, ImageProgress};
 pub use kept::{KeepError, NAME_LOST};
+pub use local::{LocalError, LocalPoint, LocalSeal};
 pub(crate) use read::{ExpandError, Reader, Sound, leaf_bytes};
 pub(crate) use rebuild::{Unbuilt, Waiting, rebuild};
 pub use scrub::{Damage, Damaged, ScrubOptions, ScrubProgress, ScrubReport};
@@ -184,6 +186,28 @@ impl GuestState {
     }
 }
 
+/// Where batches come from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Origin {
+    /// The paired site.
+    Source,
+    /// An image that an operator stored here.
+    Image,
+    /// What is here of a guest that ran here.
+    Local,
+}
+
+impl Origin {
+    /// Have its batches numbers that no source gives, and an identity that no guest has?
+    fn numbers_and_guest(self) -> (bool, bool) {
+        match self {
+            Origin::Source => (false, false),
+            Origin::Image => (true, true),
+            Origin::Local => (true, false),
+        }
+    }
+}
+
 #[derive(Default)]
 pub(crate) struct State {
     pub(crate) guests: BTreeMap<GuestId, GuestState>,
@@ -253,10 +277,10 @@ impl Store {
     /// One damaged batch refuses them all. After a log error some may be
     /// durable; sending them again is harmless.
     pub fn append(&self, batches: &[Bytes]) -> Result<Vec<u64>, StoreError> {
-        self.append_of(batches, false)
+        self.append_of(batches, Origin::Source)
     }
 
-    fn append_of(&self, batches: &[Bytes], image: bool) -> Result<Vec<u64>, StoreError> {
+    fn append_of(&self, batches: &[Bytes], origin: Origin) -> Result<Vec<u64>, StoreError> {
         let mut verified = Vec::with_capacity(batches.len());
         let key = held(&self.0.hints).key();
         let (mut hints, mut digests) = (Vec::new(), Vec::new());
@@ -268,8 +292,8 @@ impl Store {
             // A batch that would not expand is worth nothing: tell its sender now.
             view.expand(&mut expander, &mut body)?;
             let header = *view.header();
-            if (header.seq >= IMAGE_SEQ, header.guest.is_image()) != (image, image) {
-                let why = "its number or guest is kept for images that are stored here";
+            if (header.seq >= IMAGE_SEQ, header.guest.is_image()) != origin.numbers_and_guest() {
+                let why = "its number or guest is kept for what is stored here by itself";
                 return Err(BatchError::Invalid(why).into());
             }
             if let Some(key) = &key {

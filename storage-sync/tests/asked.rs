@@ -15,7 +15,7 @@ use farhaven_storage_sync::codec::{BatchView, DedupIndex, Encoder};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::limits::IMAGE_SEQ;
 use farhaven_storage_sync::store::{
-    ImageError, ImageProgress, Prefix, Seal, SealError, Store, StoreOptions,
+    ImageError, ImageProgress, LocalError, Prefix, Seal, SealError, Store, StoreOptions,
 };
 use farhaven_storage_sync::unit::{Digest, GuestId, Place, UNIT, Volume, VolumeKind};
 use proptest::prelude::*;
@@ -275,7 +275,10 @@ fn an_image_that_was_not_finished_is_none() {
         )
         .unwrap();
         let failed = store.add_image(&path, "x", &ImageProgress::default());
-        assert!(matches!(failed, Err(ImageError::Store(_))), "{failed:?}");
+        assert!(
+            matches!(failed, Err(ImageError::Local(LocalError::Store(_)))),
+            "{failed:?}"
+        );
         assert!(store.images().is_empty() && store.guests().is_empty());
     }
     let (store, _) = open(dir.path());

@@ -220,3 +220,125 @@ async fn groups_outlive_a_restart_and_a_lost_catalogue_of_the_peer() {
     }
     drop(dir);
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_cut_at_one_instant_and_a_partner_that_does_not_come_keeps_nobody() {
+    let bank = Bank::set().await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    bank.write(&files(GOLD, BANK));
+    bank.protected().await;
+    let newest = async |site: &Arc<Site>| {
+        let points = site.group_points("bank").await.unwrap_or_default();
+        points.into_iter().next_back()
+    };
+    let after = async |cut: u64| {
+        let deadline = Instant::now() + LONG;
+        loop {
+            if let Some(point) = newest(&west).await.filter(|point| point.cut > cut) {
+                return point;
+            }
+            assert!(Instant::now() < deadline, "no whole point after {cut}");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+    };
+    let first = after(0).await;
+    let guests: Vec<_> = first.points.keys().map(String::as_str).collect();
+    assert_eq!(guests, ["db", "web"]);
+    // A bound of the gate's; what is measured is in docs/reliability.md.
+    assert!(first.skew_ms < 1000.0, "{}", first.skew_ms);
+    let there = newest(&east).await.unwrap();
+    assert!(there.cut >= first.cut, "the source tells the same points");
+    finally("the group's RPO", || {
+        bank.group(&west).and_then(|g| g.rpo_ms)
+    })
+    .await;
+    finally("at the source, too", || {
+        bank.group(&east).and_then(|g| g.rpo_ms)
+    })
+    .await;
+
+    // One that does not stop in time: the cut of all is given up, all go on.
+    bank.web.lock().unwrap().slow_to_stop(2);
+    finally("the slow stops", || {
+        (bank.web.lock().unwrap().slow_stops_left() == 0).then_some(())
+    })
+    .await;
+    let second = after(first.cut).await;
+    counts_on(&bank.web).await;
+    counts_on(&bank.stage.guest).await;
+
+    // One that is away: the other is protected on, by points that are no part
+    // of a whole one.
+    east.pause("web").await.unwrap();
+    finally("web is paused", || {
+        (source(&east, "web").phase == Phase::Paused).then_some(())
+    })
+    .await;
+    let last = newest(&west).await.unwrap();
+    assert!(last.cut >= second.cut);
+    let sealed = source(&east, "db").points_sealed;
+    finally("db goes on", || {
+        (source(&east, "db").points_sealed > sealed + 2).then_some(())
+    })
+    .await;
+    assert_eq!(newest(&west).await.unwrap().cut, last.cut);
+    assert!(
+        west.points("db")
+            .await
+            .unwrap()
+            .last()
+            .unwrap()
+            .group
+            .is_none()
+    );
+    east.resume("web").await.unwrap();
+    after(last.cut).await;
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_failed_over_from_one_cut_with_all_terms_at_once() {
+    let bank = Bank::set().await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    bank.write(&files(GOLD, BANK));
+    bank.protected().await;
+    finally("a whole point", || bank.group(&west).and_then(|g| g.rpo_ms)).await;
+    let refused = west.fail_over_group("bank", None, false).await.unwrap_err();
+    assert!(refused.to_string().contains("is alive"), "{refused}");
+    let refused = west
+        .fail_over_group("bank", Some(7), true)
+        .await
+        .unwrap_err();
+    assert!(
+        refused.to_string().contains("no whole point 7"),
+        "{refused}"
+    );
+    let before = west
+        .fence
+        .current(west.members_of("db").unwrap()[0].guest)
+        .unwrap();
+    assert_eq!(before.owner, east.key(), "nothing was done");
+
+    // The source lives: it stops its guests first, all of them.
+    let done = west.fail_over_group("bank", None, true).await.unwrap();
+    let order: Vec<_> = done.members.iter().map(|m| m.guest.as_str()).collect();
+    assert_eq!(order, ["db", "web"]);
+    for member in &done.members {
+        assert!(
+            member.report.is_some(),
+            "{}: {}",
+            member.guest,
+            member.error
+        );
+        let guest = west.members_of(&member.guest).unwrap()[0].guest;
+        assert_eq!(west.fence.current(guest).unwrap().owner, west.key());
+        assert!(target(&west, &member.guest).active.is_some());
+        assert_eq!(source(&east, &member.guest).phase, Phase::Fenced);
+    }
+    let stopped = sound(&bank.web);
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(sound(&bank.web), stopped, "fenced guests stand still");
+    let again = west.fail_over_group("bank", None, true).await.unwrap_err();
+    assert!(again.to_string().contains("runs here already"), "{again}");
+    bank.stage.end().await;
+}

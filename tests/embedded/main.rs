@@ -8,11 +8,14 @@ mod api;
 mod bad_peers;
 mod counter;
 mod drills;
+mod evacuations;
 mod groups;
 mod images;
 mod limits;
 mod mended;
+mod scrubs;
 mod seeds;
+mod turns;
 
 use std::net::UdpSocket;
 use std::path::Path;
@@ -189,11 +192,11 @@ async fn counts_on(counter: &Arc<Mutex<Counter>>) -> u64 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_planned_move_loses_nothing_and_ends_the_source() {
+async fn a_planned_move_loses_nothing_and_keeps_the_source_stopped() {
     let stage = Stage::protected().await;
     let report = stage.east.move_guest("web", true).await.unwrap();
     let last = stage.guest.lock().unwrap().count();
-    assert_eq!(stage.guest.lock().unwrap().running(), None);
+    assert_eq!(stage.guest.lock().unwrap().running(), Some(false));
     let there = stage.at_west.newest();
     assert!(counts_on(&there).await >= last);
     let active = target(&stage.west, "web").active.unwrap();
@@ -207,6 +210,8 @@ async fn a_planned_move_loses_nothing_and_ends_the_source() {
     })
     .await;
     counts_on(&there).await;
+    stage.west.commit("web", true).await.unwrap();
+    assert_eq!(stage.guest.lock().unwrap().running(), None);
     // Nobody but the engine and this test held on to the guest.
     assert_eq!(Arc::strong_count(&stage.guest), 1);
     stage.west.end_guest("web").await.unwrap();

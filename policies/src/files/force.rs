@@ -30,6 +30,8 @@ impl NamedPolicy {
                 Standby::Cold => false,
             },
             priority: self.priority,
+            commit_window: self.commit_window,
+            commit_when_over: self.commit_when_over,
             retention: self.retention.coarse(),
         }
     }

@@ -172,6 +172,16 @@ impl Checked for SiteConfig {
                 "sets an id; leave that out, the guest's definition does it",
             );
         }
+        let webhook = &self.notify.webhook;
+        let host = webhook.strip_prefix("http://").and_then(|rest| {
+            let host = rest.split(['/', '?']).next()?;
+            (!host.is_empty() && !host.starts_with(':')).then_some(host)
+        });
+        require(
+            webhook.is_empty() || host.is_some() && webhook.is_ascii() && !webhook.contains(' '),
+            "notify.webhook",
+            "must be like http://127.0.0.1:9000/farhaven; for https have a relay on this host forward it",
+        );
         require(
             !self.log.level.trim().is_empty(),
             "log.level",

@@ -13,6 +13,7 @@ use farhaven_storage_sync::digest::{DigestKey, is_zero};
 use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeIndex, VolumeKind};
 
 use super::{Bitmap, STOP_WITHIN, SharedVmm, Vmm, VmmError, stop};
+use crate::guest::gate::CutGate;
 use crate::guest::hot::Hot;
 use crate::guest::qemu::units::hand_over;
 use crate::guest::{After, Cut, Guest, GuestError, Sink};
@@ -220,8 +221,14 @@ impl Guest for EmbeddedGuest {
         self.hot.waiting()
     }
 
-    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
-        self.make_cut(point, after, sink)
+    fn cut_at(
+        &mut self,
+        point: u64,
+        after: After,
+        gate: &dyn CutGate,
+        sink: &mut dyn Sink,
+    ) -> Result<Cut, GuestError> {
+        self.make_cut(point, after, gate, sink)
     }
 
     fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError> {

@@ -318,6 +318,21 @@ pub(super) fn restore(qmp: &mut Qmp, before: &Before, work_dir: &Path) {
     }
 }
 
+/// Has whoever attaches next leave a stopped guest stopped, whatever a daemon
+/// that died in a cut of it had left.
+///
+/// # Errors
+/// When that cannot be written down: nobody may attach to it then.
+pub(crate) fn keep_held(work_dir: &Path) -> Result<(), GuestError> {
+    make_private(work_dir)?;
+    let path = work_dir.join(HELD_MARK);
+    let written = std::fs::File::create(&path).and_then(|file| file.sync_all());
+    written.map_err(|source| GuestError::Io {
+        what: format!("writing {}", path.display()),
+        source,
+    })
+}
+
 /// When a process started, as the kernel counts; `None` if there is none.
 pub(super) fn started(pid: u32) -> Option<String> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

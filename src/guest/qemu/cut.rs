@@ -23,6 +23,7 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_storage_sync::unit::VolumeKind;
 use serde_json::json;
 
+use super::super::gate::CutGate;
 use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Sink};
 use super::QemuGuest;
 use super::attach::{CUT_MARK, HELD_MARK, idle, same_ram, status, sweep};
@@ -51,6 +52,7 @@ impl QemuGuest {
         &mut self,
         point: u64,
         after: After,
+        gate: &dyn CutGate,
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError> {
         self.settle()?;
@@ -81,10 +83,17 @@ impl QemuGuest {
             self.mark(CUT_MARK, point, false)?;
         }
         self.must_sweep = true;
+        gate.ready().inspect_err(|_| {
+            let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
+        })?;
         let at = SystemTime::now();
         let stopped = Instant::now();
         let mut times = CutTimes::default();
-        let fixed = self.fix(point, after, &inlet, sink, &mut times);
+        let fixed = self.fix(point, after, &inlet, gate, sink, &mut times);
+        let fixed = fixed.and_then(|fixed| {
+            gate.may_go_on()?;
+            Ok(fixed)
+        });
         drop(inlet);
         if was_running && (after == After::Continue || fixed.is_err()) {
             let went_on = self.go_on();
@@ -153,11 +162,13 @@ impl QemuGuest {
         point: u64,
         after: After,
         inlet: &Inlet,
+        gate: &dyn CutGate,
         sink: &mut dyn Sink,
         times: &mut CutTimes,
     ) -> Result<Fixed, GuestError> {
         while self.qmp.take_event("MIGRATION").is_some() {}
         self.qmp.execute("stop", json!({}))?;
+        gate.stopped();
         let (qmp, disks, options) = (&mut self.qmp, &mut self.disks, &self.options);
         let (ram, handed) = (&mut self.ram, &mut self.cut_handed);
         let hot = &mut self.hot;

@@ -12,8 +12,10 @@ use std::time::Duration;
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 use serde_json::json;
 
+use super::gate::CutGate;
 use super::hot::Hot;
 use super::{After, Cut, Guest, GuestError, Sink};
+pub(crate) use attach::keep_held;
 use attach::{Before, CUT_MARK, HELD_MARK};
 pub use attach_options::AttachOptions;
 use disk::{Disk, View};
@@ -226,10 +228,16 @@ impl Guest for QemuGuest {
         self.hot.waiting()
     }
 
-    fn cut(&mut self, point: u64, after: After, sink: &mut dyn Sink) -> Result<Cut, GuestError> {
+    fn cut_at(
+        &mut self,
+        point: u64,
+        after: After,
+        gate: &dyn CutGate,
+        sink: &mut dyn Sink,
+    ) -> Result<Cut, GuestError> {
         // What is not cut from a running guest would stay stopped with it.
         let rested = self.throttle.as_ref().map_or(Ok(()), Throttle::rest);
-        let made = rested.and_then(|()| self.make_cut(point, after, sink));
+        let made = rested.and_then(|()| self.make_cut(point, after, gate, sink));
         if let Some(throttle) = &self.throttle
             && (after == After::Continue || made.is_err())
         {

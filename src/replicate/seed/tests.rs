@@ -15,7 +15,7 @@ use super::cipher::Encrypting;
 use super::*;
 use crate::activate::fence::Term;
 use crate::guest::{Definition, Sink, SinkError, embedded};
-use crate::replicate::message::{PointContext, SealRequest};
+use crate::replicate::message::{CommitTerms, PointContext, SealRequest};
 use crate::replicate::outlet::Outlet;
 
 const GUEST: GuestId = GuestId([7; 16]);
@@ -60,6 +60,7 @@ fn about() -> SeedAbout {
             warm: true,
             retention: Retention::default(),
             rpo_ms: None,
+            commit: CommitTerms::default(),
             schedule: None,
         },
         point: 5,
@@ -88,6 +89,8 @@ fn seal(about: &SeedAbout, shipped: u64, chain: [u8; 32]) -> SealRequest {
             ram_scanned_bytes: 0,
             changed_bytes: 0,
             sent_bytes: 0,
+            base: false,
+            group: None,
         },
         activate: None,
     }

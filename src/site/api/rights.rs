@@ -53,6 +53,13 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/guests/{name}/move", Right::View),
     ("POST", "/v1/guests/{name}/move", Right::FailOver),
     ("POST", "/v1/guests/{name}/take-back", Right::FailOver),
+    ("POST", "/v1/guests/{name}/commit", Right::FailOver),
+    ("POST", "/v1/guests/{name}/rollback", Right::FailOver),
+    ("POST", "/v1/guests/{name}/reprotect", Right::Operate),
+    ("GET", "/v1/evidence", Right::View),
+    // The daemon writes memory and disks below the path that is named.
+    ("POST", "/v1/evidence/{name}/export", Right::Administer),
+    ("POST", "/v1/evidence/{name}/discard", Right::Administer),
     ("GET", "/v1/link", Right::View),
     ("POST", "/v1/link/limit", Right::Operate),
     // Seeds and images: the daemon reads or writes the path that is named.
@@ -64,9 +71,14 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("DELETE", "/v1/images/{name}", Right::Administer),
     ("GET", "/v1/groups", Right::View),
     ("GET", "/v1/groups/{name}", Right::View),
+    ("GET", "/v1/groups/{name}/points", Right::View),
+    ("POST", "/v1/groups/{name}/failover", Right::FailOver),
     ("GET", "/v1/alerts", Right::View),
     ("POST", "/v1/alerts/{id}/acknowledge", Right::Operate),
     ("GET", "/v1/events", Right::View),
+    ("GET", "/v1/metrics", Right::View),
+    ("GET", "/v1/scrub", Right::View),
+    ("POST", "/v1/scrub", Right::Operate),
     ("POST", "/v1/guests/{name}/points/keep", Right::Operate),
     // What was kept may go then, with its time.
     (
@@ -87,6 +99,14 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("POST", "/v1/runs/{id}/go-on", Right::FailOver),
     ("POST", "/v1/runs/{id}/abort", Right::FailOver),
     ("POST", "/v1/runs/{id}/decide", Right::FailOver),
+    ("GET", "/v1/evacuations", Right::View),
+    ("POST", "/v1/evacuations", Right::FailOver),
+    // A plan does nothing.
+    ("POST", "/v1/evacuations/plan", Right::View),
+    ("GET", "/v1/evacuations/{number}", Right::View),
+    ("POST", "/v1/evacuation/pause", Right::FailOver),
+    ("POST", "/v1/evacuation/resume", Right::FailOver),
+    ("POST", "/v1/evacuation/abort", Right::FailOver),
     ("GET", "/v1/tokens", Right::Administer),
     ("POST", "/v1/tokens", Right::Administer),
     ("DELETE", "/v1/tokens/{name}", Right::Administer),

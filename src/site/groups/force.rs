@@ -18,6 +18,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
 
+use super::cuts::Cuts;
 use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
 use crate::site::Site;
 use crate::site::driver::Command;
@@ -36,6 +37,8 @@ const AGAIN: Duration = Duration::from_secs(30);
 pub(in crate::site) struct InForce {
     state: Mutex<State>,
     wake: Arc<Notify>,
+    /// Who is cut together.
+    pub(in crate::site) cuts: Cuts,
 }
 
 #[derive(Default)]
@@ -478,6 +481,32 @@ impl Site {
             group.name,
             path.display()
         )))
+    }
+
+    /// Ends the protection of a guest, or of all guests of a group, which is
+    /// forgotten then.
+    ///
+    /// # Errors
+    /// When policy files still ask for it, or as of [`Site::unprotect`].
+    pub async fn unprotect_named(&self, name: &str, discard: bool) -> Result<(), OperateError> {
+        let Ok(group) = self.group(name) else {
+            return self.unprotect(name, discard).await;
+        };
+        if let Some(from) = &group.from {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is a group of site '{from}': run this there"
+            )));
+        }
+        let protected = |guest: GuestId| {
+            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
+            drivers.contains_key(&guest)
+        };
+        for member in self.members_here(&group) {
+            if protected(member.guest) {
+                self.unprotect(&member.name, discard).await?;
+            }
+        }
+        self.forget_group(group.id)
     }
 
     /// Tells of broken policy files, or that they are sound again.

@@ -23,6 +23,9 @@ pub struct GroupView {
     pub policy: String,
     /// The policy, as policy files say it.
     pub owed: farhaven_policies::files::NamedPolicy,
+    /// How old its newest whole point is, as far as that is known here.
+    #[serde(default)]
+    pub rpo_ms: Option<u64>,
     /// Its guests, in the order in which they start.
     pub members: Vec<MemberView>,
     /// What hinders it, and what to do. Empty when nothing does.
@@ -118,6 +121,7 @@ impl Site {
             peer: group.peer.clone(),
             policy: group.policy.clone(),
             owed: group.owed.clone(),
+            rpo_ms: self.group_age(group).map(|age| age.as_millis() as u64),
             members,
             trouble,
         }

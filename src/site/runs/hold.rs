@@ -141,7 +141,7 @@ impl Driver {
         attached: &mut Attached,
     ) -> Result<(HeldPoint, Term), DriveError> {
         self.phase(Phase::Moving);
-        let converged = converge(self, attached, false).await;
+        let converged = converge(self, attached, false, None).await;
         throttle(attached, 0).await.unwrap_or_else(|error| {
             tracing::warn!(guest = %self.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
         });
@@ -163,7 +163,7 @@ impl Driver {
             )));
         }
         self.phase(Phase::Held);
-        let made = match cut::make(self, attached, After::Hold).await {
+        let made = match cut::make(self, attached, After::Hold, None).await {
             Ok(made) => made,
             Err(error) => {
                 // The peer has no word of it yet; but it may have been taken over there.

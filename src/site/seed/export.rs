@@ -12,7 +12,9 @@ use farhaven_storage_sync::unit::{UNIT, Volume};
 
 use super::{Busy, SeedExported, SeedState, StopWhenDropped};
 use crate::guest::{After, Guest, GuestError};
-use crate::replicate::message::{Message, Opening, PointContext, SealRequest, SeedAnnouncement};
+use crate::replicate::message::{
+    CommitTerms, Message, Opening, PointContext, SealRequest, SeedAnnouncement,
+};
 use crate::replicate::outlet::Outlet;
 use crate::replicate::seed::{
     SeedAbout, SeedHeader, SeedId, SeedKey, SeedProgress, SeedShipError, SeedShipment, SeedWriter,
@@ -184,6 +186,7 @@ impl Site {
                 warm: policy.warm,
                 retention: policy.retention.clone(),
                 rpo_ms: None,
+                commit: CommitTerms::of(policy),
                 schedule: None,
             },
             point: next_point.max(1),
@@ -271,7 +274,7 @@ impl Work {
         }
         let point = self.about.point;
         let (guest, known) = (&mut *self.guest, &mut Vec::new());
-        cut::ship(guest, shipment, known, point, After::Continue, limit)
+        cut::ship(guest, shipment, known, point, After::Continue, limit, None)
     }
 
     fn seal(&self, made: &Made) -> SealRequest {
@@ -293,6 +296,8 @@ impl Work {
                 ram_scanned_bytes: made.times.ram_scanned_bytes,
                 changed_bytes: made.shipped.changed_bytes,
                 sent_bytes: made.shipped.sent_bytes,
+                base: false,
+                group: None,
             },
             activate: None,
         }

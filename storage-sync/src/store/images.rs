@@ -11,22 +11,14 @@ use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use super::{Seal, SealError, Store, StoreError, held};
-use crate::codec::{Batch, Chain, DedupIndex, EncodeError, Encoder};
+use super::{LocalError, LocalSeal, Store, held};
 use crate::digest::DigestKey;
 use crate::limits::{VOLUME_NAME, VOLUME_UNITS};
-use crate::manifest::{PointHeader, PointStats};
+use crate::manifest::PointHeader;
 use crate::unit::{GROUP, GuestId, UNIT, Volume, VolumeKind};
 
-/// zstd's level for images: the one that batches have on most links.
-const LEVEL: i32 = 3;
-/// Memory to find what repeats within an image.
-const INDEX_BYTES: usize = 64 << 20;
-/// Batches appended with one sync.
-const BATCHES: usize = 32;
 /// An image has one point.
 const POINT: u64 = 1;
 
@@ -99,15 +91,9 @@ pub enum ImageError {
     /// The name is in use.
     #[error("an image named '{0}' is stored already; remove that first, or give another name")]
     Taken(String),
-    /// It cannot be encoded.
+    /// The store does not take it.
     #[error(transparent)]
-    Encode(#[from] EncodeError),
-    /// The store takes no more.
-    #[error(transparent)]
-    Store(#[from] StoreError),
-    /// Its seal.
-    #[error(transparent)]
-    Seal(#[from] SealError),
+    Local(#[from] LocalError),
 }
 
 impl Store {
@@ -146,12 +132,7 @@ impl Store {
             kind: VolumeKind::Disk,
             bytes,
         };
-        let id = GuestId::random_image();
-        let stored = self.store_image(id, volume, file, path, progress);
-        if stored.is_err() {
-            self.abandon(id);
-        }
-        stored
+        self.store_image(GuestId::random_image(), volume, file, path, progress)
     }
 
     fn store_image(
@@ -163,23 +144,7 @@ impl Store {
         progress: &ImageProgress,
     ) -> Result<Image, ImageError> {
         let key = DigestKey::random();
-        let index = Arc::new(Mutex::new(DedupIndex::new(INDEX_BYTES)));
-        let numbers = self.0.image_numbers.clone();
-        let mut encoder = Encoder::new(id, POINT, numbers, index.clone(), LEVEL);
-        let (mut chain, mut waiting) = (Chain::new(), Vec::new());
-        let mut append = |batch: Option<Batch>, all: bool| -> Result<(), ImageError> {
-            if let Some(batch) = batch {
-                chain.push(batch.seq, &batch.hash);
-                waiting.push(batch.bytes);
-            }
-            if waiting.len() >= BATCHES || all && !waiting.is_empty() {
-                let seqs = self.append_of(&waiting, true)?;
-                let mut index = held(&index);
-                seqs.into_iter().for_each(|seq| index.acknowledge(seq));
-                waiting.clear();
-            }
-            Ok(())
-        };
+        let mut local = self.local_point(id, POINT);
         let mut buffer = vec![0; GROUP * UNIT];
         let (mut digests, mut unit) = (Vec::new(), 0);
         let mut left = volume.bytes;
@@ -197,28 +162,18 @@ impl Store {
             digests.clear();
             key.digests(&buffer[..whole], &mut digests);
             for (bytes, digest) in buffer.chunks_exact(UNIT).zip(&digests) {
-                append(encoder.unit(0, unit, bytes, *digest)?, false)?;
+                local.unit(0, unit, bytes, *digest)?;
                 unit += 1;
             }
             left -= most as u64;
             let done = volume.bytes - left;
             progress.done.store(done, Ordering::Relaxed);
         }
-        append(encoder.flush(), true)?;
-        let guest_bytes = volume.bytes;
-        let header = self.seal(Seal {
-            guest: id,
-            point: POINT,
+        let header = local.seal(LocalSeal {
             parent: 0,
             cut_at_unix_ns: now(),
             volumes: vec![volume],
-            batches: chain.count(),
-            chain: chain.finish(),
             context: Vec::new(),
-            stats: PointStats {
-                guest_bytes,
-                ..PointStats::default()
-            },
         })?;
         Ok(Image::of(&header))
     }

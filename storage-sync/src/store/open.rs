@@ -71,8 +71,8 @@ pub(super) fn open(
         }
     }
     let mut state = held(&inner.state);
-    // An image that was not stored to its end is none: a prune frees its batches.
-    let points = noted.iter().filter(|header| !header.guest.is_image());
+    // What was stored here by itself and not to its end is none: a prune frees its batches.
+    let points = noted.iter().filter(|header| header.seq < IMAGE_SEQ);
     points.for_each(|header| state.belongs(header));
     let guests = state.guests.iter().filter(|(guest, _)| !guest.is_image());
     report.points = guests.map(|(_, guest)| guest.points.len()).sum();

@@ -44,6 +44,8 @@ pub struct ScrubProgress {
     pub bytes_total: u64,
     /// Damage found.
     pub damage: u64,
+    /// The batch that one which stopped now would go on at.
+    pub next: u64,
 }
 
 /// What is damaged.
@@ -185,6 +187,7 @@ impl Scrub<'_> {
                 bytes: self.report.bytes,
                 bytes_total: self.inner.log.bytes(),
                 damage: self.report.damage.len() as u64,
+                next: from,
             };
             if progress(&so_far).is_break() {
                 self.report.next = Some(from);

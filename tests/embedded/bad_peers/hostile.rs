@@ -2,7 +2,9 @@
 
 use farhaven::activate::fence::Term;
 use farhaven::guest::Definition;
-use farhaven::replicate::message::{Envelope, Message, Opening, PointContext, SealRequest};
+use farhaven::replicate::message::{
+    CommitTerms, Envelope, Message, Opening, PointContext, SealRequest,
+};
 use farhaven_policies::policy::Policy;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::{
@@ -187,6 +189,7 @@ impl Hostile {
             retention: Policy::default().retention,
             schedule: None,
             rpo_ms: None,
+            commit: CommitTerms::default(),
         }
     }
 
@@ -216,6 +219,8 @@ impl Hostile {
                 ram_scanned_bytes: 0,
                 changed_bytes: 0,
                 sent_bytes: 0,
+                base: false,
+                group: None,
             },
             activate: None,
         }))

@@ -19,6 +19,7 @@ use super::{
 };
 use crate::guest::embedded::Vmm;
 use crate::guest::embedded::disk::instant::View;
+use crate::guest::gate::CutGate;
 use crate::guest::{After, Cut, CutTimes, DiskInstant, GuestError, Sink, SinkError};
 
 /// Tries to let a guest go on before it is told to be left stopped.
@@ -58,14 +59,16 @@ impl EmbeddedGuest {
         &mut self,
         point: u64,
         after: After,
+        gate: &dyn CutGate,
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError> {
         self.end_cut(false);
         self.hot.begin();
         self.fits()?;
         let mut times = CutTimes::default();
+        gate.ready()?;
         let at = SystemTime::now();
-        let (fixed, was_running) = self.stand_still(after, &mut times)?;
+        let (fixed, was_running) = self.stand_still(after, gate, &mut times)?;
         let handed = self.hand_copies(&fixed.runs, sink);
         self.release_buffer();
         if let Err(error) = handed {
@@ -128,6 +131,7 @@ impl EmbeddedGuest {
     fn stand_still(
         &mut self,
         after: After,
+        gate: &dyn CutGate,
         times: &mut CutTimes,
     ) -> Result<(Fixed, bool), GuestError> {
         let shared = self.vmm.clone();
@@ -138,7 +142,14 @@ impl EmbeddedGuest {
         };
         let stopped = Instant::now();
         vmm.pause().map_err(explain)?;
-        let fixed = self.fix(&mut *vmm, times);
+        gate.stopped();
+        let fixed = self.fix(&mut *vmm, times).and_then(|fixed| {
+            let Err(given_up) = gate.may_go_on() else {
+                return Ok(fixed);
+            };
+            self.cut_failed(fixed.views);
+            Err(given_up.into())
+        });
         let went_on = match was_running && (after == After::Continue || fixed.is_err()) {
             true => go_on(&mut *vmm),
             false => Ok(()),
