@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "congestion/bbr.rs"]
+mod bbr;
 #[path = "congestion/flow.rs"]
 mod flow;
 #[path = "congestion/sim.rs"]
@@ -16,10 +18,13 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use bbr::Bbr;
 use farhaven_wan::emulate::{HEADER_BYTES, LinkShape};
 use farhaven_wan::rate::{RateController, RateOptions};
 use flow::{Controller, Tally};
-use sim::{PACKET, SECOND, Simulation};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use sim::{MILLI, PACKET, SECOND, Simulation};
 use tcp::{Kind, Tcp};
 
 struct Ours(RateController);
@@ -146,11 +151,14 @@ fn follows_a_rate_that_changes_by_four_within_three_seconds() {
     }
 }
 
-fn beside(kind: Kind, shape: &str, tcp_start: u64, our_start: u64) -> f64 {
+fn beside<C>(name: &str, neighbour: C, shape: &str, tcp_start: u64, our_start: u64) -> f64
+where
+    C: FnOnce(Instant) -> Box<dyn Controller>,
+{
     let shape = link(shape);
     let mut simulation = Simulation::new(shape, 3);
     let flow = simulation.add(our_start, ours(RateOptions::default()));
-    let neighbour = simulation.add(tcp_start, tcp(kind));
+    let neighbour = simulation.add(tcp_start, neighbour);
     simulation.run_until(20 * SECOND);
     let before = [simulation.tally(flow), simulation.tally(neighbour)];
     simulation.run_until(120 * SECOND);
@@ -159,10 +167,11 @@ fn beside(kind: Kind, shape: &str, tcp_start: u64, our_start: u64) -> f64 {
     let total = ours.delivered_bytes + theirs.delivered_bytes;
     let part = ours.delivered_bytes as f64 / total as f64;
     println!(
-        "{shape} beside {} from {tcp_start}/{our_start}: {part:.2} of {:.2}, dropped {:.4}",
-        if kind == Kind::Reno { "Reno" } else { "CUBIC" },
+        "{shape} beside {name} from {tcp_start}/{our_start}: {part:.2} of {:.2}, dropped {:.4}, \
+         rtt {:.0} ms",
         share(ours, shape, 100.0) + share(theirs, shape, 100.0),
-        ours.dropped as f64 / ours.sent as f64
+        ours.dropped as f64 / ours.sent as f64,
+        ours.rtt_ms(),
     );
     part
 }
@@ -171,9 +180,9 @@ fn beside(kind: Kind, shape: &str, tcp_start: u64, our_start: u64) -> f64 {
 fn shares_the_link_with_a_tcp_neighbour() {
     let mut parts = Vec::new();
     for shape in ["100mbit,80ms", "100mbit,40ms", "50mbit,20ms", "20mbit,80ms"] {
-        for kind in [Kind::Cubic, Kind::Reno] {
+        for (name, kind) in [("CUBIC", Kind::Cubic), ("Reno", Kind::Reno)] {
             for (tcp_start, our_start) in [(0, 5 * SECOND), (5 * SECOND, 0)] {
-                parts.push(beside(kind, shape, tcp_start, our_start));
+                parts.push(beside(name, tcp(kind), shape, tcp_start, our_start));
             }
         }
     }
@@ -181,6 +190,64 @@ fn shares_the_link_with_a_tcp_neighbour() {
         parts.iter().all(|part| (0.35..=0.65).contains(part)),
         "{parts:.2?}"
     );
+}
+
+#[test]
+fn shares_the_link_with_a_bbr_neighbour() {
+    let mut parts = Vec::new();
+    for shape in [
+        "100mbit,80ms",
+        "100mbit,80ms,0.1%",
+        "100mbit,40ms",
+        "50mbit,20ms",
+        "20mbit,80ms",
+        "100mbit,80ms,0%,queue=2mib",
+    ] {
+        for (start, our_start) in [(0, 5 * SECOND), (5 * SECOND, 0)] {
+            let bbr = |now| Box::new(Bbr::new(now)) as Box<dyn Controller>;
+            parts.push(beside("BBR", bbr, shape, start, our_start));
+        }
+    }
+    assert!(
+        parts.iter().all(|part| (0.35..=0.65).contains(part)),
+        "{parts:.2?}"
+    );
+}
+
+/// One flow alone on a machine that stands still now and then, as a busy or virtual one does.
+fn stalled(shape: &str, longest_ms: u64, seed: u64) -> [f64; 2] {
+    let mut random = StdRng::seed_from_u64(seed);
+    let mut simulation = settled(shape);
+    let before = simulation.tally(0);
+    while simulation.now < 50 * SECOND {
+        let next = simulation.now + random.random_range(50..400) * MILLI;
+        simulation.run_until(next);
+        simulation.stall(random.random_range(0..longest_ms * MILLI));
+    }
+    let tally = simulation.tally(0).since(&before);
+    let seconds = (simulation.now - 10 * SECOND) as f64 / SECOND as f64;
+    let dropped = tally.dropped as f64 / tally.sent as f64;
+    [share(tally, link(shape), seconds), dropped]
+}
+
+#[test]
+fn a_machine_that_stalls_is_no_neighbour() {
+    let mut failures = Vec::new();
+    for (shape, longest_ms, least) in [
+        ("100mbit,80ms,0.1%", 20, 0.9),
+        ("100mbit,80ms,0.1%", 60, 0.8),
+        ("100mbit,80ms,1%", 40, 0.8),
+        ("500mbit,40ms,0%", 20, 0.85),
+    ] {
+        for seed in [1, 2] {
+            let [part, dropped] = stalled(shape, longest_ms, seed);
+            println!("{shape} stalls of {longest_ms} ms: share {part:.3} dropped {dropped:.4}");
+            if part < least || dropped > 0.005 {
+                failures.push((shape, longest_ms, seed, part, dropped));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:?}");
 }
 
 #[test]

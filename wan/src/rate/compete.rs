@@ -30,6 +30,12 @@ const UNANSWERED_SECONDS: f64 = 0.0005;
 const UNANSWERED_DIPS: u32 = 2;
 /// Who has this part of the link has no neighbour.
 const ALONE: f64 = 0.75;
+/// Mean loss beyond the path's own from which the neighbour is one that heeds no loss.
+const HEEDLESS: f64 = 0.02;
+/// Weight of a round's loss in that mean.
+const LOSS_WEIGHT: f64 = 0.1;
+/// Most of our bytes on the way that we make up for as lost ones.
+const MADE_UP: f64 = 0.25;
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
@@ -52,6 +58,8 @@ pub(super) struct Competition {
     /// The window we had before the others came; we keep it until the first measurement.
     start: f64,
     dip: Option<Dip>,
+    /// Mean loss beyond the path's own.
+    overflow: f64,
     /// Dips in a row that the round trip did not answer.
     unanswered: u32,
 }
@@ -121,6 +129,11 @@ impl Competition {
             return Finding::Alone;
         }
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
+        // A neighbour that filled the gap makes the link look larger than it is.
+        let seen = match overflows {
+            true => seen.min(self.link),
+            false => seen,
+        };
         let seen = seen.max(dip.rate);
         self.link = match self.measured() {
             true => self.link + WEIGHT * (seen - self.link),
@@ -130,15 +143,31 @@ impl Competition {
         Finding::Shared
     }
 
-    /// Loss that is heavy even for a full queue.
-    pub(super) fn on_heavy_loss(&mut self) {
-        self.link *= 0.8;
-        self.start *= 0.8;
+    /// A round lost this part of its bytes beyond what the path itself loses. `heavy`: more
+    /// than any queue explains.
+    pub(super) fn on_loss(&mut self, overflow: f64, heavy: bool) {
+        self.overflow += LOSS_WEIGHT * (overflow.max(0.0) - self.overflow);
+        if heavy {
+            let kept = if self.heedless() { 0.95 } else { 0.8 };
+            self.link *= kept;
+            self.start *= kept;
+        }
+    }
+
+    /// Whether the neighbour overflows the queue all the time, as BBR does: it sends at the
+    /// largest rate that it had lately. So a dip of ours raises that, and should be rare.
+    pub(super) fn heedless(&self) -> bool {
+        self.overflow > HEEDLESS
     }
 
     /// The window in bytes at this round trip.
     pub(super) fn window(&self, rtt: f64) -> f64 {
-        let part = PART * self.link * rtt;
+        // Bytes that a full queue will drop are in flight, but are no part of the link.
+        let arriving = match self.heedless() {
+            true => 1.0 - self.overflow.min(MADE_UP),
+            false => 1.0,
+        };
+        let part = PART * self.link * rtt / arriving;
         match self.measured() {
             true => part,
             false => part.max(self.start),

@@ -19,6 +19,8 @@ const DIP_INTERVAL: Duration = Duration::from_secs(5);
 const DIP_ROUNDS: u32 = 20;
 /// The same while competing, when a dip measures the link.
 const COMPETE_DIP_INTERVAL: Duration = Duration::from_millis(1_500);
+/// Beside a neighbour that heeds no loss.
+const HEEDLESS_DIP_INTERVAL: Duration = Duration::from_secs(8);
 const COMPETE_DIP_ROUNDS: u32 = 6;
 const FIRST_DIP_ROUNDS: u32 = 2;
 /// Rounds with a queue in spite of our retreat, until it must be somebody else's.
@@ -183,11 +185,11 @@ impl RateController {
     pub(super) fn compete_round(&mut self, now: Instant, round: RoundSummary) {
         self.bandwidth.reset(round.rate);
         let queue = round.least_rtt - self.base.seconds();
-        if round.loss > INTOLERABLE {
-            self.competition.on_heavy_loss();
-        }
+        let overflow = round.loss - self.losses.random();
+        self.competition.on_loss(overflow, round.loss > INTOLERABLE);
         let since = now.saturating_duration_since(self.dipped);
         let waited = match self.competition.measured() {
+            true if self.competition.heedless() => since > HEEDLESS_DIP_INTERVAL,
             true => since > COMPETE_DIP_INTERVAL && self.rounds_since_dip > COMPETE_DIP_ROUNDS,
             false => self.rounds_since_dip > FIRST_DIP_ROUNDS,
         };

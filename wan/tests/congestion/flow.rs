@@ -11,6 +11,10 @@ pub(crate) trait Controller {
     fn on_end_acks(&mut self, now: Instant);
     fn on_lost(&mut self, now: Instant, sent: Instant, bytes: u64, persistent: bool);
     fn window(&self) -> u64;
+    /// Bytes a second to pace at; `None`: as quinn does, by the window.
+    fn pacing_rate(&self) -> Option<f64> {
+        None
+    }
     /// TCP of the plain kind sends what an acknowledgement allows at once.
     fn paced(&self) -> bool {
         true

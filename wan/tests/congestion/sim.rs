@@ -49,6 +49,8 @@ pub(crate) struct Simulation {
     events: BinaryHeap<Reverse<(u64, Event)>>,
     forward_next: u64,
     backward_next: u64,
+    /// The senders' machine stands still until then.
+    stalled_until: u64,
 }
 
 impl Simulation {
@@ -62,6 +64,7 @@ impl Simulation {
             events: BinaryHeap::new(),
             forward_next: u64::MAX,
             backward_next: u64::MAX,
+            stalled_until: 0,
         }
     }
 
@@ -108,6 +111,12 @@ impl Simulation {
         self.watch();
     }
 
+    /// From now on the senders' machine stands still for so long: nothing is sent, and no
+    /// acknowledgement is looked at. The link and the receivers go on.
+    pub(crate) fn stall(&mut self, nanoseconds: u64) {
+        self.stalled_until = self.now + nanoseconds;
+    }
+
     pub(crate) fn tally(&self, flow: usize) -> Tally {
         self.flows[flow].tally
     }
@@ -120,6 +129,14 @@ impl Simulation {
             }
             self.events.pop();
             self.now = self.now.max(at);
+            let of_senders = matches!(
+                event,
+                Event::Backward | Event::Wake(_) | Event::LossTimer(_)
+            );
+            if of_senders && self.now < self.stalled_until {
+                self.at(self.stalled_until, event);
+                continue;
+            }
             match event {
                 Event::Forward => self.deliver(),
                 Event::Backward => self.deliver_acks(),
@@ -303,7 +320,10 @@ impl Simulation {
                 }
             }
             if flow.controller.paced() && flow.smoothed_rtt > 0.0 {
-                let rate = 1.25 * flow.controller.window() as f64 / flow.smoothed_rtt;
+                let rate = flow
+                    .controller
+                    .pacing_rate()
+                    .unwrap_or_else(|| 1.25 * flow.controller.window() as f64 / flow.smoothed_rtt);
                 let burst =
                     (rate * 0.002 / 1.25).clamp(10.0 * PACKET as f64, 256.0 * PACKET as f64);
                 let gained = rate * (now - flow.refilled) as f64 / 1e9;
