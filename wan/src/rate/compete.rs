@@ -34,6 +34,8 @@ const ALONE: f64 = 0.75;
 const HEEDLESS: f64 = 0.02;
 /// Weight of a round's loss in that mean.
 const LOSS_WEIGHT: f64 = 0.1;
+/// By how much a dip may correct the link while the queue overflows.
+const NUDGE: f64 = 1.3;
 /// Most of our bytes on the way that we make up for as lost ones.
 const MADE_UP: f64 = 0.25;
 /// How long a measured link is remembered.
@@ -129,9 +131,10 @@ impl Competition {
             return Finding::Alone;
         }
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
-        // A neighbour that filled the gap makes the link look larger than it is.
+        // A neighbour that filled the gap makes the link look larger than it is, its bursts
+        // make it look smaller: such dips only nudge. Heavy loss takes back what was too much.
         let seen = match overflows {
-            true => seen.min(self.link),
+            true => seen.clamp(self.link / NUDGE, self.link * NUDGE),
             false => seen,
         };
         let seen = seen.max(dip.rate);
@@ -143,10 +146,15 @@ impl Competition {
         Finding::Shared
     }
 
-    /// A round lost this part of its bytes beyond what the path itself loses. `heavy`: more
-    /// than any queue explains.
-    pub(super) fn on_loss(&mut self, overflow: f64, heavy: bool) {
-        self.overflow += LOSS_WEIGHT * (overflow.max(0.0) - self.overflow);
+    /// A round of our `rate` lost this part of its bytes beyond what the path itself loses.
+    /// `heavy`: more than any queue explains.
+    pub(super) fn on_loss(&mut self, rate: f64, overflow: f64, heavy: bool) {
+        // Who has most of the link overflows the queue alone.
+        let theirs = match rate < ALONE * self.link {
+            true => overflow.max(0.0),
+            false => 0.0,
+        };
+        self.overflow += LOSS_WEIGHT * (theirs - self.overflow);
         if heavy {
             let kept = if self.heedless() { 0.95 } else { 0.8 };
             self.link *= kept;
