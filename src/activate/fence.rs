@@ -188,19 +188,7 @@ impl Fence {
 
     fn take(&self, group: GuestId, owner: SiteKey, step: u64) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        let number = terms
-            .get(&group)
-            .map_or(0, |t| t.number)
-            .saturating_add(step);
-        if number > MOST {
-            // The other site would not believe it, and run the group on.
-            return Err(FenceError::Absurd(number));
-        }
-        let term = Term {
-            group,
-            number,
-            owner,
-        };
+        let term = raised(&terms, group, owner, step)?;
         self.write(term)?;
         terms.insert(group, term);
         Ok(term)
@@ -210,7 +198,8 @@ impl Fence {
     /// happens meanwhile. Durable when it returns.
     ///
     /// # Errors
-    /// When they could not be made durable: none is in force then.
+    /// When one cannot be raised, or they could not be made durable: none is in
+    /// force then.
     pub fn overrule_all(
         &self,
         groups: &[GuestId],
@@ -220,15 +209,8 @@ impl Fence {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
         let raised: Vec<Term> = groups
             .iter()
-            .map(|group| Term {
-                group: *group,
-                number: terms
-                    .get(group)
-                    .map_or(0, |t| t.number)
-                    .saturating_add(OVERRULES),
-                owner,
-            })
-            .collect();
+            .map(|group| raised(&terms, *group, owner, OVERRULES))
+            .collect::<Result<_, _>>()?;
         // One file, replaced as a whole: from here on all of them hold.
         self.write_file(&self.directory.join(TOGETHER), &raised)?;
         terms.extend(raised.iter().map(|term| (term.group, *term)));
@@ -299,6 +281,26 @@ impl Fence {
             source,
         })
     }
+}
+
+/// The term that follows a group's known one after so many steps.
+fn raised(
+    terms: &BTreeMap<GuestId, Term>,
+    group: GuestId,
+    owner: SiteKey,
+    step: u64,
+) -> Result<Term, FenceError> {
+    let known = terms.get(&group).map_or(0, |term| term.number);
+    let number = known.saturating_add(step);
+    if number > MOST {
+        // The other site would not believe it, and run the group on.
+        return Err(FenceError::Absurd(number));
+    }
+    Ok(Term {
+        group,
+        number,
+        owner,
+    })
 }
 
 fn read(path: &Path) -> Result<Term, FenceError> {
@@ -387,5 +389,31 @@ mod tests {
             Fence::open(dir.path()),
             Err(FenceError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn a_term_that_nobody_would_believe_is_taken_for_none_of_several() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = keys();
+        let groups: Vec<GuestId> = (0..3).map(|_| GuestId::random()).collect();
+        let fence = Fence::open(dir.path()).unwrap();
+        let last = Term {
+            group: groups[1],
+            number: MOST,
+            owner: other,
+        };
+        // No peer brings it so far in one leap.
+        fence.write(last).unwrap();
+        drop(fence);
+        let fence = Fence::open(dir.path()).unwrap();
+        let refused = fence.overrule_all(&groups, own);
+        assert!(matches!(refused, Err(FenceError::Absurd(_))));
+        assert!(matches!(
+            fence.overrule(groups[1], own),
+            Err(FenceError::Absurd(_))
+        ));
+        drop(fence);
+        let again = Fence::open(dir.path()).unwrap();
+        assert_eq!(again.all(), [last]);
     }
 }

@@ -382,6 +382,9 @@ impl Conductor {
                 "aborted while it was being moved over a link that is down; see farhaven status where it is".to_owned()
             }
             GuestState::Waiting => "aborted; it runs on here and is not protected".to_owned(),
+            GuestState::Copying => {
+                "aborted; it runs on here, and its first copy goes on: it is protected once that is sealed".to_owned()
+            }
             _ => "aborted; it runs on here, protected".to_owned(),
         }
     }
