@@ -11,6 +11,7 @@ pub mod evacuate;
 pub mod events;
 pub mod files;
 pub mod groups;
+pub mod health;
 pub mod hosted;
 pub mod images;
 pub mod kept;

@@ -228,7 +228,7 @@ impl Site {
     }
 
     /// What a guest is owed by the site's configuration and an operator's word.
-    fn usually_owed(&self, rpo: Option<Period>) -> Owed {
+    pub(super) fn usually_owed(&self, rpo: Option<Period>) -> Owed {
         let mut policy = self.config.protect.clone();
         policy.rpo = rpo.unwrap_or(policy.rpo);
         Owed {

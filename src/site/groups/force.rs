@@ -212,6 +212,11 @@ impl Site {
         let mut waiting = BTreeMap::new();
         let mut wanted = Vec::new();
         for (name, group) in &files.groups {
+            // Files of another site, whose group runs here now: it goes on as it
+            // was told, or as it turned round.
+            if group.peer == self.config.site.name {
+                continue;
+            }
             // The same files may be at all sites: those guests run elsewhere.
             if !group
                 .guests

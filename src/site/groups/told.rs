@@ -109,7 +109,9 @@ impl Site {
         };
         let known = self.groups();
         let same = known.iter().find(|other| other.id == group.id);
-        if same.is_some_and(|other| other.from != group.from) {
+        if let Some(other) = same.filter(|other| other.from != group.from)
+            && !self.group_turned_to(other, peer)
+        {
             return Err(OperateError::Conflict(
                 "another site has a group of that id".to_owned(),
             ));
@@ -167,7 +169,7 @@ impl Site {
     }
 
     /// Notes a peer's groups beside its store.
-    fn note_groups(&self, remote: &Remote) {
+    pub(super) fn note_groups(&self, remote: &Remote) {
         let mut groups = self.groups();
         groups.retain(|group| group.from.as_ref() == Some(&remote.record.site));
         rebuild::keep(&self.groups_note(remote), &groups);

@@ -16,7 +16,7 @@ use crate::site::records::{GuestRecord, Owed, Protection};
 
 impl Site {
     /// Protects a member by its group's policy, or tells its driver what changed.
-    pub(super) async fn protect_member(
+    pub(in crate::site::groups) async fn protect_member(
         self: &Arc<Self>,
         group: &GroupRecord,
         name: &str,
