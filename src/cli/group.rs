@@ -12,6 +12,7 @@ use crate::site::groups::{
 use crate::site::kept::PointChoice;
 
 pub(super) mod all;
+pub(super) mod moved;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GroupVerb {

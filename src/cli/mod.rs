@@ -160,10 +160,11 @@ enum Verb {
     /// Run a guest here as a test, or all guests of a group, on no network, while
     /// they are protected on.
     Test(drill::Test),
-    /// Move a guest to its peer with nothing lost; run it where the guest runs.
-    /// It stays, and exit status 3 says so, if it would stand too long.
+    /// Move a guest to its peer with nothing lost, or all guests of a group as one;
+    /// run it where they run. They stay, and exit status 3 says so, if one would
+    /// stand too long.
     Move {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// Even if it will stand longer than its policy allows (protect.max_blackout).
         #[arg(long)]
@@ -337,6 +338,14 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             ..
         } => guests::failover(&client, &name, point, force, json).await,
         Verb::Test(test) => drill::run(&client, test).await,
+        Verb::Move {
+            name,
+            accept_pause,
+            dry_run,
+            json,
+        } if group::is_group(&client, &name).await => {
+            return group::moved::run(&client, &name, accept_pause, dry_run, json).await;
+        }
         Verb::Move {
             name,
             dry_run: true,

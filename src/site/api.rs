@@ -22,7 +22,7 @@ pub use body::{
     AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
     Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
-pub use groups::TestGroup;
+pub use groups::{MoveGroup, TestGroup};
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
 use serve::Served;

@@ -214,6 +214,7 @@ impl Site {
                 tracing::error!("{error}");
             }
         }
+        site.finish_hand_overs();
         // Questions are answered only from here on: a source that asks whether
         // its guest runs here must not be answered before that is known.
         for remote in remotes {

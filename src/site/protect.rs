@@ -317,7 +317,7 @@ impl Site {
         )))
     }
 
-    async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
+    pub(super) async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
         let record = self.guest(name)?;
         let driver = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);

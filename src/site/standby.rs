@@ -342,6 +342,11 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Some((active.times.clone(), active.term));
         }
+        // Handed over with its group, and about to run.
+        let site = self.site.upgrade();
+        if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
+            return Some((ActivationTimes::default(), term));
+        }
         self.discard(&mut state).await;
         None
     }

@@ -10,7 +10,8 @@ use serde::{Deserialize, Serialize};
 use super::turn::{Commit, Reprotect};
 use super::{Answer, Here, Site, State, whole};
 use crate::site::groups::{
-    FailOverGroup, GroupDone, GroupFailover, GroupPointView, GroupRollBack, GroupTest, GroupView,
+    FailOverGroup, GroupDone, GroupFailover, GroupMove, GroupOutlook, GroupPointView,
+    GroupRollBack, GroupTest, GroupView,
 };
 use crate::site::turn::view::{CommitReport, ReprotectReport, RollbackReport};
 use crate::site::view::TestEnded;
@@ -23,6 +24,14 @@ pub struct TestGroup {
     pub cut: Option<u64>,
 }
 
+/// Body of `POST /v1/groups/{name}/move`.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MoveGroup {
+    /// Even if guests stand longer than their policy allows.
+    pub accept_pause: bool,
+}
+
 pub(super) fn routes() -> Router<Arc<Site>> {
     Router::new()
         .route(
@@ -33,6 +42,7 @@ pub(super) fn routes() -> Router<Arc<Site>> {
         .route("/v1/groups/{name}/points", get(points))
         .route("/v1/groups/{name}/failover", post(fail_over))
         .route("/v1/groups/{name}/test", post(test).delete(end_test))
+        .route("/v1/groups/{name}/move", get(outlook).post(move_group))
         .route("/v1/groups/{name}/commit", post(commit))
         .route("/v1/groups/{name}/rollback", post(rollback))
         .route("/v1/groups/{name}/reprotect", post(reprotect))
@@ -68,6 +78,18 @@ async fn end_test(
     InPath(name): InPath<String>,
 ) -> Answer<GroupDone<TestEnded>> {
     whole(async move { site.end_group_test(&name).await }).await
+}
+
+async fn outlook(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupOutlook> {
+    site.group_outlook(&name).map(Json)
+}
+
+async fn move_group(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<MoveGroup>,
+) -> Answer<GroupMove> {
+    whole(async move { site.move_group(&name, body.accept_pause).await }).await
 }
 
 async fn commit(

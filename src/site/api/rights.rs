@@ -75,6 +75,8 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("POST", "/v1/groups/{name}/failover", Right::FailOver),
     ("POST", "/v1/groups/{name}/test", Right::Test),
     ("DELETE", "/v1/groups/{name}/test", Right::Test),
+    ("GET", "/v1/groups/{name}/move", Right::View),
+    ("POST", "/v1/groups/{name}/move", Right::FailOver),
     ("POST", "/v1/groups/{name}/commit", Right::FailOver),
     ("POST", "/v1/groups/{name}/rollback", Right::FailOver),
     ("POST", "/v1/groups/{name}/reprotect", Right::Operate),

@@ -18,6 +18,7 @@ use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
 
 use super::cuts::Cuts;
+use super::handed::HandedOver;
 use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
 use crate::site::Site;
 use crate::site::operate::OperateError;
@@ -39,6 +40,8 @@ pub(in crate::site) struct InForce {
     wake: Arc<Notify>,
     /// Who is cut together.
     pub(in crate::site) cuts: Cuts,
+    /// Who was handed over with all of a group, and does not run yet.
+    pub(super) handed: HandedOver,
 }
 
 #[derive(Default)]

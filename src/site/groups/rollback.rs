@@ -140,8 +140,11 @@ impl Site {
         here: &'a [(&NamedMember, Arc<Standby>)],
         accept_loss: bool,
     ) -> Result<Vec<Going<'a>>, OperateError> {
+        // In one order, whoever takes several of them: nobody waits for each other.
+        let mut by_guest: Vec<_> = here.iter().enumerate().collect();
+        by_guest.sort_by_key(|(_, (member, _))| member.guest);
         let mut going = Vec::new();
-        for (_, standby) in here {
+        for (place, (_, standby)) in by_guest {
             let state = standby.state.lock().await;
             let Some((active, ready)) = state.active.clone() else {
                 return Err(not_here(standby));
@@ -149,15 +152,17 @@ impl Site {
             if active.returning.is_none() {
                 self.may_go_back(standby, &active, accept_loss).await?;
             }
-            going.push(Going {
+            let one = Going {
                 standby,
                 state,
                 active,
                 ready,
                 begun: Instant::now(),
-            });
+            };
+            going.push((place, one));
         }
-        Ok(going)
+        going.sort_by_key(|(place, _)| *place);
+        Ok(going.into_iter().map(|(_, one)| one).collect())
     }
 
     /// Stops all of them here, those that started last first, and writes the

@@ -64,12 +64,18 @@ impl Site {
     }
 
     /// A peer tells of its groups.
-    pub(in crate::site) fn hear_of_groups(
+    pub(in crate::site) async fn hear_of_groups(
         self: &Arc<Self>,
         remote: &Arc<Remote>,
         told: GroupMessage,
     ) -> Message {
         let heard = match told {
+            GroupMessage::TakeOver { group, members } => {
+                return self.take_over_group(remote, group, members).await;
+            }
+            GroupMessage::TakenOver { .. } => {
+                return refused(Refusal::Unknown, "that is no question");
+            }
             GroupMessage::Known(group) => self.hear_group(remote, group),
             GroupMessage::All { ids } => self.hear_all(remote, &ids),
             GroupMessage::Owed {
