@@ -9,7 +9,7 @@ use super::*;
 
 impl Bank {
     /// Protected, with a whole point at west.
-    async fn whole(files_at_west: bool, policy: &str, group: &str) -> Self {
+    pub(super) async fn whole(files_at_west: bool, policy: &str, group: &str) -> Self {
         let bank = Self::set_with(files_at_west).await;
         bank.write(&files(policy, group));
         bank.protected().await;
@@ -26,19 +26,19 @@ impl Bank {
 }
 
 /// How many of those that were built here run.
-fn running(builder: &CounterBuilder) -> Vec<Arc<Mutex<Counter>>> {
+pub(super) fn running(builder: &CounterBuilder) -> Vec<Arc<Mutex<Counter>>> {
     let built = builder.built.lock().unwrap().clone();
     let runs = |c: &Arc<Mutex<Counter>>| c.lock().unwrap().running() == Some(true);
     built.into_iter().filter(runs).collect()
 }
 
-fn done<T: std::fmt::Debug>(done: &GroupDone<T>) {
+pub(super) fn done<T: std::fmt::Debug>(done: &GroupDone<T>) {
     assert!(done.remains.is_empty(), "{done:?}");
     let order: Vec<_> = done.members.iter().map(|m| m.guest.as_str()).collect();
     assert_eq!(order, ["db", "web"]);
 }
 
-fn back() -> GroupRollBack {
+pub(super) fn back() -> GroupRollBack {
     GroupRollBack::default()
 }
 
@@ -52,7 +52,7 @@ async fn in_force(site: &Arc<Site>) {
 }
 
 /// Newest whole cut that a site tells of, after another.
-async fn whole_after(site: &Arc<Site>, cut: u64) -> u64 {
+pub(super) async fn whole_after(site: &Arc<Site>, cut: u64) -> u64 {
     let deadline = Instant::now() + LONG;
     loop {
         let points = site.group_points("bank").await.unwrap_or_default();
@@ -72,9 +72,7 @@ async fn a_group_turns_round_and_comes_home_as_a_group() {
     let refused = west.commit_group("bank", false).await.unwrap_err();
     assert!(refused.to_string().contains("farhaven group show"), "{refused}");
 
-    for guest in ["db", "web"] {
-        east.move_guest(guest, true).await.unwrap();
-    }
+    east.move_group("bank", true).await.unwrap();
     let refused = west.reprotect_group("bank", None).await.unwrap_err();
     assert!(refused.to_string().contains("farhaven commit bank"), "{refused}");
     // One of them was committed before: all are in the end, however often asked.
@@ -104,9 +102,7 @@ async fn a_group_turns_round_and_comes_home_as_a_group() {
     assert_eq!(running(&bank.stage.at_west).len(), 2);
 
     // Home; the files of east are in force for it again.
-    for guest in ["db", "web"] {
-        west.move_guest(guest, true).await.unwrap();
-    }
+    west.move_group("bank", true).await.unwrap();
     done(&east.commit_group("bank", false).await.unwrap());
     done(&east.reprotect_group("bank", None).await.unwrap());
     let home = bank.group(&east).unwrap();

@@ -101,3 +101,103 @@ fn a_kill_between_the_seals_of_two_guests_leaves_no_point_of_the_group() {
         ok(&there);
     }
 }
+
+/// Where all guests of the bank are, once that is settled: at west?
+fn settled(pair: &Pair) -> bool {
+    pair.east.until("all are on one side", LONG, |view| {
+        let phases: Vec<Phase> = view.guests.iter().map(|guest| guest.phase).collect();
+        let all = |of: &[Phase]| phases.len() == 2 && phases.iter().all(|p| of.contains(p));
+        match phases {
+            _ if all(&[Phase::Moved]) => Some(true),
+            _ if all(&[Phase::Protected, Phase::Shipping]) => Some(false),
+            // They lived in the daemon that was killed.
+            _ if all(&[Phase::Lost]) => Some(false),
+            _ => None,
+        }
+    })
+}
+
+/// Begins the move, and waits until one of its guests is in this phase.
+fn moving(pair: &Pair, phase: Phase) -> std::process::Child {
+    let socket = pair.east.dir.join("api.sock");
+    let child = std::process::Command::new(env!("CARGO_BIN_EXE_farhaven"))
+        .args(["--api", socket.to_str().unwrap()])
+        .args(["move", "bank", "--accept-pause", "--json"])
+        .stdout(std::process::Stdio::null())
+        .stderr(std::process::Stdio::null())
+        .spawn()
+        .unwrap();
+    let there = [phase, Phase::Held, Phase::Moved];
+    pair.east.until("the move is there", LONG, |view| {
+        let mut guests = view.guests.iter();
+        guests.any(|guest| there.contains(&guest.phase)).then_some(())
+    });
+    child
+}
+
+/// Milliseconds after a phase was seen.
+const KILLS: [(Phase, u64); 5] = [
+    (Phase::Moving, 0),
+    (Phase::Moving, 300),
+    (Phase::Held, 0),
+    (Phase::Held, 60),
+    (Phase::Held, 200),
+];
+
+#[test]
+fn a_group_s_move_whose_target_is_killed_ends_on_one_side() {
+    let mut pair = None;
+    for (phase, wait) in KILLS {
+        let (mut sites, consoles) = pair.take().unwrap_or_else(bank);
+        sites.west.until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
+        let mut child = moving(&sites, phase);
+        std::thread::sleep(Duration::from_millis(wait));
+        sites.west.kill();
+        sites.west.start();
+        let _ = child.wait();
+        let moved = settled(&sites);
+        println!("{phase:?} + {wait} ms: moved {moved}");
+        for guest in ["db", "web"] {
+            let there = sites.west.target(guest);
+            // What had run there ended with its daemon, and is run from its last point.
+            let ended = there.active.is_none();
+            assert!(moved || ended, "{guest} runs twice: {there:?}");
+            if moved && ended {
+                sites.west.until("it is west's", LONG, |view| {
+                    let mut all = view.standbys.iter();
+                    let active = all.any(|s| s.name == guest && s.active.is_some());
+                    let told = there.trouble.contains("ended with it");
+                    (active || told).then_some(())
+                });
+            }
+        }
+        if !moved {
+            for console in &consoles {
+                ok(console);
+            }
+            pair = Some((sites, consoles));
+        }
+    }
+}
+
+#[test]
+fn a_group_s_move_whose_source_is_killed_ends_on_one_side() {
+    for (phase, wait) in KILLS {
+        let (mut sites, _) = bank();
+        sites.west.until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
+        let mut child = moving(&sites, phase);
+        std::thread::sleep(Duration::from_millis(wait));
+        sites.east.kill();
+        let _ = child.wait();
+        sites.east.start();
+        let moved = settled(&sites);
+        println!("{phase:?} + {wait} ms: moved {moved}");
+        for guest in ["db", "web"] {
+            let active = sites.west.target(guest).active;
+            assert_eq!(active.is_some(), moved, "{guest}");
+            if let Some(active) = active {
+                ok(&TestSite::console_of(&active));
+            }
+        }
+    }
+}

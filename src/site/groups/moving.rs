@@ -120,6 +120,12 @@ impl Site {
         let members = self.may_move(&group)?;
         let remote = self.remote(&group.peer);
         let remote = remote.ok_or_else(|| self.no_peer(&group.peer))?;
+        // Told within seconds anyway; it must know the order in which they start now.
+        let known = GroupMessage::Known(group.clone());
+        let told = remote.ask(Message::Group(Box::new(known))).await;
+        told.map_err(|error| {
+            failed(format!("group '{name}' was not moved, all of its guests run on here: {error}"))
+        })?;
         let party = Party::new(&group, convoy);
         let deciding = Deciding(party.clone());
         let mut answers = Vec::new();
