@@ -220,6 +220,7 @@ impl Driver {
         self.protection.policy = owed.policy;
         self.protection.schedule = owed.schedule;
         self.protection.group = owed.group;
+        self.protection.share = owed.share;
         let _ = self.keep_protection().await;
         self.site.limits.owe(&self.protection);
         let group = self.protection.group.clone();

@@ -235,6 +235,7 @@ impl Site {
             policy,
             schedule: None,
             group: None,
+            share: None,
         }
     }
 
@@ -276,6 +277,7 @@ impl Site {
             policy: owed.policy,
             schedule: owed.schedule,
             group: owed.group,
+            share: owed.share,
             paused: false,
             seeded,
             moving: None,

@@ -11,7 +11,6 @@ use super::all::{GroupDone, MemberDone};
 use super::{GroupRecord, NamedMember};
 use crate::site::Site;
 use crate::site::operate::OperateError;
-use crate::site::records::Owed;
 use crate::site::turn::view::{CommitReport, ReprotectReport};
 
 /// Where a guest of a group is, seen from here.
@@ -106,11 +105,7 @@ impl Site {
         self.one_is_here(&group, &members)?;
         self.may_reprotect(&group, &members)?;
         group.owed.rpo = rpo.unwrap_or(group.owed.rpo);
-        let owed = Owed {
-            policy: group.owed.in_force(group.members.len()),
-            schedule: Some(group.owed.retention.clone()),
-            group: Some(group.name.clone()),
-        };
+        let owed = self.owed_by_group(&group);
         let mut done = Vec::new();
         for member in &members {
             let turned = self.reprotect_owed(&member.name, owed.clone()).await;

@@ -122,6 +122,7 @@ impl Site {
             policy: owed.policy,
             schedule: owed.schedule,
             group: owed.group,
+            share: owed.share,
             paused: false,
             seeded: false,
             moving: None,
