@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
 use super::waves::{Start, Started, Waves};
@@ -144,6 +145,12 @@ impl Site {
         })
     }
 
+    /// Is the newest term of this guest this site's?
+    pub(super) fn is_ours(&self, guest: GuestId) -> bool {
+        let term = self.fence.current(guest);
+        term.is_some_and(|term| term.owner == self.key())
+    }
+
     /// Its guests that run here, and those that do not.
     #[allow(clippy::type_complexity, reason = "two lists of two things each")]
     fn may_fail_over(
@@ -168,7 +175,7 @@ impl Site {
         }
         for (member, standby) in &idle {
             // One whose term is this site's runs nowhere else.
-            let ours = self.fence.may_run(member.guest, self.key()).is_ok();
+            let ours = self.is_ours(member.guest);
             if standby.remote().alive() && !force && !ours {
                 return Err(OperateError::Conflict(format!(
                     "site '{0}' is alive, and so may be the guests of '{name}' there. To move them with nothing lost, run there: farhaven move {name}. To take them over all the same (they are stopped there first): --force",

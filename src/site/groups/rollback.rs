@@ -297,7 +297,7 @@ impl Site {
                 }
                 Some(_) => {}
                 // Ended by an earlier try, and not started again.
-                None if self.fence.may_run(member.guest, self.key()).is_ok() => {}
+                None if self.is_ours(member.guest) => {}
                 None => return Err(not_here(&standby)),
             }
             standby.open(number).map_err(failed)?;
