@@ -141,7 +141,9 @@ pub(super) async fn failover(
     }
     match (failed, unhealthy) {
         (0, 0) => Ok(()),
-        (0, bad) => Err(format!("all of its guests run here, and {bad} are not healthy")),
+        (0, bad) => Err(format!(
+            "all of its guests run here, and {bad} are not healthy"
+        )),
         (failed, _) => Err(format!("{failed} of its guests do not run here")),
     }
 }

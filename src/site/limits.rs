@@ -201,7 +201,9 @@ impl Limits {
         let terms = protection.policy.link_terms();
         let mut state = self.state();
         match protection.group {
-            Some(_) => state.owed.insert(protection.guest, (terms, protection.share)),
+            Some(_) => state
+                .owed
+                .insert(protection.guest, (terms, protection.share)),
             None => state.owed.remove(&protection.guest),
         };
         drop(state);
@@ -353,10 +355,12 @@ impl State {
     /// Its weight beside others. The priority of a group is that of its guests
     /// together: ten of them get no more than one.
     fn weight(&self, guest: GuestId, priority: u8) -> u32 {
-        let by_group = !self.favoured.contains(&guest)
-            && !self.set.guests.contains_key(&guest.to_string());
+        let by_group =
+            !self.favoured.contains(&guest) && !self.set.guests.contains_key(&guest.to_string());
         let share = self.owed.get(&guest).and_then(|(_, share)| *share);
-        let among = share.filter(|_| by_group).map_or(1, |share| share.among.max(1));
+        let among = share
+            .filter(|_| by_group)
+            .map_or(1, |share| share.among.max(1));
         let weight = u32::from(priority) * WEIGHTS;
         // Only a priority of 0 gets what the others leave.
         (weight / u32::from(among)).max(u32::from(priority > 0))

@@ -8,10 +8,10 @@ use farhaven_storage_sync::store::{Store, StoreOptions};
 use farhaven_wan::{Introduction, Invitation, PeerRecord};
 
 use super::operate::{OperateError, failed};
-use super::{Site, SiteError};
 use super::remote::Remote;
 use super::standby::Standby;
 use super::view::PeerView;
+use super::{Site, SiteError};
 
 impl Site {
     /// An invitation for another site, valid for `valid`.
@@ -178,7 +178,10 @@ impl Site {
 
     /// Guests of a site that was paired before go by the new pairing.
     fn rebind_standbys(self: &Arc<Self>, remote: &Arc<Remote>) {
-        let mut standbys = self.standbys.write().unwrap_or_else(PoisonError::into_inner);
+        let mut standbys = self
+            .standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
         let of_site = |s: &Standby| {
             s.remote().record.key == remote.record.key && !Arc::ptr_eq(s.remote(), remote)
         };

@@ -38,7 +38,10 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
     assert_eq!(moved.remains, "", "{moved:?}");
     let order: Vec<_> = moved.members.iter().map(|m| m.guest.as_str()).collect();
     assert_eq!(order, ["db", "web"]);
-    assert!(moved.skew_ms < 1000.0 && moved.blackout_ms > 0.0, "{moved:?}");
+    assert!(
+        moved.skew_ms < 1000.0 && moved.blackout_ms > 0.0,
+        "{moved:?}"
+    );
     // One instant: the last points of both are one of the group.
     let last = west.group_points("bank").await.unwrap();
     let last = last.last().unwrap();
@@ -56,7 +59,12 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
         assert!(counts_on(counter).await >= sound(home));
     }
     let refused = east.move_group("bank", true).await.unwrap_err();
-    assert!(refused.to_string().contains("all of its guests run on here"), "{refused}");
+    assert!(
+        refused
+            .to_string()
+            .contains("all of its guests run on here"),
+        "{refused}"
+    );
     let stopped = [sound(&bank.stage.guest), sound(&bank.web)];
     done(&west.rollback_group("bank", back()).await.unwrap());
     bank.goes_on_at_east().await;
@@ -118,7 +126,10 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     // It was decided: both are west's, though neither runs yet.
     for member in &moved.members {
         let note = &member.report.as_ref().unwrap().note;
-        assert!(note.contains("does not run") || note.contains("not started"), "{note}");
+        assert!(
+            note.contains("does not run") || note.contains("not started"),
+            "{note}"
+        );
         assert_eq!(source(&east, &member.guest).phase, Phase::Moved);
     }
     assert!(running(&bank.stage.at_west).is_empty());
@@ -127,7 +138,12 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     assert_eq!(std::fs::read_dir(&written).unwrap().count(), 1);
 
     let Bank { stage, web, .. } = bank;
-    let Stage { dir, at_west, guest, .. } = stage;
+    let Stage {
+        dir,
+        at_west,
+        guest,
+        ..
+    } = stage;
     west.shutdown().await;
     drop((west, stage.west));
     let west = site_again(dir.path(), "west", builders(&at_west)).await;

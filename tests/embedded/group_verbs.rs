@@ -70,11 +70,17 @@ async fn a_group_turns_round_and_comes_home_as_a_group() {
     let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
     let id = bank.group(&west).unwrap().id;
     let refused = west.commit_group("bank", false).await.unwrap_err();
-    assert!(refused.to_string().contains("farhaven group show"), "{refused}");
+    assert!(
+        refused.to_string().contains("farhaven group show"),
+        "{refused}"
+    );
 
     east.move_group("bank", true).await.unwrap();
     let refused = west.reprotect_group("bank", None).await.unwrap_err();
-    assert!(refused.to_string().contains("farhaven commit bank"), "{refused}");
+    assert!(
+        refused.to_string().contains("farhaven commit bank"),
+        "{refused}"
+    );
     // One of them was committed before: all are in the end, however often asked.
     west.commit("web", false).await.unwrap();
     done(&west.commit_group("bank", false).await.unwrap());
@@ -89,10 +95,14 @@ async fn a_group_turns_round_and_comes_home_as_a_group() {
     assert_eq!(reports.count(), 2);
     // The group is west's own, by the same id and policy, and east knows.
     let here = bank.group(&west).unwrap();
-    assert_eq!((here.from, here.peer.as_str(), &here.id), (None, "east", &id));
+    assert_eq!(
+        (here.from, here.peer.as_str(), &here.id),
+        (None, "east", &id)
+    );
     assert_eq!(source(&west, "db").rpo_target_ms, Some(1000));
     finally("east knows that it turned", || {
-        bank.group(&east).filter(|g| g.from.as_deref() == Some("west"))
+        bank.group(&east)
+            .filter(|g| g.from.as_deref() == Some("west"))
     })
     .await;
     // Its guests are cut at one instant again, and east lists the whole points.
@@ -106,9 +116,13 @@ async fn a_group_turns_round_and_comes_home_as_a_group() {
     done(&east.commit_group("bank", false).await.unwrap());
     done(&east.reprotect_group("bank", None).await.unwrap());
     let home = bank.group(&east).unwrap();
-    assert_eq!((home.from, home.peer.as_str(), &home.id), (None, "west", &id));
+    assert_eq!(
+        (home.from, home.peer.as_str(), &home.id),
+        (None, "west", &id)
+    );
     finally("west knows that it went home", || {
-        bank.group(&west).filter(|g| g.from.as_deref() == Some("east"))
+        bank.group(&west)
+            .filter(|g| g.from.as_deref() == Some("east"))
     })
     .await;
     whole_after(&west, 0).await;
@@ -131,7 +145,10 @@ async fn a_group_goes_back_to_its_source_as_a_whole_or_not_at_all() {
     // The one that is stopped last cannot be: nobody goes, all run on.
     there[0].lock().unwrap().fail(1000, 0);
     let refused = west.rollback_group("bank", back()).await.unwrap_err();
-    assert!(refused.to_string().contains("its guests run on here"), "{refused}");
+    assert!(
+        refused.to_string().contains("its guests run on here"),
+        "{refused}"
+    );
     there[0].lock().unwrap().fail(0, 0);
     assert_eq!(bank.run_at_west(), 2);
     for counter in &there {
@@ -142,7 +159,10 @@ async fn a_group_goes_back_to_its_source_as_a_whole_or_not_at_all() {
     // One copy at the source cannot go on: the other one does, and what remains is told.
     bank.web.lock().unwrap().fail(0, 1000);
     let half = west.rollback_group("bank", back()).await.unwrap();
-    assert!(half.remains.contains("1 of 2 guests remain (web)"), "{half:?}");
+    assert!(
+        half.remains.contains("1 of 2 guests remain (web)"),
+        "{half:?}"
+    );
     assert!(half.remains.contains("farhaven rollback bank"), "{half:?}");
     counts_on(&bank.stage.guest).await;
     counts_on(&there[1]).await;
@@ -170,7 +190,10 @@ async fn a_group_goes_back_to_a_whole_point() {
         ..back()
     };
     let refused = west.rollback_group("bank", to(7)).await.unwrap_err();
-    assert!(refused.to_string().contains("no whole point 7"), "{refused}");
+    assert!(
+        refused.to_string().contains("no whole point 7"),
+        "{refused}"
+    );
     let refused = west.rollback_group("bank", back()).await.unwrap_err();
     assert!(refused.to_string().contains("--accept-loss"), "{refused}");
     for counter in &before {
@@ -195,7 +218,10 @@ async fn a_group_goes_back_to_a_whole_point() {
     let (db, web) = (terms("db"), terms("web"));
     let again = west.rollback_group("bank", to(first)).await.unwrap();
     done(&again);
-    assert!(again.members.iter().all(|m| m.note.contains("already")), "{again:?}");
+    assert!(
+        again.members.iter().all(|m| m.note.contains("already")),
+        "{again:?}"
+    );
     assert_eq!((terms("db"), terms("web")), (db, web));
     bank.stage.end().await;
 }
@@ -220,7 +246,10 @@ async fn a_test_of_a_group_runs_in_waves_and_leaves_nothing() {
     })
     .await;
     let refused = west.test_group("bank", Some(7)).await.unwrap_err();
-    assert!(refused.to_string().contains("no whole point 7"), "{refused}");
+    assert!(
+        refused.to_string().contains("no whole point 7"),
+        "{refused}"
+    );
     // Not healthy: those after it are not started, and what runs can be looked at.
     let tested = west.test_group("bank", None).await.unwrap();
     let [db, web] = tested.members.as_slice() else {
@@ -230,9 +259,15 @@ async fn a_test_of_a_group_runs_in_waves_and_leaves_nothing() {
     assert_eq!(outcomes, [CheckOutcome::NotLookedAt, CheckOutcome::Failed]);
     assert!(db.report.is_some() && web.report.is_none(), "{tested:?}");
     assert!(web.error.contains("starts after 'db'"), "{tested:?}");
-    assert!(tested.remains.contains("farhaven test cleanup bank"), "{tested:?}");
+    assert!(
+        tested.remains.contains("farhaven test cleanup bank"),
+        "{tested:?}"
+    );
     let refused = west.test_group("bank", None).await.unwrap_err();
-    assert!(refused.to_string().contains("test cleanup bank"), "{refused}");
+    assert!(
+        refused.to_string().contains("test cleanup bank"),
+        "{refused}"
+    );
     done(&west.end_group_test("bank").await.unwrap());
     assert!(running(&bank.stage.at_west).is_empty());
 
@@ -245,7 +280,10 @@ async fn a_test_of_a_group_runs_in_waves_and_leaves_nothing() {
     })
     .await;
     let tested = west.test_group("bank", None).await.unwrap();
-    assert!(tested.members.iter().all(|m| m.report.is_some()), "{tested:?}");
+    assert!(
+        tested.members.iter().all(|m| m.report.is_some()),
+        "{tested:?}"
+    );
     assert!(!tested.remains.is_empty(), "{tested:?}");
     done(&west.end_group_test("bank").await.unwrap());
 
@@ -270,10 +308,16 @@ async fn a_test_of_a_group_runs_in_waves_and_leaves_nothing() {
     assert_eq!((target(&west, "db").term, target(&west, "web").term), terms);
     let ended = west.end_group_test("bank").await.unwrap();
     done(&ended);
-    assert!(ended.members.iter().all(|m| m.report.is_some()), "{ended:?}");
+    assert!(
+        ended.members.iter().all(|m| m.report.is_some()),
+        "{ended:?}"
+    );
     let again = west.end_group_test("bank").await.unwrap();
     done(&again);
-    assert!(again.members.iter().all(|m| m.report.is_none()), "{again:?}");
+    assert!(
+        again.members.iter().all(|m| m.report.is_none()),
+        "{again:?}"
+    );
     assert!(running(&bank.stage.at_west).is_empty());
     assert_eq!(source(&east, "db").trouble, "");
     bank.stage.end().await;
@@ -300,7 +344,10 @@ async fn a_failover_waits_for_the_health_of_those_before_and_goes_on_later() {
     };
     let note = &db.report.as_ref().unwrap().note;
     assert!(note.contains("not healthy"), "{half:?}");
-    assert!(web.report.is_none() && web.error.contains("starts after 'db'"), "{half:?}");
+    assert!(
+        web.report.is_none() && web.error.contains("starts after 'db'"),
+        "{half:?}"
+    );
     assert!(web.error.contains("--no-checks"), "{half:?}");
     // Both terms are taken: neither runs at its source.
     for guest in ["db", "web"] {
@@ -312,7 +359,10 @@ async fn a_failover_waits_for_the_health_of_those_before_and_goes_on_later() {
     let _listener = tokio::net::TcpListener::bind(port).await.unwrap();
     let whole = west.fail_over_group("bank", force(false)).await.unwrap();
     assert_eq!(whole.cut, half.cut);
-    assert!(whole.members.iter().all(|m| m.report.is_some()), "{whole:?}");
+    assert!(
+        whole.members.iter().all(|m| m.report.is_some()),
+        "{whole:?}"
+    );
     assert_eq!(whole.members[0].checks[0].outcome, CheckOutcome::Passed);
     let there = running(&bank.stage.at_west);
     assert_eq!(there.len(), 2, "the one that ran was left alone");
@@ -320,6 +370,9 @@ async fn a_failover_waits_for_the_health_of_those_before_and_goes_on_later() {
         counts_on(counter).await;
     }
     let refused = west.fail_over_group("bank", force(true)).await.unwrap_err();
-    assert!(refused.to_string().contains("run here already"), "{refused}");
+    assert!(
+        refused.to_string().contains("run here already"),
+        "{refused}"
+    );
     bank.stage.end().await;
 }

@@ -328,7 +328,10 @@ async fn a_group_is_failed_over_from_one_cut_with_all_terms_at_once() {
     bank.write(&files(GOLD, PLAIN));
     bank.protected().await;
     finally("a whole point", || bank.group(&west).and_then(|g| g.rpo_ms)).await;
-    let refused = west.fail_over_group("bank", force(false)).await.unwrap_err();
+    let refused = west
+        .fail_over_group("bank", force(false))
+        .await
+        .unwrap_err();
     assert!(refused.to_string().contains("is alive"), "{refused}");
     let refused = west
         .fail_over_group(

@@ -231,7 +231,10 @@ async fn a_site_that_was_removed_is_paired_again_by_the_same_daemon() {
     assert!(refused.to_string().contains("is protected to"), "{refused}");
     let invitation = stage.east.invite(Duration::from_secs(60)).unwrap();
     stage.west.pair(&invitation).await.unwrap();
-    until("the link", || stage.west.view().peers[0].connected.then_some(())).await;
+    until("the link", || {
+        stage.west.view().peers[0].connected.then_some(())
+    })
+    .await;
     counts_on(&there).await;
     let back = farhaven::site::turn::RollBack::default();
     stage.west.rollback("web", back).await.unwrap();

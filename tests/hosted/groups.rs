@@ -73,10 +73,16 @@ fn a_kill_between_the_seals_of_two_guests_leaves_no_point_of_the_group() {
     pair.west.kill();
     pair.west.start();
     let of_db = points(&pair.west, "db");
-    let marks: Vec<u64> = of_db.iter().filter_map(|p| Some(p.group.as_ref()?.cut)).collect();
+    let marks: Vec<u64> = of_db
+        .iter()
+        .filter_map(|p| Some(p.group.as_ref()?.cut))
+        .collect();
     assert!(marks.contains(&half), "db's own point is there: {marks:?}");
     let offered = whole(&pair.west);
-    assert!(!offered.contains(&half) && !offered.is_empty(), "{offered:?}");
+    assert!(
+        !offered.contains(&half) && !offered.is_empty(),
+        "{offered:?}"
+    );
     pair.west
         .cli(&["failover", "bank", "--point", &half.to_string(), "--force"])
         .bad("no whole point");
@@ -130,7 +136,9 @@ fn moving(pair: &Pair, phase: Phase) -> std::process::Child {
     let there = [phase, Phase::Held, Phase::Moved];
     pair.east.until("the move is there", LONG, |view| {
         let mut guests = view.guests.iter();
-        guests.any(|guest| there.contains(&guest.phase)).then_some(())
+        guests
+            .any(|guest| there.contains(&guest.phase))
+            .then_some(())
     });
     child
 }
@@ -149,7 +157,9 @@ fn a_group_s_move_whose_target_is_killed_ends_on_one_side() {
     let mut pair = None;
     for (phase, wait) in KILLS {
         let (mut sites, consoles) = pair.take().unwrap_or_else(bank);
-        sites.west.until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
+        sites
+            .west
+            .until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
         let mut child = moving(&sites, phase);
         std::thread::sleep(Duration::from_millis(wait));
         sites.west.kill();
@@ -184,7 +194,9 @@ fn a_group_s_move_whose_target_is_killed_ends_on_one_side() {
 fn a_group_s_move_whose_source_is_killed_ends_on_one_side() {
     for (phase, wait) in KILLS {
         let (mut sites, _) = bank();
-        sites.west.until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
+        sites
+            .west
+            .until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
         let mut child = moving(&sites, phase);
         std::thread::sleep(Duration::from_millis(wait));
         sites.east.kill();

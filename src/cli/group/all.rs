@@ -130,9 +130,9 @@ pub(in crate::cli) async fn test(
                 Cell::new(member.wave + 1),
                 Cell::new(&member.guest),
                 Cell::new(report.map_or("-".to_owned(), |r| r.point.to_string())),
-                Cell::new(report.map_or("does not run".to_owned(), |r| {
-                    format!("{:.0} ms", r.rto_ms)
-                })),
+                Cell::new(
+                    report.map_or("does not run".to_owned(), |r| format!("{:.0} ms", r.rto_ms)),
+                ),
                 checks(&member.checks),
                 Cell::new(console.map_or(String::new(), |c| c.socket.display().to_string())),
             ]);

@@ -50,7 +50,14 @@ fn show(moved: &GroupMove) {
         moved.skew_ms,
         moved.blackout_ms
     );
-    let mut rows = table(&["Wave", "Guest", "Term", "Stood still", "Expected", "Sent then"]);
+    let mut rows = table(&[
+        "Wave",
+        "Guest",
+        "Term",
+        "Stood still",
+        "Expected",
+        "Sent then",
+    ]);
     for member in &moved.members {
         let mut row = vec![Cell::new(member.wave + 1), Cell::new(&member.guest)];
         match &member.report {
@@ -96,7 +103,9 @@ fn foreseen(outlook: &GroupOutlook, json: bool) -> Result<(), String> {
             false => "MORE than their policy allows: --accept-pause",
         }
     );
-    let mut rows = table(&["Wave", "Guest", "Alone", "With all", "Allowed", "Left", "Changes"]);
+    let mut rows = table(&[
+        "Wave", "Guest", "Alone", "With all", "Allowed", "Left", "Changes",
+    ]);
     for member in &outlook.members {
         let alone = &member.alone;
         rows.add_row(vec![

@@ -73,10 +73,7 @@ async fn test(
     whole(async move { site.test_group(&name, body.cut).await }).await
 }
 
-async fn end_test(
-    State(site): Here,
-    InPath(name): InPath<String>,
-) -> Answer<GroupDone<TestEnded>> {
+async fn end_test(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupDone<TestEnded>> {
     whole(async move { site.end_group_test(&name).await }).await
 }
 

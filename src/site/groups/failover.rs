@@ -109,7 +109,10 @@ impl Site {
             let start = Box::pin(async move {
                 let ran = standby.run_under(number, term, declared, took).await;
                 if ran.is_ok() {
-                    let what = format!("'{guest}' was taken over from point {number}, under term {}", term.number);
+                    let what = format!(
+                        "'{guest}' was taken over from point {number}, under term {}",
+                        term.number
+                    );
                     site.note(EventKind::FailedOver, &guest, &what);
                 }
                 ran.map_err(|error| {
@@ -127,7 +130,9 @@ impl Site {
             mode: "failover",
             isolated: false,
             unchecked: how.no_checks,
-            go_on: format!("When it is, or without waiting (--no-checks): farhaven failover {name}"),
+            go_on: format!(
+                "When it is, or without waiting (--no-checks): farhaven failover {name}"
+            ),
         };
         let started = waves.start(self, starting).await;
         let members: Vec<_> = started
@@ -157,8 +162,13 @@ impl Site {
         self: &Arc<Self>,
         group: &GroupRecord,
         force: bool,
-    ) -> Result<(Vec<(NamedMember, Activation)>, Vec<(NamedMember, Arc<Standby>)>), OperateError>
-    {
+    ) -> Result<
+        (
+            Vec<(NamedMember, Activation)>,
+            Vec<(NamedMember, Arc<Standby>)>,
+        ),
+        OperateError,
+    > {
         let name = &group.name;
         let (mut running, mut idle) = (Vec::new(), Vec::new());
         for member in self.members_here(group) {
@@ -200,7 +210,9 @@ impl Site {
         let mut asked = points.filter(|point| cut.is_none_or(|cut| point.cut == cut));
         let fits = |point: &GroupPointView| {
             let of = |member: &NamedMember| point.points.get(&member.name).copied();
-            running.iter().all(|(member, active)| of(member) == Some(active.point))
+            running
+                .iter()
+                .all(|(member, active)| of(member) == Some(active.point))
         };
         asked.rfind(fits).ok_or_else(|| {
             let names: Vec<&str> = running.iter().map(|(m, _)| m.name.as_str()).collect();

@@ -439,7 +439,10 @@ mod tests {
             ..NamedPolicy::default()
         };
         let said = not_acted_on(&asks).unwrap();
-        assert!(said.contains("crash-consistent") && said.contains("booting"), "{said}");
+        assert!(
+            said.contains("crash-consistent") && said.contains("booting"),
+            "{said}"
+        );
     }
 
     #[test]

@@ -71,13 +71,19 @@ impl Site {
             || !members.iter().all(given)
         {
             remote.breach("it hands over what is not its own, or no group");
-            return refused(Refusal::Fenced, "that is no hand-over of a group to this site");
+            return refused(
+                Refusal::Fenced,
+                "that is no hand-over of a group to this site",
+            );
         }
         let from = Some(remote.record.site.clone());
         let known = self.groups().into_iter();
         let known = known.filter(|known| known.from == from);
         let Some(known) = known.into_iter().find(|known| known.id == group) else {
-            return refused(Refusal::Unable, "this site does not know that group; it is told within seconds, try again");
+            return refused(
+                Refusal::Unable,
+                "this site does not know that group; it is told within seconds, try again",
+            );
         };
         let mut standbys = Vec::new();
         for handed in members {
@@ -195,14 +201,17 @@ impl Site {
         for (handed, standby) in standbys {
             let mut of_group = here.iter().filter(|m| m.guest == handed.guest);
             // Told of before it joined the group: it starts with the first.
-            let member = of_group.next().cloned().unwrap_or_else(|| super::NamedMember {
-                guest: handed.guest,
-                name: standby.name(),
-                group: Some(group.name.clone()),
-                from: Some(standby.from()),
-                wave: 0,
-                terms: Default::default(),
-            });
+            let member = of_group
+                .next()
+                .cloned()
+                .unwrap_or_else(|| super::NamedMember {
+                    guest: handed.guest,
+                    name: standby.name(),
+                    group: Some(group.name.clone()),
+                    from: Some(standby.from()),
+                    wave: 0,
+                    terms: Default::default(),
+                });
             let (site, id) = (self.clone(), group.id);
             let start = Box::pin(async move {
                 let name = standby.name();
@@ -238,9 +247,11 @@ impl Site {
             .into_iter()
             .map(|started| {
                 let (times, note) = match started.ran {
-                    Ok(times) => (times, health::fault(&started.checks).map(|fault| {
-                        format!("it runs, and is not healthy: {fault}")
-                    })),
+                    Ok(times) => (
+                        times,
+                        health::fault(&started.checks)
+                            .map(|fault| format!("it runs, and is not healthy: {fault}")),
+                    ),
                     Err(why) => (ActivationTimes::default(), Some(why)),
                 };
                 Taken {
@@ -306,7 +317,11 @@ impl Site {
         };
         for taken in self.start_handed(&known, left, Instant::now()).await {
             if !taken.note.is_empty() {
-                tracing::error!(group = known.name, why = taken.note, "handed over, and not well");
+                tracing::error!(
+                    group = known.name,
+                    why = taken.note,
+                    "handed over, and not well"
+                );
             }
         }
         Ok(())
@@ -323,7 +338,9 @@ impl Site {
 
 fn read(path: &std::path::Path) -> Option<HandOver> {
     let size = path.metadata().ok()?.len();
-    let text = (size <= LONGEST_FILE).then(|| std::fs::read(path)).transpose();
+    let text = (size <= LONGEST_FILE)
+        .then(|| std::fs::read(path))
+        .transpose();
     let text = text.map_err(|e| e.to_string()).and_then(|text| match text {
         Some(text) => serde_json::from_slice(&text).map_err(|e| e.to_string()),
         None => Err(format!("it has {size} bytes")),

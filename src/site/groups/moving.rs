@@ -124,7 +124,9 @@ impl Site {
         let known = GroupMessage::Known(group.clone());
         let told = remote.ask(Message::Group(Box::new(known))).await;
         told.map_err(|error| {
-            failed(format!("group '{name}' was not moved, all of its guests run on here: {error}"))
+            failed(format!(
+                "group '{name}' was not moved, all of its guests run on here: {error}"
+            ))
         })?;
         let party = Party::new(&group, convoy);
         let deciding = Deciding(party.clone());
@@ -161,12 +163,7 @@ impl Site {
         self.moved(&group, &party, members, moved)
     }
 
-    fn tell_verdicts(
-        &self,
-        party: &Party,
-        asked: Instant,
-        answer: Result<Vec<Taken>, AskError>,
-    ) {
+    fn tell_verdicts(&self, party: &Party, asked: Instant, answer: Result<Vec<Taken>, AskError>) {
         match answer {
             Ok(taken) => {
                 for taken in taken {

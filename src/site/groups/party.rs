@@ -313,7 +313,10 @@ mod tests {
         };
         assert_eq!(first.with_others(facts(100)).remaining_bytes, 100);
         let both = second.with_others(facts(50));
-        assert_eq!((both.remaining_bytes, both.dirty_bytes_per_second), (150, 20));
+        assert_eq!(
+            (both.remaining_bytes, both.dirty_bytes_per_second),
+            (150, 20)
+        );
         assert_eq!(first.with_others(facts(30)).remaining_bytes, 80);
     }
 }

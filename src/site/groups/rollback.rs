@@ -246,7 +246,9 @@ impl Site {
                 mode: "rollback",
                 isolated: false,
                 unchecked: no_checks,
-                go_on: format!("When it is, or without waiting (--no-checks): farhaven rollback {name} --point {cut}"),
+                go_on: format!(
+                    "When it is, or without waiting (--no-checks): farhaven rollback {name} --point {cut}"
+                ),
             };
             for started in waves.start(self, starting.collect()).await {
                 let mut row = MemberDone::of(&started.member, started.ran);
@@ -262,7 +264,10 @@ impl Site {
 
     /// Those that are to run from that point, each with its own number; of the
     /// others there is a row already. What can fail is done while they run.
-    #[allow(clippy::type_complexity, reason = "a list of three things that belong together")]
+    #[allow(
+        clippy::type_complexity,
+        reason = "a list of three things that belong together"
+    )]
     fn choose_back(
         self: &Arc<Self>,
         members: &[NamedMember],

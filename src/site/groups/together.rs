@@ -32,14 +32,22 @@ pub(in crate::site) async fn hand_over(
     let ready = get_ready(driver, attached, accept_pause, Some(convoy)).await;
     let (term, converged) = ready.inspect_err(|error| {
         let name = &driver.record.name;
-        place.party().give_up(&format!("'{name}' was not moved: {error}"));
+        place
+            .party()
+            .give_up(&format!("'{name}' was not moved: {error}"));
     })?;
     if let Err(error) = keep_moving(driver, term).await {
         place.party().give_up(&error.to_string());
         return Err(error);
     }
     driver.phase(Phase::Held);
-    let made = cut::make(driver, attached, After::Hold, Some(place.party().cut.clone())).await;
+    let made = cut::make(
+        driver,
+        attached,
+        After::Hold,
+        Some(place.party().cut.clone()),
+    )
+    .await;
     let made = match made {
         Ok(made) => made,
         Err(error) => return Err(goes_on(driver, attached, place, error).await?),
@@ -62,7 +70,9 @@ pub(in crate::site) async fn hand_over(
             tracing::info!(guest = %name, blackout_ms = blackout.as_millis() as u64, "moved with its group");
             let total = declared.elapsed();
             let converged = join(converged, note);
-            Ok(report(driver, &made, blackout, total, times, term, converged))
+            Ok(report(
+                driver, &made, blackout, total, times, term, converged,
+            ))
         }
         Verdict::Here(why) => {
             let error = DriveError::Other(why);
@@ -78,7 +88,9 @@ pub(in crate::site) async fn hand_over(
             };
             let (blackout, total) = (made.stopped.elapsed(), declared.elapsed());
             let converged = join(converged, "the peer's word came late".to_owned());
-            Ok(report(driver, &made, blackout, total, times, term, converged))
+            Ok(report(
+                driver, &made, blackout, total, times, term, converged,
+            ))
         }
     }
 }
@@ -106,4 +118,3 @@ async fn goes_on(
     give_up(driver);
     Ok(not_begun(driver, error))
 }
-

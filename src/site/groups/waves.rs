@@ -84,9 +84,9 @@ impl Waves<'_> {
             }
             for (member, work, why) in works {
                 let ended = match work {
-                    Some(work) => work
-                        .await
-                        .unwrap_or_else(|e| Err(format!("its start ended early: {e}; see the log"))),
+                    Some(work) => work.await.unwrap_or_else(|e| {
+                        Err(format!("its start ended early: {e}; see the log"))
+                    }),
                     None => Err(why),
                 };
                 let (ran, checks) = match ended {

@@ -153,7 +153,11 @@ async fn a_groups_share_is_of_the_link_and_of_all_its_guests_together() {
     let mut flows = Vec::new();
     for protection in &protections {
         let guest = protection.guest;
-        flows.push(limits.join(guest, &format!("{}", guest.0[0]), peer).unwrap());
+        flows.push(
+            limits
+                .join(guest, &format!("{}", guest.0[0]), peer)
+                .unwrap(),
+        );
         limits.owe(protection);
     }
     let told = |at: &str| {

@@ -66,7 +66,10 @@ impl Site {
     }
 
     /// A guest of a peer that runs here.
-    pub(in crate::site) fn taken_over_named(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
+    pub(in crate::site) fn taken_over_named(
+        &self,
+        name: &str,
+    ) -> Result<Arc<Standby>, OperateError> {
         if let Some(standby) = self.standby_named(name) {
             return match standby.active() {
                 Some(_) => Ok(standby),

@@ -6,6 +6,7 @@ use std::time::Instant;
 use tokio::task::{Id, JoinError};
 
 use super::super::super::Site;
+use super::super::super::groups::GroupMove;
 use super::super::super::operate::OperateError;
 use super::super::super::view::{MoveReport, Phase, SourceView};
 use super::super::record::{EvacuationState, GuestState, millis};

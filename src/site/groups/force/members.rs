@@ -78,7 +78,9 @@ impl Site {
     /// What each guest of a group is owed.
     pub(in crate::site::groups) fn owed_by_group(&self, group: &GroupRecord) -> Owed {
         let files = self.policies.files();
-        let site = files.as_ref().and_then(|files| files.sites.get(&group.peer));
+        let site = files
+            .as_ref()
+            .and_then(|files| files.sites.get(&group.peer));
         Owed {
             policy: group.owed.in_force(group.members.len()),
             schedule: Some(group.owed.retention.clone()),
