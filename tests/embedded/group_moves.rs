@@ -146,6 +146,8 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     } = stage;
     west.shutdown().await;
     drop((west, stage.west));
+    // Their disks lie above the store, which is open while they are held.
+    at_west.built.lock().unwrap().clear();
     let west = site_again(dir.path(), "west", builders(&at_west)).await;
     let deadline = Instant::now() + LONG;
     while running(&at_west).len() < 2 {
