@@ -7,8 +7,6 @@ mod support;
 
 #[path = "sites_target/drills.rs"]
 mod drills;
-#[path = "sites_target/groups.rs"]
-mod groups;
 #[path = "sites_target/moves.rs"]
 mod moves;
 #[path = "sites_target/stores.rs"]
