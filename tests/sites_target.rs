@@ -7,6 +7,8 @@ mod support;
 
 #[path = "sites_target/drills.rs"]
 mod drills;
+#[path = "sites_target/groups.rs"]
+mod groups;
 #[path = "sites_target/moves.rs"]
 mod moves;
 #[path = "sites_target/stores.rs"]
