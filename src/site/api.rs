@@ -26,6 +26,7 @@ pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
 use serve::Served;
 pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
+pub use scrub::StartScrub;
 
 mod alerts;
 mod body;
@@ -39,6 +40,7 @@ pub use serve::serve;
 pub use tokens::{AddToken, TokenAdded, TokenView};
 mod points;
 mod turn;
+mod scrub;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
@@ -141,6 +143,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
         .route("/v1/tokens/{name}", delete(tokens::revoke))
         .merge(alerts::routes())
         .merge(points::routes())
+        .merge(scrub::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

@@ -14,12 +14,15 @@ pub mod groups;
 pub mod hosted;
 pub mod images;
 pub mod kept;
+pub mod metrics;
 pub mod records;
 pub mod remote;
 pub mod retention;
+pub mod scrub;
 pub mod seed;
 pub mod turn;
 pub mod view;
+pub mod webhook;
 
 mod adopt;
 mod answer;
@@ -112,6 +115,7 @@ pub struct Site {
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     alerts: alerts::Alerts,
+    scrubs: scrub::Scrubs,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
@@ -195,6 +199,7 @@ impl Site {
             turns: turn::Turns::default(),
             hosted: RwLock::default(),
             alerts,
+            scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
             evacuation: Mutex::default(),
         });
@@ -225,6 +230,8 @@ impl Site {
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
+        tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
+        tokio::spawn(webhook::deliver(Arc::downgrade(&site)));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(
@@ -322,6 +329,7 @@ impl Site {
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
+        self.scrubs.opened(&record.site, &report);
         self.note_peer(&record);
         let peer = self.node.trust(record.clone());
         let incoming = Incoming::start(

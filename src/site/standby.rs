@@ -245,6 +245,7 @@ impl Standby {
     }
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        self.refuse_damaged(point)?;
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
         let context =
             PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;
@@ -253,6 +254,20 @@ impl Standby {
             return Err(ActivateError::Context(point, why));
         }
         Ok((Arc::new(replica), context))
+    }
+
+    /// Nothing that is known to be damaged is run.
+    pub(super) fn refuse_damaged(&self, point: u64) -> Result<(), ActivateError> {
+        let store = &self.remote.incoming.store;
+        match store.damaged_point(self.guest, point) {
+            None => Ok(()),
+            Some(why) => Err(ActivateError::Damaged {
+                name: self.name(),
+                point,
+                why,
+                whole: self.newest_whole(),
+            }),
+        }
     }
 
     /// Brings the RAM files to `point`; the bytes written.

@@ -176,6 +176,7 @@ impl Site {
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
                     group: record.and_then(|r| r.group.clone()),
+                    damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
                     name: kept.remove(&p.point),
                 }
             })

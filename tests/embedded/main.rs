@@ -13,6 +13,7 @@ mod groups;
 mod images;
 mod limits;
 mod mended;
+mod scrubs;
 mod seeds;
 mod turns;
 
