@@ -204,6 +204,7 @@ impl Site {
             evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
+        site.rebuild_own()?;
         let mut remotes = Vec::new();
         for (_, record) in site.catalogue.list::<PeerRecord>(Table::Peers)? {
             let remote = site.trust(record)?;
@@ -351,6 +352,7 @@ impl Site {
     }
 
     fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {
+        self.note_protection(protection);
         self.catalogue.put(
             Table::Protections,
             &protection.guest.to_string(),

@@ -206,7 +206,7 @@ impl Site {
         if let Ok(Some(record)) = known {
             return Some(record);
         }
-        let (_, context) = standby.open(header.point).ok()?;
+        let (_, context) = standby.open_in_part(header.point).ok()?;
         let record = PointRecord {
             cut_at: header.cut_at_unix_ns,
             pause: context.pause,

@@ -3,11 +3,12 @@
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 
-use farhaven::site::alerts::{Alert, Kind};
+use farhaven::site::alerts::{Alert, AlertView, Kind};
 use farhaven::site::events::EventKind;
 use farhaven::site::scrub::ScrubView;
 use farhaven::site::webhook::Delivery;
 use farhaven_policies::alert::Severity;
+use farhaven_storage_sync::unit::GuestId;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 
@@ -24,11 +25,57 @@ async fn scrubbed(site: &Arc<Site>) -> ScrubView {
 }
 
 fn first_segment(stage: &Stage) -> PathBuf {
-    let stores = std::fs::read_dir(stage.dir.path().join("west").join("store")).unwrap();
+    first_segment_in(stage.dir.path())
+}
+
+fn first_segment_in(root: &Path) -> PathBuf {
+    let stores = std::fs::read_dir(root.join("west").join("store")).unwrap();
     let of_east = stores.map(|entry| entry.unwrap().path());
     let mut of_east = of_east.filter(|path| path.join("segments").is_dir());
     let store = of_east.next().unwrap();
     store.join("segments").join("00000001.seg")
+}
+
+/// The batches of a segment: where each ends, of which guest and point it is.
+fn batches(path: &Path) -> Vec<(u64, GuestId, u64)> {
+    let bytes = std::fs::read(path).unwrap();
+    let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
+    let (mut at, mut found) = (0, Vec::new());
+    while bytes.get(at..at + 4) == Some(b"FHbt") {
+        let guest = GuestId(bytes[at + 16..at + 32].try_into().unwrap());
+        let point = u64::from_le_bytes(bytes[at + 32..at + 40].try_into().unwrap());
+        at += 120 + number(at + 40) as usize + number(at + 52) as usize;
+        found.push((at as u64, guest, point));
+    }
+    assert_eq!(at, bytes.len());
+    found
+}
+
+/// Everything that is stored by now has flipped bits.
+fn rot(path: &Path) {
+    let bytes = path.metadata().unwrap().len();
+    (200..bytes).step_by(1000).for_each(|at| flip(path, at));
+}
+
+/// A guest with content that it never writes, protected beside the other.
+const BOOKS: u64 = 200;
+
+async fn library(stage: &Stage) -> Arc<Mutex<Counter>> {
+    let (guest, definition) = Counter::start_with_library(&stage.dir.path().join("lib"), BOOKS);
+    let vmm: SharedVmm = guest.clone();
+    stage.east.embed("lib", vmm, definition).unwrap();
+    let rpo = "1s".parse().unwrap();
+    stage.east.protect("lib", "west", Some(rpo)).await.unwrap();
+    until("three points of the library", || {
+        (source(&stage.east, "lib").points_sealed >= 3).then_some(())
+    })
+    .await;
+    guest
+}
+
+fn damage_alert(site: &Site) -> Option<AlertView> {
+    let mut alerts = site.alerts().into_iter();
+    alerts.find(|alert| alert.kind == Kind::StoreDamaged)
 }
 
 fn flip(path: &Path, at: u64) {
@@ -104,6 +151,145 @@ async fn a_flipped_bit_is_found_told_and_never_run() {
     west.end_test("web").await.unwrap();
     stage.east.shutdown().await;
     west.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_damaged_is_sent_anew_and_the_next_points_are_whole() {
+    let stage = Stage::protected().await;
+    let guest = library(&stage).await;
+    let west = stage.west.clone();
+    let old = west.points("lib").await.unwrap().pop().unwrap().point;
+    rot(&first_segment(&stage));
+    let view = scrubbed(&west).await;
+    assert!(view.damaged > 1, "{view:?}");
+    until("the newest points are whole", || {
+        let view = west.scrubs().pop().unwrap();
+        view.healing.is_empty().then_some(())
+    })
+    .await;
+    // Bit for bit: it looks at all that it ever wrote, and at what it never did.
+    let newest = west.points("lib").await.unwrap().pop().unwrap();
+    assert!(newest.point > old && newest.damaged.is_none());
+    let report = west.test("lib", None).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    assert!(there.lock().unwrap().library_is_whole(BOOKS));
+    west.end_test("lib").await.unwrap();
+    // Older ones stay as they are, are named and refused, and the alert says so.
+    let refused = west.test("lib", Some(old)).await.unwrap_err().to_string();
+    assert!(
+        refused.contains("is damaged here") && refused.contains("--point"),
+        "{refused}"
+    );
+    let alert = damage_alert(&west).unwrap();
+    assert_eq!(alert.severity, Severity::Warning, "{alert:?}");
+    let healed = west.events(0, 10_000, Duration::ZERO).await;
+    let healed = healed.iter().filter(|e| e.kind == EventKind::Healed);
+    assert!(healed.count() >= 1);
+    // A move builds on what was healed.
+    stage.east.move_guest("lib", true).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    assert!(there.lock().unwrap().library_is_whole(BOOKS));
+    assert!(report.point >= newest.point && sound(&guest) > 0);
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_source_that_restarts_sends_what_is_damaged_anew_by_itself() {
+    let stage = Stage::set_paired(false).await.protect().await;
+    let guest = library(&stage).await;
+    let (west, root) = (stage.west.clone(), stage.dir.path());
+    stage.east.shutdown().await;
+    drop(stage.east);
+    rot(&first_segment_in(root));
+    // Its guests are the same still: it is told what west holds, and what not.
+    let east = site_again(root, "east", Builders::new()).await;
+    until("the link", || east.view().peers[0].connected.then_some(())).await;
+    let before = west.points("lib").await.unwrap().pop().unwrap().point;
+    let vmm: SharedVmm = guest.clone();
+    let (_, definition) = Counter::start_with_library(&root.join("unused"), BOOKS);
+    east.embed("lib", vmm, definition).unwrap();
+    until("a new point", || {
+        (source(&east, "lib").newest_point > before + 1).then_some(())
+    })
+    .await;
+    scrubbed(&west).await;
+    until("the newest point is whole", || {
+        let view = west.scrubs().pop().unwrap();
+        (!view.healing.contains(&"lib".to_owned())).then_some(())
+    })
+    .await;
+    west.test("lib", None).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    assert!(there.lock().unwrap().library_is_whole(BOOKS));
+    east.shutdown().await;
+    west.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_its_source_a_damaged_point_is_refused_and_a_whole_one_named() {
+    let stage = Stage::protected().await;
+    let _guest = library(&stage).await;
+    let west = stage.west.clone();
+    let segment = first_segment(&stage);
+    let id: GuestId = source(&stage.east, "lib").id.parse().unwrap();
+    stage.east.shutdown().await;
+    drop(stage.east);
+    stage.guest.lock().unwrap().end();
+    until("the link is down", || {
+        (!west.view().peers[0].connected).then_some(())
+    })
+    .await;
+    // The last batch of the newest point: no other needs it.
+    let name = "lib".to_owned();
+    let newest = west.points(&name).await.unwrap().pop().unwrap().point;
+    let batches = batches(&segment);
+    let (end, ..) = batches.iter().rfind(|(_, guest, point)| (*guest, *point) == (id, newest)).unwrap();
+    flip(&segment, end - 1);
+    let view = scrubbed(&west).await;
+    assert_eq!((view.damaged, view.points.len()), (1, 1), "{view:?}");
+    assert_eq!((&view.points[0].guest, view.points[0].point), (&name, newest));
+    assert_eq!(view.healing, [name.clone()]);
+    let alert = damage_alert(&west).unwrap();
+    assert_eq!(alert.severity, Severity::Critical);
+    assert!(alert.what.contains(&name), "{alert:?}");
+    let points = west.points(&name).await.unwrap();
+    let whole = points[points.len() - 2].point;
+    assert_eq!(points[points.len() - 1].point, newest);
+    let term = target(&west, &name).term;
+    let refused = west.fail_over(&name, None, false).await.unwrap_err();
+    let refused = refused.to_string();
+    assert!(
+        refused.contains(&format!("point {newest} of '{name}' is damaged here"))
+            && refused.contains(&format!("--point {whole}")),
+        "{refused}"
+    );
+    // Nothing was done.
+    assert_eq!(target(&west, &name).term, term);
+    assert!(target(&west, &name).active.is_none());
+    let report = west.fail_over(&name, Some(whole), false).await.unwrap();
+    assert_eq!(report.point, whole);
+    counts_on(&stage.at_west.newest()).await;
+    west.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn damage_that_is_met_when_a_point_is_restored_is_told() {
+    let stage = Stage::protected().await;
+    stage.east.pause("web").await.unwrap();
+    let west = stage.west.clone();
+    scrubbed(&west).await;
+    assert!(damage_alert(&west).is_none());
+    rot(&first_segment(&stage));
+    let refused = west.test("web", None).await.unwrap_err().to_string();
+    assert!(refused.contains("damaged"), "{refused}");
+    let alert = until("the alert", || damage_alert(&west)).await;
+    assert_eq!(alert.severity, Severity::Critical);
+    let view = west.scrubs().pop().unwrap();
+    assert!(view.damaged >= 1 && view.points.iter().any(|p| p.guest == "web"));
+    stage.end().await;
 }
 
 /// Takes what is posted; refuses every request until told otherwise.

@@ -164,7 +164,7 @@ impl Site {
         let replica = remote
             .incoming
             .store
-            .open_point(standby.guest, newest.point);
+            .open_in_part(standby.guest, newest.point);
         let context = PointContext::of(&replica.ok()?).ok()?;
         (context.base && context.term == standby.opening().term.number).then_some(newest.point)
     }
@@ -215,6 +215,7 @@ impl Site {
         }
         self.catalogue.put(Table::Evidence, &key, &kept)?;
         self.catalogue.flush()?;
+        self.drop_guest_notes(guest);
         let id = guest.to_string();
         self.catalogue.remove(Table::Guests, &id)?;
         self.catalogue.remove(Table::Protections, &id)?;
