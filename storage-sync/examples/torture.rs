@@ -150,11 +150,17 @@ fn faults(asked: &Asked) -> Outcome {
         all.faults += one.faults;
         all.told += one.told;
         all.went_on += one.went_on;
+        all.reached.add(&one.reached);
+        all.failed.add(&one.failed);
+    }
+    if let Some(site) = all.reached.without(&all.failed).first() {
+        return Err((asked.seed, format!("no call failed from {site}")));
     }
     Ok(words(&[
         ("faults", all.faults),
         ("told", all.told),
         ("went_on", all.went_on),
+        ("call_sites", all.failed.count()),
     ]))
 }
 

@@ -74,7 +74,7 @@ impl Activation {
 }
 
 impl Site {
-    /// Is this guest one of this site's own by now, and protected from here?
+    /// Is this guest one of this site's own by now, whose newest term is its too?
     /// (This daemon may have been killed when only that was written down.)
     pub(super) fn has_turned(&self, guest: GuestId) -> bool {
         let key = guest.to_string();
@@ -84,8 +84,9 @@ impl Site {
             .find::<Protection>(Table::Protections, &key)
             .ok()
             .flatten();
+        // One that is not protected any more is its own all the same.
         matches!(known, Ok(Some(_)))
-            && protected.is_some_and(|kept| kept.moved.is_none() && !kept.stopped)
+            && protected.is_none_or(|kept| kept.moved.is_none() && !kept.stopped)
             && self.fence.may_run(guest, self.key()).is_ok()
     }
 
