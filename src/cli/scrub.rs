@@ -134,6 +134,13 @@ fn tell(views: &[ScrubView]) {
                 point.why
             );
         }
+        if !view.healing.is_empty() {
+            say!(
+                "Of these, the newest of: {}. '{}' is asked to send anew what they lack; its next points are whole",
+                view.healing.join(", "),
+                view.peer
+            );
+        }
     }
 }
 

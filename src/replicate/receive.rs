@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::store::{Seal, SealError, Store, StoreError};
 use farhaven_storage_sync::replica::Replica;
+use farhaven_storage_sync::store::{Seal, SealError, Store, StoreError};
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_storage_sync::{PointHeader, PointStats};
 use farhaven_wan::Peer;
@@ -199,7 +199,9 @@ impl Incoming {
                     digests.clear();
                     match replica.read(volume, at, piece, &mut bytes) {
                         Ok(()) => key.digests(&bytes, &mut digests),
-                        Err(_) => digests_one_by_one(&replica, volume, at..at + piece, &key, &mut digests),
+                        Err(_) => {
+                            digests_one_by_one(&replica, volume, at..at + piece, &key, &mut digests)
+                        }
                     }
                     runs.push((at, digests.iter().flat_map(|d| d.0).collect()));
                     at += piece;
@@ -224,10 +226,12 @@ fn digests_one_by_one(
     digests: &mut Vec<Digest>,
 ) {
     let mut bytes = [0; UNIT];
-    digests.extend(units.map(|unit| match replica.read(volume, unit, 1, &mut bytes) {
-        Ok(()) => key.of(&bytes),
-        Err(_) => Digest::UNKNOWN,
-    }));
+    digests.extend(
+        units.map(|unit| match replica.read(volume, unit, 1, &mut bytes) {
+            Ok(()) => key.of(&bytes),
+            Err(_) => Digest::UNKNOWN,
+        }),
+    );
 }
 
 /// What the store is asked, of what the source asked.

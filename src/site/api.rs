@@ -24,9 +24,9 @@ pub use body::{
 };
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
+pub use scrub::StartScrub;
 use serve::Served;
 pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
-pub use scrub::StartScrub;
 
 mod alerts;
 mod body;
@@ -39,8 +39,8 @@ mod tokens;
 pub use serve::serve;
 pub use tokens::{AddToken, TokenAdded, TokenView};
 mod points;
-mod turn;
 mod scrub;
+mod turn;
 
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);

@@ -154,11 +154,7 @@ impl Driver {
     }
 
     /// What the peer had of these units is damaged there.
-    pub(super) fn lost_at_peer(
-        &self,
-        attached: &mut Attached,
-        units: &[(VolumeIndex, u64, u64)],
-    ) {
+    pub(super) fn lost_at_peer(&self, attached: &mut Attached, units: &[(VolumeIndex, u64, u64)]) {
         let Some(guest) = &mut attached.guest else {
             return;
         };
@@ -171,7 +167,10 @@ impl Driver {
             let known = attached.state_known.iter_mut();
             let first = usize::try_from(unit).unwrap_or(usize::MAX);
             let count = usize::try_from(count).unwrap_or(usize::MAX);
-            known.skip(first).take(count).for_each(|digest| *digest = Digest::UNKNOWN);
+            known
+                .skip(first)
+                .take(count)
+                .for_each(|digest| *digest = Digest::UNKNOWN);
         }
         tracing::warn!(guest = %self.record.name, peer = self.protection.to, runs = units.len(),
             "stored data is damaged there; the next point has it again");

@@ -314,6 +314,26 @@ impl Site {
             Some(Unit::Bytes),
             stores,
         );
+        let scrubs = self.scrubs();
+        let of = |view: &super::scrub::ScrubView, value: f64| {
+            (vec![("peer", view.peer.clone())], Some(value))
+        };
+        let damaged = scrubs.iter().map(|view| of(view, view.damaged as f64));
+        board.gauge(
+            "store_damaged",
+            "Pieces of what a peer sent that are damaged on disk",
+            None,
+            damaged.collect::<Vec<_>>(),
+        );
+        let healing = scrubs
+            .iter()
+            .map(|view| of(view, view.healing.len() as f64));
+        board.gauge(
+            "store_healing",
+            "Guests whose newest point needs some of that",
+            None,
+            healing.collect::<Vec<_>>(),
+        );
         let mut text = String::new();
         encode(&mut text, &registry)?;
         Ok(text)

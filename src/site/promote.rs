@@ -79,7 +79,9 @@ pub enum ActivateError {
 
 fn instead(name: &str, whole: Option<u64>) -> String {
     match whole {
-        Some(point) => format!("the newest that is whole is point {point}: name it with --point {point}"),
+        Some(point) => {
+            format!("the newest that is whole is point {point}: name it with --point {point}")
+        }
         None => format!("no other point of it is known to be whole: see farhaven points {name}"),
     }
 }

@@ -217,8 +217,7 @@ impl Site {
             return true;
         }
         let kept = &known.kept;
-        !every.is_zero()
-            && (kept.next.is_some() || kept.finished.is_none_or(|at| age(at) >= every))
+        !every.is_zero() && (kept.next.is_some() || kept.finished.is_none_or(|at| age(at) >= every))
     }
 
     /// Begins to read a store, or goes on, unless that is under way.

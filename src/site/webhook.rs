@@ -132,9 +132,7 @@ async fn post(url: &str, delivery: &Delivery) -> Result<(), DeliveryError> {
         Ok(200..300) => Ok(()),
         Ok(status) => Err(DeliveryError::Refused(status)),
         // A whole address may hold a secret: what went wrong says it without.
-        Err(CallError::TimedOut(..)) => {
-            Err(unreachable(&format!("no answer within {PATIENCE:?}")))
-        }
+        Err(CallError::TimedOut(..)) => Err(unreachable(&format!("no answer within {PATIENCE:?}"))),
         Err(CallError::Url(_, why)) => Err(unreachable(&why)),
         Err(error) => Err(unreachable(&error)),
     }

@@ -96,7 +96,10 @@ fn the_next_point_is_whole_when_what_is_damaged_is_sent_anew() {
     // The source does not know yet, and refers to it: that is no point.
     let needs = store.needs();
     assert_eq!((needs.len(), needs[0].point), (1, 2));
-    assert_eq!((needs[0].guest, &needs[0].batches[..]), (guest.id, &[rotten][..]));
+    assert_eq!(
+        (needs[0].guest, &needs[0].batches[..]),
+        (guest.id, &[rotten][..])
+    );
     let lacking: Vec<u64> = (needs[0].units.iter())
         .flat_map(|(volume, first, count)| {
             assert_eq!(*volume, 0);

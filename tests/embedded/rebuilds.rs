@@ -107,7 +107,11 @@ async fn after_a_reprotection_a_lost_catalogue_forgets_no_guest() {
 
     // It is west's own, and protected to where it was; old points of it here run nothing.
     assert_eq!(source(&west, "web").peer.as_deref(), Some("east"));
-    assert!(west.view().standbys.is_empty(), "{:?}", west.view().standbys);
+    assert!(
+        west.view().standbys.is_empty(),
+        "{:?}",
+        west.view().standbys
+    );
     let refused = west.fail_over("web", None, true).await.unwrap_err();
     assert!(refused.to_string().contains("runs here"), "{refused}");
     assert!(west.test("web", None).await.is_err());

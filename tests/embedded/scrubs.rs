@@ -246,11 +246,17 @@ async fn without_its_source_a_damaged_point_is_refused_and_a_whole_one_named() {
     let name = "lib".to_owned();
     let newest = west.points(&name).await.unwrap().pop().unwrap().point;
     let batches = batches(&segment);
-    let (end, ..) = batches.iter().rfind(|(_, guest, point)| (*guest, *point) == (id, newest)).unwrap();
+    let (end, ..) = batches
+        .iter()
+        .rfind(|(_, guest, point)| (*guest, *point) == (id, newest))
+        .unwrap();
     flip(&segment, end - 1);
     let view = scrubbed(&west).await;
     assert_eq!((view.damaged, view.points.len()), (1, 1), "{view:?}");
-    assert_eq!((&view.points[0].guest, view.points[0].point), (&name, newest));
+    assert_eq!(
+        (&view.points[0].guest, view.points[0].point),
+        (&name, newest)
+    );
     assert_eq!(view.healing, [name.clone()]);
     let alert = damage_alert(&west).unwrap();
     assert_eq!(alert.severity, Severity::Critical);

@@ -173,10 +173,13 @@ impl Checked for SiteConfig {
             );
         }
         let webhook = &self.notify.webhook;
-        let host = webhook.strip_prefix("http://").or(webhook.strip_prefix("https://")).and_then(|rest| {
-            let host = rest.split(['/', '?']).next()?;
-            (!host.is_empty() && !host.starts_with(':')).then_some(host)
-        });
+        let host = webhook
+            .strip_prefix("http://")
+            .or(webhook.strip_prefix("https://"))
+            .and_then(|rest| {
+                let host = rest.split(['/', '?']).next()?;
+                (!host.is_empty() && !host.starts_with(':')).then_some(host)
+            });
         require(
             webhook.is_empty() || host.is_some() && webhook.is_ascii() && !webhook.contains(' '),
             "notify.webhook",

@@ -133,7 +133,10 @@ impl RamBlock {
     /// So do these, whatever the peer had of them.
     pub(super) fn lost(&mut self, units: Range<u64>) {
         let end = units.end.min(self.table.len() as u64) as usize;
-        if let Some(slots) = self.table.get_mut(units.start.min(end as u64) as usize..end) {
+        if let Some(slots) = self
+            .table
+            .get_mut(units.start.min(end as u64) as usize..end)
+        {
             slots.fill(Digest::UNKNOWN);
         }
     }

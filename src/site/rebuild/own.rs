@@ -90,7 +90,9 @@ impl Site {
     pub(in crate::site) fn rebuild_own(&self) -> Result<(), CatalogueError> {
         let mut guests = self.catalogue.list::<GuestRecord>(Table::Guests)?;
         let protections = self.catalogue.list::<Protection>(Table::Protections)?;
-        guests.iter().for_each(|(_, record)| self.note_guest(record));
+        guests
+            .iter()
+            .for_each(|(_, record)| self.note_guest(record));
         protections
             .iter()
             .for_each(|(_, protection)| self.note_protection(protection));
@@ -108,7 +110,8 @@ impl Site {
                 guest = record.name,
                 "the catalogue had lost this guest; found by its note"
             );
-            self.catalogue.put(Table::Guests, &id.to_string(), &record)?;
+            self.catalogue
+                .put(Table::Guests, &id.to_string(), &record)?;
             guests.push((id.to_string(), record));
         }
         for id in self.noted(PROTECTION) {

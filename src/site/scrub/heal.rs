@@ -29,6 +29,9 @@ use crate::replicate::message::{LOST_BATCHES, LOST_RUNS, LostContent, Message, R
 /// A source that was asked, and whose points do not come, is asked again.
 const AGAIN: Duration = Duration::from_secs(60);
 
+/// Damage that only old points need is looked at again after this time.
+const LATER: Duration = Duration::from_secs(600);
+
 /// Most points that are looked through for one that is whole.
 const LOOKED_THROUGH: usize = 256;
 
@@ -37,6 +40,7 @@ const LOOKED_THROUGH: usize = 256;
 pub(super) struct Judged {
     /// Of what the store knew then.
     changes: Option<u64>,
+    at: Option<Instant>,
     newest: BTreeMap<GuestId, u64>,
     damage: Vec<Damage>,
     needs: Vec<Need>,
@@ -70,6 +74,15 @@ impl Judged {
         damage.map(|damage| damage.why.as_str())
     }
 
+    /// May other points be damaged by now? Only those that build on damaged ones are
+    /// when they come; that some were dropped is found out now and then.
+    fn is_stale(&self, newest: &BTreeMap<GuestId, u64>) -> bool {
+        match self.healing().next() {
+            Some(_) => self.newest != *newest,
+            None => self.at.is_none_or(|at| at.elapsed() >= LATER),
+        }
+    }
+
     /// Guests whose newest point cannot be restored in full.
     pub(super) fn healing(&self) -> impl Iterator<Item = GuestId> {
         let newest = self.newest.iter();
@@ -91,7 +104,7 @@ impl Site {
             let Some(known) = known.get(peer) else { return };
             let judged = &known.judged;
             let same = judged.changes == Some(store.damage_changes());
-            if same && (store.is_sound() || judged.newest == newest) {
+            if same && (store.is_sound() || !judged.is_stale(&newest)) {
                 return;
             }
         }
@@ -116,6 +129,7 @@ impl Site {
         let first = judged.changes.is_none();
         let before: BTreeSet<GuestId> = judged.healing().collect();
         judged.changes = Some(changes);
+        judged.at = Some(Instant::now());
         judged.newest = newest;
         judged.damage = damage;
         judged.needs = needs;
@@ -159,20 +173,29 @@ impl Site {
             first.why,
             first.path.display()
         );
-        let names: Vec<String> = newest.iter().take(5).map(|g| self.standby_name(*g)).collect();
+        let names: Vec<String> = newest
+            .iter()
+            .take(5)
+            .map(|g| self.standby_name(*g))
+            .collect();
         Some(match newest.len() {
             0 => Alert::new(
                 Kind::StoreDamaged,
                 peer,
                 Severity::Warning,
-                format!("{damaged}. The newest point of every guest is whole; {points} other points cannot be restored, and are refused"),
+                format!(
+                    "{damaged}. The newest point of every guest is whole; {points} other points cannot be restored, and are refused"
+                ),
                 "check the disk under the store (smartctl, dmesg). Damaged points go when their time is over: farhaven points shows them",
             ),
             count => Alert::new(
                 Kind::StoreDamaged,
                 peer,
                 Severity::Critical,
-                format!("{damaged}. {points} points cannot be restored, among them the newest of {count} guests: {}", names.join(", ")),
+                format!(
+                    "{damaged}. {points} points cannot be restored, among them the newest of {count} guests: {}",
+                    names.join(", ")
+                ),
                 format!(
                     "'{peer}' is asked to send it anew, and its next points are whole. While it is not reached, older points are what there is: farhaven points {}. Check the disk under the store (smartctl, dmesg)",
                     names.first().map_or("GUEST", String::as_str)

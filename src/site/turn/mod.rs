@@ -84,9 +84,13 @@ impl Site {
             .find::<Protection>(Table::Protections, &key)
             .ok()
             .flatten();
-        // One that is not protected any more is its own all the same.
+        let its_own = match protected {
+            Some(kept) => kept.moved.is_none() && !kept.stopped,
+            // Not protected any more; or not yet, while what took it over is there.
+            None => matches!(self.activation(guest), Ok(None)),
+        };
         matches!(known, Ok(Some(_)))
-            && protected.is_none_or(|kept| kept.moved.is_none() && !kept.stopped)
+            && its_own
             && self.fence.may_run(guest, self.key()).is_ok()
     }
 

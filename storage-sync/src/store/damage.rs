@@ -188,13 +188,13 @@ fn damaged_parts<'a>(
     lost: &'a BTreeMap<u64, usize>,
     unsound: &'a Unsound,
 ) -> impl Iterator<Item = Place> + 'a {
-    let hit = |seq: &u64| lost.contains_key(seq) || unsound.contains_key(seq);
+    let hit = move |seq: &u64| lost.contains_key(seq) || unsound.contains_key(seq);
     let places = run.seqs().filter(hit).flat_map(move |seq| {
         let first = run.place.max(Place(seq << 6));
         let last = Place(run.place.0 + run.count - 1).min(Place(seq << 6 | 63));
         (first.0..=last.0).map(Place)
     });
-    places.filter(|place| {
+    places.filter(move |place| {
         lost.contains_key(&place.seq())
             || unsound
                 .get(&place.seq())
@@ -221,9 +221,7 @@ impl Store {
 
     /// Reads these: those that are damaged still are known from here on.
     pub fn suspect(&self, suspects: &[Suspect]) {
-        suspects
-            .iter()
-            .for_each(|suspect| self.0.look_at(*suspect));
+        suspects.iter().for_each(|suspect| self.0.look_at(*suspect));
     }
 
     /// What is known to be damaged, and the points that cannot be restored in
@@ -324,13 +322,14 @@ impl Store {
             'map: for run in map.all_runs() {
                 for place in damaged_parts(&run, &lost, &unsound) {
                     let unit = run.unit + (place.0 - run.place.0);
+                    let full = units.len() == NEED_RUNS;
                     match units.last_mut() {
                         Some((volume, first, count))
                             if *volume == run.volume && *first + *count == unit =>
                         {
                             *count += 1;
                         }
-                        _ if units.len() == NEED_RUNS => break 'map,
+                        _ if full => break 'map,
                         _ => units.push((run.volume, unit, 1)),
                     }
                 }

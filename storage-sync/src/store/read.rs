@@ -5,8 +5,8 @@ use std::path::Path;
 
 use super::{Inner, PointEntry, Suspect, held};
 use crate::codec::{BatchError, BatchView, Body, Content, EntriesView, Expander};
-use crate::limits::MAP_LEAF;
 use crate::files::is_bad_sector;
+use crate::limits::MAP_LEAF;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
 use crate::map::PointMap;

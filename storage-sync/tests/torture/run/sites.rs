@@ -46,7 +46,10 @@ impl Sites {
 fn caller(trace: &Backtrace) -> String {
     let text = trace.to_string();
     let places = text.lines().filter_map(|line| {
-        let (_, place) = line.trim().strip_prefix("at ")?.split_once("storage-sync/src/")?;
+        let (_, place) = line
+            .trim()
+            .strip_prefix("at ")?
+            .split_once("storage-sync/src/")?;
         // Without the column.
         let (place, _) = place.rsplit_once(':')?;
         let wraps = ["disk.rs", "disk/", "files.rs"];
