@@ -177,7 +177,7 @@ fn look(site: &Weak<Site>, remote: &Arc<Remote>) {
     if site.is_due(&remote.record.site) {
         site.begin(remote, site.config.store.scrub_rate);
     }
-    site.judge(&remote.record.site, &remote.incoming.store);
+    site.judge_damage(&remote.record.site, &remote.incoming.store);
 }
 
 impl Site {
@@ -390,7 +390,7 @@ impl Scrub {
         if report.next.is_none() && self.from == 0 {
             site.scrubs.at_opening().remove(&self.peer);
         }
-        site.judge(&self.peer, store);
+        site.judge_damage(&self.peer, store);
         {
             let mut known = site.scrubs.known();
             let known = known.entry(self.peer.clone()).or_default();

@@ -11,10 +11,10 @@ use super::*;
 async fn lose_catalogue(root: &Path, site: &str) {
     let catalogue = root.join(site).join("catalogue");
     until("its database is closed", || {
-        std::fs::remove_dir_all(&catalogue).ok()
+        let removed = std::fs::remove_dir_all(&catalogue);
+        (removed.is_ok() || !catalogue.exists()).then_some(())
     })
     .await;
-    assert!(!catalogue.exists());
 }
 
 /// The hash of every byte of every point that west keeps of a guest.
@@ -83,6 +83,8 @@ async fn every_point_is_what_it_was_when_both_catalogues_are_lost() {
         east.shutdown().await;
         west.shutdown().await;
         drop((east, west));
+        // What was built reads from the store for as long as it is here.
+        stage.at_west.built.lock().unwrap().clear();
         assert_eq!(points_of_west(root, id).await, before);
     }
 }

@@ -93,7 +93,7 @@ impl Judged {
 impl Site {
     /// Finds out which points need what is damaged, when anything has changed,
     /// mends what can be mended here, and tells of it.
-    pub(super) fn judge(&self, peer: &str, store: &Store) {
+    pub(super) fn judge_damage(&self, peer: &str, store: &Store) {
         let newest: BTreeMap<GuestId, u64> = store
             .guests()
             .into_iter()

@@ -31,6 +31,8 @@ pub enum Suspect {
     Batch(u64),
     /// The manifest of a guest's point.
     Manifest(GuestId, u64),
+    /// A guest's point, which needs what is not here at all.
+    Point(GuestId, u64),
 }
 
 /// What the newest point of a guest needs and cannot have.
@@ -127,6 +129,19 @@ impl Inner {
                     }
                 }
             }
+            Suspect::Point(guest, point) if self.entry(guest, point).is_some() => {
+                let _writing = held(&self.writing);
+                let map = self
+                    .load_map(guest, point)
+                    .map_err(|error| error.to_string());
+                let dangling =
+                    map.and_then(|map| self.dangling(&map).map_err(|error| error.to_string()));
+                match dangling {
+                    Ok(None) => self.found_whole(suspect),
+                    Ok(Some(place)) => self.found_damaged(suspect, lacks(place), false),
+                    Err(why) => self.found_damaged(suspect, why, false),
+                }
+            }
             // It was dropped, and its damage with it.
             _ => self.found_whole(suspect),
         }
@@ -163,13 +178,11 @@ impl Inner {
     fn chain_damage(&self, guest: GuestId, point: u64) -> Option<String> {
         let mut at = point;
         while at != 0 {
-            let found = held(&self.known)
-                .found
-                .get(&Suspect::Manifest(guest, at))
-                .cloned();
-            if let Some(found) = found {
-                return Some(found.why);
+            let known = held(&self.known);
+            if let Some(found) = known.found.get(&Suspect::Manifest(guest, at)) {
+                return Some(found.why.clone());
             }
+            drop(known);
             at = self.entry(guest, at)?.base;
         }
         None
@@ -236,8 +249,8 @@ impl Store {
             again.map(|(suspect, _)| *suspect).collect()
         };
         self.suspect(&again);
-        let mut gone = Vec::new();
-        let mut damage = Vec::new();
+        let (mut gone, mut damage) = (Vec::new(), Vec::new());
+        let mut points = 0;
         for (suspect, found) in &held(&inner.known).found {
             let (what, path) = match suspect {
                 Suspect::Batch(seq) => match inner.log.locate(*seq) {
@@ -251,11 +264,19 @@ impl Store {
                     Damaged::Manifest,
                     manifest::path_of(&inner.manifests, *guest, *point),
                 ),
+                // Found again below, unless it was dropped.
+                Suspect::Point(guest, point) => {
+                    match inner.entry(*guest, *point) {
+                        Some(_) => points += 1,
+                        None => gone.push(*suspect),
+                    }
+                    continue;
+                }
             };
             damage.push(of(what, path, found));
         }
         gone.into_iter().for_each(|gone| inner.found_whole(gone));
-        if damage.is_empty() {
+        if damage.is_empty() && points == 0 {
             return damage;
         }
         let mut scrub = Scrub::new(inner, ScrubOptions::default());
@@ -272,6 +293,9 @@ impl Store {
         }
         if let Some(why) = inner.chain_damage(guest, point) {
             return Some(why);
+        }
+        if let Some(found) = held(&inner.known).found.get(&Suspect::Point(guest, point)) {
+            return Some(found.why.clone());
         }
         let batches = inner.damaged_batches();
         if batches.is_empty() {
@@ -359,7 +383,7 @@ impl Store {
             let known = held(&inner.known);
             let manifests = known.found.keys().filter_map(|suspect| match suspect {
                 Suspect::Manifest(guest, _) => Some(*guest),
-                Suspect::Batch(_) => None,
+                Suspect::Batch(_) | Suspect::Point(..) => None,
             });
             manifests.collect()
         };
@@ -402,6 +426,11 @@ impl Store {
         }
         Ok(mended)
     }
+}
+
+/// What is told of a point that needs a place that holds nothing.
+pub(super) fn lacks(place: Place) -> String {
+    format!("it needs unit {place:?}, which the log has lost")
 }
 
 fn of(what: Damaged, path: PathBuf, found: &Found) -> Damage {

@@ -11,7 +11,7 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::damage::Suspect;
+use super::damage::{Suspect, lacks};
 use super::{Inner, Store, held};
 use crate::codec::BatchView;
 use crate::files::is_bad_sector;
@@ -135,6 +135,7 @@ impl<'a> Scrub<'a> {
         let what = match suspect {
             Suspect::Batch(seq) => Damaged::Batch(seq),
             Suspect::Manifest(..) => Damaged::Manifest,
+            Suspect::Point(..) => Damaged::Point,
         };
         self.damage(what, path, why, unreadable);
     }
@@ -301,19 +302,20 @@ impl<'a> Scrub<'a> {
                 // It is told of already.
                 _ if known => None,
                 Ok(None) => None,
-                Ok(Some(place)) => {
-                    let why = format!("it needs unit {place:?}, which the log has lost");
-                    Some((path.clone(), why, false))
-                }
+                Ok(Some(place)) => Some((path.clone(), lacks(place), false)),
                 Err(LogError::File(error)) => {
                     let unreadable = is_bad_sector(&error.source);
                     Some((error.path.clone(), error.to_string(), unreadable))
                 }
                 Err(error) => Some((path.clone(), error.to_string(), false)),
             };
-            if let Some((path, why, unreadable)) = wrong {
-                self.damage(Damaged::Point, path.clone(), why, unreadable);
-                self.needs(&path, guest, point);
+            let suspect = Suspect::Point(guest, point);
+            match wrong {
+                Some((path, why, unreadable)) => {
+                    self.suspect(suspect, path.clone(), why, unreadable);
+                    self.needs(&path, guest, point);
+                }
+                None => inner.found_whole(suspect),
             }
             before = Some((guest, point, map));
         }
