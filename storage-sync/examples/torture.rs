@@ -146,7 +146,7 @@ fn faults(asked: &Asked) -> Outcome {
         if all.faults >= asked.faults {
             break;
         }
-        let one = run::faults::run(seed, 6, 1).map_err(|why| (seed, why))?;
+        let one = run::faults::run(seed, 6, 1, true).map_err(|why| (seed, why))?;
         all.faults += one.faults;
         all.told += one.told;
         all.went_on += one.went_on;

@@ -19,6 +19,8 @@ pub struct Faults {
     pub told: u64,
     /// Of those told, failures after which the store went on without a restart.
     pub went_on: u64,
+    /// Is it found out where calls come from?
+    places: bool,
     /// Where calls come from, and from where some were made to fail.
     pub reached: Sites,
     pub failed: Sites,
@@ -27,9 +29,12 @@ pub struct Faults {
 const KINDS: [Fault; 3] = [Fault::Io, Fault::Full, Fault::Short];
 
 /// Runs one trial over and over, and lets each of its calls fail once, in each
-/// way; every `stride`th of them.
-pub fn run(seed: u64, steps: usize, stride: usize) -> Result<Faults, String> {
-    let mut faults = Faults::default();
+/// way; every `stride`th of them. To find out from where calls come takes long.
+pub fn run(seed: u64, steps: usize, stride: usize, places: bool) -> Result<Faults, String> {
+    let mut faults = Faults {
+        places,
+        ..Faults::default()
+    };
     let calls = one(seed, steps, None, &mut faults)?;
     for nth in (1 + seed % stride as u64..=calls).step_by(stride) {
         for kind in KINDS {
@@ -51,10 +56,13 @@ fn one(
     let mut trial = Trial::new(seed);
     match fault {
         Some((nth, kind)) => {
-            faults.failed.watch(&disk, true);
             disk.fail(nth, kind);
+            if faults.places {
+                faults.failed.watch(&disk, true);
+            }
         }
-        None => faults.reached.watch(&disk, false),
+        None if faults.places => faults.reached.watch(&disk, false),
+        None => {}
     }
     let mut run = Run {
         disk: &disk,
