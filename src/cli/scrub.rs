@@ -152,7 +152,7 @@ mod tests {
     fn rates_are_bits_or_bytes_a_second() {
         let bits = |text| rate(text).map(|limit| limit.rate().map(Rate::bits_per_second));
         assert_eq!(bits("50mbit"), Ok(Some(50_000_000)));
-        assert_eq!(bits("100MiB"), Ok(Some(8 * 100 << 20)));
+        assert_eq!(bits("100MiB"), Ok(Some((8 * 100) << 20)));
         assert_eq!(bits("none"), Ok(None));
         assert!(bits("fast").is_err_and(|why| why.contains("100MiB")));
     }

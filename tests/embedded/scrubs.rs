@@ -256,7 +256,7 @@ async fn without_its_source_a_damaged_point_is_refused_and_a_whole_one_named() {
         (&view.points[0].guest, view.points[0].point),
         (&name, newest)
     );
-    assert_eq!(view.healing, [name.clone()]);
+    assert_eq!(view.healing, std::slice::from_ref(&name));
     let alert = damage_alert(&west).unwrap();
     assert_eq!(alert.severity, Severity::Critical);
     assert!(alert.what.contains(&name), "{alert:?}");

@@ -102,8 +102,10 @@ mod tests {
 
     #[test]
     fn no_more_ranges_than_may_be_are_kept() {
-        let mut lost = Lost::default();
-        lost.owed = (0..200_000).map(|at| at * 4..at * 4 + 1).collect();
+        let mut lost = Lost {
+            owed: (0..200_000).map(|at| at * 4..at * 4 + 1).collect(),
+            ..Lost::default()
+        };
         lost.add(800_000..800_001);
         let owed = lost.owed();
         assert!(owed.len() <= RANGES);

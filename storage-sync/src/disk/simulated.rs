@@ -114,7 +114,9 @@ struct State {
 /// Hears of every call, from the thread that makes it: what it is, and whether it
 /// fails as it was told to.
 #[derive(Clone)]
-struct Listener(Arc<dyn Fn(&str, bool) + Send + Sync>);
+struct Listener(Arc<Hears>);
+
+type Hears = dyn Fn(&str, bool) + Send + Sync;
 
 impl std::fmt::Debug for Listener {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
