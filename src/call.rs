@@ -120,11 +120,8 @@ async fn exchange(
     let mut asked = std::pin::pin!(sender.send_request(request));
     let answer = tokio::select! {
         answer = &mut asked => answer,
-        ended = connection => match ended {
-            // Closed right behind the answer, which is here by then, or never comes.
-            Ok(()) => asked.await,
-            Err(error) => Err(error),
-        },
+        // Closed right behind the answer, which is here by then, or never comes.
+        _ = connection => asked.await,
     };
     Ok(answer.map_err(broken)?.status().as_u16())
 }

@@ -238,7 +238,7 @@ impl Site {
         tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
         tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
-        tokio::spawn(webhook::deliver(Arc::downgrade(&site)));
+        tokio::spawn(webhook::deliver(&site));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(

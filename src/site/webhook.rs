@@ -6,11 +6,12 @@
 //! nor repeats. What has become too old while nobody took it is left out, and
 //! the next delivery says how many that were.
 
-use std::path::Path;
-use std::sync::Weak;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use farhaven_policies::decide::back_off;
+use farhaven_policies::site::Notify;
 use hyper::Uri;
 use serde::{Deserialize, Serialize};
 
@@ -51,13 +52,16 @@ enum DeliveryError {
     Unreachable(String),
 }
 
-/// Delivers until the site is gone.
-pub(super) async fn deliver(site: Weak<Site>) {
-    let Some(strong) = site.upgrade() else { return };
-    let notify = strong.config.notify.clone();
-    let kept = strong.config.site.state_dir.join("webhook");
-    let newest = strong.alerts.events.newest();
-    drop(strong);
+/// Delivers what happens from now on, and what was not taken before, until the
+/// site is gone.
+pub(super) fn deliver(site: &Arc<Site>) -> impl Future<Output = ()> + Send + 'static {
+    let notify = site.config.notify.clone();
+    let kept = site.config.site.state_dir.join("webhook");
+    let newest = site.alerts.events.newest();
+    deliver_after(Arc::downgrade(site), notify, kept, newest)
+}
+
+async fn deliver_after(site: Weak<Site>, notify: Notify, kept: PathBuf, newest: u64) {
     let uri: Uri = match notify.webhook.parse() {
         Ok(uri) if !notify.webhook.is_empty() => uri,
         _ => return,

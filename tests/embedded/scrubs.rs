@@ -353,7 +353,6 @@ async fn a_webhook_gets_every_event_in_turn_and_once() {
     let site = Site::start_with(configured(), Builders::new())
         .await
         .unwrap();
-    tokio::time::sleep(Duration::from_millis(200)).await;
     let alert = |subject: &str| {
         Alert::new(
             Kind::CutGivenUp,
