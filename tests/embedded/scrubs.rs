@@ -325,10 +325,11 @@ async fn hook(listener: TcpListener, taken: Arc<Mutex<Vec<Delivery>>>, refusals:
             _ => "503 Service Unavailable",
         };
         if refuse == 0 {
-            taken
-                .lock()
-                .unwrap()
-                .push(serde_json::from_str(&body).unwrap());
+            let delivery: Delivery = serde_json::from_str(&body).unwrap();
+            // A disk that is nearly full is told of, too.
+            if delivery.event.subject.len() == 1 {
+                taken.lock().unwrap().push(delivery);
+            }
         } else {
             refuse -= 1;
         }
