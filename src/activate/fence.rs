@@ -274,11 +274,12 @@ impl Fence {
             doing: "written",
             source: io::Error::other(e),
         })?;
-        let text = format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex());
-        crate::site::files::replace(path, text.as_bytes()).map_err(|source| FenceError::Io {
-            path: path.to_owned(),
-            doing: "written",
-            source,
+        crate::site::files::replace(path, written(&body).as_bytes()).map_err(|source| {
+            FenceError::Io {
+                path: path.to_owned(),
+                doing: "written",
+                source,
+            }
         })
     }
 }
@@ -314,6 +315,26 @@ fn read(path: &Path) -> Result<Term, FenceError> {
     Ok(term)
 }
 
+/// A text with its checksum, as it is kept.
+pub(crate) fn written(body: &str) -> String {
+    format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex())
+}
+
+/// Term files, as a fuzz target: as they are, and with a right checksum.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzzing(bytes: &[u8]) {
+    let path = Path::new("x.term");
+    let body = String::from_utf8_lossy(bytes.split(|byte| *byte == b'\n').next().unwrap_or(bytes));
+    for text in [bytes.to_vec(), written(&body).into_bytes()] {
+        let _ = parse::<Vec<Term>>(path, text.clone(), LONGEST_TOGETHER);
+        if let Ok(term) = parse::<Term>(path, text, LONGEST_TOGETHER) {
+            let body = serde_json::to_string(&term).expect("plain data");
+            let again = parse::<Term>(path, written(&body).into_bytes(), LONGEST_TOGETHER);
+            assert!(again.is_ok_and(|again| again == term));
+        }
+    }
+}
+
 /// A checksummed file of at most so many bytes.
 fn read_file<T: serde::de::DeserializeOwned>(path: &Path, longest: u64) -> Result<T, FenceError> {
     let text = fs::read(path).map_err(|source| FenceError::Io {
@@ -321,6 +342,14 @@ fn read_file<T: serde::de::DeserializeOwned>(path: &Path, longest: u64) -> Resul
         doing: "read",
         source,
     })?;
+    parse(path, text, longest)
+}
+
+fn parse<T: serde::de::DeserializeOwned>(
+    path: &Path,
+    text: Vec<u8>,
+    longest: u64,
+) -> Result<T, FenceError> {
     let damaged = |why: &str| FenceError::Damaged {
         path: path.to_owned(),
         why: why.to_owned(),

@@ -381,6 +381,12 @@ fn minute_of_week(at: Timestamp, zone: &TimeZone) -> u32 {
     u32::try_from(minute).unwrap_or(0)
 }
 
+/// What operators set, as it is kept: a fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<Set>(bytes);
+}
+
 fn read(file: &Path) -> Result<Set, String> {
     let size = match file.metadata() {
         Ok(about) => about.len(),
