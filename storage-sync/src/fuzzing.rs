@@ -38,14 +38,6 @@ pub const TARGETS: [Target; 7] = [
     ("notes", notes, seeds::notes),
 ];
 
-/// A batch of the guest of sevens, with one run of zeros: a seed for what carries batches.
-pub fn a_batch(seq: u64, point: u64) -> Vec<u8> {
-    let mut bytes = seeds::batches().swap_remove(0);
-    bytes[8..16].copy_from_slice(&seq.to_le_bytes());
-    bytes[32..40].copy_from_slice(&point.to_le_bytes());
-    fit::batch(&bytes)
-}
-
 /// The guest that inputs are about.
 const GUEST: GuestId = GuestId([7; 16]);
 const DIR: &str = "/s";
