@@ -94,7 +94,7 @@ const ROWS: [Reader; 15] = [
     told::<evacuate::Evacuation>,
     json::<events::Event>,
     json::<farhaven_policies::alert::Board>,
-    limits::fuzzing,
+    json::<farhaven_policies::bandwidth::LinkTerms>,
     seed::announced::fuzzing,
     fence::fuzzing,
     runbook::record::fuzzing,
@@ -192,6 +192,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         policy: Policy::default(),
         schedule: "all for 2h, newest 7".parse().ok(),
         group: Some("bank".to_owned()),
+        share: None,
         paused: false,
         seeded: false,
         moving: Some(term),
@@ -215,7 +216,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         json!({"id": 1, "order": {"to": "west"}, "state": "running"}),
         json!({"number": 1, "at": "2026-11-28T18:00:00Z", "kind": "alert_raised", "subject": "web", "what": "x"}),
         json!(farhaven_policies::alert::Board::default()),
-        json!({"site": "20mbit", "guests": {"web": {"limit": "none"}}}),
+        json!(farhaven_policies::bandwidth::LinkTerms::default()),
         json!({"from": key, "announced": {}}),
     ]);
     let term = fence::written(&json!(term).to_string());

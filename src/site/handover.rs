@@ -13,6 +13,7 @@ use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
+use super::groups::together;
 use super::remote::AskError;
 use super::steps::{blocking, take};
 use super::view::{MoveReport, Phase};
@@ -34,7 +35,12 @@ pub(super) async fn perform(
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(false);
     }
-    let outcome = hand_over(driver, attached, accept_pause, convoy).await;
+    let outcome = match convoy.and_then(|convoy| Some((convoy, convoy.place()?))) {
+        Some((convoy, place)) => {
+            together::hand_over(driver, attached, accept_pause, convoy, place).await
+        }
+        None => hand_over(driver, attached, accept_pause, convoy).await,
+    };
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(true);
     }
@@ -53,61 +59,9 @@ async fn hand_over(
 ) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
+    let (term, mut converged) = get_ready(driver, attached, accept_pause, convoy).await?;
     let id = driver.record.id;
-    let known = driver.site.fence.current(id).map_or(0, |t| t.number);
-    let term = Term {
-        group: id,
-        number: known + 1,
-        owner: driver.remote.record.key,
-    };
-
-    if driver.record.definition.is_embedded() {
-        // What it asks of a host may be more than when it was started.
-        let (site, record) = (driver.site.clone(), driver.record.clone());
-        let record = blocking(move || site.as_it_is(record)).await?;
-        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
-        if let Some(finding) = refused.first() {
-            let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
-            return Err(not_begun(driver, why));
-        }
-    }
-    // The peer gets ready while rounds make the last cut small.
-    let remote = driver.remote.clone();
-    let preparing = tokio::spawn(async move {
-        remote
-            .ask_within(Message::Prepare { guest: id }, PREPARATION)
-            .await
-    });
-    let round = converge(driver, attached, accept_pause, convoy).await;
-    let prepared = driver
-        .interruptible(preparing)
-        .await?
-        .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
-    let ready = match (round, prepared) {
-        (Ok(converged), Ok(Message::Prepared)) => Ok(converged),
-        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
-        (Ok(_), Err(error)) => Err(error.into()),
-        (Err(error), _) => Err(error),
-    };
-    let mut converged = match ready {
-        Ok(converged) => converged,
-        Err(error) => {
-            // Nothing was stopped; the peer's word is not needed.
-            give_up(driver);
-            return Err(not_begun(driver, error));
-        }
-    };
-
-    // Without this on disk, a daemon that comes back would let the guest go on.
-    driver.protection.moving = Some(term);
-    if let Err(why) = driver.keep_protection().await {
-        driver.protection.moving = None;
-        give_up(driver);
-        return Err(DriveError::Other(format!(
-            "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
-            driver.record.name
-        )));
-    }
+    keep_moving(driver, term).await?;
     driver.phase(Phase::Held);
     let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
@@ -165,7 +119,76 @@ async fn hand_over(
     }
 }
 
-fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
+/// The peer is prepared, and the guest near to its last cut: under which term it
+/// is to be handed over.
+pub(super) async fn get_ready(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    accept_pause: bool,
+    convoy: Option<&Convoy>,
+) -> Result<(Term, Converged), DriveError> {
+    let id = driver.record.id;
+    let known = driver.site.fence.current(id).map_or(0, |t| t.number);
+    let term = Term {
+        group: id,
+        number: known + 1,
+        owner: driver.remote.record.key,
+    };
+
+    if driver.record.definition.is_embedded() {
+        // What it asks of a host may be more than when it was started.
+        let (site, record) = (driver.site.clone(), driver.record.clone());
+        let record = blocking(move || site.as_it_is(record)).await?;
+        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
+        if let Some(finding) = refused.first() {
+            let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
+            return Err(not_begun(driver, why));
+        }
+    }
+    // The peer gets ready while rounds make the last cut small.
+    let remote = driver.remote.clone();
+    let preparing = tokio::spawn(async move {
+        remote
+            .ask_within(Message::Prepare { guest: id }, PREPARATION)
+            .await
+    });
+    let round = converge(driver, attached, accept_pause, convoy).await;
+    let prepared = driver
+        .interruptible(preparing)
+        .await?
+        .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
+    let ready = match (round, prepared) {
+        (Ok(converged), Ok(Message::Prepared)) => Ok(converged),
+        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+        (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error),
+    };
+    match ready {
+        Ok(converged) => Ok((term, converged)),
+        Err(error) => {
+            // Nothing was stopped; the peer's word is not needed.
+            give_up(driver);
+            Err(not_begun(driver, error))
+        }
+    }
+}
+
+/// Writes down that the guest is about to be held for a move. Without this on
+/// disk, a daemon that comes back would let the guest go on.
+pub(super) async fn keep_moving(driver: &mut Driver, term: Term) -> Result<(), DriveError> {
+    driver.protection.moving = Some(term);
+    if let Err(why) = driver.keep_protection().await {
+        driver.protection.moving = None;
+        give_up(driver);
+        return Err(DriveError::Other(format!(
+            "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
+            driver.record.name
+        )));
+    }
+    Ok(())
+}
+
+pub(super) fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
     match error {
         DriveError::Interrupted => error,
         DriveError::TooLong(why) => DriveError::TooLong(format!(
@@ -184,12 +207,12 @@ fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
 }
 
 /// Tells the peer that nothing comes of the move, without waiting for it.
-fn give_up(driver: &Driver) {
+pub(super) fn give_up(driver: &Driver) {
     let (remote, guest) = (driver.remote.clone(), driver.record.id);
     tokio::spawn(async move { remote.ask(Message::GiveUp { guest }).await });
 }
 
-fn join(mut converged: Converged, then: String) -> Converged {
+pub(super) fn join(mut converged: Converged, then: String) -> Converged {
     let first = &mut converged.note;
     if !first.is_empty() && !then.is_empty() {
         first.push_str("; ");
@@ -198,7 +221,7 @@ fn join(mut converged: Converged, then: String) -> Converged {
     converged
 }
 
-fn report(
+pub(super) fn report(
     driver: &Driver,
     made: &cut::Made,
     blackout: Duration,
@@ -229,7 +252,7 @@ pub(super) async fn resolve(driver: &mut Driver) -> Result<(), DriveError> {
 
 /// Asks the peer until it answers, then lets go or takes back. `Some` when it
 /// runs there.
-async fn how_it_ended(
+pub(super) async fn how_it_ended(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
 ) -> Result<Option<ActivationTimes>, DriveError> {
@@ -338,7 +361,7 @@ async fn run_here(
 }
 
 /// It runs at the peer: nothing of it may run here again.
-async fn end(
+pub(super) async fn end(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
     term: Term,
@@ -359,7 +382,7 @@ async fn end(
     Ok(())
 }
 
-async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
+pub(super) async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
     let mut guest = take(&mut attached.guest)?;
     let name = driver.record.name.clone();
     let (guest, resumed) = blocking(move || {

@@ -17,6 +17,8 @@ mod encode;
 mod entry;
 mod group;
 mod level;
+mod pack;
+mod sequence;
 pub(crate) mod varint;
 mod view;
 
@@ -28,10 +30,12 @@ pub use body::{Body, Slot};
 pub use chain::Chain;
 pub use compress::{Codec, Expander};
 pub use dedup::DedupIndex;
-pub use encode::{EncodeError, Encoder, Sequence};
+pub use encode::{EncodeError, Encoder};
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use entry::EntryWriter;
 pub use entry::{Content, Delta, Entry, EntryError, EntryReader};
 pub use level::{LEVEL, LEVELS, LevelControl, Measured};
+pub use pack::Crew;
+pub use sequence::Sequence;
 pub(crate) use view::newer;
 pub use view::{BatchView, EntriesView};
