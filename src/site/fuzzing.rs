@@ -11,7 +11,7 @@ use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::api::{self, StartGuest};
-use super::groups::GroupRecord;
+use super::groups::{self, GroupRecord};
 use super::records::{
     Activation, EvidenceRecord, GuestRecord, PointRecord, Protection, StandbyRecord,
 };
@@ -48,7 +48,7 @@ fn query<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
 
 type Reader = fn(&[u8]);
 
-const BODIES: [Reader; 30] = [
+const BODIES: [Reader; 32] = [
     json::<api::Invite>,
     json::<api::Pair>,
     json::<api::AddGuest>,
@@ -58,7 +58,7 @@ const BODIES: [Reader; 30] = [
     json::<api::ImportSeed>,
     json::<api::Unprotect>,
     json::<api::Failover>,
-    json::<api::FailoverGroup>,
+    json::<groups::FailOverGroup>,
     json::<api::TestFailover>,
     json::<api::Move>,
     json::<api::TakeBack>,
@@ -80,6 +80,8 @@ const BODIES: [Reader; 30] = [
     // What the command line reads of a daemon.
     told::<view::SiteView>,
     told::<api::Events>,
+    json::<api::TestGroup>,
+    json::<api::MoveGroup>,
 ];
 
 const ROWS: [Reader; 15] = [

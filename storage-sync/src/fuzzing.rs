@@ -236,7 +236,12 @@ pub fn segments(bytes: &[u8]) {
         let (_, again) = open(&disk).expect("it opened before");
         assert_eq!(again.log.torn_bytes, 0);
         assert_eq!(again.log.batches, report.log.batches);
-        assert_eq!(again.log.bad, report.log.bad);
+        // The reason may be told otherwise: a shorter file, other lengths that do not fit.
+        let places = |report: &OpenReport| {
+            let bad = report.log.bad.iter();
+            bad.map(|bad| (bad.offset, bad.bytes)).collect::<Vec<_>>()
+        };
+        assert_eq!(places(&again), places(&report));
     }
 }
 

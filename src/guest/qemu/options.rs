@@ -271,6 +271,7 @@ fn split_commas(text: &str) -> Vec<String> {
 #[derive(Default)]
 struct Flat {
     pairs: Vec<(String, String)>,
+    /// Of all names that were made, and of all values.
     bytes: usize,
 }
 
@@ -281,29 +282,36 @@ impl Flat {
 
     fn add(&mut self, prefix: &str, json: &serde_json::Value) {
         use serde_json::Value;
-        // Long names in many leaves: the product may be any size.
-        if !self.within_limits() {
-            return;
-        }
         let name = |key: &str| match prefix.is_empty() {
             true => key.to_owned(),
             false => format!("{prefix}.{key}"),
         };
         let value = match json {
+            // Long names of many parts, also empty ones: the product may be any size, so none
+            // is made beyond the limits.
             Value::Object(map) => {
-                return map
-                    .iter()
-                    .for_each(|(key, value)| self.add(&name(key), value));
+                for (key, value) in map {
+                    self.bytes += prefix.len() + key.len();
+                    if self.within_limits() {
+                        self.add(&name(key), value);
+                    }
+                }
+                return;
             }
             Value::Array(list) => {
-                let items = list.iter().enumerate();
-                return items.for_each(|(at, value)| self.add(&name(&at.to_string()), value));
+                for (at, value) in list.iter().enumerate() {
+                    self.bytes += prefix.len() + 1;
+                    if self.within_limits() {
+                        self.add(&name(&at.to_string()), value);
+                    }
+                }
+                return;
             }
             Value::Bool(on) => if *on { "on" } else { "off" }.to_owned(),
             Value::String(text) => text.clone(),
             other => other.to_string(),
         };
-        self.bytes += prefix.len() + value.len();
+        self.bytes += value.len();
         self.pairs.push((prefix.to_owned(), value));
     }
 }
@@ -394,8 +402,9 @@ mod tests {
     fn absurdly_many_keys_are_none() {
         let long = "k".repeat(500_000);
         let wide = format!("{{\"{long}\":[{}]}}", vec!["0"; 200_000].join(","));
+        let empty = format!("{{\"{long}\":[{}]}}", vec!["[]"; 200_000].join(","));
         let many = "a={qmp},".repeat(100_000);
-        for text in [wide, many] {
+        for text in [wide, empty, many] {
             assert!(!is_workable(&text));
             assert_eq!(Keys::parse(&text, ""), Keys::default());
         }
