@@ -15,6 +15,7 @@ mod link;
 mod points;
 mod policy;
 mod runbook;
+mod scrub;
 mod seed;
 pub(crate) mod show;
 mod site;
@@ -216,6 +217,11 @@ enum Verb {
     /// Check, plan and print runbooks: the steps of moves, failovers and tests.
     #[command(subcommand)]
     Runbook(runbook::RunbookVerb),
+    /// Read and verify everything that is stored here, while the daemon works on.
+    ///
+    /// Damage is an alert, and the exit status is 1. The points that need what is
+    /// damaged are named, and refused until a scrub finds them whole.
+    Scrub(scrub::Scrub),
     /// Verify what is stored here, while the daemon is stopped.
     #[command(subcommand)]
     Store(store::StoreVerb),
@@ -370,6 +376,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
         Verb::Runbook(verb) => runbook::run(&client, verb).await,
+        Verb::Scrub(scrub) => scrub::run(&client, scrub).await,
         Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };

@@ -343,6 +343,7 @@ impl Driver {
                 }
                 Some(Command::Resume) => {}
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
+                Some(Command::Lost(units)) => self.lost_at_peer(attached, &units),
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",

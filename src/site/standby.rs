@@ -259,7 +259,26 @@ impl Standby {
     }
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        self.refuse_damaged(point)?;
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
+        self.with_context(replica)
+    }
+
+    /// As [`Standby::open`], also when not all of it can be read: for who needs
+    /// its context, or what is read of it one by one.
+    pub(super) fn open_in_part(
+        &self,
+        point: u64,
+    ) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        let store = &self.remote.incoming.store;
+        self.with_context(store.open_in_part(self.guest, point)?)
+    }
+
+    fn with_context(
+        &self,
+        replica: Replica,
+    ) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        let point = replica.header().point;
         let context =
             PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;
         if context.base {
@@ -267,6 +286,20 @@ impl Standby {
             return Err(ActivateError::Context(point, why));
         }
         Ok((Arc::new(replica), context))
+    }
+
+    /// Nothing that is known to be damaged is run.
+    pub(super) fn refuse_damaged(&self, point: u64) -> Result<(), ActivateError> {
+        let store = &self.remote.incoming.store;
+        match store.damaged_point(self.guest, point) {
+            None => Ok(()),
+            Some(why) => Err(ActivateError::Damaged {
+                name: self.name(),
+                point,
+                why,
+                whole: self.newest_whole(),
+            }),
+        }
     }
 
     /// Brings the RAM files to `point`; the bytes written.

@@ -8,5 +8,6 @@ pub mod faults;
 pub mod flips;
 pub mod races;
 pub mod rows;
+pub mod sites;
 pub mod soak;
 pub mod trial;
