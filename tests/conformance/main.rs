@@ -24,6 +24,7 @@ macro_rules! conforms {
             properties::a_point_goes_on_elsewhere_and_is_let_go_here,
             properties::a_stopped_guest_stays_as_it_is,
             properties::a_restart_hands_over_what_differs,
+            properties::what_the_peer_lost_comes_with_the_next_point,
             properties::a_throttled_guest_runs_slowly_and_its_points_are_exact,
             faults::a_sink_may_fail_at_every_step,
             faults::what_was_lost_unsealed_comes_again,

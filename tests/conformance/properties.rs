@@ -137,6 +137,51 @@ pub fn a_stopped_guest_stays_as_it_is(subject: &mut dyn Subject) {
     guest.detach();
 }
 
+/// Every third unit of memory and disks is damaged at the peer.
+fn spoil(model: &mut Model) -> Vec<(u16, u64)> {
+    let mut spoilt = Vec::new();
+    for (volume, bytes) in (0..).zip(&mut model.volumes) {
+        let units = bytes.chunks_mut(UNIT);
+        for (unit, bytes) in (0..).zip(units).skip(1).step_by(3) {
+            bytes.fill(0xee);
+            spoilt.push((volume, unit));
+        }
+    }
+    spoilt
+}
+
+pub fn what_the_peer_lost_comes_with_the_next_point(subject: &mut dyn Subject) {
+    let mut guest = subject.attach();
+    let mut model = Model::new(guest.volumes());
+    // Before anything was handed over, and past any end: nothing comes of it.
+    guest.lost_at_peer(0, 1 << 40, u64::MAX);
+    guest.lost_at_peer(u16::MAX, 0, 1);
+    guest.round(&mut model).expect("first copy");
+    point(&mut *guest, 1, &mut model);
+    let lost = spoil(&mut model);
+    assert!(lost.len() > 10);
+    for (volume, unit) in lost {
+        guest.lost_at_peer(volume, unit, 1);
+    }
+    // They go with a cut that is never sealed, and then with the next.
+    let cut = guest.cut(2, After::Continue, &mut model).expect("cuts");
+    ship(&mut *guest, cut, &mut model);
+    subject.assert_one_instant(&model.volumes);
+    guest.give_back();
+    spoil(&mut model);
+    held_point(subject, &mut *guest, 3, &mut model);
+    // Sealed, they are as any others: what changed goes, and no more.
+    let before = model.units;
+    works_on(subject);
+    held_point(subject, &mut *guest, 4, &mut model);
+    let units: usize = model.volumes.iter().map(|bytes| bytes.len() / UNIT).sum();
+    assert!(
+        model.units - before < units as u64 / 3,
+        "all of it went again"
+    );
+    guest.detach();
+}
+
 pub fn a_restart_hands_over_what_differs(subject: &mut dyn Subject) {
     let mut guest = subject.attach();
     let mut model = Model::new(guest.volumes());

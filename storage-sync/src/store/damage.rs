@@ -68,12 +68,14 @@ pub(crate) struct Known {
 pub(super) type Unsound = BTreeMap<u64, BTreeMap<u8, usize>>;
 
 impl Inner {
-    /// Something is damaged.
+    /// Something is damaged. It is told to the log once.
     pub(crate) fn found_damaged(&self, suspect: Suspect, why: String, unreadable: bool) {
         let mut known = held(&self.known);
         let found = Found { why, unreadable };
+        let why = found.why.clone();
         if known.found.insert(suspect, found).is_none() {
             known.changes += 1;
+            tracing::error!(?suspect, why, "found damaged");
         }
     }
 

@@ -141,7 +141,6 @@ impl<'a> Scrub<'a> {
     }
 
     fn damage(&mut self, what: Damaged, path: PathBuf, why: String, unreadable: bool) {
-        tracing::error!(?what, path = %path.display(), why, "found damaged");
         self.report.damage.push(Damage {
             what,
             path,
