@@ -6,7 +6,6 @@
 mod support;
 
 mod input;
-mod kill_run;
 mod kills;
 mod link;
 mod watch;

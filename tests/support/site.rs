@@ -45,8 +45,6 @@ pub struct TestSite {
     pub name: String,
     pub dir: PathBuf,
     pub listen: SocketAddr,
-    /// For the daemon, from its next start on.
-    pub environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -90,7 +88,6 @@ impl TestSite {
             name: name.to_owned(),
             dir,
             listen,
-            environment: Vec::new(),
             child: None,
         }
     }
@@ -122,7 +119,6 @@ impl TestSite {
         let child = Command::new(env!("CARGO_BIN_EXE_farhaven"))
             .args(["site", "run", "--config"])
             .arg(self.dir.join("site.toml"))
-            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)
