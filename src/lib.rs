@@ -70,6 +70,7 @@
 #![deny(missing_docs)]
 
 pub mod activate;
+pub mod call;
 pub mod capture;
 pub mod cli;
 pub mod client;

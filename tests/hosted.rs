@@ -5,6 +5,8 @@
 
 #[path = "hosted/private.rs"]
 mod private;
+#[path = "hosted/runs/mod.rs"]
+mod runs;
 mod support;
 
 use std::time::Duration;

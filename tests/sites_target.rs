@@ -9,6 +9,8 @@ mod support;
 mod drills;
 #[path = "sites_target/moves.rs"]
 mod moves;
+#[path = "sites_target/runs.rs"]
+mod runs;
 #[path = "sites_target/stores.rs"]
 mod stores;
 #[path = "sites_target/terms.rs"]

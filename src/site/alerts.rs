@@ -231,9 +231,12 @@ impl Site {
             .note(kind, subject, Severity::Info, what, None);
     }
 
-    /// A test failover of this guest of a peer went well.
+    /// A test failover of this guest of a peer went well, to its very end.
     pub fn note_tested(&self, guest: GuestId) {
-        self.alerts.tested.note(guest, SystemTime::now());
+        let kept = self.alerts.tested.note_durably(guest, SystemTime::now());
+        if let Err(error) = kept {
+            tracing::error!(%guest, %error, "the time of its last good test is not kept; a restart forgets it");
+        }
     }
 
     /// Since its last good test; `None`: there was none.

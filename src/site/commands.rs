@@ -9,6 +9,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::handover;
 use super::records::Owed;
+use super::runs::hold::HoldReply;
 use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
@@ -64,6 +65,12 @@ pub(super) enum Command {
         convoy: Option<Convoy>,
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
+    /// Bring it to stand still for a run at the peer, and hold it.
+    Hold(HoldReply),
+    /// Is it held, and could it go on?
+    IsHeld(HoldReply),
+    /// Ask the peer now what became of it, if it is held.
+    Ask,
     /// What it is owed has changed: from now on this holds.
     Owe(Box<Owed>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
@@ -113,6 +120,9 @@ impl Driver {
                         if trouble.is_empty() { "" } else { ": " },
                     ))));
                 }
+                Command::Hold(reply) => self.held_already(reply),
+                Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
+                Command::Ask => {}
                 Command::Owe(owed) => self.owe(*owed).await,
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;

@@ -363,6 +363,26 @@ pub(super) async fn seal_and_run(
     }
 }
 
+/// Seals the last point of a guest that is held for a run at the peer. Asked
+/// once only, as a hand-over.
+pub(super) async fn seal_held(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    made: &Made,
+) -> Result<(), DriveError> {
+    let request = request(driver, attached, made, None);
+    let question = Message::Seal(Box::new(request));
+    let remote = driver.remote.clone();
+    let asked = remote.ask_within(question, Duration::from_secs(300));
+    match driver.interruptible(asked).await?? {
+        Message::Sealed { point } if point == made.point => {
+            driver.site.note_sealed(driver.record.id, made.cut_at);
+            Ok(())
+        }
+        _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+    }
+}
+
 fn request(
     driver: &Driver,
     attached: &Attached,

@@ -17,6 +17,7 @@ pub mod kept;
 pub mod records;
 pub mod remote;
 pub mod retention;
+pub mod runs;
 pub mod seed;
 pub mod turn;
 pub mod view;
@@ -115,6 +116,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// Runs of runbooks.
+    runs: runs::Runs,
     /// The newest evacuation of this process.
     evacuation: Mutex<Option<evacuate::Handle>>,
 }
@@ -165,6 +168,7 @@ impl Site {
             key: "site.state_dir",
             source,
         })?;
+        let runs = runs::Runs::open(state.join("runs"))?;
         let alerts = alerts::Alerts::open(&state).map_err(|source| SiteError::Directory {
             path: state.join("events"),
             key: "site.state_dir",
@@ -196,6 +200,7 @@ impl Site {
             hosted: RwLock::default(),
             alerts,
             unstopped: Mutex::default(),
+            runs,
             evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
@@ -213,6 +218,7 @@ impl Site {
                 tracing::error!("{error}");
             }
         }
+        site.resume_runs().await;
         // Questions are answered only from here on: a source that asks whether
         // its guest runs here must not be answered before that is known.
         for remote in remotes {
@@ -244,6 +250,7 @@ impl Site {
         if guests > 0 {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
+        self.runs.stop().await;
         self.stop_seeding();
         // Before the drivers: their end must not look like failed moves.
         self.evacuation

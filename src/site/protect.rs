@@ -279,6 +279,7 @@ impl Site {
             paused: false,
             seeded,
             moving: None,
+            held: None,
             moved: None,
             stopped: false,
             committed: false,

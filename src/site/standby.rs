@@ -4,7 +4,8 @@
 //! in one order: launch and RAM side by side, then the device state, then the
 //! guest goes on. A term is durable before any of it can run.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use farhaven_storage_sync::PointHeader;
@@ -16,6 +17,7 @@ use super::drill::{Drill, TestSeen};
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
+use super::runs::stage::HeldAnswer;
 use super::turn::view::CommitView;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
@@ -24,7 +26,7 @@ use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
 use crate::activate::warm::Warm;
 use crate::guest::Definition;
-use crate::replicate::message::{ActivationTimes, Opening, PointContext};
+use crate::replicate::message::{Opening, PointContext};
 
 /// A guest that a peer sends here.
 pub(super) struct Standby {
@@ -38,6 +40,8 @@ pub(super) struct Standby {
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
+    /// How many requests to hold the guest the source has not answered yet.
+    pub(super) expecting: AtomicUsize,
     /// Held while one of its points is being sealed: however many seals a peer
     /// asks for, one at a time waits for data and looks at the store.
     pub(super) sealing: tokio::sync::Mutex<()>,
@@ -59,6 +63,8 @@ pub(super) struct State {
     /// It ran here before a restart of this daemon, and its QEMU lives and
     /// does not answer yet.
     pub(super) unwatched: Option<Activation>,
+    /// The source holds its guest for a run here, which may run it under this term.
+    pub(super) staged: Option<Term>,
 }
 
 impl State {
@@ -96,6 +102,7 @@ impl Standby {
             seen: Mutex::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
+            expecting: AtomicUsize::new(0),
             sealing: tokio::sync::Mutex::default(),
             base: AtomicU64::new(0),
             turned: AtomicBool::new(false),
@@ -192,7 +199,7 @@ impl Standby {
             _ => seen.trouble,
         };
         TargetView {
-            name: opening.name,
+            name: opening.name.clone(),
             id: self.guest.to_string(),
             from: self.from(),
             points: points.len(),
@@ -200,6 +207,7 @@ impl Standby {
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
             term: site
+                .as_ref()
                 .and_then(|s| s.fence.current(self.guest))
                 .map(|t| t.number),
             active: seen.active.map(|a| ActiveView {
@@ -213,6 +221,11 @@ impl Standby {
                 going_back: a.returning.is_some(),
                 times: a.times,
             }),
+            tested_at: site
+                .as_ref()
+                .and_then(|site| site.last_tested(self.guest))
+                .and_then(|since| std::time::SystemTime::now().checked_sub(since))
+                .map(|at| super::unix_ns(at) / 1_000_000),
             test: seen.test.map(TestSeen::view),
             trouble,
         }
@@ -282,6 +295,16 @@ impl Standby {
     /// the term of this number. Each has a directory of its own: what an earlier
     /// one left there is evidence, and may be all that is left of its disks.
     pub(super) async fn launch(&self, point: u64, number: u64) -> Result<Ready, ActivateError> {
+        self.launch_on(point, number, BTreeMap::new()).await
+    }
+
+    /// As [`Standby::launch`], with networks that go before those of this site.
+    pub(super) async fn launch_on(
+        &self,
+        point: u64,
+        number: u64,
+        networks: BTreeMap<String, String>,
+    ) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
         let guest = self.guest;
@@ -289,7 +312,11 @@ impl Standby {
             // Made ready for a hand-over, by a daemon that ended before it.
             let before = ground(&site, guest, number.saturating_sub(1)).run;
             Launched::end_left(&before.join("qmp.sock"), &before);
-            Ready::launch(&ground(&site, guest, number), &replica, &context.definition)
+            let mut all = site.config.networks.clone();
+            all.extend(networks);
+            let mut ground = ground(&site, guest, number);
+            ground.networks = &all;
+            Ready::launch(&ground, &replica, &context.definition)
         })
         .await?
     }
@@ -335,15 +362,19 @@ impl Standby {
         }
     }
 
-    /// Gives up what was prepared, unless it runs already.
-    pub(super) async fn give_up(self: &Arc<Self>) -> Option<(ActivationTimes, Term)> {
+    /// Answers a source that asks what became of the guest that it holds: a run
+    /// has it, or it runs here, or else what was prepared is given up.
+    pub(super) async fn give_up(self: &Arc<Self>) -> HeldAnswer {
         self.begin_anew();
         let mut state = self.state.lock().await;
+        if state.staged.is_some() || self.expecting.load(Ordering::SeqCst) > 0 {
+            return HeldAnswer::Undecided;
+        }
         if let Some(active) = state.runs() {
-            return Some((active.times.clone(), active.term));
+            return HeldAnswer::Running(active.times.clone(), active.term);
         }
         self.discard(&mut state).await;
-        None
+        HeldAnswer::GivenUp
     }
 
     /// The source goes on: what was prepared here is not needed.

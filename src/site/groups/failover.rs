@@ -60,6 +60,7 @@ impl Site {
     ) -> Result<GroupFailover, OperateError> {
         let declared = Instant::now();
         let group = self.group(name)?;
+        self.not_in_a_run(name)?;
         let conflict = |why: String| Err(OperateError::Conflict(why));
         let mut members = Vec::new();
         for member in self.members_here(&group) {
