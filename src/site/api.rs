@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::operate::OperateError;
+use super::runs::api::who;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
@@ -23,7 +24,6 @@ pub use body::{
     Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
 pub use points::{KeepPoint, ReleasePoint};
-use super::runs::api::who;
 use rights::{Caller, Right};
 use serve::Served;
 pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};

@@ -18,6 +18,7 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
 
 mod error;
+mod of_run;
 mod place;
 
 use self::error::TestError;
@@ -246,25 +247,6 @@ impl Standby {
         })
     }
 
-    /// The machine of a test that runs, and is a part of this run.
-    pub(super) async fn tested_by(&self, run: &str) -> Option<Arc<Ready>> {
-        let drill = self.drill.lock().await;
-        let test = drill.as_ref().filter(|d| d.run.as_deref() == Some(run));
-        let test = test.filter(|test| test.waiting.is_none());
-        test.map(|test| test.ready.clone())
-    }
-
-    /// Does a test of it run, by its machine's word?
-    pub(super) async fn test_runs(&self) -> bool {
-        let ready = {
-            let drill = self.drill.lock().await;
-            drill.as_ref().map(|test| test.ready.clone())
-        };
-        let Some(ready) = ready else { return false };
-        let runs = step(move || ready.runs()).await;
-        runs.is_ok_and(|runs| runs.unwrap_or(false))
-    }
-
     async fn ready_test(self: &Arc<Self>, point: u64) -> Result<(Ready, Waiting), TestError> {
         let site = self.site()?;
         let Some(header) = self.points().into_iter().find(|p| p.point == point) else {
@@ -362,24 +344,6 @@ impl Standby {
             return Err(TestError::NoTest(self.name()));
         };
         self.throw_away(running).await
-    }
-
-    /// Ends the test of this run, if there is one; waits for who has it in hand.
-    pub(super) async fn end_test_of(
-        self: &Arc<Self>,
-        run: &str,
-    ) -> Result<Option<TestEnded>, TestError> {
-        let mut drill = self.drill.lock().await;
-        match drill.take_if(|test| test.run.as_deref() == Some(run)) {
-            Some(running) => Ok(Some(self.throw_away(running).await?)),
-            None => Ok(None),
-        }
-    }
-
-    /// Where a test's files are while there is one.
-    pub(super) fn test_places(&self) -> Result<[PathBuf; 2], ActivateError> {
-        let places = Places::of(&*self.site()?, self.guest);
-        Ok([places.ram, places.run])
     }
 
     async fn throw_away(&self, running: Drill) -> Result<TestEnded, TestError> {

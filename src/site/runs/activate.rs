@@ -31,9 +31,8 @@ impl AtSite {
         if !untaken.is_empty() {
             let guests: Vec<GuestId> = untaken.iter().map(|t| t.standby.guest).collect();
             let fence = site.clone();
-            let taken = tokio::task::spawn_blocking(move || {
-                fence.fence.overrule_all(&guests, fence.key())
-            });
+            let taken =
+                tokio::task::spawn_blocking(move || fence.fence.overrule_all(&guests, fence.key()));
             let terms = taken.await.map_err(fault)?.map_err(fault)?;
             let known: Vec<(String, String, Option<Term>)> = untaken
                 .iter()
@@ -68,11 +67,16 @@ impl AtSite {
         let site = self.site()?;
         let mut sources: BTreeMap<String, Vec<&Target>> = BTreeMap::new();
         for target in targets {
-            sources.entry(target.standby.from()).or_default().push(target);
+            sources
+                .entry(target.standby.from())
+                .or_default()
+                .push(target);
         }
         let mut confirmed = true;
         for (source, guests) in sources {
-            let Some(first) = guests.first() else { continue };
+            let Some(first) = guests.first() else {
+                continue;
+            };
             let terms = guests.iter().filter_map(|t| self.facts.of(&t.name).term);
             let told = site
                 .announce_terms(first.standby.remote(), terms.collect())
@@ -163,10 +167,13 @@ impl AtSite {
         .await
     }
 
-
     /// Gives each guest the networks of this site that its group's policy and the
     /// step name.
-    pub(super) async fn map_networks(self, scope: Scope, wanted: BTreeMap<String, String>) -> Ended<()> {
+    pub(super) async fn map_networks(
+        self,
+        scope: Scope,
+        wanted: BTreeMap<String, String>,
+    ) -> Ended<()> {
         let site = self.site()?;
         let own = site.config.site.name.clone();
         for target in self.targets(&scope)? {

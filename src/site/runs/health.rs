@@ -49,8 +49,8 @@ pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Gu
 /// Between two waves of a start: those that others wait for are healthy first.
 pub(super) async fn await_wave(run: &AtSite, wave: &[&Target]) -> Ended<()> {
     for target in wave {
-        let looked_at = |(_, health): &(_, &Health)| health.agent != Some(true);
-        for (name, health) in target.terms.health.iter().filter(looked_at) {
+        let of_guest = target.terms.health.iter();
+        for (name, health) in of_guest.filter(|(_, health)| health.agent != Some(true)) {
             let deadline = Instant::now() + health.timeout.duration();
             while let Err(why) = one(run, health, target).await {
                 run.goes_on()?;

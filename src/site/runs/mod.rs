@@ -269,10 +269,7 @@ impl Site {
     async fn until_free(&self, id: &str, baton: &Baton) {
         let ends = |run: &Run| {
             let next = run.next(Moment(now_ms()));
-            matches!(
-                next,
-                Next::Over(_) | Next::Record(Event::Ended { .. })
-            )
+            matches!(next, Next::Over(_) | Next::Record(Event::Ended { .. }))
         };
         let deadline = tokio::time::Instant::now() + FREED;
         while ends(&baton.run())

@@ -110,8 +110,7 @@ impl Site {
         }
         let perform = self.performer(id, run.started().0, &facts);
         let performer = Arc::new(perform.clone());
-        let (conductor, baton) =
-            Conductor::resume(&path, performer, Process).map_err(failed)?;
+        let (conductor, baton) = Conductor::resume(&path, performer, Process).map_err(failed)?;
         tracing::warn!(run = id, "a run goes on where it was");
         let task = tokio::spawn(conducted(
             Arc::downgrade(self),
@@ -157,7 +156,8 @@ impl Site {
     async fn run_ended(self: &Arc<Self>, id: &str, outcome: Outcome) {
         let ended = {
             let open = self.runs.lock();
-            open.get(id).map(|open| (open.perform.clone(), open.baton.run()))
+            open.get(id)
+                .map(|open| (open.perform.clone(), open.baton.run()))
         };
         let Some((perform, run)) = ended else { return };
         perform.live.store(false, Ordering::SeqCst);

@@ -146,7 +146,10 @@ impl Perform for AtSite {
     async fn promote(&self, scope: &Scope, point: PointChoice) -> Ended<Promoted> {
         let (run, scope) = (self.begin(), scope.clone());
         match scope.mode {
-            Mode::Test => run.whole(move |run| trial::promote(run, scope, point)).await,
+            Mode::Test => {
+                run.whole(move |run| trial::promote(run, scope, point))
+                    .await
+            }
             _ => run.whole(move |run| run.make_ready(scope, point)).await,
         }
     }
@@ -158,7 +161,8 @@ impl Perform for AtSite {
             Mode::Test => Ok(()),
             _ => {
                 let run = self.begin();
-                run.whole(move |run| run.map_networks(scope, networks)).await
+                run.whole(move |run| run.map_networks(scope, networks))
+                    .await
             }
         }
     }
@@ -196,7 +200,9 @@ impl Perform for AtSite {
 
     async fn rollback(&self, scope: &Scope) -> Ended<Guests> {
         let scope = scope.clone();
-        self.begin().whole(|run| planned::roll_back(run, scope)).await
+        self.begin()
+            .whole(|run| planned::roll_back(run, scope))
+            .await
     }
 
     async fn reprotect(&self, scope: &Scope) -> Ended<Reprotected> {

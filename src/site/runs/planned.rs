@@ -138,7 +138,8 @@ async fn handed_over(
     })
     .await?;
     let points = [(target.name.clone(), point)].into();
-    run.keep_points(std::slice::from_ref(target), &points).await?;
+    run.keep_points(std::slice::from_ref(target), &points)
+        .await?;
     let fence = site.clone();
     let adopted = tokio::task::spawn_blocking(move || fence.fence.adopt(term)).await;
     let in_force = adopted.map_err(fault)?.map_err(fault)?;

@@ -45,10 +45,10 @@ pub(super) async fn whole_point(
         let mut all = guests.iter();
         all.all(|target| point.points.contains_key(&target.name))
     };
-    let whole = points.into_iter().filter(has_all);
+    let mut whole = points.into_iter().filter(has_all);
     let found = match cut {
-        Some(cut) => whole.into_iter().find(|point| point.cut == cut),
-        None => whole.last(),
+        Some(cut) => whole.find(|point| point.cut == cut),
+        None => whole.next_back(),
     };
     found.ok_or_else(|| {
         let which = cut.map_or("whole point".to_owned(), |cut| format!("whole point {cut}"));

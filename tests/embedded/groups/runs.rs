@@ -44,7 +44,10 @@ fn start(mode: Mode, text: &str) -> StartRun {
 async fn at(site: &Site, run: &str, step: &str) {
     finally(step, || {
         let view = site.run(run).unwrap();
-        assert!(view.question.is_none() && view.outcome.is_none(), "{view:#?}");
+        assert!(
+            view.question.is_none() && view.outcome.is_none(),
+            "{view:#?}"
+        );
         view.awaits.filter(|awaits| awaits.step == step)
     })
     .await;
@@ -78,7 +81,10 @@ async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
         ..start(Mode::Unplanned, STEPS)
     };
     let refused = west.start_run(other_point).await.unwrap_err();
-    assert!(refused.to_string().contains("no whole point 7"), "{refused}");
+    assert!(
+        refused.to_string().contains("no whole point 7"),
+        "{refused}"
+    );
 
     // A test of all of it, while protection goes on.
     let run = west.start_run(start(Mode::Test, STEPS)).await.unwrap().id;
@@ -97,7 +103,11 @@ async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
     assert!(west.last_good_test("bank").is_some());
     assert!(target(&west, "db").tested_at.is_some());
 
-    let run = west.start_run(start(Mode::Unplanned, STEPS)).await.unwrap().id;
+    let run = west
+        .start_run(start(Mode::Unplanned, STEPS))
+        .await
+        .unwrap()
+        .id;
     at(&west, &run, "agree").await;
     of_one_cut(&west, &run).await;
     for name in ["db", "web"] {
@@ -115,7 +125,10 @@ async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
         assert!(target(&west, name).active.is_none());
     }
     let before = sound(&bank.web);
-    finally("it goes on at home", || (sound(&bank.web) > before).then_some(())).await;
+    finally("it goes on at home", || {
+        (sound(&bank.web) > before).then_some(())
+    })
+    .await;
     bank.protected().await;
     bank.stage.end().await;
 }

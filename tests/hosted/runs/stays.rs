@@ -39,9 +39,7 @@ fn a_move_is_committed_and_protected_the_other_way_round() {
     pair.west
         .cli(&["run", "abort", &run, "--rollback", "--as", "anna"])
         .bad("no way back from a commit");
-    pair.west
-        .cli(&["rollback", "web"])
-        .bad("run abort");
+    pair.west.cli(&["rollback", "web"]).bad("run abort");
     let active = pair.west.target("web").active.unwrap();
     assert!(active.commit.is_none_or(|commit| commit.committed));
     agree(&pair.west, &run, "agree");

@@ -123,7 +123,11 @@ fn remarks(guest: &GuestReport) -> String {
 
 /// Who agreed to what, and who did not.
 pub(super) fn approvals(report: &Report, page: &mut String) {
-    let mut decided = report.events.iter().filter(|e| e.approval.is_some()).peekable();
+    let mut decided = report
+        .events
+        .iter()
+        .filter(|e| e.approval.is_some())
+        .peekable();
     if decided.peek().is_none() {
         return;
     }

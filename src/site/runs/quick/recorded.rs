@@ -37,7 +37,12 @@ fn went(kind: Kind, took: Duration, note: impl Into<String>) -> Went {
 }
 
 impl Quick {
-    pub(super) fn begin(site: &Arc<Site>, mode: Mode, guest: &str, by: &str) -> Result<Quick, String> {
+    pub(super) fn begin(
+        site: &Arc<Site>,
+        mode: Mode,
+        guest: &str,
+        by: &str,
+    ) -> Result<Quick, String> {
         let told = |error: &dyn ToString| error.to_string();
         let runbook = builtin::of_mode(mode, [(guest.to_owned(), vec![guest.to_owned()])].into());
         let facts = Default::default();
@@ -192,7 +197,12 @@ impl Quick {
         Ok(())
     }
 
-    pub(super) fn moved(&mut self, guest: &str, report: &MoveReport, by: &str) -> Result<(), ConductError> {
+    pub(super) fn moved(
+        &mut self,
+        guest: &str,
+        report: &MoveReport,
+        by: &str,
+    ) -> Result<(), ConductError> {
         let now = now_ms();
         let stood = Duration::from_secs_f64((report.blackout_ms / 1e3).max(0.0));
         let total = Duration::from_secs_f64((report.total_ms / 1e3).max(0.0));
@@ -230,7 +240,12 @@ impl Quick {
         Ok(())
     }
 
-    pub(super) fn tested(&mut self, guest: &str, report: &TestReport, by: &str) -> Result<(), ConductError> {
+    pub(super) fn tested(
+        &mut self,
+        guest: &str,
+        report: &TestReport,
+        by: &str,
+    ) -> Result<(), ConductError> {
         let started = self.run.started().0;
         let noted = self.facts.note(guest, |known| {
             known.point = Some(report.point);
