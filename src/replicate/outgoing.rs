@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use farhaven_storage_sync::codec::{Bases, DedupIndex, LevelControl, Measured, Sequence};
+use farhaven_storage_sync::codec::{Bases, Crew, DedupIndex, LevelControl, Measured, Sequence};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::limits::BASES_BYTES;
 use farhaven_storage_sync::unit::{Digest, GROUP, GuestId, Place, VolumeIndex};
@@ -46,6 +46,8 @@ pub struct Outgoing {
     pub index: Arc<Mutex<DedupIndex>>,
     /// Versions of units that the peer holds: changed units are told against them.
     pub bases: Arc<Mutex<Bases>>,
+    /// Compresses for all guests; without it each compresses for itself.
+    pub crew: Option<Arc<Crew>>,
     /// How strongly to compress, and when a batch was last handed over.
     level: Mutex<(LevelControl, Instant)>,
     /// Key of every digest in the index and in the guests' tables.
@@ -62,12 +64,19 @@ pub struct Outgoing {
 impl Outgoing {
     /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
     pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
+        let crew = Crew::new().inspect_err(|error| {
+            tracing::warn!(%error, "every guest's data is compressed on one thread");
+        });
+        let crew = crew.ok().map(Arc::new);
+        let threads = crew.as_ref().map_or(1, |crew| crew.size());
+        let level = LevelControl::new().with_threads(threads);
         Self {
             peer,
             sequence: Arc::new(Sequence::starting_at(first)),
             index: Arc::new(Mutex::new(DedupIndex::new(index_bytes))),
             bases: Arc::new(Mutex::new(Bases::new(BASES_BYTES))),
-            level: Mutex::new((LevelControl::new(), Instant::now())),
+            crew,
+            level: Mutex::new((level, Instant::now())),
             key,
             asking: Asking::default(),
             on_the_way: Mutex::default(),

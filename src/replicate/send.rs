@@ -78,7 +78,7 @@ impl Shipment {
         runtime: Handle,
     ) -> Self {
         let id = outgoing.opened();
-        let encoder = Encoder::new(
+        let mut encoder = Encoder::new(
             guest,
             point,
             outgoing.sequence.clone(),
@@ -86,6 +86,9 @@ impl Shipment {
             outgoing.level(),
         )
         .with_bases(outgoing.bases.clone());
+        if let Some(crew) = &outgoing.crew {
+            encoder = encoder.with_crew(crew.clone());
+        }
         Self {
             outgoing: outgoing.clone(),
             id,
@@ -134,10 +137,10 @@ impl Shipment {
     /// When the shipment was stopped.
     pub fn flush(&mut self) -> Result<(), SinkError> {
         self.encode_waiting(true)?;
-        match self.encoder.flush() {
-            Some(batch) => self.send(batch),
-            None => Ok(()),
+        while let Some(batch) = self.encoder.flush() {
+            self.send(batch)?;
         }
+        Ok(())
     }
 
     /// What was sent so far, and the chain over it, for the seal.
@@ -155,16 +158,13 @@ impl Shipment {
         let (seq, bytes) = (batch.seq, batch.bytes.len() as u64);
         let begun = Instant::now();
         let sent = self.hand_over(batch);
-        let compressing = self.encoder.compressing();
-        let level = self.outgoing.level_after(
-            bytes,
-            compressing.saturating_sub(self.compressed),
-            begun.elapsed(),
-        );
+        let (compressing, waiting) = (self.encoder.compressing(), begun.elapsed());
+        let took = compressing.saturating_sub(self.compressed);
         self.compressed = compressing;
-        if let Err(error) = self.encoder.level(level) {
-            tracing::warn!(%error, level, "the compression stays as it is");
-        }
+        self.encoder
+            .level(self.outgoing.level_after(bytes, took, waiting));
+        // Where the link holds things up, what waits should wait in the guest.
+        self.encoder.beside(waiting < took);
         if sent.is_err() {
             // A batch that never left must not be referred to.
             self.outgoing.forget(seq);
@@ -266,7 +266,13 @@ impl Shipment {
 
     fn encoded(&mut self, batch: Result<Option<Batch>, EncodeError>) -> Result<(), SinkError> {
         match batch {
-            Ok(Some(batch)) => self.send(batch),
+            Ok(Some(batch)) => {
+                self.send(batch)?;
+                while let Some(batch) = self.encoder.overdue() {
+                    self.send(batch)?;
+                }
+                Ok(())
+            }
             Ok(None) => Ok(()),
             Err(error) => {
                 tracing::error!(%error, "encoding failed; the session is ended");
@@ -318,7 +324,7 @@ impl Sink for Shipment {
 
 impl Drop for Shipment {
     fn drop(&mut self) {
-        if let Some(batch) = self.encoder.flush() {
+        while let Some(batch) = self.encoder.flush() {
             self.outgoing.forget(batch.seq);
         }
         self.outgoing.closed(self.id);

@@ -22,7 +22,8 @@ use super::steps::blocking;
 use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
 
-/// What a last cut costs whatever is left: device state, sealing, restoring.
+/// What a last cut costs whatever is left, beside a round trip: device state, sealing,
+/// restoring. Measured are 95 to 135 ms on a machine at rest.
 pub(super) const HAND_OVER: Duration = Duration::from_millis(150);
 
 /// How often a move looks whether its turn for the last cut has come.
@@ -153,7 +154,7 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
         dirty_bytes_per_second: (sealed.sent_bytes as f64
             / sealed.since_before.as_secs_f64().max(1e-3)) as u64,
         link_bytes_per_second: rate,
-        fixed: HAND_OVER + rtt * 2,
+        fixed: HAND_OVER + rtt,
         overhead: sealed.took.saturating_sub(carried.unwrap_or_default()),
         throttle: 0,
     }

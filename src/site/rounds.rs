@@ -135,9 +135,11 @@ impl Rounds {
         self.looked = began;
         let carried = Duration::try_from_secs_f64(sent as f64 / link.max(1) as f64);
         self.overhead = took.saturating_sub(carried.unwrap_or(took));
-        self.dirty = per_second(sent, between);
+        let before = std::mem::replace(&mut self.dirty, per_second(sent, between));
         self.rest = self.left_to_the_cut(attached);
-        self.remaining = written_on(sent, between, took) + self.rest;
+        // A throttled guest runs in turns: one look sees more of them than the next.
+        let as_before = (before as f64 * between.as_secs_f64()) as u64;
+        self.remaining = written_on(sent.max(as_before), between, took) + self.rest;
         Ok(MoveFacts {
             remaining_bytes: self.remaining,
             dirty_bytes_per_second: self.dirty,

@@ -8,8 +8,8 @@ use std::sync::{Arc, Mutex};
 
 use common::{Site, unit};
 use farhaven_storage_sync::codec::{
-    Batch, BatchError, BatchView, Chain, Content, DedupIndex, EncodeError, Encoder, EntryReader,
-    Expander, Sequence,
+    Batch, BatchError, BatchView, Chain, Content, Crew, DedupIndex, EncodeError, Encoder,
+    EntryReader, Expander, Sequence,
 };
 use farhaven_storage_sync::limits::{BATCH_BYTES, BATCH_ENTRIES, BATCH_HEADER, VOLUME_UNITS};
 use farhaven_storage_sync::unit::{Digest, GuestId, Place, UNIT};
@@ -87,14 +87,21 @@ fn batch() -> Batch {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
     #[test]
-    fn what_goes_in_comes_out(steps in prop::collection::vec(step(), 0..400), tiny: bool) {
+    fn what_goes_in_comes_out(
+        steps in prop::collection::vec(step(), 0..400), tiny: bool, crew: bool
+    ) {
         let site = Site::new();
         let index = Arc::new(Mutex::new(DedupIndex::new(if tiny { 1 } else { 1 << 20 })));
         let mut encoder = Encoder::new(GuestId([3; 16]), 5, site.seqs.clone(), index, 1);
+        if crew {
+            encoder = encoder.with_crew(Arc::new(Crew::of(2).unwrap()));
+        }
         let (mut batches, mut model) = (Vec::new(), BTreeMap::new());
         for step in &steps {
             match *step {
                 Step::Unit(volume, at, of) => {
+                    encoder.beside(of % 7 != 0);
+                    batches.extend(std::iter::from_fn(|| encoder.overdue()));
                     let bytes = unit(of);
                     let digest = if of % 17 == 1 { Digest::UNKNOWN } else { site.key.of(&bytes) };
                     batches.extend(encoder.unit(volume, at, &bytes, digest).unwrap());
@@ -107,7 +114,7 @@ proptest! {
                 Step::Flush => batches.extend(encoder.flush()),
             }
         }
-        batches.extend(encoder.flush());
+        batches.extend(std::iter::from_fn(|| encoder.flush()));
         prop_assert!(batches.is_sorted_by_key(|batch| batch.seq));
         prop_assert!(decode(&batches) == model);
     }
@@ -218,6 +225,34 @@ fn a_body_that_expands_to_more_than_it_says_is_refused() {
     let error = view.literals(&mut Expander::new(), &mut out).unwrap_err();
     assert!(matches!(error, BatchError::Body { .. }));
     assert!(out.capacity() <= 256 * 1024);
+}
+
+#[test]
+fn a_crew_makes_the_same_batches_in_the_same_order() {
+    let encoded = |crew: Option<Crew>| {
+        let site = Site::new();
+        let mut encoder = Encoder::new(GuestId([3; 16]), 1, site.seqs, site.index, 3);
+        if let Some(crew) = crew {
+            encoder = encoder.with_crew(Arc::new(crew));
+        }
+        let mut batches = Vec::new();
+        for at in 0..2000 {
+            // Some come again, in the same batch and in one that the crew still has.
+            let bytes = unit(1 + if at % 5 == 0 { at / 2 } else { at });
+            batches.extend(encoder.unit(0, at, &bytes, site.key.of(&bytes)).unwrap());
+            encoder.level(if at < 1000 { 3 } else { 1 });
+        }
+        batches.extend(std::iter::from_fn(|| encoder.flush()));
+        assert!(encoder.compressing() > std::time::Duration::ZERO);
+        batches
+    };
+    let (alone, crew) = (encoded(None), encoded(Some(Crew::of(3).unwrap())));
+    assert!(alone.len() > 20);
+    assert_eq!(alone.len(), crew.len());
+    for (alone, crew) in alone.iter().zip(&crew) {
+        assert_eq!((alone.seq, alone.hash), (crew.seq, crew.hash));
+    }
+    decode(&crew);
 }
 
 #[test]

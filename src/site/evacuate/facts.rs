@@ -89,7 +89,7 @@ pub(super) fn facts(
         .map(|candidate| site.source_view(&candidate.record))
         .collect();
     let mut link = link(remote, order, &views, &limits);
-    let start = HAND_OVER + remote.peer.status().rtt.unwrap_or_default() * 2;
+    let start = HAND_OVER + remote.peer.status().rtt.unwrap_or_default();
     let mut groups = Vec::with_capacity(candidates.len());
     let mut guests = Vec::with_capacity(candidates.len());
     for (candidate, view) in candidates.iter().zip(&views) {

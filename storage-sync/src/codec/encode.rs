@@ -4,20 +4,19 @@
 //! the order of their numbers; encoders of other guests take numbers from the
 //! same [`Sequence`] in between.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
-
-use zstd::bulk::Compressor;
+use std::time::Duration;
 
 use crate::codec::bases::Bases;
-use crate::codec::batch::{self, Batch, BatchHeader};
+use crate::codec::batch::Batch;
 use crate::codec::compress::Probe;
 use crate::codec::dedup::DedupIndex;
 use crate::codec::entry::{Content, Delta, Entry, EntryWriter};
 use crate::codec::group::Group;
+use crate::codec::pack::{Crew, Full, Packing, Tools};
 use crate::digest::is_zero;
 use crate::limits::{
     BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, IMAGE_SEQ, POINT, SEQ, VOLUME_UNITS, VOLUMES,
@@ -124,10 +123,17 @@ pub struct Encoder {
     index: Arc<Mutex<DedupIndex>>,
     bases: Option<Arc<Mutex<Bases>>>,
     level: i32,
-    compressor: Option<Compressor<'static>>,
+    /// Weighs differences.
     probe: Probe,
+    /// For what is not packed beside.
+    tools: Option<Tools>,
+    crew: Option<Arc<Crew>>,
+    /// Batches that may be with the crew.
+    ahead: usize,
+    /// Full batches that have not been returned, oldest first.
+    packing: VecDeque<Packing>,
     open: Option<Open>,
-    spare: Group,
+    spare: Vec<Group>,
     compressing: Duration,
 }
 
@@ -153,10 +159,13 @@ impl Encoder {
             index,
             bases: None,
             level,
-            compressor: None,
             probe: Probe::new(),
+            tools: None,
+            crew: None,
+            ahead: 0,
+            packing: VecDeque::new(),
             open: None,
-            spare: Group::default(),
+            spare: Vec::new(),
             compressing: Duration::ZERO,
         }
     }
@@ -168,36 +177,36 @@ impl Encoder {
         self
     }
 
-    /// The zstd level of the batches from now on, the open one included.
-    ///
-    /// # Errors
-    /// When the compressor refuses it; the level stays as it was.
-    pub fn level(&mut self, level: i32) -> Result<(), EncodeError> {
-        if level != self.level
-            && let Some(compressor) = &mut self.compressor
-        {
-            let set = compressor.set_compression_level(level);
-            set.map_err(EncodeError::Compressor)?;
-        }
-        self.level = level;
-        Ok(())
+    /// Full batches are compressed by this crew while the next is filled, so that
+    /// [`Encoder::unit`] returns an earlier batch than the one that it completed.
+    pub fn with_crew(mut self, crew: Arc<Crew>) -> Encoder {
+        self.crew = Some(crew);
+        self.beside(true);
+        self
     }
 
-    /// Time spent compressing and choosing, from the beginning.
+    /// Whether the crew, if there is one, takes full batches from now on. Without
+    /// it a batch leaves as soon as it is full, which is right where the link, and
+    /// not the encoder, is what others wait for.
+    pub fn beside(&mut self, beside: bool) {
+        self.ahead = match &self.crew {
+            Some(crew) if beside => crew.size() + 1,
+            _ => 0,
+        };
+    }
+
+    /// The zstd level of the batches from now on, the open one included.
+    pub fn level(&mut self, level: i32) {
+        self.level = level;
+    }
+
+    /// Time spent compressing, by all threads, from the beginning.
     pub fn compressing(&self) -> Duration {
         self.compressing
     }
 
-    /// Goes on with another point. Flush before: an open batch would keep the
-    /// old point's number, so it is finished and returned here.
-    pub fn next_point(&mut self, point: u64) -> Option<Batch> {
-        let batch = self.flush();
-        self.point = point;
-        batch
-    }
-
     /// Takes one unit and its digest ([`Digest::UNKNOWN`] when there is none).
-    /// Returns the batch that this completed, if any.
+    /// Returns a batch that this completed, if any.
     ///
     /// # Errors
     /// See [`EncodeError`]; the unit was not taken then.
@@ -282,53 +291,63 @@ impl Encoder {
         Ok(self.flush_when_full())
     }
 
-    /// Completes the open batch, if there is one.
+    /// Completes the open batch, if there is one, and returns the oldest that was
+    /// not returned yet. With a crew there may be several: call it until it
+    /// returns nothing.
     pub fn flush(&mut self) -> Option<Batch> {
-        let mut open = self.open.take()?;
-        let begun = Instant::now();
-        let entries = open.entries.finish();
-        let packed = open
-            .group
-            .pack(open.seq, entries, self.compressor.as_mut(), &mut self.probe);
-        self.compressing += begun.elapsed();
-        let literals = open.group.slots();
-        let header = BatchHeader {
-            seq: open.seq,
-            guest: self.guest,
-            point: self.point,
-            entries_bytes: packed.entries.len(),
-            entries: packed.count,
-            literals,
-            deltas: packed.deltas > 0,
-            images: open.images,
-            body_raw: packed.raw,
-            codec: packed.codec,
-            body_stored: open.group.packed().len(),
-            body_hash: [0; 32],
-            hash: [0; 32],
-        };
-        let (bytes, hash) = batch::lay_out(header, &packed.entries, open.group.packed());
-        let deltas = packed.deltas;
-        let digests: Vec<(Digest, u8)> = open.digests.into_iter().collect();
-        self.index().insert_pending(self.guest, open.seq, &digests);
+        self.close();
+        self.packed()
+    }
+
+    /// The oldest full batch, if there are more than may be with the crew.
+    pub fn overdue(&mut self) -> Option<Batch> {
+        match self.packing.len() > self.ahead {
+            true => self.packed(),
+            false => None,
+        }
+    }
+
+    fn packed(&mut self) -> Option<Batch> {
+        let done = self.packing.pop_front()?.wait();
+        self.compressing += done.took;
+        let (batch, mut group) = (done.batch, done.group);
         if let Some(bases) = &self.bases {
             let mut bases = held(bases);
-            for ((volume, unit), index, bytes) in open.group.told_whole() {
-                let place = Place::new(open.seq, index);
+            for ((volume, unit), index, bytes) in group.told_whole() {
+                let place = Place::new(batch.seq, index);
                 bases.offer(self.guest, volume, unit, place, bytes);
             }
         }
-        open.group.clear();
-        self.spare = open.group;
-        Some(Batch {
+        group.clear();
+        self.spare.push(group);
+        Some(batch)
+    }
+
+    /// The open batch takes no more.
+    fn close(&mut self) {
+        let Some(open) = self.open.take() else {
+            return;
+        };
+        let digests: Vec<(Digest, u8)> = open.digests.into_iter().collect();
+        self.index().insert_pending(self.guest, open.seq, &digests);
+        let full = Full {
             seq: open.seq,
-            bytes,
-            hash,
+            guest: self.guest,
             point: self.point,
-            literals,
-            deltas,
+            level: self.level,
+            entries: open.entries.finish(),
+            group: open.group,
+            images: open.images,
             units: open.units,
-        })
+        };
+        let packing = match (&self.crew, &mut self.tools) {
+            (Some(crew), _) if self.ahead > 0 => crew.pack(full),
+            (_, Some(tools)) => Packing::Here(Box::new(tools.pack(full))),
+            (Some(crew), None) => crew.pack(full),
+            // `prepare` made them before the batch was opened.
+            (None, None) => return,
+        };
+        self.packing.push_back(packing);
     }
 
     fn index(&self) -> MutexGuard<'_, DedupIndex> {
@@ -347,11 +366,10 @@ impl Encoder {
             .filter(|place| place.seq() < open.seq || place.seq() >= IMAGE_SEQ)
     }
 
-    /// Makes sure that there is an open batch, and a compressor.
+    /// Makes sure that there is an open batch, and what packs it.
     fn prepare(&mut self) -> Result<(), EncodeError> {
-        if self.compressor.is_none() {
-            let compressor = Compressor::new(self.level).map_err(EncodeError::Compressor)?;
-            self.compressor = Some(compressor);
+        if self.tools.is_none() && self.ahead == 0 {
+            self.tools = Some(Tools::new(self.level)?);
         }
         if self.open.is_none() {
             if self.point == 0 || self.point > POINT || self.seqs.is_spent() {
@@ -362,7 +380,7 @@ impl Encoder {
             self.open = Some(Open {
                 seq,
                 entries,
-                group: std::mem::take(&mut self.spare),
+                group: self.spare.pop().unwrap_or_default(),
                 digests: HashMap::new(),
                 units: 0,
                 images: false,
@@ -377,7 +395,10 @@ impl Encoder {
         let full = usize::from(open.group.slots()) >= GROUP
             || open.entries.entries() >= BATCH_ENTRIES
             || open.entries.bytes() + 2 * ENTRY_BYTES > BATCH_ENTRIES_BYTES;
-        if full { self.flush() } else { None }
+        if full {
+            self.close();
+        }
+        self.overdue()
     }
 }
 

@@ -137,11 +137,11 @@ impl Group {
         &mut self,
         seq: u64,
         (count, entries): (usize, Vec<u8>),
-        mut compressor: Option<&mut Compressor<'static>>,
+        compressor: &mut Compressor<'static>,
         probe: &mut Probe,
     ) -> Packed {
         if self.changed == 0 {
-            let codec = shrink(&mut compressor, probe, &self.units, &mut self.packed);
+            let codec = shrink(compressor, probe, &self.units, &mut self.packed);
             return self.as_units(count, entries, codec);
         }
         self.mixed.clear();
@@ -152,10 +152,10 @@ impl Group {
             }
         }
         self.mixed.extend_from_slice(&self.differences);
-        let codec = shrink(&mut compressor, probe, &self.mixed, &mut self.packed);
+        let codec = shrink(compressor, probe, &self.mixed, &mut self.packed);
         if self.cost_of_differences * BY_FAR > self.cost_of_units {
             let (whole_count, whole_entries) = all_whole(seq, &entries);
-            let whole = shrink(&mut compressor, probe, &self.units, &mut self.other);
+            let whole = shrink(compressor, probe, &self.units, &mut self.other);
             if self.other.len() + whole_entries.len() <= self.packed.len() + entries.len() {
                 std::mem::swap(&mut self.packed, &mut self.other);
                 self.changed = 0;
@@ -197,21 +197,17 @@ impl Group {
 }
 
 fn shrink(
-    compressor: &mut Option<&mut Compressor<'static>>,
+    compressor: &mut Compressor<'static>,
     probe: &mut Probe,
     body: &[u8],
     out: &mut Vec<u8>,
 ) -> Codec {
-    match compressor {
-        Some(compressor) if !body.is_empty() && !probe.incompressible(body) => {
-            compress::shrink(compressor, body, out)
-        }
-        _ => {
-            out.clear();
-            out.extend_from_slice(body);
-            Codec::Raw
-        }
+    if body.is_empty() || probe.incompressible(body) {
+        out.clear();
+        out.extend_from_slice(body);
+        return Codec::Raw;
     }
+    compress::shrink(compressor, body, out)
 }
 
 /// The same entries, every difference as a literal: never longer than before.

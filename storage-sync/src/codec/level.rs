@@ -29,7 +29,7 @@ const BLOCKED: f64 = 0.65;
 const KEPT: f64 = 0.25;
 /// Waiting less than this, the link is not what holds things up.
 const FREE: f64 = 0.1;
-/// Compressing this share of the time, the encoder is.
+/// Compressing this share of the time on every thread that does, the encoder is.
 const BUSY: f64 = 0.5;
 /// Levels above the usual one may take this share of a core, as expected: more
 /// than that a neighbour's guest should not lose...
@@ -46,7 +46,7 @@ const REST: Duration = Duration::from_secs(10);
 pub struct Measured {
     /// From the batch before up to now.
     pub elapsed: Duration,
-    /// Of that, compressing.
+    /// Of that, compressing; of all threads together.
     pub compressing: Duration,
     /// Of that, waiting for the link.
     pub waiting: Duration,
@@ -58,6 +58,8 @@ pub struct Measured {
 #[derive(Debug, Clone)]
 pub struct LevelControl {
     at: usize,
+    /// Threads that compress.
+    threads: f64,
     window: Measured,
     batches: u32,
     leaning: i32,
@@ -74,10 +76,17 @@ impl LevelControl {
     pub fn new() -> LevelControl {
         LevelControl {
             at: USUAL,
+            threads: 1.0,
             window: Measured::default(),
             batches: 0,
             leaning: 0,
         }
+    }
+
+    /// So many threads compress side by side.
+    pub fn with_threads(mut self, threads: usize) -> LevelControl {
+        self.threads = threads.max(1) as f64;
+        self
     }
 
     /// The level for the next batch.
@@ -124,7 +133,7 @@ impl LevelControl {
     fn wish(&self) -> i32 {
         let blocked = self.share(self.window.waiting);
         let busy = self.share(self.window.compressing);
-        if self.at > USUAL && busy > OVER || blocked < FREE && busy >= BUSY {
+        if self.at > USUAL && busy > OVER || blocked < FREE && busy >= BUSY * self.threads {
             return -1;
         }
         let (Some(now), Some(stronger)) = (COSTS.get(self.at), COSTS.get(self.at + 1)) else {
@@ -215,6 +224,22 @@ mod tests {
 
     /// A stronger level is never what makes the link wait, also where it costs
     /// half as much again as it is thought to.
+    #[test]
+    fn threads_that_have_time_left_are_no_reason_to_compress_less() {
+        let level = |busy: f64| {
+            let mut control = LevelControl::new().with_threads(2);
+            let batch = Measured {
+                elapsed: Duration::from_millis(1),
+                compressing: Duration::from_secs_f64(1e-3 * busy),
+                waiting: Duration::ZERO,
+                bytes: 92_000,
+            };
+            (0..1000).fold(0, |_, _| control.batch(batch))
+        };
+        assert_eq!(level(0.7), LEVEL);
+        assert_eq!(level(1.4), LEVELS[0]);
+    }
+
     #[test]
     fn no_level_above_the_usual_holds_a_link_up() {
         let mut rate = 1e6;

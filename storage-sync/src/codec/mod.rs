@@ -17,6 +17,7 @@ mod encode;
 mod entry;
 mod group;
 mod level;
+mod pack;
 pub(crate) mod varint;
 mod view;
 
@@ -29,4 +30,5 @@ pub use dedup::DedupIndex;
 pub use encode::{EncodeError, Encoder, Sequence};
 pub use entry::{Content, Delta, Entry, EntryError, EntryReader};
 pub use level::{LEVEL, LEVELS, LevelControl, Measured};
+pub use pack::Crew;
 pub use view::{BatchView, EntriesView};

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use quinn::{IdleTimeout, TransportConfig, VarInt};
+use quinn::{AckFrequencyConfig, IdleTimeout, TransportConfig, VarInt};
 
 use super::control;
 use crate::limits;
@@ -106,6 +106,9 @@ impl LinkOptions {
             .datagram_receive_buffer_size(self.message_copies.then_some(limits::COPY_BUFFER_BYTES))
             .datagram_send_buffer_size(limits::COPY_BUFFER_BYTES)
             .enable_segmentation_offload(self.segmentation_offload);
+        let mut acks = AckFrequencyConfig::default();
+        acks.ack_eliciting_threshold(VarInt::from_u32(limits::PACKETS_AN_ACK - 1));
+        transport.ack_frequency_config(Some(acks));
         transport.congestion_controller_factory(control::factory(&self.rate));
         transport
     }
