@@ -49,8 +49,7 @@ impl Site {
             Arc::downgrade(self),
             id.to_owned(),
             conductor,
-            baton.clone(),
-            false,
+            None,
         ));
         open.insert(
             id.to_owned(),
@@ -112,15 +111,16 @@ impl Site {
         let performer = Arc::new(perform.clone());
         let (conductor, baton) = Conductor::resume(&path, performer, Process).map_err(failed)?;
         tracing::warn!(run = id, "a run goes on where it was");
+        let guests = run.plan().groups.values().flatten().cloned().collect();
+        // Held over both: its end looks for it there.
+        let mut open = self.runs.lock();
         let task = tokio::spawn(conducted(
             Arc::downgrade(self),
             id.to_owned(),
             conductor,
-            baton.clone(),
-            true,
+            Some((run, perform.clone())),
         ));
-        let guests = run.plan().groups.values().flatten().cloned().collect();
-        self.runs.lock().insert(
+        open.insert(
             id.to_owned(),
             Open {
                 baton,
@@ -181,11 +181,10 @@ async fn conducted(
     site: std::sync::Weak<Site>,
     id: String,
     conductor: Conducts,
-    baton: Baton,
-    resumed: bool,
+    resumed: Option<(Run, AtSite)>,
 ) {
-    if resumed && let Some(site) = site.upgrade() {
-        run_again(&site, &id, &baton.run()).await;
+    if let (Some((run, perform)), Some(site)) = (resumed, site.upgrade()) {
+        run_again(&site, &run, &perform).await;
     }
     match conductor.conduct().await {
         Ok(outcome) => {
@@ -205,7 +204,7 @@ async fn conducted(
 
 /// Guests inside of the daemon, and tests, ended with the daemon before. What
 /// this run had started runs again, from the same point, before it goes on.
-async fn run_again(site: &Arc<Site>, id: &str, run: &Run) {
+async fn run_again(site: &Arc<Site>, run: &Run, perform: &AtSite) {
     if run.goes_back() {
         return;
     }
@@ -220,10 +219,6 @@ async fn run_again(site: &Arc<Site>, id: &str, run: &Run) {
     if !started || cleaned {
         return;
     }
-    let perform = match site.runs.lock().get(id) {
-        Some(open) => open.perform.clone(),
-        None => return,
-    };
     for (name, known) in perform.facts.now().guests {
         if known.started_at.is_none() {
             continue;
@@ -231,12 +226,12 @@ async fn run_again(site: &Arc<Site>, id: &str, run: &Run) {
         let targets = of_group(site, &known.group, std::slice::from_ref(&name));
         for target in targets.unwrap_or_default() {
             let ran = match run.mode() {
-                Mode::Test => trial::start_one(&perform, &target).await,
+                Mode::Test => trial::start_one(perform, &target).await,
                 _ if inside(&target) => perform.start_one(&target).await,
                 _ => Ok(()),
             };
             if let Err(error) = ran {
-                tracing::error!(run = id, guest = name, %error, "it ended with the daemon and does not run again");
+                tracing::error!(run = perform.run, guest = name, %error, "it ended with the daemon and does not run again");
             }
         }
     }

@@ -27,19 +27,26 @@ fn kill_at_each(site: &mut TestSite, run: &str, stops: &[String]) {
     }
 }
 
-/// Kills a site again and again while its run is under way; how often.
-fn kill_at_any_time(site: &mut TestSite, run: &str, pauses: &[u64]) -> usize {
-    let mut killed = 0;
+/// Kills a site again and again while its run is under way, or waits for the
+/// approval at its end: what a run started runs again after each.
+fn kill_at_any_time(site: &mut TestSite, pauses: &[u64]) {
     for pause in pauses {
         std::thread::sleep(Duration::from_millis(*pause));
-        if view(site, run).outcome.is_some() {
-            break;
-        }
         site.kill();
         site.start();
-        killed += 1;
     }
-    killed
+}
+
+/// These steps, and an approval at their end.
+fn then_approved(steps: &[&str]) -> String {
+    let numbered = steps.iter().enumerate();
+    let mut text: String = numbered
+        .map(|(n, step)| format!("[[steps]]\nname = \"step{n}\"\n{step}\n"))
+        .collect();
+    text.push_str(
+        "[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n",
+    );
+    text
 }
 
 const UNPLANNED: [&str; 6] = [
@@ -105,14 +112,10 @@ fn an_unplanned_run_outlives_its_daemon() {
 #[test]
 fn an_unplanned_run_that_is_killed_at_any_time() {
     let mut pair = lost();
-    let steps: Vec<String> = UNPLANNED
-        .iter()
-        .enumerate()
-        .map(|(n, step)| format!("[[steps]]\nname = \"step{n}\"\n{step}\n"))
-        .collect();
-    let file = runbook(&pair, "unplanned", &steps.concat());
+    let file = runbook(&pair, "unplanned", &then_approved(&UNPLANNED));
     let run = begin(&pair.west, &file, "unplanned", &[]);
-    kill_at_any_time(&mut pair.west, &run, &[0, 5, 20, 40, 10, 80]);
+    kill_at_any_time(&mut pair.west, &[0, 5, 20, 40, 10, 80]);
+    agree(&pair.west, &run, "agree");
     assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
     let there = there(&pair);
     there.await_beat(3, LONG);
@@ -155,14 +158,10 @@ fn a_planned_run_outlives_both_daemons() {
 #[test]
 fn a_planned_run_whose_conductor_is_killed_at_any_time() {
     let (mut pair, console) = stage();
-    let steps: Vec<String> = PLANNED
-        .iter()
-        .enumerate()
-        .map(|(n, step)| format!("[[steps]]\nname = \"step{n}\"\n{step}\n"))
-        .collect();
-    let file = runbook(&pair, "planned", &steps.concat());
+    let file = runbook(&pair, "planned", &then_approved(&PLANNED));
     let run = begin(&pair.west, &file, "planned", &[]);
-    kill_at_any_time(&mut pair.west, &run, &[50, 200, 400, 30, 100, 10, 60]);
+    kill_at_any_time(&mut pair.west, &[50, 200, 400, 30, 100, 10, 60]);
+    agree(&pair.west, &run, "agree");
     assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
     let last = console.last_beat().unwrap();
     let there = there(&pair);
@@ -176,15 +175,7 @@ fn a_planned_run_whose_conductor_is_killed_at_any_time() {
 #[test]
 fn a_rollback_outlives_its_daemon() {
     let (mut pair, console) = stage();
-    let steps = format!(
-        "{}[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n",
-        PLANNED
-            .iter()
-            .enumerate()
-            .map(|(n, step)| format!("[[steps]]\nname = \"step{n}\"\n{step}\n"))
-            .collect::<String>()
-    );
-    let file = runbook(&pair, "planned", &steps);
+    let file = runbook(&pair, "planned", &then_approved(&PLANNED));
     let run = begin(&pair.west, &file, "planned", &[]);
     at(&pair.west, &run, "agree");
     let last = console.last_beat().unwrap();
@@ -192,7 +183,7 @@ fn a_rollback_outlives_its_daemon() {
     pair.west
         .cli(&["run", "abort", &run, "--rollback", "--as", "anna"])
         .good();
-    kill_at_any_time(&mut pair.west, &run, &[0, 10, 40, 20]);
+    kill_at_any_time(&mut pair.west, &[0, 10, 40, 20]);
     assert_eq!(over(&pair.west, &run), Outcome::RolledBack);
     assert!(pair.west.target("web").active.is_none());
     console.await_beat(last.number + 5, LONG);

@@ -135,5 +135,5 @@ fn what_only_an_agent_could_do_is_refused_before_anything_is_begun() {
     }
     let beat = console.last_beat().unwrap();
     console.await_beat(beat.number + 2, LONG);
-    assert_eq!(pair.east.source("web").phase, Phase::Protected);
+    assert!(pair.west.target("web").active.is_none());
 }
