@@ -3,6 +3,8 @@
 
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::unwrap_used)]
 
+#[path = "hosted/groups.rs"]
+mod groups;
 #[path = "hosted/private.rs"]
 mod private;
 #[path = "hosted/runs/mod.rs"]

@@ -79,6 +79,20 @@ pub struct NamedPolicy {
     pub commit_window: Period,
     /// Commit by itself when that time is over.
     pub commit_when_over: bool,
+    /// Where a guest is not healthy in time while its group is started: whether those
+    /// that start after it are started all the same.
+    pub on_error: OnError,
+}
+
+/// What is done about a guest that is not healthy while its group is started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnError {
+    /// Those that start after it are not started; all others are.
+    #[default]
+    Stop,
+    /// They are started all the same.
+    Continue,
 }
 
 /// What is copied of a guest.
@@ -221,6 +235,7 @@ impl Default for NamedPolicy {
             priority: 100,
             commit_window: crate::policy::COMMIT_WINDOW,
             commit_when_over: false,
+            on_error: OnError::Stop,
         }
     }
 }

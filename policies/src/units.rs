@@ -160,6 +160,21 @@ impl RateLimit {
         self.0
     }
 
+    /// So many percent of it, never less than a bit a second.
+    pub fn percent(self, percent: u8) -> RateLimit {
+        let part = |bits: u64| u128::from(bits) * u128::from(percent) / 100;
+        let part = |bits| u64::try_from(part(bits)).unwrap_or(u64::MAX).max(1);
+        RateLimit(self.0.map(|Rate(bits)| Rate(part(bits))))
+    }
+
+    /// The lower one; no limit is the highest.
+    pub fn least(self, other: RateLimit) -> RateLimit {
+        match (self.0, other.0) {
+            (Some(Rate(one)), Some(Rate(other))) => RateLimit(Some(Rate(one.min(other)))),
+            (one, other) => RateLimit(one.or(other)),
+        }
+    }
+
     /// One of so many equal parts of it, never less than a bit a second.
     pub fn divided(self, among: u64) -> RateLimit {
         RateLimit(self.0.map(|Rate(bits)| Rate((bits / among.max(1)).max(1))))

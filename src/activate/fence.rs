@@ -221,6 +221,40 @@ impl Fence {
         Ok(raised)
     }
 
+    /// Takes terms over that were handed over together: all of them, or none,
+    /// whatever happens meanwhile. Durable when it returns.
+    ///
+    /// # Errors
+    /// When one is not newer than what is known, or they could not be made
+    /// durable: none is in force then.
+    pub fn adopt_all(&self, handed: &[Term]) -> Result<(), FenceError> {
+        self.finish_together()?;
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        for term in handed {
+            let known = terms.get(&term.group);
+            let number = known.map_or(0, |known| known.number);
+            if term.number > MOST || term.number.saturating_sub(number) > LEAP {
+                return Err(FenceError::Absurd(term.number));
+            }
+            if let Some(known) = known
+                && (known.number, known.owner) >= (term.number, term.owner)
+            {
+                return Err(FenceError::Fenced {
+                    known: known.number,
+                    owner: known.owner,
+                    asked: term.number,
+                });
+            }
+        }
+        self.write_file(&self.directory.join(TOGETHER), &handed)?;
+        terms.extend(handed.iter().map(|term| (term.group, *term)));
+        drop(terms);
+        if let Err(error) = self.finish_together() {
+            tracing::warn!(%error, "terms taken together are not in files of their own yet");
+        }
+        Ok(())
+    }
+
     /// Terms that were taken together go into files of their own.
     fn finish_together(&self) -> Result<(), FenceError> {
         let path = self.directory.join(TOGETHER);
@@ -389,6 +423,40 @@ mod tests {
             Fence::open(dir.path()),
             Err(FenceError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn terms_handed_over_together_are_all_taken_or_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = keys();
+        let groups: Vec<GuestId> = (0..2).map(|_| GuestId::random()).collect();
+        let fence = Fence::open(dir.path()).unwrap();
+        for group in &groups {
+            fence.raise(*group, other).unwrap();
+        }
+        let handed = |numbers: [u64; 2]| -> Vec<Term> {
+            let both = groups.iter().zip(numbers);
+            both.map(|(group, number)| Term {
+                group: *group,
+                number,
+                owner: own,
+            })
+            .collect()
+        };
+        let before = fence.all();
+        // One of them is no news; of one nobody would believe it.
+        for numbers in [[2, 1], [2, MOST]] {
+            assert!(fence.adopt_all(&handed(numbers)).is_err());
+            assert_eq!(fence.all(), before);
+        }
+        let all = handed([2, 5]);
+        fence.adopt_all(&all).unwrap();
+        assert!(fence.adopt_all(&all).is_err(), "they are in force");
+        drop(fence);
+        let again = Fence::open(dir.path()).unwrap();
+        for term in all {
+            assert_eq!(again.current(term.group), Some(term));
+        }
     }
 
     #[test]

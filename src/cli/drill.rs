@@ -3,7 +3,7 @@
 use clap::{Args, Subcommand};
 
 use super::show::{bytes, millis};
-use super::{Outcome, guest_path, print_json, told};
+use super::{Outcome, group, guest_path, print_json, told};
 use crate::client::Client;
 use crate::site::api::TestFailover;
 use crate::site::kept::PointChoice;
@@ -13,10 +13,10 @@ use crate::site::view::{TestEnded, TestReport};
 #[derive(Debug, Args)]
 #[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(super) struct Test {
-    /// The guest.
+    /// The guest or the group.
     #[arg(required = true)]
     name: Option<String>,
-    /// From this point; the newest if not given.
+    /// From this point, of a group that of this cut; the newest if not given.
     #[arg(long, value_name = "NUMBER|NAME")]
     point: Option<PointChoice>,
     /// As JSON.
@@ -28,9 +28,9 @@ pub(super) struct Test {
 
 #[derive(Debug, Subcommand)]
 enum TestVerb {
-    /// End a guest's test and remove all of it.
+    /// End the test of a guest or a group, and remove all of it.
     Cleanup {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -40,9 +40,15 @@ enum TestVerb {
 
 pub(super) async fn run(client: &Client, test: Test) -> Outcome {
     match (test.verb, test.name) {
+        (Some(TestVerb::Cleanup { name, json }), _) if group::is_group(client, &name).await => {
+            group::all::cleanup(client, &name, json).await
+        }
         (Some(TestVerb::Cleanup { name, json }), _) => cleanup(client, &name, json).await,
+        (None, Some(name)) if group::is_group(client, &name).await => {
+            group::all::test(client, &name, test.point, test.json).await
+        }
         (None, Some(name)) => start(client, &name, test.point, test.json).await,
-        (None, None) => Err("name the guest: farhaven test NAME".to_owned()),
+        (None, None) => Err("name the guest or the group: farhaven test NAME".to_owned()),
     }
 }
 

@@ -6,9 +6,13 @@ use comfy_table::{Cell, Color};
 use super::show::{self, millis, table};
 use super::{Json, Outcome, escaped, print_json, told};
 use crate::client::Client;
-use crate::site::api::FailoverGroup;
-use crate::site::groups::{GroupFailover, GroupPointView, GroupView, PolicyFilesView};
+use crate::site::groups::{
+    FailOverGroup, GroupFailover, GroupPointView, GroupView, PolicyFilesView,
+};
 use crate::site::kept::PointChoice;
+
+pub(super) mod all;
+pub(super) mod moved;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum GroupVerb {
@@ -90,45 +94,57 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
     Ok(())
 }
 
+/// The number of a group's cut.
+pub(super) fn cut_of(name: &str, point: Option<PointChoice>) -> Result<Option<u64>, String> {
+    match point {
+        None => Ok(None),
+        Some(PointChoice::Number(cut)) => Ok(Some(cut)),
+        Some(PointChoice::Name(_)) => Err(format!(
+            "the point of a group is named by its cut's number; see farhaven points {name}"
+        )),
+    }
+}
+
 pub(super) async fn failover(
     client: &Client,
     name: &str,
-    point: Option<PointChoice>,
-    force: bool,
+    how: FailOverGroup,
     json: bool,
 ) -> Outcome {
-    let cut = match point {
-        None => None,
-        Some(PointChoice::Number(cut)) => Some(cut),
-        Some(PointChoice::Name(_)) => {
-            return Err(format!(
-                "the point of a group is named by its cut's number; see farhaven points {name}"
-            ));
-        }
-    };
     let path = format!("/v1/groups/{}/failover", escaped(name));
-    let body = FailoverGroup { cut, force };
-    let done: GroupFailover = client.post(&path, &body).await.map_err(told)?;
+    let asked = client.post(&path, &how);
+    let what = format!("taking group '{name}' over");
+    let done: GroupFailover = super::guests::waiting(what, asked).await.map_err(told)?;
     let failed = done.members.iter().filter(|m| m.report.is_none()).count();
+    let unhealthy = done
+        .members
+        .iter()
+        .filter(|m| m.report.as_ref().is_some_and(|r| !r.note.is_empty()))
+        .count();
     if json {
         print_json(&done)?;
     } else {
         say!(
-            "Group '{name}' from cut {}: lost (RPO) {}, until it ran (RTO) {:.0} ms",
+            "Group '{name}' from cut {}: lost (RPO) {}, until it ran (RTO) {:.0} ms, until it was looked at {:.0} ms",
             done.cut,
             millis(done.rpo_ms),
-            done.rto_ms
+            done.rto_ms,
+            done.checked_ms
         );
         for member in &done.members {
             match &member.report {
                 Some(report) => show::failover(report),
                 None => say!("! '{}' does not run here: {}", member.guest, member.error),
             }
+            all::not_passed(&member.guest, &member.checks);
         }
     }
-    match failed {
-        0 => Ok(()),
-        failed => Err(format!("{failed} of its guests do not run here")),
+    match (failed, unhealthy) {
+        (0, 0) => Ok(()),
+        (0, bad) => Err(format!(
+            "all of its guests run here, and {bad} are not healthy"
+        )),
+        (failed, _) => Err(format!("{failed} of its guests do not run here")),
     }
 }
 

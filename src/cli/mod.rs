@@ -31,6 +31,7 @@ use farhaven_policies::units::Period;
 use farhaven_wan::SiteKey;
 
 use crate::client::{Client, Trust};
+use crate::site::groups::FailOverGroup;
 use crate::site::kept::PointChoice;
 
 /// Cross-datacenter disaster recovery for running KVM virtual machines.
@@ -150,16 +151,21 @@ enum Verb {
         /// Even if its site is alive: the guest is stopped there first.
         #[arg(long)]
         force: bool,
+        /// Of a group: start guests without waiting for those before to be healthy.
+        #[arg(long)]
+        no_checks: bool,
         /// As JSON.
         #[arg(long)]
         json: bool,
     },
-    /// Run a guest here as a test, on no network, while it is protected on.
+    /// Run a guest here as a test, or all guests of a group, on no network, while
+    /// they are protected on.
     Test(drill::Test),
-    /// Move a guest to its peer with nothing lost; run it where the guest runs.
-    /// It stays, and exit status 3 says so, if it would stand too long.
+    /// Move a guest to its peer with nothing lost, or all guests of a group as one;
+    /// run it where they run. They stay, and exit status 3 says so, if one would
+    /// stand too long.
     Move {
-        /// The guest.
+        /// The guest or the group.
         name: String,
         /// Even if it will stand longer than its policy allows (protect.max_blackout).
         #[arg(long)]
@@ -322,17 +328,32 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             name,
             point,
             force,
+            no_checks,
             json,
         } if group::is_group(&client, &name).await => {
-            group::failover(&client, &name, point, force, json).await
+            let how = FailOverGroup {
+                cut: group::cut_of(&name, point)?,
+                force,
+                no_checks,
+            };
+            group::failover(&client, &name, how, json).await
         }
         Verb::Failover {
             name,
             point,
             force,
             json,
+            ..
         } => guests::failover(&client, &name, point, force, json).await,
         Verb::Test(test) => drill::run(&client, test).await,
+        Verb::Move {
+            name,
+            accept_pause,
+            dry_run,
+            json,
+        } if group::is_group(&client, &name).await => {
+            return group::moved::run(&client, &name, accept_pause, dry_run, json).await;
+        }
         Verb::Move {
             name,
             dry_run: true,

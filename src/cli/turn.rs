@@ -6,9 +6,10 @@ use clap::{Args, Subcommand};
 use farhaven_policies::units::Period;
 
 use super::guests::waiting;
-use super::{Json, Outcome, escaped, guest_path, print_json, told};
+use super::{Json, Outcome, escaped, group, guest_path, print_json, told};
 use crate::client::Client;
 use crate::site::api::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
+use crate::site::groups::GroupRollBack;
 use crate::site::turn::view::{
     CommitReport, Discarded, EvidenceManifest, EvidenceView, ReprotectReport, RollBack,
     RollbackReport,
@@ -18,7 +19,7 @@ use crate::site::view::bytes;
 /// A move or a failover stays.
 #[derive(Debug, Args)]
 pub(super) struct CommitArgs {
-    /// The guest.
+    /// The guest or the group.
     name: String,
     /// Have the site that it came from end its stopped copy at once. A reprotection
     /// sends all of its memory then.
@@ -31,11 +32,14 @@ pub(super) struct CommitArgs {
 /// Where to go back to.
 #[derive(Debug, Args)]
 pub(super) struct RollbackArgs {
-    /// The guest.
+    /// The guest or the group.
     name: String,
-    /// Stay here, and go on from this point.
+    /// Stay here, and go on from this point; of a group, from that cut's.
     #[arg(long, value_name = "NUMBER")]
     point: Option<u64>,
+    /// Of a group, with --point: start guests without waiting for those before to be healthy.
+    #[arg(long, requires = "point")]
+    no_checks: bool,
     /// What was written here since a failover is lost, and may be.
     #[arg(long)]
     accept_loss: bool,
@@ -46,9 +50,10 @@ pub(super) struct RollbackArgs {
 /// How it is protected.
 #[derive(Debug, Args)]
 pub(super) struct ReprotectArgs {
-    /// The guest.
+    /// The guest or the group.
     name: String,
-    /// The most that a disaster may cost, like 10s; by the site's policy if not given.
+    /// The most that a disaster may cost, like 10s; by the policy of the group or the
+    /// site if not given.
     #[arg(long, value_name = "TIME")]
     rpo: Option<Period>,
     #[command(flatten)]
@@ -88,6 +93,9 @@ pub(super) enum EvidenceVerb {
 
 pub(super) async fn commit(client: &Client, args: CommitArgs) -> Outcome {
     let name = &args.name;
+    if group::is_group(client, name).await {
+        return group::all::commit(client, name, args.discard_source, args.json.json).await;
+    }
     let body = Commit {
         discard: args.discard_source,
     };
@@ -106,6 +114,14 @@ pub(super) async fn commit(client: &Client, args: CommitArgs) -> Outcome {
 
 pub(super) async fn rollback(client: &Client, args: RollbackArgs) -> Outcome {
     let name = &args.name;
+    if group::is_group(client, name).await {
+        let to = GroupRollBack {
+            cut: args.point,
+            accept_loss: args.accept_loss,
+            no_checks: args.no_checks,
+        };
+        return group::all::rollback(client, name, to, args.json.json).await;
+    }
     let body = RollBack {
         point: args.point,
         accept_loss: args.accept_loss,
@@ -137,6 +153,9 @@ pub(super) async fn rollback(client: &Client, args: RollbackArgs) -> Outcome {
 
 pub(super) async fn reprotect(client: &Client, args: ReprotectArgs) -> Outcome {
     let name = &args.name;
+    if group::is_group(client, name).await {
+        return group::all::reprotect(client, name, args.rpo, args.json.json).await;
+    }
     let body = Reprotect { rpo: args.rpo };
     let path = guest_path(name, "/reprotect");
     let turning = client.post(&path, &body);

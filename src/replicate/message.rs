@@ -25,7 +25,7 @@ use crate::site::groups::PointGroup;
 use crate::site::kept::PointChoice;
 use crate::site::view::PointView;
 
-pub use self::group::GroupMessage;
+pub use self::group::{GroupMessage, Handed, Taken};
 
 mod envelope;
 mod group;

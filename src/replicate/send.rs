@@ -117,6 +117,7 @@ impl Shipment {
     /// site's holds it back.
     pub fn held(mut self) -> Self {
         self.rank = Rank::Held;
+        self.encoder.alone();
         self
     }
 

@@ -20,9 +20,10 @@ use super::runs::api::who;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
-    AddGuest, AddImage, Check, ExportSeed, Failover, FailoverGroup, ImportSeed, Invite, Invited,
-    Move, OfPeer, Pair, Protect, TakeBack, TestFailover, Unprotect,
+    AddGuest, AddImage, Check, ExportSeed, Failover, ImportSeed, Invite, Invited, Move, OfPeer,
+    Pair, Protect, TakeBack, TestFailover, Unprotect,
 };
+pub use groups::{MoveGroup, TestGroup};
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
 use serve::Served;
@@ -31,6 +32,7 @@ pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 mod alerts;
 mod body;
 mod evacuation;
+mod groups;
 pub mod rights;
 mod serve;
 mod tls;
@@ -105,13 +107,6 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             "/v1/guests",
             get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
         )
-        .route(
-            "/v1/groups",
-            get(async |State(site): Here| Json(site.view().groups)),
-        )
-        .route("/v1/groups/{name}", get(show_group))
-        .route("/v1/groups/{name}/points", get(group_points))
-        .route("/v1/groups/{name}/failover", post(fail_over_group))
         .route("/v1/link", get(async |State(site): Here| Json(site.link())))
         .route("/v1/link/limit", post(set_limit))
         .route("/v1/guests/{name}", get(show_guest).delete(remove_guest))
@@ -136,6 +131,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             get(async |State(site): Here| Json(site.images())).post(add_image),
         )
         .route("/v1/images/{name}", delete(remove_image))
+        .merge(groups::routes())
         .merge(turn::routes())
         .merge(evacuation::routes())
         .route("/v1/tokens", get(tokens::list).post(tokens::add))
@@ -235,29 +231,6 @@ async fn show_guest(
     InPath(name): InPath<String>,
 ) -> Answer<super::records::GuestRecord> {
     site.guest(&name).map(Json)
-}
-
-async fn show_group(
-    State(site): Here,
-    InPath(name): InPath<String>,
-) -> Answer<super::groups::GroupView> {
-    let group = site.group(&name)?;
-    Ok(Json(site.group_view(&group)))
-}
-
-async fn group_points(
-    State(site): Here,
-    InPath(name): InPath<String>,
-) -> Answer<Vec<super::groups::GroupPointView>> {
-    site.group_points(&name).await.map(Json)
-}
-
-async fn fail_over_group(
-    State(site): Here,
-    InPath(name): InPath<String>,
-    Json(body): Json<FailoverGroup>,
-) -> Answer<super::groups::GroupFailover> {
-    whole(async move { site.fail_over_group(&name, body.cut, body.force).await }).await
 }
 
 async fn remove_guest(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {

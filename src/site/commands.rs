@@ -4,9 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use farhaven_policies::decide::MoveFacts;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::driver::{Attached, DriveError, Driver, Next};
+use super::groups::Place;
 use super::handover;
 use super::records::Owed;
 use super::runs::hold::HoldReply;
@@ -23,6 +25,8 @@ pub(super) struct Convoy {
     last_cut: Arc<Semaphore>,
     /// Whoever asked for the moves wants no more of them.
     given_up: watch::Receiver<bool>,
+    /// The guest's place among those of its group, which are moved as one.
+    place: Option<Place>,
 }
 
 impl Convoy {
@@ -31,16 +35,51 @@ impl Convoy {
         Self {
             last_cut: Arc::new(Semaphore::new(1)),
             given_up,
+            place: None,
         }
+    }
+
+    /// Of one guest of a group that is moved as one.
+    pub(super) fn of_group(place: Place) -> Self {
+        Self {
+            place: Some(place),
+            ..Self::new(watch::channel(false).1)
+        }
+    }
+
+    /// The guest's place among those of its group.
+    pub(super) fn place(&self) -> Option<&Place> {
+        self.place.as_ref()
     }
 
     /// Are moves that have not come to their last cut to end?
     pub(super) fn is_given_up(&self) -> bool {
-        *self.given_up.borrow()
+        self.why_given_up().is_some()
     }
 
-    /// The turn for a last cut, if nobody has it.
+    /// As [`Convoy::is_given_up`], with the reason.
+    pub(super) fn why_given_up(&self) -> Option<String> {
+        if *self.given_up.borrow() {
+            return Some("the evacuation was aborted".to_owned());
+        }
+        self.place.as_ref().and_then(Place::given_up)
+    }
+
+    /// What a last cut would find; of a group that is moved as one, with what all
+    /// of its guests have left.
+    pub(super) fn with_others(&self, facts: MoveFacts) -> MoveFacts {
+        match &self.place {
+            Some(place) => place.with_others(facts),
+            None => facts,
+        }
+    }
+
+    /// The turn for a last cut, if nobody has it, and all who are cut together
+    /// are near to theirs.
     pub(super) fn turn(&self) -> Option<OwnedSemaphorePermit> {
+        if self.place.as_ref().is_some_and(|place| !place.is_turn()) {
+            return None;
+        }
         self.last_cut.clone().try_acquire_owned().ok()
     }
 }
@@ -191,6 +230,7 @@ impl Driver {
         self.protection.policy = owed.policy;
         self.protection.schedule = owed.schedule;
         self.protection.group = owed.group;
+        self.protection.share = owed.share;
         let _ = self.keep_protection().await;
         self.site.limits.owe(&self.protection);
         let group = self.protection.group.clone();

@@ -67,8 +67,8 @@ pub(super) async fn converge(
         throttled = percent;
     }
     loop {
-        if convoy.is_some_and(Convoy::is_given_up) {
-            return Err(DriveError::GivenUp("the evacuation was aborted".to_owned()));
+        if let Some(why) = convoy.and_then(Convoy::why_given_up) {
+            return Err(DriveError::GivenUp(why));
         }
         let found = rounds.next(driver, attached).await?;
         done += 1;
@@ -76,7 +76,7 @@ pub(super) async fn converge(
             rounds: done,
             remaining_before: before,
             throttle: throttled,
-            ..found
+            ..convoy.map_or(found, |convoy| convoy.with_others(found))
         };
         let outlook = outlook(&policy, &facts);
         tracing::info!(guest = %driver.record.name, ?outlook, "a round of the move");

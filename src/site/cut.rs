@@ -363,21 +363,27 @@ pub(super) async fn seal_and_run(
     }
 }
 
-/// Seals the last point of a guest that is held for a run at the peer. Asked
-/// once only, as a hand-over.
+/// Seals the last point of a guest that is held, without handing it over. The
+/// peer is asked once only.
 pub(super) async fn seal_held(
     driver: &mut Driver,
     attached: &mut Attached,
     made: &Made,
+    patience: Duration,
 ) -> Result<(), DriveError> {
     let request = request(driver, attached, made, None);
     let question = Message::Seal(Box::new(request));
     let remote = driver.remote.clone();
-    let asked = remote.ask_within(question, Duration::from_secs(300));
+    let asked = remote.ask_within(question, patience);
     match driver.interruptible(asked).await?? {
-        Message::Sealed { point } if point == made.point => {
-            driver.site.note_sealed(driver.record.id, made.cut_at);
-            Ok(())
+        Message::Sealed { point } if point == made.point => Ok(()),
+        Message::Dangling { missing } => {
+            attached.outgoing.forget_all();
+            attached.outgoing.asking.distrust();
+            Err(DriveError::Other(format!(
+                "batch {missing} is gone at the peer; point {} begins anew",
+                made.point
+            )))
         }
         _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
     }

@@ -446,6 +446,14 @@ impl Standby {
     }
 }
 
+/// Bytes that tests of guests like these need in a directory for RAM files, what
+/// is left to the host included; and what is free there.
+pub(super) fn needed_for(definitions: &[Definition], directory: &Path) -> (u64, u64) {
+    let ram = definitions.iter().map(Definition::ram_bytes);
+    let needed = ram.fold(BESIDE, u64::saturating_add);
+    (needed, free_memory(directory))
+}
+
 /// The same guest with nobody to talk to.
 fn isolated(
     definition: &Definition,

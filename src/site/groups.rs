@@ -18,21 +18,35 @@ use super::Site;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, StandbyRecord};
 
+pub use self::all::{GroupDone, MemberDone};
 pub use self::cuts::PointGroup;
 pub(super) use self::cuts::{GroupCut, Seat};
-pub use self::failover::{GroupFailover, MemberFailover};
+pub use self::failover::{FailOverGroup, GroupFailover, MemberFailover};
 pub(super) use self::force::{InForce, keep};
+pub use self::moving::{GroupMove, GroupOutlook, MemberMove};
+pub(super) use self::party::Place;
 pub use self::points::GroupPointView;
 pub(super) use self::points::{Fates, fates, fates_of};
+pub use self::rollback::GroupRollBack;
+pub use self::trial::{GroupTest, MemberTest};
 pub use self::view::{GroupView, MemberView, PolicyFilesView};
 
+mod all;
 mod cuts;
 mod drive;
 mod failover;
 mod force;
+mod handed;
+mod moving;
+mod party;
 mod points;
+mod rollback;
+pub(super) mod together;
 mod told;
+mod trial;
+mod turn;
 mod view;
+mod waves;
 
 /// Most guests of one group: all of them are stopped for each other's cut.
 pub const MAX_MEMBERS: usize = 64;
@@ -198,7 +212,8 @@ impl Site {
     /// A guest's name here, and the peer whose it is.
     fn known_as(&self, guest: GuestId) -> Option<(String, Option<String>)> {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(standby) = standbys.get(&guest) {
+        // One that turned round is this site's own again.
+        if let Some(standby) = standbys.get(&guest).filter(|s| !s.is_turned()) {
             return Some((standby.name(), Some(standby.from())));
         }
         drop(standbys);

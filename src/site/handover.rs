@@ -13,6 +13,7 @@ use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
 use super::driver::{Attached, DriveError, Driver};
+use super::groups::together;
 use super::remote::AskError;
 use super::runs::hold;
 use super::steps::{blocking, take};
@@ -35,7 +36,12 @@ pub(super) async fn perform(
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(false);
     }
-    let outcome = hand_over(driver, attached, accept_pause, convoy).await;
+    let outcome = match convoy.and_then(|convoy| Some((convoy, convoy.place()?))) {
+        Some((convoy, place)) => {
+            together::hand_over(driver, attached, accept_pause, convoy, place).await
+        }
+        None => hand_over(driver, attached, accept_pause, convoy).await,
+    };
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(true);
     }
@@ -54,63 +60,9 @@ async fn hand_over(
 ) -> Result<MoveReport, DriveError> {
     let declared = Instant::now();
     driver.phase(Phase::Moving);
+    let (term, mut converged) = get_ready(driver, attached, accept_pause, convoy).await?;
     let id = driver.record.id;
-    let known = driver.site.fence.current(id).map_or(0, |t| t.number);
-    let term = Term {
-        group: id,
-        number: known + 1,
-        owner: driver.remote.record.key,
-    };
-
-    if driver.record.definition.is_embedded() {
-        // What it asks of a host may be more than when it was started.
-        let (site, record) = (driver.site.clone(), driver.record.clone());
-        let record = blocking(move || site.as_it_is(record)).await?;
-        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
-        if let Some(finding) = refused.first() {
-            let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
-            return Err(not_begun(driver, why));
-        }
-    }
-    // The peer gets ready while rounds make the last cut small.
-    let remote = driver.remote.clone();
-    let preparing = tokio::spawn(async move {
-        remote
-            .ask_within(Message::Prepare { guest: id }, PREPARATION)
-            .await
-    });
-    let round = converge(driver, attached, accept_pause, convoy).await;
-    let prepared = driver
-        .interruptible(preparing)
-        .await?
-        .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
-    let ready = match (round, prepared) {
-        (Ok(converged), Ok(Message::Prepared)) => Ok(converged),
-        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
-        (Ok(_), Err(error)) => Err(error.into()),
-        (Err(error), _) => Err(error),
-    };
-    let mut converged = match ready {
-        Ok(converged) => converged,
-        Err(error) => {
-            // Nothing was stopped; the peer's word is not needed.
-            give_up(driver);
-            return Err(not_begun(driver, error));
-        }
-    };
-
-    // Without this on disk, a daemon that comes back would let the guest go on.
-    driver.protection.held = None;
-    driver.protection.moving = Some(term);
-    if let Err(why) = driver.keep_protection().await {
-        driver.protection.moving = None;
-        driver.protection.held = None;
-        give_up(driver);
-        return Err(DriveError::Other(format!(
-            "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
-            driver.record.name
-        )));
-    }
+    keep_moving(driver, term).await?;
     driver.phase(Phase::Held);
     let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
@@ -169,6 +121,76 @@ async fn hand_over(
     }
 }
 
+/// The peer is prepared, and the guest near to its last cut: under which term it
+/// is to be handed over.
+pub(super) async fn get_ready(
+    driver: &mut Driver,
+    attached: &mut Attached,
+    accept_pause: bool,
+    convoy: Option<&Convoy>,
+) -> Result<(Term, Converged), DriveError> {
+    let id = driver.record.id;
+    let known = driver.site.fence.current(id).map_or(0, |t| t.number);
+    let term = Term {
+        group: id,
+        number: known + 1,
+        owner: driver.remote.record.key,
+    };
+
+    if driver.record.definition.is_embedded() {
+        // What it asks of a host may be more than when it was started.
+        let (site, record) = (driver.site.clone(), driver.record.clone());
+        let record = blocking(move || site.as_it_is(record)).await?;
+        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
+        if let Some(finding) = refused.first() {
+            let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
+            return Err(not_begun(driver, why));
+        }
+    }
+    // The peer gets ready while rounds make the last cut small.
+    let remote = driver.remote.clone();
+    let preparing = tokio::spawn(async move {
+        remote
+            .ask_within(Message::Prepare { guest: id }, PREPARATION)
+            .await
+    });
+    let round = converge(driver, attached, accept_pause, convoy).await;
+    let prepared = driver
+        .interruptible(preparing)
+        .await?
+        .map_err(|e| DriveError::Other(format!("preparing the peer ended early: {e}")))?;
+    let ready = match (round, prepared) {
+        (Ok(converged), Ok(Message::Prepared)) => Ok(converged),
+        (Ok(_), Ok(_)) => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
+        (Ok(_), Err(error)) => Err(error.into()),
+        (Err(error), _) => Err(error),
+    };
+    match ready {
+        Ok(converged) => Ok((term, converged)),
+        Err(error) => {
+            // Nothing was stopped; the peer's word is not needed.
+            give_up(driver);
+            Err(not_begun(driver, error))
+        }
+    }
+}
+
+/// Writes down that the guest is about to be held for a move. Without this on
+/// disk, a daemon that comes back would let the guest go on.
+pub(super) async fn keep_moving(driver: &mut Driver, term: Term) -> Result<(), DriveError> {
+    driver.protection.held = None;
+    driver.protection.moving = Some(term);
+    if let Err(why) = driver.keep_protection().await {
+        driver.protection.moving = None;
+        give_up(driver);
+        return Err(DriveError::Other(format!(
+            "'{}' runs on here; the move was not begun, because it cannot be written down: {why}",
+            driver.record.name
+        )));
+    }
+    Ok(())
+}
+
 pub(super) fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
     match error {
         DriveError::Interrupted => error,
@@ -188,12 +210,12 @@ pub(super) fn not_begun(driver: &Driver, error: DriveError) -> DriveError {
 }
 
 /// Tells the peer that nothing comes of the move, without waiting for it.
-fn give_up(driver: &Driver) {
+pub(super) fn give_up(driver: &Driver) {
     let (remote, guest) = (driver.remote.clone(), driver.record.id);
     tokio::spawn(async move { remote.ask(Message::GiveUp { guest }).await });
 }
 
-fn join(mut converged: Converged, then: String) -> Converged {
+pub(super) fn join(mut converged: Converged, then: String) -> Converged {
     let first = &mut converged.note;
     if !first.is_empty() && !then.is_empty() {
         first.push_str("; ");
@@ -202,7 +224,7 @@ fn join(mut converged: Converged, then: String) -> Converged {
     converged
 }
 
-fn report(
+pub(super) fn report(
     driver: &Driver,
     made: &cut::Made,
     blackout: Duration,
@@ -350,7 +372,7 @@ async fn run_here(
 }
 
 /// It runs at the peer: nothing of it may run here again.
-async fn end(
+pub(super) async fn end(
     driver: &mut Driver,
     guest: Option<Box<dyn Guest>>,
     term: Term,

@@ -23,12 +23,16 @@ use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
 
 use super::operate::{OperateError, failed};
-use super::records::Protection;
+use super::records::{GroupShare, Protection};
 use super::{Site, files};
 
 /// What a QUIC connection may send for each bit of batches within the cap: its headers,
 /// and what it sends again.
 const OVERHEAD: f64 = 1.06;
+
+/// So many of a flow's weights make one of a priority: parts of it can be told apart.
+const WEIGHTS: u32 = 3;
+const _: () = assert!(u8::MAX as u32 * WEIGHTS <= farhaven_wan::pace::WEIGHT_LIMIT);
 
 /// Longest file of operators' limits that is read.
 const LONGEST_FILE: u64 = 4 << 20;
@@ -99,7 +103,7 @@ struct State {
     /// Guests that go before the others while they are moved.
     favoured: BTreeSet<GuestId>,
     /// What the policies of groups say.
-    owed: BTreeMap<GuestId, LinkTerms>,
+    owed: BTreeMap<GuestId, (LinkTerms, Option<GroupShare>)>,
 }
 
 /// `GET /v1/link`.
@@ -107,7 +111,7 @@ struct State {
 pub struct LinkView {
     /// What holds now for all guests together.
     pub limit: RateLimit,
-    /// By whose word: `configuration`, a window's name, `policy`, or `operator`.
+    /// By whose word: `configuration`, a window's name, or `operator`.
     pub by: String,
     /// The time zone of windows.
     pub time_zone: String,
@@ -122,9 +126,10 @@ pub struct GuestLink {
     pub name: String,
     /// What holds now for it.
     pub limit: RateLimit,
-    /// By whose word.
+    /// By whose word: `configuration`, a window's name, `policy` (of its group), `share`
+    /// (of its group, of the link), or `operator`.
     pub by: String,
-    /// Its share beside others.
+    /// Its share beside others; that of its group, which its guests divide.
     pub priority: u8,
 }
 
@@ -196,7 +201,9 @@ impl Limits {
         let terms = protection.policy.link_terms();
         let mut state = self.state();
         match protection.group {
-            Some(_) => state.owed.insert(protection.guest, terms),
+            Some(_) => state
+                .owed
+                .insert(protection.guest, (terms, protection.share)),
             None => state.owed.remove(&protection.guest),
         };
         drop(state);
@@ -230,7 +237,8 @@ impl Limits {
         for (guest, (name, flow)) in &state.flows {
             let Some(flow) = flow.upgrade() else { continue };
             let (limit, _, priority) = state.guest(*guest, minute);
-            if let Err(error) = flow.set(u32::from(priority), bits(limit)) {
+            let weight = state.weight(*guest, priority);
+            if let Err(error) = flow.set(weight, bits(limit)) {
                 tracing::error!(guest = name, %error, "its limit does not hold");
             }
         }
@@ -334,6 +342,30 @@ impl State {
         }
     }
 
+    /// What a guest may take by its group's share of the link, as far as it is
+    /// said what that carries.
+    fn part(&self, share: GroupShare, minute: u32) -> RateLimit {
+        if share.percent >= 100 {
+            return RateLimit::NONE;
+        }
+        let link = self.site(minute).0.least(share.link);
+        link.percent(share.percent).divided(u64::from(share.among))
+    }
+
+    /// Its weight beside others. The priority of a group is that of its guests
+    /// together: ten of them get no more than one.
+    fn weight(&self, guest: GuestId, priority: u8) -> u32 {
+        let by_group =
+            !self.favoured.contains(&guest) && !self.set.guests.contains_key(&guest.to_string());
+        let share = self.owed.get(&guest).and_then(|(_, share)| *share);
+        let among = share
+            .filter(|_| by_group)
+            .map_or(1, |share| share.among.max(1));
+        let weight = u32::from(priority) * WEIGHTS;
+        // Only a priority of 0 gets what the others leave.
+        (weight / u32::from(among)).max(u32::from(priority > 0))
+    }
+
     fn usual(&self, guest: GuestId, minute: u32) -> (RateLimit, String, u8) {
         match self.set.guests.get(&guest.to_string()) {
             Some(terms) => (
@@ -343,13 +375,18 @@ impl State {
             ),
             None => {
                 let owed = self.owed.get(&guest);
-                let terms = owed.unwrap_or(&self.configured.guests);
+                let terms = owed.map_or(&self.configured.guests, |(terms, _)| terms);
                 let (limit, by) = of(terms, minute);
                 let by = match (owed, by.as_str()) {
                     (Some(_), "configuration") => "policy".to_owned(),
                     _ => by,
                 };
-                (limit, by, terms.priority)
+                let share = owed.and_then(|(_, share)| *share);
+                let part = share.map_or(RateLimit::NONE, |share| self.part(share, minute));
+                match limit.least(part) {
+                    least if least == limit => (limit, by, terms.priority),
+                    least => (least, "share".to_owned(), terms.priority),
+                }
             }
         }
     }

@@ -11,6 +11,7 @@ pub mod evacuate;
 pub mod events;
 pub mod files;
 pub mod groups;
+pub mod health;
 pub mod hosted;
 pub mod images;
 pub mod kept;
@@ -58,7 +59,7 @@ use farhaven_policies::site::SiteConfig;
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
-use farhaven_storage_sync::store::{Store, StoreOptions};
+use farhaven_storage_sync::store::Store;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
@@ -91,6 +92,9 @@ pub struct Site {
     /// Key of every digest of this site's guests.
     tracking_key: DigestKey,
     remotes: RwLock<BTreeMap<String, Arc<Remote>>>,
+    /// Stores of sites whose pairing ended since this process began: open still,
+    /// as guests of theirs may run on them, and opened only once.
+    removed: Mutex<BTreeMap<SiteKey, Store>>,
     drivers: RwLock<BTreeMap<GuestId, DriverHandle>>,
     standbys: RwLock<BTreeMap<GuestId, Arc<Standby>>>,
     sealed: SealedTimes,
@@ -185,6 +189,7 @@ impl Site {
             catalogue: Arc::new(catalogue),
             tracking_key,
             remotes: RwLock::default(),
+            removed: Mutex::default(),
             drivers: RwLock::default(),
             standbys: RwLock::default(),
             sealed: SealedTimes::open(&state.join("sealed")),
@@ -219,6 +224,7 @@ impl Site {
             }
         }
         site.resume_runs().await;
+        site.finish_hand_overs();
         // Questions are answered only from here on: a source that asks whether
         // its guest runs here must not be answered before that is known.
         for remote in remotes {
@@ -319,16 +325,15 @@ impl Site {
 
     /// Opens what a paired site sent, and its session; [`Remote::serve`] begins to speak.
     fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
-        let options = StoreOptions {
-            segment_bytes: self.config.store.segment_bytes.bytes(),
-            hint_bytes: usize::try_from(self.config.store.index_bytes.bytes())
-                .unwrap_or(usize::MAX),
-            ..StoreOptions::default()
+        let before = self
+            .removed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&record.key);
+        let store = match before {
+            Some(store) => store,
+            None => self.open_store(&record)?,
         };
-        let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
-        for damaged in &report.damaged {
-            tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
-        }
         self.note_peer(&record);
         let peer = self.node.trust(record.clone());
         let incoming = Incoming::start(

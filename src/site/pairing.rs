@@ -4,12 +4,14 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::store::{Store, StoreOptions};
 use farhaven_wan::{Introduction, Invitation, PeerRecord};
 
-use super::Site;
 use super::operate::{OperateError, failed};
 use super::remote::Remote;
+use super::standby::Standby;
 use super::view::PeerView;
+use super::{Site, SiteError};
 
 impl Site {
     /// An invitation for another site, valid for `valid`.
@@ -122,6 +124,7 @@ impl Site {
         }
         tracing::info!(peer = %record.site, key = %record.key, "paired");
         let remote = self.trust(record).map_err(failed)?;
+        self.rebind_standbys(&remote);
         tokio::spawn(remote.clone().serve(Arc::downgrade(self)));
         Ok(remote)
     }
@@ -147,11 +150,48 @@ impl Site {
         self.catalogue.flush().map_err(failed)?;
         self.drop_peer_note(&remote.record.key);
         self.node.revoke(remote.record.key);
+        self.removed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(remote.record.key, remote.incoming.store.clone());
         self.remotes
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(name);
         Ok(())
+    }
+
+    /// Opens what a site sent.
+    pub(super) fn open_store(&self, record: &PeerRecord) -> Result<Store, SiteError> {
+        let options = StoreOptions {
+            segment_bytes: self.config.store.segment_bytes.bytes(),
+            hint_bytes: usize::try_from(self.config.store.index_bytes.bytes())
+                .unwrap_or(usize::MAX),
+            ..StoreOptions::default()
+        };
+        let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
+        for damaged in &report.damaged {
+            tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
+        }
+        Ok(store)
+    }
+
+    /// Guests of a site that was paired before go by the new pairing.
+    fn rebind_standbys(self: &Arc<Self>, remote: &Arc<Remote>) {
+        let mut standbys = self
+            .standbys
+            .write()
+            .unwrap_or_else(PoisonError::into_inner);
+        let of_site = |s: &Standby| {
+            s.remote().record.key == remote.record.key && !Arc::ptr_eq(s.remote(), remote)
+        };
+        for standby in standbys.values_mut().filter(|standby| of_site(standby)) {
+            let bound = standby.bound_to(self, remote.clone());
+            if let Err(error) = self.keep_standby(&bound) {
+                tracing::error!(guest = %bound.name(), %error, "the catalogue cannot be written");
+            }
+            *standby = bound;
+        }
     }
 
     pub(super) fn no_peer(&self, name: &str) -> OperateError {

@@ -228,13 +228,14 @@ impl Site {
     }
 
     /// What a guest is owed by the site's configuration and an operator's word.
-    fn usually_owed(&self, rpo: Option<Period>) -> Owed {
+    pub(super) fn usually_owed(&self, rpo: Option<Period>) -> Owed {
         let mut policy = self.config.protect.clone();
         policy.rpo = rpo.unwrap_or(policy.rpo);
         Owed {
             policy,
             schedule: None,
             group: None,
+            share: None,
         }
     }
 
@@ -276,6 +277,7 @@ impl Site {
             policy: owed.policy,
             schedule: owed.schedule,
             group: owed.group,
+            share: owed.share,
             paused: false,
             seeded,
             moving: None,
@@ -318,7 +320,7 @@ impl Site {
         )))
     }
 
-    async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
+    pub(super) async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {
         let record = self.guest(name)?;
         let driver = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);

@@ -45,6 +45,20 @@ pub struct Owed {
     pub schedule: Option<Schedule>,
     /// The group whose policy it is; `None` for the site's own, or an operator's.
     pub group: Option<String>,
+    /// Its part of what that group may take of the link.
+    pub share: Option<GroupShare>,
+}
+
+/// A guest's part of what its group may take of the link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GroupShare {
+    /// Percent of the link that all guests of the group may take together.
+    pub percent: u8,
+    /// So many guests, in equal parts.
+    pub among: u16,
+    /// What the policy files say that the link to the peer carries for groups.
+    #[serde(default)]
+    pub link: farhaven_policies::units::RateLimit,
 }
 
 /// A guest's protection: where to, by which policy.
@@ -62,6 +76,9 @@ pub struct Protection {
     /// The group whose policy it is; `None` for the site's own, or an operator's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<String>,
+    /// Its part of what that group may take of the link.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub share: Option<GroupShare>,
     /// The operator paused it.
     pub paused: bool,
     /// Its first copy comes by a seed: the link waits until that is imported.
@@ -93,6 +110,7 @@ impl Protection {
             policy: self.policy.clone(),
             schedule: self.schedule.clone(),
             group: self.group.clone(),
+            share: self.share,
         }
     }
 }

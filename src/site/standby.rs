@@ -34,8 +34,8 @@ pub(super) struct Standby {
     remote: Arc<Remote>,
     pub(super) guest: GuestId,
     opening: RwLock<Opening>,
-    pub(super) state: tokio::sync::Mutex<State>,
-    seen: Mutex<Seen>,
+    pub(super) state: Arc<tokio::sync::Mutex<State>>,
+    seen: Arc<Mutex<Seen>>,
     /// A test of it that runs here: apart from the state, whose lock it never takes.
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
@@ -98,8 +98,8 @@ impl Standby {
             remote,
             guest: opening.guest,
             opening: RwLock::new(opening),
-            state: tokio::sync::Mutex::default(),
-            seen: Mutex::default(),
+            state: Arc::default(),
+            seen: Arc::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
             expecting: AtomicUsize::new(0),
@@ -107,6 +107,20 @@ impl Standby {
             base: AtomicU64::new(0),
             turned: AtomicBool::new(false),
         }
+    }
+
+    /// The same guest, by another pairing with its site. What runs of it and its
+    /// test belong to both; this one is of no more use but to who has it in hand.
+    pub(super) fn bound_to(&self, site: &Arc<Site>, remote: Arc<Remote>) -> Arc<Self> {
+        self.begin_anew();
+        let bound = Self {
+            state: self.state.clone(),
+            seen: self.seen.clone(),
+            drill: self.drill.clone(),
+            ..Self::new(site, remote, self.opening())
+        };
+        bound.turn(self.is_turned(), self.base());
+        Arc::new(bound)
     }
 
     /// The source begins anew, or gave up: what it asked for before is void.
@@ -372,6 +386,11 @@ impl Standby {
         }
         if let Some(active) = state.runs() {
             return HeldAnswer::Running(active.times.clone(), active.term);
+        }
+        // Handed over with its group, and about to run.
+        let site = self.site.upgrade();
+        if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
+            return Some((ActivationTimes::default(), term));
         }
         self.discard(&mut state).await;
         HeldAnswer::GivenUp

@@ -241,6 +241,10 @@ fn a_crew_makes_the_same_batches_in_the_same_order() {
             let bytes = unit(1 + if at % 5 == 0 { at / 2 } else { at });
             batches.extend(encoder.unit(0, at, &bytes, site.key.of(&bytes)).unwrap());
             encoder.level(if at < 1000 { 3 } else { 1 });
+            if at == 1500 {
+                encoder.alone();
+            }
+            batches.extend(std::iter::from_fn(|| encoder.overdue()));
         }
         batches.extend(std::iter::from_fn(|| encoder.flush()));
         assert!(encoder.compressing() > std::time::Duration::ZERO);

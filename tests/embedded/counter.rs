@@ -305,6 +305,8 @@ pub struct CounterBuilder {
     pub built: Arc<Mutex<Vec<Arc<Mutex<Counter>>>>>,
     /// Its guests may reach others, whatever is asked.
     pub reaches_out: bool,
+    /// So many guests that it builds from here on do not start.
+    pub bad_starts: Arc<Mutex<u32>>,
 }
 
 impl CounterBuilder {
@@ -326,6 +328,12 @@ impl Builder for CounterBuilder {
         let image: PathBuf = plan.run.join("disk.img");
         let disk = TrackedDisk::above("disk", &image, plan.disks[0].clone()).map_err(failed)?;
         let counter = Counter::new(&plan.ram[0], disk.clone(), false);
+        let mut bad_starts = self.bad_starts.lock().unwrap();
+        if *bad_starts > 0 {
+            *bad_starts -= 1;
+            counter.fail(0, u32::MAX);
+        }
+        drop(bad_starts);
         let counter = Arc::new(Mutex::new(counter));
         self.built.lock().unwrap().push(counter.clone());
         Ok(Box::new(CounterMachine { counter, disk }))

@@ -5,13 +5,13 @@ mod runs;
 
 use super::*;
 
-use farhaven::site::groups::GroupView;
+use farhaven::site::groups::{FailOverGroup, GroupView};
 use farhaven_policies::units::Period;
 
-const LONG: Duration = Duration::from_secs(90);
+pub(super) const LONG: Duration = Duration::from_secs(90);
 
 /// Waits long: machines are busy.
-async fn finally<T>(what: &str, mut wanted: impl FnMut() -> Option<T>) -> T {
+pub(super) async fn finally<T>(what: &str, mut wanted: impl FnMut() -> Option<T>) -> T {
     let deadline = Instant::now() + LONG;
     loop {
         if let Some(found) = wanted() {
@@ -22,52 +22,77 @@ async fn finally<T>(what: &str, mut wanted: impl FnMut() -> Option<T>) -> T {
     }
 }
 
-fn files(policies: &str, groups: &str) -> String {
+pub(super) fn files(policies: &str, groups: &str) -> String {
     format!("[sites.west]\n{policies}\n{groups}\n")
 }
 
-const GOLD: &str = "[policies.gold]\nrpo = \"1s\"\nretention = \"all for 1h, hourly for 24h\"\nbandwidth = \"80mbit\"\n";
+pub(super) const GOLD: &str = "[policies.gold]\nrpo = \"1s\"\nretention = \"all for 1h, hourly for 24h\"\nbandwidth = \"80mbit\"\n";
 
-const BANK: &str = "[groups.bank]\npolicy = \"gold\"\npeer = \"west\"\n[groups.bank.guests.db]\n[groups.bank.guests.web]\nafter = [\"db\"]\n[groups.bank.guests.web.health.port]\ntcp = \"10.8.0.5:443\"\n";
+pub(super) const BANK: &str = "[groups.bank]\npolicy = \"gold\"\npeer = \"west\"\n[groups.bank.guests.db]\n[groups.bank.guests.web]\nafter = [\"db\"]\n[groups.bank.guests.web.health.port]\ntcp = \"10.8.0.5:443\"\n";
+
+/// The same without any check.
+pub(super) const PLAIN: &str = "[groups.bank]\npolicy = \"gold\"\npeer = \"west\"\n[groups.bank.guests.db]\n[groups.bank.guests.web]\nafter = [\"db\"]\n";
 
 /// East with policy files, west, and two guests of a bank at east.
-struct Bank {
-    stage: Stage,
-    web: Arc<Mutex<Counter>>,
-    file: std::path::PathBuf,
+pub(super) struct Bank {
+    pub(super) stage: Stage,
+    pub(super) at_east: CounterBuilder,
+    pub(super) web: Arc<Mutex<Counter>>,
+    pub(super) file: std::path::PathBuf,
 }
 
 impl Bank {
-    async fn set() -> Self {
-        let (dir, at_west) = (tempfile::tempdir().unwrap(), CounterBuilder::default());
+    pub(super) async fn set() -> Self {
+        Self::set_with(false).await
+    }
+
+    /// West may have the same files.
+    pub(super) async fn set_with(files_at_west: bool) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let (at_east, at_west) = (CounterBuilder::default(), CounterBuilder::default());
         let file = dir.path().join("policies.toml");
         let mut of_east = config(dir.path(), "east");
         of_east.site.policy_files = file.clone();
-        let of_west = config(dir.path(), "west");
-        let east = Site::start_with(of_east, Builders::new()).await.unwrap();
+        let mut of_west = config(dir.path(), "west");
+        if files_at_west {
+            of_west.site.policy_files = file.clone();
+        }
+        let east = Site::start_with(of_east, builders(&at_east)).await.unwrap();
         let west = Site::start_with(of_west, builders(&at_west)).await.unwrap();
         let stage = Stage::pair(dir, east, west, at_west, false).await;
         let (web, definition) = Counter::start(&stage.dir.path().join("second"));
         let (east, db) = (&stage.east, stage.definition.clone());
         east.embed("db", stage.vmm(), db).unwrap();
         east.embed("web", web.clone(), definition).unwrap();
-        Self { stage, web, file }
+        Self {
+            stage,
+            at_east,
+            web,
+            file,
+        }
     }
 
-    fn write(&self, text: &str) {
+    pub(super) fn write(&self, text: &str) {
         std::fs::write(&self.file, text).unwrap();
     }
 
-    fn group(&self, site: &Site) -> Option<GroupView> {
+    pub(super) fn group(&self, site: &Site) -> Option<GroupView> {
         site.view().groups.into_iter().find(|g| g.name == "bank")
     }
 
-    async fn protected(&self) {
+    pub(super) async fn protected(&self) {
         finally("both are protected", || {
             let sealed = |name| source(&self.stage.east, name).points_sealed >= 2;
             (sealed("db") && sealed("web")).then_some(())
         })
         .await;
+    }
+}
+
+pub(super) fn force(force: bool) -> FailOverGroup {
+    FailOverGroup {
+        force,
+        ..FailOverGroup::default()
     }
 }
 
@@ -302,13 +327,22 @@ async fn a_group_is_cut_at_one_instant_and_a_partner_that_does_not_come_keeps_no
 async fn a_group_is_failed_over_from_one_cut_with_all_terms_at_once() {
     let bank = Bank::set().await;
     let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
-    bank.write(&files(GOLD, BANK));
+    bank.write(&files(GOLD, PLAIN));
     bank.protected().await;
     finally("a whole point", || bank.group(&west).and_then(|g| g.rpo_ms)).await;
-    let refused = west.fail_over_group("bank", None, false).await.unwrap_err();
+    let refused = west
+        .fail_over_group("bank", force(false))
+        .await
+        .unwrap_err();
     assert!(refused.to_string().contains("is alive"), "{refused}");
     let refused = west
-        .fail_over_group("bank", Some(7), true)
+        .fail_over_group(
+            "bank",
+            FailOverGroup {
+                cut: Some(7),
+                ..force(true)
+            },
+        )
         .await
         .unwrap_err();
     assert!(
@@ -322,7 +356,7 @@ async fn a_group_is_failed_over_from_one_cut_with_all_terms_at_once() {
     assert_eq!(before.owner, east.key(), "nothing was done");
 
     // The source lives: it stops its guests first, all of them.
-    let done = west.fail_over_group("bank", None, true).await.unwrap();
+    let done = west.fail_over_group("bank", force(true)).await.unwrap();
     let order: Vec<_> = done.members.iter().map(|m| m.guest.as_str()).collect();
     assert_eq!(order, ["db", "web"]);
     for member in &done.members {
@@ -340,7 +374,7 @@ async fn a_group_is_failed_over_from_one_cut_with_all_terms_at_once() {
     let stopped = sound(&bank.web);
     tokio::time::sleep(Duration::from_millis(300)).await;
     assert_eq!(sound(&bank.web), stopped, "fenced guests stand still");
-    let again = west.fail_over_group("bank", None, true).await.unwrap_err();
-    assert!(again.to_string().contains("runs here already"), "{again}");
+    let again = west.fail_over_group("bank", force(true)).await.unwrap_err();
+    assert!(again.to_string().contains("run here already"), "{again}");
     bank.stage.end().await;
 }

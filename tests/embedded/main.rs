@@ -9,6 +9,8 @@ mod bad_peers;
 mod counter;
 mod drills;
 mod evacuations;
+mod group_moves;
+mod group_verbs;
 mod groups;
 mod images;
 mod limits;

@@ -183,3 +183,62 @@ async fn what_became_of_an_ended_guest_is_not_written_over() {
     assert!(view.trouble.contains("by an operator"), "{}", view.trouble);
     stage.end().await;
 }
+
+/// Pairs them once more, over an invitation of east.
+async fn paired_again(stage: &Stage) {
+    // Whoever forgot the other accepts: who did not has that name taken.
+    let invitation = stage.east.invite(Duration::from_secs(60)).unwrap();
+    stage.west.pair(&invitation).await.unwrap();
+    for site in [&stage.east, &stage.west] {
+        until("the link", || {
+            let peers = site.view().peers;
+            peers.first().is_some_and(|p| p.connected).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_site_that_was_removed_is_paired_again_by_the_same_daemon() {
+    let stage = Stage::protected().await;
+    let rpo = "1s".parse().unwrap();
+    // By both sides; then by one, of which the other does not know.
+    for by_both in [true, false] {
+        let newest = source(&stage.east, "web").newest_point;
+        stage.east.unprotect("web", false).await.unwrap();
+        stage.west.remove_peer("east").unwrap();
+        if by_both {
+            stage.east.remove_peer("west").unwrap();
+        }
+        assert!(stage.west.view().peers.is_empty());
+        paired_again(&stage).await;
+        // What was kept is there, and is built upon.
+        assert!(target(&stage.west, "web").points > 0);
+        stage.east.protect("web", "west", Some(rpo)).await.unwrap();
+        let view = until("points go on", || {
+            let view = source(&stage.east, "web");
+            (view.points_sealed >= 2).then_some(view)
+        })
+        .await;
+        assert!(view.newest_point > newest, "{view:?}");
+    }
+    // A guest that runs there goes by the new pairing, too.
+    stage.east.move_guest("web", true).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    stage.west.remove_peer("east").unwrap();
+    let refused = stage.east.remove_peer("west").unwrap_err();
+    assert!(refused.to_string().contains("is protected to"), "{refused}");
+    let invitation = stage.east.invite(Duration::from_secs(60)).unwrap();
+    stage.west.pair(&invitation).await.unwrap();
+    until("the link", || {
+        stage.west.view().peers[0].connected.then_some(())
+    })
+    .await;
+    counts_on(&there).await;
+    let back = farhaven::site::turn::RollBack::default();
+    stage.west.rollback("web", back).await.unwrap();
+    counts_on(&stage.guest).await;
+    assert!(target(&stage.west, "web").active.is_none());
+    stage.end().await;
+}

@@ -5,6 +5,8 @@ use farhaven_policies::policy::Retention;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
+use super::ActivationTimes;
+use crate::activate::fence::Term;
 use crate::site::groups::GroupRecord;
 
 /// One message about groups; a site of before knows none of them.
@@ -30,4 +32,39 @@ pub enum GroupMessage {
         #[serde(default)]
         schedule: Option<Schedule>,
     },
+    /// All guests of a group are held, and their last points sealed: they are
+    /// yours, all of them or none.
+    TakeOver {
+        /// Which group.
+        group: GuestId,
+        /// All of its guests.
+        members: Vec<Handed>,
+    },
+    /// Target: they are, and were started.
+    TakenOver {
+        /// All of them.
+        members: Vec<Taken>,
+    },
+}
+
+/// A guest that is handed over with all of its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Handed {
+    /// Who.
+    pub guest: GuestId,
+    /// Its last point, sealed.
+    pub point: u64,
+    /// The term of the hand-over.
+    pub term: Term,
+}
+
+/// What came of it.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Taken {
+    /// Who.
+    pub guest: GuestId,
+    /// From the question until it ran; nothing of one that does not run yet.
+    pub times: ActivationTimes,
+    /// Why it does not run, or is not healthy; empty when all is well.
+    pub note: String,
 }

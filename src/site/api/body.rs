@@ -107,16 +107,6 @@ pub struct Failover {
     pub by: Option<String>,
 }
 
-/// Body of `POST /v1/groups/{name}/failover`.
-#[derive(Debug, Default, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct FailoverGroup {
-    /// The number of a cut; the newest whole point when absent.
-    pub cut: Option<u64>,
-    /// Even if the source is alive.
-    pub force: bool,
-}
-
 /// Body of `POST /v1/guests/{name}/test`.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

@@ -16,6 +16,7 @@ use tokio::task::{Id, JoinSet};
 
 use super::super::Site;
 use super::super::commands::Convoy;
+use super::super::groups::GroupMove;
 use super::super::operate::OperateError;
 use super::super::records::GuestRecord;
 use super::super::remote::Remote;
@@ -63,6 +64,8 @@ pub(super) enum Word {
 enum Ended {
     Protected(usize, Result<(), OperateError>),
     Moved(usize, Result<Box<MoveReport>, OperateError>),
+    /// Guests of a group that were moved as one.
+    Together(Vec<usize>, Result<Box<GroupMove>, OperateError>),
 }
 
 /// The task.
@@ -74,7 +77,7 @@ pub(super) struct Conductor {
     show: watch::Sender<Evacuation>,
     works: JoinSet<Ended>,
     /// Whose work is whose.
-    at_work: BTreeMap<Id, usize>,
+    at_work: BTreeMap<Id, Vec<usize>>,
     convoy: Convoy,
     give_up: watch::Sender<bool>,
     /// What the plan in force was made with; absent after a restart.
@@ -348,7 +351,7 @@ impl Conductor {
     }
 
     fn busy(&self, index: usize) -> bool {
-        self.at_work.values().any(|busy| *busy == index)
+        self.at_work.values().any(|busy| busy.contains(&index))
     }
 
     /// Is it over?

@@ -8,7 +8,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
@@ -43,7 +43,22 @@ pub(in crate::site) struct GroupCut {
     group: GroupRecord,
 }
 
+/// Before the last cut of a move: guests that are in a round come when it is over.
+const LAST: Patience = Patience {
+    ready: Duration::from_secs(60),
+    stopped: Duration::from_secs(5),
+};
+
 impl GroupCut {
+    /// The last one before a move, in which all of them are held.
+    pub(super) fn held(group: &GroupRecord) -> Self {
+        Self {
+            gate: Rendezvous::new(group.members.len(), LAST),
+            cut: unix_ns(SystemTime::now()) / 1_000_000,
+            group: group.clone(),
+        }
+    }
+
     /// What its points tell, once all were stopped.
     pub(in crate::site) fn mark(&self) -> Option<PointGroup> {
         let skew = self.gate.skew()?;

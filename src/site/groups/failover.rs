@@ -1,21 +1,23 @@
 //! A group is run here whose site is lost: all of its guests from one instant,
 //! the terms of all taken at once, then started in their order.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
-use super::NamedMember;
+use super::waves::{Start, Started, Waves};
+use super::{GroupPointView, GroupRecord, NamedMember};
 use crate::activate::fence::{OVERRULES, Term};
 use crate::replicate::message::ActivationTimes;
 use crate::site::Site;
+use crate::site::events::EventKind;
+use crate::site::health::{self, CheckView};
 use crate::site::operate::{OperateError, failed};
 use crate::site::promote::ActivateError;
 use crate::site::records::Activation;
-use crate::site::standby::{Standby, step};
+use crate::site::standby::Standby;
 use crate::site::view::{ConsolePaths, FailoverReport};
 
 /// What the failover of a group did.
@@ -29,6 +31,9 @@ pub struct GroupFailover {
     pub rpo_ms: u64,
     /// From the declaration until the last guest ran, of those that do.
     pub rto_ms: f64,
+    /// From the declaration until all health checks were looked at.
+    #[serde(default)]
+    pub checked_ms: f64,
     /// Each guest, in the order in which they were started.
     pub members: Vec<MemberFailover>,
 }
@@ -40,61 +45,49 @@ pub struct MemberFailover {
     pub guest: String,
     /// Set when it runs here.
     pub report: Option<FailoverReport>,
+    /// Its health checks.
+    #[serde(default)]
+    pub checks: Vec<CheckView>,
     /// Why it does not, and what to do.
     pub error: String,
+}
+
+/// How a group is failed over.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct FailOverGroup {
+    /// The number of a cut; the newest whole point when absent.
+    pub cut: Option<u64>,
+    /// Even if the source is alive.
+    pub force: bool,
+    /// Guests are started without waiting for those before to be healthy.
+    pub no_checks: bool,
 }
 
 impl Site {
     /// Runs all guests of a peer's group here, from their newest whole point or
     /// that of a cut's number. Either the terms of all are taken, or of none;
-    /// one that does not start then keeps no other from starting.
+    /// then they start in waves, each of which waits for the health checks of
+    /// those that it starts after. One that does not start keeps no other from
+    /// starting but those that start after it, if the policy says so
+    /// (`on_error`). Done again, it goes on with those that do not run.
     ///
     /// # Errors
     /// When its source is alive and `force` is not set, there is no such whole
-    /// point, or one of its guests runs here already: nothing was done.
+    /// point, or all of its guests run here already: nothing was done.
     pub async fn fail_over_group(
         self: &Arc<Self>,
         name: &str,
-        cut: Option<u64>,
-        force: bool,
+        how: FailOverGroup,
     ) -> Result<GroupFailover, OperateError> {
         let declared = Instant::now();
         let group = self.group(name)?;
         self.not_in_a_run(name)?;
-        let conflict = |why: String| Err(OperateError::Conflict(why));
-        let mut members = Vec::new();
-        for member in self.members_here(&group) {
-            let standby = self.standby_here(&member.name)?;
-            if let Some(active) = standby.active() {
-                return conflict(format!(
-                    "'{}' of group '{name}' runs here already (term {}); run the others one by one: farhaven failover GUEST",
-                    member.name, active.term.number
-                ));
-            }
-            if standby.remote().alive() && !force {
-                return conflict(format!(
-                    "site '{0}' is alive, and so may be the guests of '{name}' there. To move them with nothing lost, run there: farhaven move GUEST. To take them over all the same (they are stopped there first): --force",
-                    standby.from()
-                ));
-            }
-            members.push((member, standby));
-        }
-        let points = self.group_points(name).await?;
-        let point = match cut {
-            Some(cut) => points.into_iter().find(|point| point.cut == cut),
-            None => points.into_iter().next_back(),
-        };
-        let Some(point) = point else {
-            return conflict(format!(
-                "there is no {} of group '{name}' here, with all of its guests; see farhaven points {name}. Its guests can be run one by one, each from its own newest point: farhaven failover GUEST",
-                cut.map_or_else(
-                    || "whole point".to_owned(),
-                    |cut| format!("whole point {cut}")
-                )
-            ));
-        };
+        let (running, idle) = self.may_fail_over(&group, how.force)?;
+        let point = self.point_for(&group, how.cut, &running).await?;
+        let mut starting: Vec<(NamedMember, Start<Activation>)> = Vec::new();
         let mut chosen = Vec::new();
-        for (member, standby) in members {
+        for (member, standby) in idle {
             // One that joined the group after that cut is not part of it.
             if let Some(number) = point.points.get(&member.name) {
                 standby.make_room().await;
@@ -102,81 +95,166 @@ impl Site {
                 chosen.push((member, standby, *number));
             }
         }
-        let guests: Vec<GuestId> = chosen.iter().map(|(m, _, _)| m.guest).collect();
         let began = Instant::now();
-        let site = self.clone();
-        let terms = step(move || site.fence.overrule_all(&guests, site.key()));
-        let terms = terms.await.map_err(failed)?.map_err(failed)?;
+        let terms = self.terms_of_all(&chosen).await?;
         let took = began.elapsed();
-        if let Some((_, standby, _)) = chosen.first() {
-            let announced = self.announce_terms(standby.remote(), terms.clone()).await;
-            announced.map_err(|why| failed(ActivateError::SourceRuns(name.to_owned(), why)))?;
+        for (member, active) in running {
+            // It runs, and is looked at for those that start after it.
+            starting.push((member, Box::pin(async move { Ok(active) })));
         }
-        let terms: BTreeMap<GuestId, Term> = terms.into_iter().map(|t| (t.group, t)).collect();
-        let mut done = Vec::new();
-        let last = chosen.iter().map(|(m, _, _)| m.wave).max().unwrap_or(0);
-        for wave in 0..=last {
-            let mut starting = Vec::new();
-            for (member, standby, number) in chosen.iter().filter(|(m, _, _)| m.wave == wave) {
-                let Some(term) = terms.get(&member.guest).copied() else {
-                    continue;
-                };
-                let (standby, number) = (standby.clone(), *number);
-                let run = async move { standby.run_under(number, term, declared, took).await };
-                starting.push((member.clone(), number, tokio::spawn(run)));
-            }
-            for (member, number, run) in starting {
-                let ran = run.await.map_err(|e| ActivateError::Step(e.to_string()));
-                done.push(outcome(
-                    &member,
-                    number,
-                    point.age_ms,
-                    ran.and_then(|ran| ran),
-                ));
-            }
+        for (member, standby, number) in chosen {
+            let Some(term) = terms.get(&member.guest).copied() else {
+                continue;
+            };
+            let (site, guest) = (self.clone(), member.name.clone());
+            let start = Box::pin(async move {
+                let ran = standby.run_under(number, term, declared, took).await;
+                if ran.is_ok() {
+                    let what = format!(
+                        "'{guest}' was taken over from point {number}, under term {}",
+                        term.number
+                    );
+                    site.note(EventKind::FailedOver, &guest, &what);
+                }
+                ran.map_err(|error| {
+                    format!(
+                        "{error}. Its term is taken; try again: farhaven failover {guest} --point {number} --force"
+                    )
+                })
+            });
+            starting.push((member, start));
         }
-        let ran = done.iter().filter_map(|m| m.report.as_ref());
+        let order = |(member, _): &(NamedMember, Start<Activation>)| member.wave;
+        starting.sort_by_key(order);
+        let waves = Waves {
+            group: &group,
+            mode: "failover",
+            isolated: false,
+            unchecked: how.no_checks,
+            go_on: format!(
+                "When it is, or without waiting (--no-checks): farhaven failover {name}"
+            ),
+        };
+        let started = waves.start(self, starting).await;
+        let members: Vec<_> = started
+            .into_iter()
+            .map(|started| outcome(started, &point))
+            .collect();
+        let ran = members.iter().filter_map(|m| m.report.as_ref());
         Ok(GroupFailover {
             group: name.to_owned(),
             cut: point.cut,
             rpo_ms: point.age_ms,
             rto_ms: ran.map(|r| r.rto_ms).fold(0.0, f64::max),
-            members: done,
+            checked_ms: declared.elapsed().as_secs_f64() * 1e3,
+            members,
+        })
+    }
+
+    /// Is the newest term of this guest this site's?
+    pub(super) fn is_ours(&self, guest: GuestId) -> bool {
+        let term = self.fence.current(guest);
+        term.is_some_and(|term| term.owner == self.key())
+    }
+
+    /// Its guests that run here, and those that do not.
+    #[allow(clippy::type_complexity, reason = "two lists of two things each")]
+    fn may_fail_over(
+        self: &Arc<Self>,
+        group: &GroupRecord,
+        force: bool,
+    ) -> Result<
+        (
+            Vec<(NamedMember, Activation)>,
+            Vec<(NamedMember, Arc<Standby>)>,
+        ),
+        OperateError,
+    > {
+        let name = &group.name;
+        let (mut running, mut idle) = (Vec::new(), Vec::new());
+        for member in self.members_here(group) {
+            let standby = self.standby_here(&member.name)?;
+            match standby.active() {
+                Some(active) => running.push((member, active)),
+                None => idle.push((member, standby)),
+            }
+        }
+        if idle.is_empty() {
+            return Err(OperateError::Conflict(format!(
+                "all guests of group '{name}' that are known here run here already"
+            )));
+        }
+        for (member, standby) in &idle {
+            // One whose term is this site's runs nowhere else.
+            let ours = self.is_ours(member.guest);
+            if standby.remote().alive() && !force && !ours {
+                return Err(OperateError::Conflict(format!(
+                    "site '{0}' is alive, and so may be the guests of '{name}' there. To move them with nothing lost, run there: farhaven move {name}. To take them over all the same (they are stopped there first): --force",
+                    standby.from()
+                )));
+            }
+        }
+        Ok((running, idle))
+    }
+
+    /// The point of a failover: the one that those which run here already run from.
+    async fn point_for(
+        &self,
+        group: &GroupRecord,
+        cut: Option<u64>,
+        running: &[(NamedMember, Activation)],
+    ) -> Result<GroupPointView, OperateError> {
+        if running.is_empty() {
+            return self.whole_point(group, cut).await;
+        }
+        let points = self.group_points(&group.name).await?.into_iter();
+        let mut asked = points.filter(|point| cut.is_none_or(|cut| point.cut == cut));
+        let fits = |point: &GroupPointView| {
+            let of = |member: &NamedMember| point.points.get(&member.name).copied();
+            running
+                .iter()
+                .all(|(member, active)| of(member) == Some(active.point))
+        };
+        asked.rfind(fits).ok_or_else(|| {
+            let names: Vec<&str> = running.iter().map(|(m, _)| m.name.as_str()).collect();
+            OperateError::Conflict(format!(
+                "{} of group '{}' run here already, from no point of that cut of the whole group; run the others one by one: farhaven failover GUEST",
+                names.join(", "),
+                group.name
+            ))
         })
     }
 }
 
-fn outcome(
-    member: &NamedMember,
-    point: u64,
-    rpo_ms: u64,
-    ran: Result<Activation, ActivateError>,
-) -> MemberFailover {
-    let guest = member.name.clone();
-    match ran {
-        Ok(active) => MemberFailover {
-            report: Some(FailoverReport {
+fn outcome(started: Started<Activation>, point: &GroupPointView) -> MemberFailover {
+    let guest = started.member.name;
+    let (report, error) = match started.ran {
+        Ok(active) => {
+            let note = match health::fault(&started.checks) {
+                Some(fault) => format!("it runs, and is not healthy: {fault}"),
+                None => String::new(),
+            };
+            let report = FailoverReport {
                 guest: guest.clone(),
-                point,
-                rpo_ms,
+                point: active.point,
+                rpo_ms: point.age_ms,
                 rto_ms: active.times.total.as_secs_f64() * 1e3,
                 term: active.term.number,
                 console: ConsolePaths::beside(active.directory()),
                 qmp: active.qmp.map(|qmp| qmp.display().to_string()),
                 pid: active.pid,
                 times: active.times,
-                note: String::new(),
-            }),
-            error: String::new(),
-            guest,
-        },
-        Err(error) => MemberFailover {
-            error: format!(
-                "{error}. Its term is taken; try again: farhaven failover {guest} --point {point} --force"
-            ),
-            report: None,
-            guest,
-        },
+                note,
+            };
+            (Some(report), String::new())
+        }
+        Err(error) => (None, error),
+    };
+    MemberFailover {
+        guest,
+        report,
+        checks: started.checks,
+        error,
     }
 }
 
@@ -198,7 +276,7 @@ impl Standby {
     }
 
     /// Runs it under a term that is this site's already.
-    async fn run_under(
+    pub(super) async fn run_under(
         self: &Arc<Self>,
         point: u64,
         term: Term,

@@ -12,12 +12,13 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::alert::{Finding, Kind, Severity};
-use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles};
+use farhaven_policies::files::{Group, Mode, NamedPolicy, PolicyFiles, Quiesce};
 use farhaven_policies::load::files_of;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
 
 use super::cuts::Cuts;
+use super::handed::HandedOver;
 use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
 use crate::site::Site;
 use crate::site::operate::OperateError;
@@ -39,6 +40,8 @@ pub(in crate::site) struct InForce {
     wake: Arc<Notify>,
     /// Who is cut together.
     pub(in crate::site) cuts: Cuts,
+    /// Who was handed over with all of a group, and does not run yet.
+    pub(super) handed: HandedOver,
 }
 
 #[derive(Default)]
@@ -212,6 +215,11 @@ impl Site {
         let mut waiting = BTreeMap::new();
         let mut wanted = Vec::new();
         for (name, group) in &files.groups {
+            // Files of another site, whose group runs here now: it goes on as it
+            // was told, or as it turned round.
+            if group.peer == self.config.site.name {
+                continue;
+            }
             // The same files may be at all sites: those guests run elsewhere.
             if !group
                 .guests
@@ -236,6 +244,11 @@ impl Site {
                 if let Err(why) = self.protect_member(group, name).await {
                     waiting.entry(group.name.clone()).or_insert(why);
                 }
+            }
+        }
+        for group in &wanted {
+            if let Some(why) = not_acted_on(&group.owed) {
+                waiting.entry(group.name.clone()).or_insert(why);
             }
         }
         let mut state = self.policies.state();
@@ -394,10 +407,43 @@ impl Site {
     }
 }
 
+/// What a policy asks for that this version does not do: the group is protected
+/// without it, and that is said.
+fn not_acted_on(policy: &NamedPolicy) -> Option<String> {
+    let mut lacks = Vec::new();
+    if policy.quiesce == Quiesce::Agent {
+        lacks.push("quiesce = \"agent\" (its points are crash-consistent: no filesystem is frozen for them)");
+    }
+    if policy.mode == Mode::DiskOnly {
+        lacks.push("mode = \"disk-only\" (its memory is copied, too, and a failover goes on where it was instead of booting)");
+    }
+    (!lacks.is_empty()).then(|| {
+        format!(
+            "its policy asks for {}, which this version of Farhaven does not do; all else of it is in force",
+            lacks.join(" and ")
+        )
+    })
+}
+
 #[cfg(test)]
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_done_is_said() {
+        assert_eq!(not_acted_on(&NamedPolicy::default()), None);
+        let asks = NamedPolicy {
+            quiesce: Quiesce::Agent,
+            mode: Mode::DiskOnly,
+            ..NamedPolicy::default()
+        };
+        let said = not_acted_on(&asks).unwrap();
+        assert!(
+            said.contains("crash-consistent") && said.contains("booting"),
+            "{said}"
+        );
+    }
 
     #[test]
     fn files_are_read_only_when_they_changed() {

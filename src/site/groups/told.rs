@@ -64,12 +64,18 @@ impl Site {
     }
 
     /// A peer tells of its groups.
-    pub(in crate::site) fn hear_of_groups(
+    pub(in crate::site) async fn hear_of_groups(
         self: &Arc<Self>,
         remote: &Arc<Remote>,
         told: GroupMessage,
     ) -> Message {
         let heard = match told {
+            GroupMessage::TakeOver { group, members } => {
+                return self.take_over_group(remote, group, members).await;
+            }
+            GroupMessage::TakenOver { .. } => {
+                return refused(Refusal::Unknown, "that is no question");
+            }
             GroupMessage::Known(group) => self.hear_group(remote, group),
             GroupMessage::All { ids } => self.hear_all(remote, &ids),
             GroupMessage::Owed {
@@ -109,7 +115,9 @@ impl Site {
         };
         let known = self.groups();
         let same = known.iter().find(|other| other.id == group.id);
-        if same.is_some_and(|other| other.from != group.from) {
+        if let Some(other) = same.filter(|other| other.from != group.from)
+            && !self.group_turned_to(other, peer)
+        {
             return Err(OperateError::Conflict(
                 "another site has a group of that id".to_owned(),
             ));
@@ -167,7 +175,7 @@ impl Site {
     }
 
     /// Notes a peer's groups beside its store.
-    fn note_groups(&self, remote: &Remote) {
+    pub(super) fn note_groups(&self, remote: &Remote) {
         let mut groups = self.groups();
         groups.retain(|group| group.from.as_ref() == Some(&remote.record.site));
         rebuild::keep(&self.groups_note(remote), &groups);

@@ -138,7 +138,7 @@ impl Site {
             let standbys = standbys.unwrap_or_else(std::sync::PoisonError::into_inner);
             standbys.get(&guest).cloned()
         };
-        if let Some(standby) = standby {
+        if let Some(standby) = standby.filter(|standby| !standby.is_turned()) {
             let seen = standby.view();
             view.state = match seen.active {
                 Some(_) => "runs here".to_owned(),

@@ -116,3 +116,77 @@ async fn a_damaged_file_does_not_stop_the_site() {
     let limits = limits(directory.path());
     assert_ne!(limits.view().by, "operator");
 }
+
+#[tokio::test]
+async fn a_groups_share_is_of_the_link_and_of_all_its_guests_together() {
+    let directory = tempfile::tempdir().unwrap();
+    let limits = limits(directory.path());
+    let peer = SiteKey::from_bytes([1; 32]);
+    let protection = |guest: u8, percent, among, link: &str| Protection {
+        guest: GuestId([guest; 16]),
+        to: "west".to_owned(),
+        policy: farhaven_policies::policy::Policy {
+            priority: 100,
+            ..Default::default()
+        },
+        schedule: None,
+        group: Some("bank".to_owned()),
+        share: Some(GroupShare {
+            percent,
+            among,
+            link: link.parse().unwrap(),
+        }),
+        paused: false,
+        seeded: false,
+        moving: None,
+        moved: None,
+        stopped: false,
+        committed: false,
+    };
+    let protections = [
+        protection(1, 60, 2, "none"),
+        protection(2, 60, 2, "none"),
+        protection(3, 30, 1, "none"),
+        protection(4, 100, 1, "none"),
+        protection(5, 25, 1, "40mbit"),
+    ];
+    let mut flows = Vec::new();
+    for protection in &protections {
+        let guest = protection.guest;
+        flows.push(
+            limits
+                .join(guest, &format!("{}", guest.0[0]), peer)
+                .unwrap(),
+        );
+        limits.owe(protection);
+    }
+    let told = |at: &str| {
+        limits.apply(at.parse().unwrap());
+        let state = limits.state();
+        let minute = minute_of_week(at.parse().unwrap(), &state.configured.zone);
+        let of = |p: &Protection| {
+            let (limit, by, priority) = state.guest(p.guest, minute);
+            let weight = state.weight(p.guest, priority);
+            (limit.to_string(), by, weight)
+        };
+        protections.iter().map(of).collect::<Vec<_>>()
+    };
+    let expect = |limit: &str, by: &str, weight| (limit.to_owned(), by.to_owned(), weight);
+    // The link carries 50 Mbit/s at night: 60 percent of it are two guests'.
+    let night = [
+        expect("15mbit", "share", 150),
+        expect("15mbit", "share", 150),
+        expect("15mbit", "share", 300),
+        expect("none", "policy", 300),
+        expect("10mbit", "share", 300),
+    ];
+    assert_eq!(told("2026-11-23T17:00:00Z"), night);
+    // And 20 in office hours.
+    let day = told("2026-11-23T07:00:00Z");
+    let limits_then: Vec<_> = day.iter().map(|(limit, ..)| limit.as_str()).collect();
+    assert_eq!(limits_then, ["6mbit", "6mbit", "6mbit", "none", "5mbit"]);
+    // What is moved goes before others, by itself.
+    limits.favour(protections[0].guest, true);
+    let state = limits.state();
+    assert_eq!(state.weight(protections[0].guest, u8::MAX), 765);
+}

@@ -29,6 +29,10 @@ use crate::site::{Site, guests};
 /// How often the target is asked what became of a held guest.
 pub(in crate::site) const ASK_AGAIN: Duration = Duration::from_millis(500);
 
+/// The last point of a guest that stands still is sealed within this time, or
+/// the guest goes on.
+const SEALED: Duration = Duration::from_secs(300);
+
 /// A guest that stands still for a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HeldPoint {
@@ -163,8 +167,9 @@ impl Driver {
                 return Err(handover::not_begun(self, error));
             }
         };
-        match cut::seal_held(self, attached, &made).await {
+        match cut::seal_held(self, attached, &made, SEALED).await {
             Ok(()) => {
+                self.site.note_sealed(self.record.id, made.cut_at);
                 let held = HeldPoint {
                     point: made.point,
                     bytes: made.final_bytes,

@@ -169,7 +169,7 @@ impl Site {
         (context.base && context.term == standby.opening().term.number).then_some(newest.point)
     }
 
-    pub(super) fn keep_standby(
+    pub(in crate::site) fn keep_standby(
         &self,
         standby: &Standby,
     ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {

@@ -66,7 +66,10 @@ impl Site {
     }
 
     /// A guest of a peer that runs here.
-    pub(super) fn taken_over_named(&self, name: &str) -> Result<Arc<Standby>, OperateError> {
+    pub(in crate::site) fn taken_over_named(
+        &self,
+        name: &str,
+    ) -> Result<Arc<Standby>, OperateError> {
         if let Some(standby) = self.standby_named(name) {
             return match standby.active() {
                 Some(_) => Ok(standby),
@@ -110,7 +113,8 @@ impl Site {
     }
 }
 
-pub(super) fn not_here(standby: &Standby) -> OperateError {
+/// It is a peer's, and does not run here.
+pub(in crate::site) fn not_here(standby: &Standby) -> OperateError {
     OperateError::Conflict(format!(
         "'{}' does not run here; it is protected to here from '{}'",
         standby.name(),

@@ -19,7 +19,7 @@ pub mod view;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::oneshot;
@@ -32,6 +32,8 @@ use crate::guest::embedded::SharedVmm;
 use crate::replicate::message::Opening;
 use farhaven_storage_sync::catalogue::Table;
 
+pub(super) use commit::not_here;
+pub(super) use rollback::committed;
 pub(super) use source::answer;
 pub use view::RollBack;
 
@@ -111,7 +113,7 @@ pub(super) async fn watch(site: Weak<Site>) {
             let opening = standby.opening();
             if active.returning.is_some() {
                 if standby.remote().connected() {
-                    let ended = site.go_on_rolling_back(&standby).await;
+                    let ended = site.go_on_rolling_back(&standby, Instant::now()).await;
                     tracing::info!(guest = name, ?ended, "a rollback was in doubt");
                 }
             } else if active.committed_at.is_some() {

@@ -15,7 +15,7 @@ use farhaven_policies::units::Period;
 use farhaven_storage_sync::catalogue::Table;
 
 use super::super::operate::{OperateError, failed};
-use super::super::records::{Activation, GuestRecord, Protection};
+use super::super::records::{Activation, GuestRecord, Owed, Protection};
 use super::super::remote::{AskError, Remote};
 use super::super::standby::{Standby, State, step};
 use super::super::view::{ConsolePaths, Phase, bytes};
@@ -47,10 +47,22 @@ impl Site {
         name: &str,
         rpo: Option<Period>,
     ) -> Result<ReprotectReport, OperateError> {
+        self.reprotect_owed(name, self.usually_owed(rpo)).await
+    }
+
+    /// As [`Site::reprotect`], by this policy.
+    ///
+    /// # Errors
+    /// As of that.
+    pub(in crate::site) async fn reprotect_owed(
+        self: &Arc<Self>,
+        name: &str,
+        owed: Owed,
+    ) -> Result<ReprotectReport, OperateError> {
         let begun = Instant::now();
         let (to, base_bytes) = match self.standby_named(name) {
             Some(standby) => {
-                let base_bytes = self.turn_here(&standby, rpo).await?;
+                let base_bytes = self.turn_here(&standby, owed).await?;
                 (standby.from(), base_bytes)
             }
             // Asked for twice: whatever is missing is waited for.
@@ -92,17 +104,13 @@ impl Site {
     async fn turn_here(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
-        rpo: Option<Period>,
+        owed: Owed,
     ) -> Result<u64, OperateError> {
         let remote = standby.remote().clone();
         self.may_turn(standby, &remote)?;
         self.hydrated(standby).await?;
         let base_bytes = self.base_is_made(standby, &remote).await?;
-        let mut policy = self.config.protect.clone();
-        if let Some(rpo) = rpo {
-            policy.rpo = rpo;
-        }
-        if let Some(problem) = policy.problems().first() {
+        if let Some(problem) = owed.policy.problems().first() {
             return Err(OperateError::Conflict(format!(
                 "the policy cannot be kept: {} {}",
                 problem.key, problem.what
@@ -111,9 +119,10 @@ impl Site {
         let protection = Protection {
             guest: standby.guest,
             to: standby.from(),
-            policy,
-            schedule: None,
-            group: None,
+            policy: owed.policy,
+            schedule: owed.schedule,
+            group: owed.group,
+            share: owed.share,
             paused: false,
             seeded: false,
             moving: None,

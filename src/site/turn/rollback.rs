@@ -53,7 +53,7 @@ impl Site {
     }
 
     /// The answer to an earlier rollback was lost, or there is nothing to roll back.
-    async fn rolled_back_before(
+    pub(in crate::site) async fn rolled_back_before(
         &self,
         standby: &Arc<Standby>,
     ) -> Result<RollbackReport, OperateError> {
@@ -86,22 +86,35 @@ impl Site {
         let Some((active, ready)) = state.active.clone() else {
             return Err(not_here(standby));
         };
-        if active.committed_at.is_some() {
-            return Err(committed(standby));
-        }
         if active.returning.is_some() {
             return self.hand_back(standby, state, Instant::now()).await;
         }
+        self.may_go_back(standby, &active, accept_loss).await?;
+        let begun = Instant::now();
+        self.begin_rollback(standby, state, &active, &ready).await?;
+        self.hand_back(standby, state, begun).await
+    }
+
+    /// Nothing stands against its rollback to the source; looks, and does nothing.
+    pub(in crate::site) async fn may_go_back(
+        &self,
+        standby: &Standby,
+        active: &Activation,
+        accept_loss: bool,
+    ) -> Result<(), OperateError> {
+        if active.committed_at.is_some() {
+            return Err(committed(standby));
+        }
         let name = standby.name();
         let from = standby.from();
-        let remote = standby.remote().clone();
+        let remote = standby.remote();
         let conflict = |why: String| Err(OperateError::Conflict(why));
         if !remote.alive() {
             return conflict(format!(
                 "'{name}' runs on here: site '{from}' is not reached, and only its own word tells that its copy is stopped and whole. To go back to another point here: farhaven rollback {name} --point NUMBER"
             ));
         }
-        let copy = look(&remote, standby.guest).await.map_err(failed)?;
+        let copy = look(remote, standby.guest).await.map_err(failed)?;
         if copy.runs.is_none() || copy.committed {
             return conflict(format!(
                 "'{name}' runs on here: no copy of it is kept at '{from}' that could go on. To go back to a point here: farhaven rollback {name} --point NUMBER"
@@ -118,27 +131,23 @@ impl Site {
                 "'{name}' was taken over from a point, not moved: at '{from}' it would go on from the instant at which it was stopped there, and what was written here in the {since} s since the failover would be lost. If that is what you want, add --accept-loss"
             ));
         }
-        let begun = Instant::now();
-        self.begin_rollback(standby, state, &active, &ready, &remote)
-            .await?;
-        self.hand_back(standby, state, begun).await
+        Ok(())
     }
 
     /// Stops it here and writes the source's term down.
-    async fn begin_rollback(
+    pub(in crate::site) async fn begin_rollback(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
         state: &mut State,
         active: &Activation,
         ready: &Arc<Ready>,
-        remote: &Remote,
     ) -> Result<(), OperateError> {
         let name = standby.name();
         let number = self.fence.current(standby.guest).map_or(0, |t| t.number);
         let term = Term {
             group: standby.guest,
             number: number + 1,
-            owner: remote.record.key,
+            owner: standby.remote().record.key,
         };
         self.note_returning(standby, state, Some(term))
             .map_err(failed)?;
@@ -239,19 +248,19 @@ impl Site {
         }
     }
 
-    /// For the background: a rollback whose end is not known.
-    pub(super) async fn go_on_rolling_back(
+    /// A rollback that was begun at this time, or whose end is not known.
+    pub(in crate::site) async fn go_on_rolling_back(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
+        begun: Instant,
     ) -> Result<RollbackReport, OperateError> {
         let mut state = standby.state.lock().await;
-        let begun = Instant::now();
         self.hand_back(standby, &mut state, begun).await
     }
 
     /// The source said that it does not run there: it goes on here, once the
     /// source has confirmed a term that is newer than the one handed over.
-    async fn take_it_again(
+    pub(in crate::site) async fn take_it_again(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
         state: &mut State,
@@ -434,7 +443,8 @@ impl Site {
     }
 }
 
-fn committed(standby: &Standby) -> OperateError {
+/// There is no rollback after a commit.
+pub(in crate::site) fn committed(standby: &Standby) -> OperateError {
     let name = standby.name();
     OperateError::Conflict(format!(
         "'{name}' was committed here, and there is no way back by a rollback. To bring it home with nothing lost: farhaven reprotect {name}, then farhaven move {name}"

@@ -6,7 +6,6 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -17,66 +16,15 @@ use crate::codec::dedup::DedupIndex;
 use crate::codec::entry::{Content, Delta, Entry, EntryWriter};
 use crate::codec::group::Group;
 use crate::codec::pack::{Crew, Full, Packing, Tools};
+use crate::codec::sequence::Sequence;
 use crate::digest::is_zero;
 use crate::limits::{
-    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, IMAGE_SEQ, POINT, SEQ, VOLUME_UNITS, VOLUMES,
+    BATCH_ENTRIES, BATCH_ENTRIES_BYTES, ENTRY_BYTES, IMAGE_SEQ, POINT, VOLUME_UNITS, VOLUMES,
 };
 use crate::unit::{Digest, GROUP, GuestId, Place, UNIT, VolumeIndex};
 
 /// Levels below this one are for links faster than the encoder.
 const HURRIED: i32 = 1;
-
-/// Numbers for the batches of one pair of sites, shared by all its encoders.
-#[derive(Debug)]
-pub struct Sequence {
-    next: AtomicU64,
-    last: u64,
-}
-
-impl Sequence {
-    /// The first batch gets `next` (at least 1): one more than the last the peer holds.
-    pub fn starting_at(next: u64) -> Sequence {
-        // A source's numbers end where those of images begin.
-        let last = if next < IMAGE_SEQ { IMAGE_SEQ - 1 } else { SEQ };
-        Sequence::within(next, last)
-    }
-
-    /// Numbers from `first` to `last`: a range that was [reserved](Sequence::reserve).
-    pub fn within(first: u64, last: u64) -> Sequence {
-        Sequence {
-            next: AtomicU64::new(first.max(1)),
-            last: last.min(SEQ),
-        }
-    }
-
-    /// Takes `count` numbers out, to be given out elsewhere; the first of them.
-    /// `None` when there are not so many.
-    pub fn reserve(&self, count: u64) -> Option<u64> {
-        let order = Ordering::Relaxed;
-        let taken = self.next.fetch_update(order, order, |next| {
-            next.checked_add(count).filter(|end| *end <= self.last)
-        });
-        taken.ok()
-    }
-
-    /// The number that the next batch would get.
-    pub fn next(&self) -> u64 {
-        self.next.load(Ordering::Relaxed)
-    }
-
-    /// Makes the next number at least `next`: a peer that was found to hold more.
-    pub fn raise_to(&self, next: u64) {
-        self.next.fetch_max(next, Ordering::Relaxed);
-    }
-
-    fn take(&self) -> u64 {
-        self.next.fetch_add(1, Ordering::Relaxed)
-    }
-
-    fn is_spent(&self) -> bool {
-        self.next() > self.last
-    }
-}
 
 /// Why units could not be encoded.
 #[derive(Debug, thiserror::Error)]
@@ -130,6 +78,7 @@ pub struct Encoder {
     crew: Option<Arc<Crew>>,
     /// Batches that may be with the crew.
     ahead: usize,
+    alone: bool,
     /// Full batches that have not been returned, oldest first.
     packing: VecDeque<Packing>,
     open: Option<Open>,
@@ -163,6 +112,7 @@ impl Encoder {
             tools: None,
             crew: None,
             ahead: 0,
+            alone: false,
             packing: VecDeque::new(),
             open: None,
             spare: Vec::new(),
@@ -185,12 +135,21 @@ impl Encoder {
         self
     }
 
+    /// From now on full batches are compressed here: nobody else's are waited for.
+    pub fn alone(&mut self) {
+        self.ahead = 0;
+        self.alone = true;
+        if self.tools.is_none() {
+            self.tools = Tools::new(self.level).ok();
+        }
+    }
+
     /// Whether the crew, if there is one, takes full batches from now on. Without
     /// it a batch leaves as soon as it is full, which is right where the link, and
     /// not the encoder, is what others wait for.
     pub fn beside(&mut self, beside: bool) {
         self.ahead = match &self.crew {
-            Some(crew) if beside => crew.size() + 1,
+            Some(crew) if beside && !self.alone => crew.size() + 1,
             _ => 0,
         };
     }
@@ -419,22 +378,4 @@ fn check(volume: VolumeIndex, unit: u64, count: u64) -> Result<(), EncodeError> 
         unit,
         count,
     })
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn numbers_that_are_reserved_are_given_out_once() {
-        let numbers = Sequence::starting_at(5);
-        assert_eq!(numbers.reserve(10), Some(5));
-        assert_eq!(numbers.take(), 15);
-        assert_eq!(numbers.reserve(u64::MAX), None);
-        assert_eq!(numbers.reserve(SEQ), None);
-        assert_eq!(numbers.take(), 16);
-        let range = Sequence::within(5, 6);
-        assert_eq!((range.take(), range.is_spent()), (5, false));
-        assert_eq!((range.take(), range.is_spent()), (6, true));
-    }
 }

@@ -18,6 +18,7 @@ mod entry;
 mod group;
 mod level;
 mod pack;
+mod sequence;
 pub(crate) mod varint;
 mod view;
 
@@ -27,8 +28,9 @@ pub use body::{Body, Slot};
 pub use chain::Chain;
 pub use compress::{Codec, Expander};
 pub use dedup::DedupIndex;
-pub use encode::{EncodeError, Encoder, Sequence};
+pub use encode::{EncodeError, Encoder};
 pub use entry::{Content, Delta, Entry, EntryError, EntryReader};
 pub use level::{LEVEL, LEVELS, LevelControl, Measured};
 pub use pack::Crew;
+pub use sequence::Sequence;
 pub use view::{BatchView, EntriesView};

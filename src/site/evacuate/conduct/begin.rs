@@ -37,7 +37,7 @@ impl Conductor {
             let name = self.record.guests[index].guest.clone();
             let work = async move { Ended::Protected(index, site.protect(&name, &to, None).await) };
             let work = self.works.spawn(work);
-            self.at_work.insert(work.id(), index);
+            self.at_work.insert(work.id(), vec![index]);
             self.settle(index, GuestState::Copying, String::new());
         }
     }
@@ -48,7 +48,15 @@ impl Conductor {
             if self.record.count(GuestState::Moving) >= MOVES {
                 return;
             }
-            if !self.able.contains(&index) || !self.may_start(index) {
+            // Begun with another of its group.
+            if self.busy(index) || !self.able.contains(&index) {
+                continue;
+            }
+            if let Some((group, guests)) = self.company(site, index) {
+                self.move_group(site, group, guests);
+                continue;
+            }
+            if !self.may_start(index) {
                 continue;
             }
             let accept_pause = self.record.order.accept_pause;
@@ -63,7 +71,52 @@ impl Conductor {
                 Ended::Moved(index, moved.map(Box::new))
             };
             let work = self.works.spawn(work);
-            self.at_work.insert(work.id(), index);
+            self.at_work.insert(work.id(), vec![index]);
+            self.settle(index, GuestState::Moving, String::new());
+        }
+    }
+
+    /// The group that a guest goes with as one, and all who do; `None` where it
+    /// goes by itself: it has no company here, or has lost it by now.
+    fn company(&self, site: &Site, index: usize) -> Option<(String, Vec<usize>)> {
+        let group = site.group_of(self.record.guests[index].id)?;
+        if group.from.is_some() || group.members.len() < 2 || group.peer != self.record.order.to {
+            return None;
+        }
+        let place = |guest| self.record.guests.iter().position(|g| g.id == guest);
+        let members = group.members.values();
+        let guests: Vec<usize> = members.map(|m| place(m.guest)).collect::<Option<_>>()?;
+        let over = |index: &usize| self.record.guests[*index].state.is_over();
+        (!guests.iter().any(over)).then_some((group.name, guests))
+    }
+
+    /// Moves a whole group as one, once all of it can be.
+    fn move_group(&mut self, site: &Arc<Site>, group: String, guests: Vec<usize>) {
+        let now = Instant::now();
+        let can = |index: &usize| {
+            self.record.guests[*index].state == GuestState::Ready
+                && self.able.contains(index)
+                && !self.busy(*index)
+                && self.retry_at.get(index).is_none_or(|at| *at <= now)
+        };
+        if !guests.iter().all(can) {
+            return;
+        }
+        for index in &guests {
+            let guest = &mut self.record.guests[*index];
+            guest.tries += 1;
+            site.limits.favour(guest.id, true);
+        }
+        let accept_pause = self.record.order.accept_pause;
+        let convoy = Some(self.convoy.clone());
+        let (site, all) = (site.clone(), guests.clone());
+        let work = async move {
+            let moved = site.move_group_among(&group, accept_pause, convoy).await;
+            Ended::Together(all, moved.map(Box::new))
+        };
+        let work = self.works.spawn(work);
+        self.at_work.insert(work.id(), guests.clone());
+        for index in guests {
             self.settle(index, GuestState::Moving, String::new());
         }
     }

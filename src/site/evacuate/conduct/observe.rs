@@ -6,6 +6,7 @@ use std::time::Instant;
 use tokio::task::{Id, JoinError};
 
 use super::super::super::Site;
+use super::super::super::groups::GroupMove;
 use super::super::super::operate::OperateError;
 use super::super::super::view::{MoveReport, Phase, SourceView};
 use super::super::record::{EvacuationState, GuestState, millis};
@@ -139,12 +140,13 @@ impl Conductor {
                 match ended {
                     Ended::Protected(index, ended) => self.protected(index, ended),
                     Ended::Moved(index, ended) => self.moved(index, ended),
+                    Ended::Together(guests, ended) => self.moved_together(&guests, ended),
                 }
             }
             Err(error) => {
-                let index = self.at_work.remove(&error.id());
-                tracing::error!(%error, ?index, "what an evacuation began for a guest ended early");
-                if let Some(index) = index {
+                let guests = self.at_work.remove(&error.id()).unwrap_or_default();
+                tracing::error!(%error, ?guests, "what an evacuation began for guests ended early");
+                for index in guests {
                     self.failed(index, format!("it ended early: {error}; see the log"));
                 }
             }
@@ -193,6 +195,36 @@ impl Conductor {
                 self.settle(index, GuestState::Failed, why);
             }
             Err(error) => self.failed(index, error.to_string()),
+        }
+    }
+
+    /// Each of the group by what is told of it.
+    fn moved_together(&mut self, guests: &[usize], ended: Result<Box<GroupMove>, OperateError>) {
+        let members = match ended {
+            Ok(moved) => moved.members,
+            Err(error) => {
+                for index in guests {
+                    let why = error.to_string();
+                    let same = match error {
+                        OperateError::TooLong(_) => OperateError::TooLong(why),
+                        _ => OperateError::Failed(why),
+                    };
+                    self.moved(*index, Err(same));
+                }
+                return;
+            }
+        };
+        for index in guests {
+            let name = &self.record.guests[*index].guest;
+            let member = members.iter().find(|member| member.guest == *name);
+            let ended = match member {
+                Some(member) => match &member.report {
+                    Some(report) => Ok(Box::new(report.clone())),
+                    None => Err(OperateError::Failed(member.error.clone())),
+                },
+                None => Err(OperateError::Failed("nothing was told of it".to_owned())),
+            };
+            self.moved(*index, ended);
         }
     }
 

@@ -4,6 +4,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use farhaven_policies::units::RateLimit;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
@@ -12,11 +13,11 @@ use crate::site::Site;
 use crate::site::driver::Command;
 use crate::site::groups::GroupRecord;
 use crate::site::operate::OperateError;
-use crate::site::records::{GuestRecord, Owed, Protection};
+use crate::site::records::{GroupShare, GuestRecord, Owed, Protection};
 
 impl Site {
     /// Protects a member by its group's policy, or tells its driver what changed.
-    pub(super) async fn protect_member(
+    pub(in crate::site::groups) async fn protect_member(
         self: &Arc<Self>,
         group: &GroupRecord,
         name: &str,
@@ -25,11 +26,7 @@ impl Site {
             return Ok(());
         };
         let guest = member.guest;
-        let owed = Owed {
-            policy: group.owed.in_force(group.members.len()),
-            schedule: Some(group.owed.retention.clone()),
-            group: Some(group.name.clone()),
-        };
+        let owed = self.owed_by_group(group);
         let protection = self
             .catalogue
             .find::<Protection>(Table::Protections, &guest.to_string())
@@ -70,10 +67,29 @@ impl Site {
                     policy: owed.policy,
                     schedule: owed.schedule,
                     group: owed.group,
+                    share: owed.share,
                     ..protection
                 };
                 self.keep_protection(&changed).map_err(|e| e.to_string())
             }
+        }
+    }
+
+    /// What each guest of a group is owed.
+    pub(in crate::site::groups) fn owed_by_group(&self, group: &GroupRecord) -> Owed {
+        let files = self.policies.files();
+        let site = files
+            .as_ref()
+            .and_then(|files| files.sites.get(&group.peer));
+        Owed {
+            policy: group.owed.in_force(group.members.len()),
+            schedule: Some(group.owed.retention.clone()),
+            group: Some(group.name.clone()),
+            share: Some(GroupShare {
+                percent: group.owed.share,
+                among: u16::try_from(group.members.len()).unwrap_or(u16::MAX),
+                link: site.map_or(RateLimit::NONE, |site| site.bandwidth),
+            }),
         }
     }
 

@@ -1,0 +1,168 @@
+//! A group is moved as one: at one instant, all of it or nothing of it, whatever
+//! fails on the way.
+
+use super::group_verbs::{back, done, running, whole_after};
+use super::groups::{Bank, GOLD, LONG, PLAIN, finally};
+use super::*;
+
+impl Bank {
+    /// Both run at east, protected, and nothing of them at west.
+    async fn goes_on_at_east(&self) {
+        let (east, west) = (&self.stage.east, &self.stage.west);
+        for (name, counter) in [("db", &self.stage.guest), ("web", &self.web)] {
+            finally("protected again", || {
+                (source(east, name).phase == Phase::Protected).then_some(())
+            })
+            .await;
+            counts_on(counter).await;
+            assert!(target(west, name).active.is_none());
+        }
+        let newest = west.group_points("bank").await.unwrap().last().unwrap().cut;
+        whole_after(west, newest).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    let outlook = east.group_outlook("bank").unwrap();
+    assert_eq!(outlook.members.len(), 2);
+    for member in &outlook.members {
+        assert!(member.expected_blackout_ms >= member.alone.expected_blackout_ms);
+    }
+    let refused = west.move_group("bank", true).await.unwrap_err();
+    assert!(refused.to_string().contains("run this there"), "{refused}");
+
+    let moved = east.move_group("bank", true).await.unwrap();
+    assert_eq!(moved.remains, "", "{moved:?}");
+    let order: Vec<_> = moved.members.iter().map(|m| m.guest.as_str()).collect();
+    assert_eq!(order, ["db", "web"]);
+    assert!(
+        moved.skew_ms < 1000.0 && moved.blackout_ms > 0.0,
+        "{moved:?}"
+    );
+    // One instant: the last points of both are one of the group.
+    let last = west.group_points("bank").await.unwrap();
+    let last = last.last().unwrap();
+    let there = running(&bank.stage.at_west);
+    assert_eq!(there.len(), 2);
+    for member in &moved.members {
+        let report = member.report.as_ref().unwrap();
+        assert_eq!(last.points[&member.guest], report.point);
+        assert_eq!(source(&east, &member.guest).phase, Phase::Moved);
+        let guest = west.members_of(&member.guest).unwrap()[0].guest;
+        assert_eq!(west.fence.current(guest).unwrap().owner, west.key());
+    }
+    for (counter, home) in there.iter().zip([&bank.stage.guest, &bank.web]) {
+        assert_eq!(home.lock().unwrap().running(), Some(false));
+        assert!(counts_on(counter).await >= sound(home));
+    }
+    let refused = east.move_group("bank", true).await.unwrap_err();
+    assert!(
+        refused
+            .to_string()
+            .contains("all of its guests run on here"),
+        "{refused}"
+    );
+    let stopped = [sound(&bank.stage.guest), sound(&bank.web)];
+    done(&west.rollback_group("bank", back()).await.unwrap());
+    bank.goes_on_at_east().await;
+    assert!(sound(&bank.stage.guest) >= stopped[0] && sound(&bank.web) >= stopped[1]);
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_one_cannot_be_moved_none_is() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let east = bank.stage.east.clone();
+    // It does not stop for the instant of all.
+    let moving = {
+        let east = east.clone();
+        tokio::spawn(async move { east.move_group("bank", true).await })
+    };
+    until("it moves", || {
+        (source(&east, "web").phase == Phase::Moving).then_some(())
+    })
+    .await;
+    bank.web.lock().unwrap().fail(u32::MAX, 0);
+    let refused = moving.await.unwrap().unwrap_err().to_string();
+    bank.web.lock().unwrap().fail(0, 0);
+    assert!(refused.contains("group 'bank' was not moved"), "{refused}");
+    bank.goes_on_at_east().await;
+
+    // One is not protected at this moment.
+    east.pause("web").await.unwrap();
+    finally("paused", || {
+        (source(&east, "web").phase == Phase::Paused).then_some(())
+    })
+    .await;
+    let refused = east.move_group("bank", true).await.unwrap_err();
+    assert!(refused.to_string().contains("'web' is"), "{refused}");
+    assert!(refused.to_string().contains("run on here"), "{refused}");
+    east.resume("web").await.unwrap();
+    bank.goes_on_at_east().await;
+
+    // The other site cannot take one of them in.
+    bank.web.lock().unwrap().ask_for(b"more than there is");
+    let refused = east.move_group("bank", true).await.unwrap_err();
+    assert!(refused.to_string().contains("teach it"), "{refused}");
+    bank.web.lock().unwrap().ask_for(b"counts");
+    bank.goes_on_at_east().await;
+
+    // And then all of it goes.
+    let moved = east.move_group("bank", true).await.unwrap();
+    assert_eq!(moved.remains, "", "{moved:?}");
+    assert_eq!(running(&bank.stage.at_west).len(), 2);
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    *bank.stage.at_west.bad_starts.lock().unwrap() = 2;
+    let moved = east.move_group("bank", true).await.unwrap();
+    // It was decided: both are west's, though neither runs yet.
+    for member in &moved.members {
+        let note = &member.report.as_ref().unwrap().note;
+        assert!(
+            note.contains("does not run") || note.contains("not started"),
+            "{note}"
+        );
+        assert_eq!(source(&east, &member.guest).phase, Phase::Moved);
+    }
+    assert!(running(&bank.stage.at_west).is_empty());
+    let last = [sound(&bank.stage.guest), sound(&bank.web)];
+    let written = bank.stage.dir.path().join("west").join("hand-overs");
+    assert_eq!(std::fs::read_dir(&written).unwrap().count(), 1);
+
+    let Bank { stage, web, .. } = bank;
+    let Stage {
+        dir,
+        at_west,
+        guest,
+        ..
+    } = stage;
+    west.shutdown().await;
+    drop((west, stage.west));
+    // Their disks lie above the store, which is open while they are held.
+    at_west.built.lock().unwrap().clear();
+    let west = site_again(dir.path(), "west", builders(&at_west)).await;
+    let deadline = Instant::now() + LONG;
+    while running(&at_west).len() < 2 {
+        assert!(Instant::now() < deadline, "they do not start");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    for counter in running(&at_west) {
+        assert!(counts_on(&counter).await >= last[0].min(last[1]));
+    }
+    finally("nothing is left to start", || {
+        (std::fs::read_dir(&written).unwrap().count() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(guest.lock().unwrap().running(), Some(false));
+    assert_eq!(web.lock().unwrap().running(), Some(false));
+    east.shutdown().await;
+    west.shutdown().await;
+}
