@@ -390,7 +390,7 @@ impl Standby {
         // Handed over with its group, and about to run.
         let site = self.site.upgrade();
         if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
-            return Some((ActivationTimes::default(), term));
+            return HeldAnswer::Running(Default::default(), term);
         }
         self.discard(&mut state).await;
         HeldAnswer::GivenUp
