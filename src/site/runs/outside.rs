@@ -137,6 +137,7 @@ pub(super) async fn webhook(
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
     use farhaven_policies::runbook::Mode;

@@ -105,6 +105,7 @@ fn console(log: &Path) -> Option<Picture> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
 

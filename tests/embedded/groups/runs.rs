@@ -90,7 +90,7 @@ async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
     let run = west.start_run(start(Mode::Test, STEPS)).await.unwrap().id;
     at(&west, &run, "agree").await;
     of_one_cut(&west, &run).await;
-    let refused = west.fail_over_group("bank", None, true).await.unwrap_err();
+    let refused = west.fail_over_group("bank", force(true)).await.unwrap_err();
     assert!(refused.to_string().contains("run abort"), "{refused}");
     let agreed = Event::Approved {
         comment: String::new(),
