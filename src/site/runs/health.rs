@@ -52,7 +52,7 @@ pub(super) async fn await_wave(run: &AtSite, wave: &[&Target]) -> Ended<()> {
         let of_guest = target.terms.health.iter();
         for (name, health) in of_guest.filter(|(_, health)| health.agent != Some(true)) {
             let deadline = Instant::now() + health.timeout.duration();
-            while let Err(why) = one(run, health, target).await {
+            while let Err(why) = one(run, name, health, target).await {
                 run.goes_on()?;
                 if Instant::now() > deadline {
                     return Err(Failure::fault(format!(
@@ -108,7 +108,7 @@ async fn own(run: &AtSite, scope: &Scope, target: &Target) -> Result<String, Str
             ));
             continue;
         }
-        let seen = one(run, health, target).await;
+        let seen = one(run, name, health, target).await;
         said.push(seen.map_err(|why| format!("{name}: {why}"))?);
     }
     Ok(said.join("; "))
@@ -129,7 +129,31 @@ async fn runs(run: &AtSite, target: &Target) -> Result<String, String> {
     }
 }
 
-async fn one(run: &AtSite, health: &Health, target: &Target) -> Result<String, String> {
+/// What a peer tells of its groups chooses no program of this host: only one
+/// that this site's own policy files name for that very guest is run.
+fn is_own_program(run: &AtSite, name: &String, target: &Target) -> Result<(), String> {
+    let site = run.site().map_err(|failure| failure.why)?;
+    let group = target.of.as_ref().and_then(|of| site.group(of).ok());
+    let own = group.is_some_and(|group| {
+        let mut members = group.members.iter();
+        let named = members.find(|(_, member)| member.guest == target.standby.guest);
+        named.is_some_and(|(guest, _)| site.own_programs(&group, guest).contains(name))
+    });
+    match own {
+        true => Ok(()),
+        false => Err("this site runs no program that only another site's policy files name; put the group's policy file in force here, too (site.policy_files)".to_owned()),
+    }
+}
+
+async fn one(
+    run: &AtSite,
+    name: &String,
+    health: &Health,
+    target: &Target,
+) -> Result<String, String> {
+    if health.script.is_some() {
+        is_own_program(run, name, target)?;
+    }
     let probe = match (&health.tcp, &health.http, health.agent, &health.script) {
         (Some(tcp), ..) => Probe::Tcp(tcp.clone()),
         (_, Some(url), ..) => Probe::Http(url.clone()),

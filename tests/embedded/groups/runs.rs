@@ -7,6 +7,7 @@ use farhaven_policies::runbook::run::{Event, Outcome};
 
 const STEPS: &str = r#"
 name = "bank"
+modes = ["test", "unplanned"]
 [groups]
 bank = []
 [[steps]]
