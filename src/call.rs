@@ -117,13 +117,13 @@ async fn exchange(
     let handshake = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await;
     let (mut sender, connection) = handshake.map_err(broken)?;
     // Driven beside the request, not by a task of its own: it ends with this future.
-    tokio::select! {
-        answer = sender.send_request(request) => Ok(answer.map_err(broken)?.status().as_u16()),
-        ended = connection => {
-            let why = ended.err().map_or("it was closed".to_owned(), |e| e.to_string());
-            Err(CallError::Broken(place.to_owned(), why))
-        }
-    }
+    let mut asked = std::pin::pin!(sender.send_request(request));
+    let answer = tokio::select! {
+        answer = &mut asked => answer,
+        // Closed right behind the answer, which is here by then, or never comes.
+        _ = connection => asked.await,
+    };
+    Ok(answer.map_err(broken)?.status().as_u16())
 }
 
 /// The host's own; read once.

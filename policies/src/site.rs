@@ -10,9 +10,10 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use crate::alert::Severity;
 use crate::bandwidth::Window;
 use crate::policy::Policy;
-use crate::units::{ByteSize, Period, RateLimit};
+use crate::units::{ByteSize, Period, Rate, RateLimit};
 
 mod check;
 
@@ -41,6 +42,8 @@ pub struct SiteConfig {
     pub activate: Activate,
     /// A guest's network by its name, as a QEMU `-netdev` argument of this site.
     pub networks: BTreeMap<String, String>,
+    /// Who is told of events.
+    pub notify: Notify,
     /// What the daemon tells.
     pub log: Log,
 }
@@ -126,6 +129,20 @@ pub struct Store {
     pub min_free: ByteSize,
     /// Memory for the index of what a peer holds, and as much to answer it from; less costs bandwidth only.
     pub index_bytes: ByteSize,
+    /// All that is stored is read and verified again after this time; 0s: only when asked.
+    pub scrub_every: Period,
+    /// Most that is read for that.
+    pub scrub_rate: RateLimit,
+}
+
+/// Who is told of events.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Notify {
+    /// Where events are posted, `https://HOST:PORT/PATH` or `http://`; empty: nowhere.
+    pub webhook: String,
+    /// Only events that are at least so bad.
+    pub severity: Severity,
 }
 
 /// Running peers' guests.
@@ -217,6 +234,17 @@ impl Default for Store {
             segment_bytes: ByteSize::from_mib(64),
             min_free: ByteSize::from_mib(1024),
             index_bytes: ByteSize::from_mib(256),
+            scrub_every: Period::from_secs(7 * 86_400),
+            scrub_rate: RateLimit::at(Rate::from_bits(200_000_000)),
+        }
+    }
+}
+
+impl Default for Notify {
+    fn default() -> Notify {
+        Notify {
+            webhook: String::new(),
+            severity: Severity::Info,
         }
     }
 }

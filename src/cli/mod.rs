@@ -16,6 +16,7 @@ mod points;
 mod policy;
 mod run;
 mod runbook;
+mod scrub;
 mod seed;
 pub(crate) mod show;
 mod site;
@@ -224,6 +225,11 @@ enum Verb {
     Approve(run::Approve),
     /// What a run did, for people, programs or auditors.
     Report(run::ReportOf),
+    /// Read and verify everything that is stored here, while the daemon works on.
+    ///
+    /// Damage is an alert, and the exit status is 1. The points that need what is
+    /// damaged are named, and refused until a scrub finds them whole.
+    Scrub(scrub::Scrub),
     /// Verify what is stored here, while the daemon is stopped.
     #[command(subcommand)]
     Store(store::StoreVerb),
@@ -381,6 +387,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Run(verb) => return run::run(&client, verb).await,
         Verb::Approve(approve) => run::approve(&client, approve).await,
         Verb::Report(wanted) => run::report(&client, wanted).await,
+        Verb::Scrub(scrub) => scrub::run(&client, scrub).await,
         Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,
     };

@@ -324,6 +324,11 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         ]);
     }
     say!("{rows}");
+    for point in &points {
+        if let Some(why) = &point.damaged {
+            say!("! point {} is damaged and is not run: {why}", point.point);
+        }
+    }
     Ok(())
 }
 

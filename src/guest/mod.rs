@@ -201,6 +201,11 @@ pub trait Guest: Send {
     /// Everything handed over since the newest sealed point counts as changed again.
     fn give_back(&mut self);
 
+    /// What the peer had of these units is damaged there: they count as changed,
+    /// until a point that they went with is sealed. Those past the volume's end
+    /// are left out, and so is the device state.
+    fn lost_at_peer(&mut self, volume: VolumeIndex, unit: u64, count: u64);
+
     /// Lets a held guest run on here.
     ///
     /// # Errors

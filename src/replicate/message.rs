@@ -15,6 +15,8 @@ use farhaven_storage_sync::unit::{GuestId, Volume, VolumeIndex, VolumeKind};
 use serde::{Deserialize, Serialize};
 
 pub use self::envelope::{Envelope, MessageError, Unknown};
+pub use self::lost::{LOST_BATCHES, LOST_RUNS, LostContent};
+pub use self::run::RunMessage;
 pub use self::turn::{CopyState, TurnMessage};
 
 use crate::activate::fence::Term;
@@ -29,9 +31,8 @@ pub use self::group::{GroupMessage, Handed, Taken};
 
 mod envelope;
 mod group;
+mod lost;
 mod run;
-
-pub use self::run::RunMessage;
 mod turn;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
@@ -401,6 +402,9 @@ pub enum Message {
         /// Their numbers; at most [`RETIRE_BATCHES`] a message.
         seqs: Vec<u64>,
     },
+    /// Target: this content of your guest is damaged here; send it anew. Answered
+    /// with `Done` when the next point will hold it.
+    Lost(Box<LostContent>),
     /// Source: a first copy of this guest is to go by another way. What is here of it?
     SeedAsk {
         /// Who.

@@ -188,6 +188,13 @@ impl Outgoing {
         self.bases().remove_seqs(seqs);
     }
 
+    /// These are damaged at the peer: no batch may refer to them any more, whatever
+    /// answers are on their way. What did before, the peer refuses to seal.
+    pub fn damaged(&self, seqs: &BTreeSet<u64>) {
+        self.asking.answers().retire(seqs);
+        self.forget_these(seqs);
+    }
+
     /// No batch may refer to this one any more.
     pub fn forget(&self, seq: u64) {
         self.forget_these(&BTreeSet::from([seq]));

@@ -5,6 +5,7 @@
 //! cannot take them (its filesystem is full) they wait here, bounded by the
 //! session's window, and the source's points get older instead of being lost.
 
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -12,8 +13,9 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::store::{Seal, SealError, Store, StoreError};
-use farhaven_storage_sync::unit::{GuestId, UNIT, VolumeIndex};
+use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
 use farhaven_storage_sync::{PointHeader, PointStats};
 use farhaven_wan::Peer;
 use tokio::sync::{mpsc, watch};
@@ -167,7 +169,8 @@ impl Incoming {
         self.store.images().iter().map(|image| image.bytes).sum()
     }
 
-    /// One page of the digests of a point's volume.
+    /// One page of the digests of a point's volume; unknown is what cannot be read,
+    /// so that the source sends it anew.
     pub fn baseline(
         &self,
         guest: GuestId,
@@ -177,7 +180,7 @@ impl Incoming {
         key: [u8; 32],
     ) -> Message {
         let page = || -> Result<Message, farhaven_storage_sync::replica::ReplicaError> {
-            let replica = self.store.open_point(guest, point)?;
+            let replica = self.store.open_in_part(guest, point)?;
             let key = DigestKey::new(key);
             let (mut runs, mut left) = (Vec::new(), BASELINE_PAGE_UNITS);
             let mut digests = Vec::new();
@@ -193,9 +196,13 @@ impl Incoming {
                     }
                     let piece = (end - at).min(left).min(256);
                     let mut bytes = vec![0; piece as usize * UNIT];
-                    replica.read(volume, at, piece, &mut bytes)?;
                     digests.clear();
-                    key.digests(&bytes, &mut digests);
+                    match replica.read(volume, at, piece, &mut bytes) {
+                        Ok(()) => key.digests(&bytes, &mut digests),
+                        Err(_) => {
+                            digests_one_by_one(&replica, volume, at..at + piece, &key, &mut digests)
+                        }
+                    }
                     runs.push((at, digests.iter().flat_map(|d| d.0).collect()));
                     at += piece;
                     left -= piece;
@@ -208,6 +215,23 @@ impl Incoming {
             why: error.to_string(),
         })
     }
+}
+
+/// Digests of units of which some cannot be read.
+fn digests_one_by_one(
+    replica: &Replica,
+    volume: VolumeIndex,
+    units: Range<u64>,
+    key: &DigestKey,
+    digests: &mut Vec<Digest>,
+) {
+    let mut bytes = [0; UNIT];
+    digests.extend(
+        units.map(|unit| match replica.read(volume, unit, 1, &mut bytes) {
+            Ok(()) => key.of(&bytes),
+            Err(_) => Digest::UNKNOWN,
+        }),
+    );
 }
 
 /// What the store is asked, of what the source asked.

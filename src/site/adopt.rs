@@ -24,7 +24,8 @@ impl Standby {
         state.unwatched = Some(activation.clone());
         self.see(|s| s.active = Some(activation.clone()));
         let site = self.site()?;
-        let (replica, context) = self.open(activation.point)?;
+        // It runs: what of its point is damaged meanwhile ends nothing.
+        let (replica, context) = self.open_in_part(activation.point)?;
         let embedded = context.definition.is_embedded();
         let found = {
             let (site, guest) = (site.clone(), self.guest);

@@ -83,6 +83,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             },
             None => Message::GivenUp,
         },
+        Message::Lost(lost) => site.lost_at_peer(remote, *lost),
         Message::Group(told) => site.hear_of_groups(remote, *told).await,
         Message::Close { guest, discard } => {
             if let Some(standby) = site.standby_of(remote, guest)

@@ -26,6 +26,7 @@ pub use body::{
 pub use groups::{MoveGroup, TestGroup};
 pub use points::{KeepPoint, ReleasePoint};
 use rights::{Caller, Right};
+pub use scrub::StartScrub;
 use serve::Served;
 pub use turn::{Commit, DiscardEvidence, ExportEvidence, Reprotect};
 
@@ -41,6 +42,7 @@ mod tokens;
 pub use serve::serve;
 pub use tokens::{AddToken, TokenAdded, TokenView};
 mod points;
+mod scrub;
 mod turn;
 
 /// How long requests under way may take to their end when the daemon stops.
@@ -138,6 +140,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
         .route("/v1/tokens/{name}", delete(tokens::revoke))
         .merge(alerts::routes())
         .merge(points::routes())
+        .merge(scrub::routes())
         .fallback(async || {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })

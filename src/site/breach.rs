@@ -134,6 +134,7 @@ pub(super) fn plain_answer(answer: Message) -> Message {
             for point in &mut points {
                 point.cut_at = plain(&point.cut_at);
                 point.name = point.name.as_deref().map(plain);
+                point.damaged = point.damaged.as_deref().map(plain);
             }
             Message::PointList { points }
         }

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use farhaven_policies::decide::MoveFacts;
+use farhaven_storage_sync::unit::{Digest, VolumeIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
 
 use super::driver::{Attached, DriveError, Driver, Next};
@@ -112,6 +113,10 @@ pub(super) enum Command {
     Ask,
     /// What it is owed has changed: from now on this holds.
     Owe(Box<Owed>),
+    /// The peer's copy of these units (volume, first, how many) is damaged: they
+    /// go with the next point. One that finds nobody attached is void: the peer
+    /// asks again.
+    Lost(Vec<(VolumeIndex, u64, u64)>),
     /// Give up waiting for the peer's word about a move, and run the guest here.
     TakeBack(oneshot::Sender<Result<(), String>>),
     /// Of the copy that is kept stopped here, since the guest runs at the peer.
@@ -163,6 +168,7 @@ impl Driver {
                 Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
                 Command::Ask => {}
                 Command::Owe(owed) => self.owe(*owed).await,
+                Command::Lost(_) => {}
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
@@ -194,6 +200,29 @@ impl Driver {
             }
         }
         Ok(Next::Again(Duration::ZERO))
+    }
+
+    /// What the peer had of these units is damaged there.
+    pub(super) fn lost_at_peer(&self, attached: &mut Attached, units: &[(VolumeIndex, u64, u64)]) {
+        let Some(guest) = &mut attached.guest else {
+            return;
+        };
+        let state = guest.volumes().len().saturating_sub(1);
+        for &(volume, unit, count) in units {
+            if usize::from(volume) != state {
+                guest.lost_at_peer(volume, unit, count);
+                continue;
+            }
+            let known = attached.state_known.iter_mut();
+            let first = usize::try_from(unit).unwrap_or(usize::MAX);
+            let count = usize::try_from(count).unwrap_or(usize::MAX);
+            known
+                .skip(first)
+                .take(count)
+                .for_each(|digest| *digest = Digest::UNKNOWN);
+        }
+        tracing::warn!(guest = %self.record.name, peer = self.protection.to, runs = units.len(),
+            "stored data is damaged there; the next point has it again");
     }
 
     /// A move, with what is told when it is not made.

@@ -360,6 +360,7 @@ impl Driver {
                 }
                 Some(Command::Resume | Command::Ask) => {}
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
+                Some(Command::Lost(units)) => self.lost_at_peer(attached, &units),
                 Some(Command::TakeBack(reply)) => {
                     let _ = reply.send(Err(format!(
                         "'{}' is not held for a move; it runs here",

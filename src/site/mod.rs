@@ -15,13 +15,16 @@ pub mod health;
 pub mod hosted;
 pub mod images;
 pub mod kept;
+pub mod metrics;
 pub mod records;
 pub mod remote;
 pub mod retention;
 pub mod runs;
+pub mod scrub;
 pub mod seed;
 pub mod turn;
 pub mod view;
+pub mod webhook;
 
 mod adopt;
 mod answer;
@@ -117,6 +120,7 @@ pub struct Site {
     /// Guests whose monitor lives in this process.
     hosted: RwLock<BTreeMap<GuestId, SharedVmm>>,
     alerts: alerts::Alerts,
+    scrubs: scrub::Scrubs,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
@@ -204,11 +208,13 @@ impl Site {
             turns: turn::Turns::default(),
             hosted: RwLock::default(),
             alerts,
+            scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
             runs,
             evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
+        site.rebuild_own()?;
         let mut remotes = Vec::new();
         for (_, record) in site.catalogue.list::<PeerRecord>(Table::Peers)? {
             let remote = site.trust(record)?;
@@ -237,6 +243,8 @@ impl Site {
         tokio::spawn(limits::keep(Arc::downgrade(&site)));
         tokio::spawn(groups::keep(Arc::downgrade(&site)));
         tokio::spawn(watch::watch(Arc::downgrade(&site)));
+        tokio::spawn(scrub::keep_scrubbing(Arc::downgrade(&site)));
+        tokio::spawn(webhook::deliver(&site));
         let version = concat!("Farhaven ", env!("CARGO_PKG_VERSION"), " serves");
         site.note(EventKind::Started, &site.config.site.name, version);
         tracing::info!(
@@ -355,6 +363,7 @@ impl Site {
     }
 
     fn keep_protection(&self, protection: &Protection) -> Result<(), CatalogueError> {
+        self.note_protection(protection);
         self.catalogue.put(
             Table::Protections,
             &protection.guest.to_string(),

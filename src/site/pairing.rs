@@ -173,6 +173,7 @@ impl Site {
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
+        self.scrubs.opened(&record.site, &report);
         Ok(store)
     }
 

@@ -60,9 +60,30 @@ pub enum ActivateError {
     /// The point says nothing of how to run it.
     #[error("point {0} cannot be run: {1}")]
     Context(u64, String),
+    /// What it needs is damaged on disk.
+    #[error("point {point} of '{name}' is damaged here ({why}), and is not run; {}", instead(name, *whole))]
+    Damaged {
+        /// The guest.
+        name: String,
+        /// The point.
+        point: u64,
+        /// What is wrong.
+        why: String,
+        /// The newest point that is whole.
+        whole: Option<u64>,
+    },
     /// A step panicked.
     #[error("a step ended early: {0}")]
     Step(String),
+}
+
+fn instead(name: &str, whole: Option<u64>) -> String {
+    match whole {
+        Some(point) => {
+            format!("the newest that is whole is point {point}: name it with --point {point}")
+        }
+        None => format!("no other point of it is known to be whole: see farhaven points {name}"),
+    }
 }
 
 impl Standby {
@@ -132,6 +153,8 @@ impl Standby {
                 newest => newest,
             },
         };
+        // Before a term is taken: there may be another point to run.
+        self.refuse_damaged(point)?;
         let site = self.site()?;
         let raise = {
             let (site, guest) = (site.clone(), self.guest);

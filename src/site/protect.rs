@@ -126,6 +126,7 @@ impl Site {
                 "guest '{name}' is known already"
             )));
         }
+        self.note_guest(record);
         self.catalogue
             .put(Table::Guests, &record.id.to_string(), record)
             .map_err(failed)?;
@@ -152,6 +153,7 @@ impl Site {
             )));
         }
         self.clear_hosted(&record);
+        self.drop_guest_notes(record.id);
         self.catalogue
             .remove(Table::Guests, &record.id.to_string())
             .map_err(failed)?;
@@ -375,6 +377,7 @@ impl Site {
             let _ = tokio::time::timeout(Duration::from_secs(30), driver.commands.closed()).await;
         }
         // Not before: until its end the driver may write it.
+        self.drop_protection_note(record.id);
         self.catalogue
             .remove(Table::Protections, &record.id.to_string())
             .map_err(failed)?;

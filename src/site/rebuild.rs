@@ -1,6 +1,7 @@
 //! What a lost catalogue is made again from: paired sites from the notes
-//! beside their stores, their guests from the points themselves, and guests
-//! that run here from the notes in their directories.
+//! beside their stores, their guests from the points themselves, guests that
+//! were taken over from the notes in their directories, and this site's own
+//! from theirs ([`own`]).
 //!
 //! Nothing here is looked at while the catalogue has it.
 
@@ -17,6 +18,8 @@ use super::remote::Remote;
 use super::{Site, files, hex};
 use crate::activate::fence::Term;
 use crate::replicate::message::{CommitTerms, Opening, PointContext};
+
+mod own;
 
 /// No note is longer.
 const LONGEST_NOTE: u64 = 1 << 20;

@@ -17,7 +17,6 @@ use super::drill::{Drill, TestSeen};
 use super::promote::ActivateError;
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
-use super::runs::stage::HeldAnswer;
 use super::turn::view::CommitView;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
@@ -235,11 +234,7 @@ impl Standby {
                 going_back: a.returning.is_some(),
                 times: a.times,
             }),
-            tested_at: site
-                .as_ref()
-                .and_then(|site| site.last_tested(self.guest))
-                .and_then(|since| std::time::SystemTime::now().checked_sub(since))
-                .map(|at| super::unix_ns(at) / 1_000_000),
+            tested_at: site.as_ref().and_then(|site| site.tested_at(self.guest)),
             test: seen.test.map(TestSeen::view),
             trouble,
         }
@@ -272,7 +267,26 @@ impl Standby {
     }
 
     pub(super) fn open(&self, point: u64) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        self.refuse_damaged(point)?;
         let replica = self.remote.incoming.store.open_point(self.guest, point)?;
+        self.with_context(replica)
+    }
+
+    /// As [`Standby::open`], also when not all of it can be read: for who needs
+    /// its context, or what is read of it one by one.
+    pub(super) fn open_in_part(
+        &self,
+        point: u64,
+    ) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        let store = &self.remote.incoming.store;
+        self.with_context(store.open_in_part(self.guest, point)?)
+    }
+
+    fn with_context(
+        &self,
+        replica: Replica,
+    ) -> Result<(Arc<Replica>, PointContext), ActivateError> {
+        let point = replica.header().point;
         let context =
             PointContext::of(&replica).map_err(|why| ActivateError::Context(point, why))?;
         if context.base {
@@ -280,6 +294,20 @@ impl Standby {
             return Err(ActivateError::Context(point, why));
         }
         Ok((Arc::new(replica), context))
+    }
+
+    /// Nothing that is known to be damaged is run.
+    pub(super) fn refuse_damaged(&self, point: u64) -> Result<(), ActivateError> {
+        let store = &self.remote.incoming.store;
+        match store.damaged_point(self.guest, point) {
+            None => Ok(()),
+            Some(why) => Err(ActivateError::Damaged {
+                name: self.name(),
+                point,
+                why,
+                whole: self.newest_whole(),
+            }),
+        }
     }
 
     /// Brings the RAM files to `point`; the bytes written.
@@ -374,33 +402,6 @@ impl Standby {
             tracing::warn!(guest = %self.name(), "its source tells of another machine than was made ready");
             self.discard(state).await;
         }
-    }
-
-    /// Answers a source that asks what became of the guest that it holds: a run
-    /// has it, or it runs here, or else what was prepared is given up.
-    pub(super) async fn give_up(self: &Arc<Self>) -> HeldAnswer {
-        self.begin_anew();
-        let mut state = self.state.lock().await;
-        if state.staged.is_some() || self.expecting.load(Ordering::SeqCst) > 0 {
-            return HeldAnswer::Undecided;
-        }
-        if let Some(active) = state.runs() {
-            return HeldAnswer::Running(active.times.clone(), active.term);
-        }
-        // Handed over with its group, and about to run.
-        let site = self.site.upgrade();
-        if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
-            return HeldAnswer::Running(Default::default(), term);
-        }
-        self.discard(&mut state).await;
-        HeldAnswer::GivenUp
-    }
-
-    /// The source goes on: what was prepared here is not needed.
-    pub(super) async fn stand_down(self: &Arc<Self>) {
-        self.begin_anew();
-        let mut state = self.state.lock().await;
-        self.discard(&mut state).await;
     }
 
     /// The source ends protection.

@@ -176,6 +176,7 @@ impl Site {
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
                     group: record.and_then(|r| r.group.clone()),
+                    damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
                     name: kept.remove(&p.point),
                 }
             })
@@ -205,7 +206,7 @@ impl Site {
         if let Ok(Some(record)) = known {
             return Some(record);
         }
-        let (_, context) = standby.open(header.point).ok()?;
+        let (_, context) = standby.open_in_part(header.point).ok()?;
         let record = PointRecord {
             cut_at: header.cut_at_unix_ns,
             pause: context.pause,

@@ -340,6 +340,9 @@ pub struct PointView {
     /// The cut of its whole group that it is part of.
     #[serde(default)]
     pub group: Option<super::groups::PointGroup>,
+    /// A scrub found that it cannot be restored in full, and why: it is refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub damaged: Option<String>,
     /// Its name: it is kept until that is taken from it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,

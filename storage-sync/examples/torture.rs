@@ -146,15 +146,21 @@ fn faults(asked: &Asked) -> Outcome {
         if all.faults >= asked.faults {
             break;
         }
-        let one = run::faults::run(seed, 6, 1).map_err(|why| (seed, why))?;
+        let one = run::faults::run(seed, 6, 1, true).map_err(|why| (seed, why))?;
         all.faults += one.faults;
         all.told += one.told;
         all.went_on += one.went_on;
+        all.reached.add(&one.reached);
+        all.failed.add(&one.failed);
+    }
+    if let Some(site) = all.reached.without(&all.failed).first() {
+        return Err((asked.seed, format!("no call failed from {site}")));
     }
     Ok(words(&[
         ("faults", all.faults),
         ("told", all.told),
         ("went_on", all.went_on),
+        ("call_sites", all.failed.count()),
     ]))
 }
 

@@ -136,6 +136,19 @@ impl Store {
     /// # Errors
     /// When it does not exist, or cannot be restored in full.
     pub fn open_point(&self, guest: GuestId, point: u64) -> Result<Replica, ReplicaError> {
+        let replica = self.open_in_part(guest, point)?;
+        match self.0.dangling(&replica.map)? {
+            None => Ok(replica),
+            Some(place) => Err(ReplicaError::Lost { point, place }),
+        }
+    }
+
+    /// As [`Store::open_point`], also when not all of it can be read: what cannot
+    /// is an error of [`Replica::read`].
+    ///
+    /// # Errors
+    /// When it does not exist, or its manifest cannot be read.
+    pub fn open_in_part(&self, guest: GuestId, point: u64) -> Result<Replica, ReplicaError> {
         let (header, newest) = {
             let mut state = held(&self.0.state);
             let state = state.guests.get_mut(&guest);
@@ -178,10 +191,7 @@ impl Store {
                 Arc::new(self.0.load_map(guest, point)?)
             }
         };
-        match self.0.dangling(&replica.map)? {
-            None => Ok(replica),
-            Some(place) => Err(ReplicaError::Lost { point, place }),
-        }
+        Ok(replica)
     }
 
     fn unpin(&self, guest: GuestId, point: u64) {

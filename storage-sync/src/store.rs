@@ -6,6 +6,7 @@
 //! A `Store` is a handle: clones share one store, from any thread.
 
 mod answers;
+mod damage;
 mod digests;
 mod hints;
 mod images;
@@ -35,6 +36,7 @@ use crate::map::PointMap;
 use crate::unit::GuestId;
 
 pub use answers::{Held, HeldBatch};
+pub use damage::{NEED_RUNS, Need, Suspect};
 pub use digests::DigestPage;
 pub use hints::Prefix;
 use hints::{Hints, hints_of};
@@ -230,6 +232,8 @@ pub(crate) struct Inner {
     pub(crate) pruning: Mutex<()>,
     /// Files that the disk would not read when the store was opened.
     pub(crate) unreadable: Vec<PathBuf>,
+    /// What was found damaged since.
+    pub(crate) known: Mutex<damage::Known>,
     _lock: OpenFile,
 }
 
@@ -305,6 +309,11 @@ impl Store {
             }
         }
         self.0.log.append(&verified)?;
+        if !self.is_sound() {
+            // What was damaged of them is whole again.
+            let seqs = verified.iter().map(|(header, _)| header.seq);
+            seqs.for_each(|seq| self.0.found_whole(Suspect::Batch(seq)));
+        }
         self.0.add_hints(&hints);
         // A difference that does not come out right is not refused here: the
         // seal asks again, and the source gets an answer that it can act on.

@@ -72,6 +72,58 @@ proptest! {
     }
 }
 
+#[test]
+fn a_point_with_a_name_is_dropped_by_no_prune() {
+    let (dir, site, store, mut guest, mut random) = started();
+    for point in 1..=5 {
+        guest.step(&site, &store, point, &mut random).unwrap();
+    }
+    let all_but_newest = BTreeMap::from([(guest.id, BTreeSet::from([5]))]);
+    let planned = store.plan_prune(&all_but_newest).unwrap();
+    store.keep_point(guest.id, 2, "before upgrade").unwrap();
+    // One that was planned before it had its name is not dropped either.
+    assert!(planned.dropped.contains(&(guest.id, 2)));
+    let retired = planned.retire.iter().copied().collect();
+    site.index.lock().unwrap().remove_seqs(&retired);
+    store.perform_prune(&planned).unwrap();
+    let numbers = |store: &farhaven_storage_sync::store::Store| -> Vec<u64> {
+        store.points(guest.id).iter().map(|p| p.point).collect()
+    };
+    assert_eq!(numbers(&store), [2, 5]);
+    for (point, name) in [(2, "4711"), (2, ""), (3, "gone"), (5, "before upgrade")] {
+        assert!(store.keep_point(guest.id, point, name).is_err(), "{name}");
+    }
+    assert!(store.release_point(guest.id, 5).is_err());
+    // Not even when its guest is given up.
+    let given_up = BTreeMap::from([(guest.id, BTreeSet::new())]);
+    assert_eq!(store.plan_prune(&given_up).unwrap().dropped, []);
+    drop(store);
+    let kept = dir.path().join("manifests").join(guest.id.to_string());
+    let kept = kept.join(format!("{:020}.kept", 2));
+    let (store, _) = open(dir.path());
+    assert_eq!(
+        store.kept(guest.id),
+        BTreeMap::from([(2, "before upgrade".to_owned())])
+    );
+    drop(store);
+    // Damaged, it keeps the point all the same.
+    let mut bytes = std::fs::read(&kept).unwrap();
+    bytes[10] ^= 1;
+    std::fs::write(&kept, bytes).unwrap();
+    let (store, _) = open(dir.path());
+    let name = farhaven_storage_sync::store::NAME_LOST;
+    assert_eq!(store.kept(guest.id), BTreeMap::from([(2, name.to_owned())]));
+    assert_eq!(store.plan_prune(&all_but_newest).unwrap().dropped, []);
+    guest.sealed.retain(|point, _| [2, 5].contains(point));
+    guest.check(&store);
+    store.release_point(guest.id, 2).unwrap();
+    assert!(!kept.exists());
+    assert_eq!(
+        store.plan_prune(&all_but_newest).unwrap().dropped,
+        [(guest.id, 2)]
+    );
+}
+
 fn started() -> (
     tempfile::TempDir,
     Site,

@@ -162,6 +162,27 @@ impl Counter {
         (Arc::new(Mutex::new(counter)), definition)
     }
 
+    /// The same, with so many blocks more that it never writes: each has content of
+    /// its own.
+    pub fn start_with_library(directory: &Path, blocks: u64) -> (Arc<Mutex<Self>>, Definition) {
+        let (counter, definition) = Self::start_on(directory, BLOCKS + blocks);
+        for block in 0..blocks {
+            let disk = counter.lock().unwrap().shared.disk.clone();
+            disk.write((BLOCKS + block) * PAGE, &book(block)).unwrap();
+        }
+        (counter, definition)
+    }
+
+    /// Is the library as it was made?
+    pub fn library_is_whole(&self, blocks: u64) -> bool {
+        let mut read = vec![0; PAGE as usize];
+        (0..blocks).all(|block| {
+            let disk = &self.shared.disk;
+            disk.read((BLOCKS + block) * PAGE, &mut read).unwrap();
+            read == book(block)
+        })
+    }
+
     /// How far it is.
     pub fn count(&self) -> u64 {
         self.shared.inner.lock().unwrap().n
@@ -219,6 +240,15 @@ impl Drop for Counter {
     fn drop(&mut self) {
         self.turn(None);
     }
+}
+
+/// The content of a block of the library: it does not compress.
+fn book(block: u64) -> Vec<u8> {
+    let mut bytes = vec![0; PAGE as usize];
+    let mut hasher = blake3::Hasher::new();
+    hasher.update(&block.to_le_bytes());
+    hasher.finalize_xof().fill(&mut bytes);
+    bytes
 }
 
 pub fn definition() -> Definition {

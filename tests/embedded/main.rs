@@ -15,6 +15,8 @@ mod groups;
 mod images;
 mod limits;
 mod mended;
+mod rebuilds;
+mod scrubs;
 mod seeds;
 mod turns;
 
@@ -27,7 +29,7 @@ use counter::{Counter, CounterBuilder, KIND};
 use farhaven::activate::machine::{Builder, Builders};
 use farhaven::guest::embedded::{Definition, SharedVmm, Vmm};
 use farhaven::site::Site;
-use farhaven::site::view::{Phase, SourceView, TargetView};
+use farhaven::site::view::{Phase, PointView, SourceView, TargetView};
 use farhaven_policies::site::SiteConfig;
 use farhaven_policies::units::ByteSize;
 

@@ -6,13 +6,13 @@ use farhaven::site::turn::RollBack;
 use super::*;
 
 /// East and west that both build counters, with the guest protected from east.
-struct Both {
-    stage: Stage,
-    at_east: CounterBuilder,
+pub(super) struct Both {
+    pub(super) stage: Stage,
+    pub(super) at_east: CounterBuilder,
 }
 
 impl Both {
-    async fn protected() -> Self {
+    pub(super) async fn protected() -> Self {
         let dir = tempfile::tempdir().unwrap();
         let (at_east, at_west) = (CounterBuilder::default(), CounterBuilder::default());
         let east = site(dir.path(), "east", builders(&at_east)).await;
@@ -23,7 +23,7 @@ impl Both {
     }
 }
 
-async fn hydrated(site: &Arc<Site>) {
+pub(super) async fn hydrated(site: &Arc<Site>) {
     until("hydrated", || {
         let active = target(site, "web").active.unwrap();
         active.hydrated.then_some(())

@@ -172,6 +172,19 @@ impl Checked for SiteConfig {
                 "sets an id; leave that out, the guest's definition does it",
             );
         }
+        let webhook = &self.notify.webhook;
+        let host = webhook
+            .strip_prefix("http://")
+            .or(webhook.strip_prefix("https://"))
+            .and_then(|rest| {
+                let host = rest.split(['/', '?']).next()?;
+                (!host.is_empty() && !host.starts_with(':')).then_some(host)
+            });
+        require(
+            webhook.is_empty() || host.is_some() && webhook.is_ascii() && !webhook.contains(' '),
+            "notify.webhook",
+            "must be like https://alerts.example.org/farhaven, or http:// on this host or a network that is trusted",
+        );
         require(
             !self.log.level.trim().is_empty(),
             "log.level",

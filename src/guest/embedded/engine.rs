@@ -250,6 +250,12 @@ impl Guest for EmbeddedGuest {
         }
     }
 
+    fn lost_at_peer(&mut self, volume: VolumeIndex, unit: u64, count: u64) {
+        if let Some(owed) = self.owed.get_mut(usize::from(volume)) {
+            owed.lost(unit, count);
+        }
+    }
+
     fn resume(&mut self) -> Result<(), GuestError> {
         self.go_on()
     }

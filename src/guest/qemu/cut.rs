@@ -231,6 +231,7 @@ impl QemuGuest {
                 bitmap,
                 next,
                 compare,
+                lost: disk.lost.owed(),
             }));
         }
         Ok(instants)
@@ -251,6 +252,7 @@ impl QemuGuest {
                 continue;
             }
             disk.next = disk.units();
+            disk.lost.went_with(point);
         }
         Ok(())
     }

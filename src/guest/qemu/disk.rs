@@ -15,6 +15,7 @@ use farhaven_storage_sync::unit::{Digest, UNIT, VolumeIndex};
 use serde_json::json;
 
 use super::super::{DiskInstant, GuestError, Sink};
+use super::lost::Lost;
 use super::nbd_client::{ALLOCATION, NbdClient, READS_ZERO};
 use super::qmp::Qmp;
 
@@ -40,6 +41,8 @@ pub(super) struct Disk {
     pub(super) compare: Option<Arc<Vec<Digest>>>,
     /// The peer has a sealed point with all of this disk.
     pub(super) established: bool,
+    /// But for these, which were damaged there.
+    pub(super) lost: Lost,
 }
 
 impl Disk {
@@ -54,6 +57,7 @@ impl Disk {
             next: 0,
             compare: None,
             established: false,
+            lost: Lost::default(),
         }
     }
 
@@ -227,6 +231,21 @@ impl DiskReader {
         Ok(())
     }
 
+    /// Hands over these units as they are, whatever the peer holds.
+    fn again(&mut self, units: &[Range<u64>], sink: &mut dyn Sink) -> Result<(), GuestError> {
+        if units.is_empty() {
+            return Ok(());
+        }
+        let mut client = self.connect(ALLOCATION)?;
+        let bytes = units
+            .iter()
+            .map(|units| units.start * UNIT as u64..units.end * UNIT as u64);
+        let ranges = whole_units(bytes, self.bytes);
+        self.read(&mut client, ranges, sink, &|_, _| true)?;
+        client.disconnect();
+        Ok(())
+    }
+
     fn read(
         &mut self,
         client: &mut NbdClient,
@@ -322,6 +341,8 @@ pub(super) struct Instant {
     /// First unit that was not copied before: from there on all is handed over.
     pub(super) next: u64,
     pub(super) compare: Option<Arc<Vec<Digest>>>,
+    /// Units that the peer lost: handed over, changed or not.
+    pub(super) lost: Vec<Range<u64>>,
 }
 
 impl DiskInstant for Instant {
@@ -336,7 +357,8 @@ impl DiskInstant for Instant {
         }
         let mut next = self.next;
         self.reader
-            .copy(&mut next, self.compare.as_ref().map(|c| c.as_slice()), sink)
+            .copy(&mut next, self.compare.as_ref().map(|c| c.as_slice()), sink)?;
+        self.reader.again(&self.lost, sink)
     }
 }
 

@@ -34,6 +34,7 @@ pub mod facts;
 mod fleece;
 pub mod instantiate;
 mod isolate;
+mod lost;
 mod mapping;
 pub mod nbd_client;
 mod nbd_wire;
@@ -100,11 +101,13 @@ impl QemuGuest {
                 if disk.chain.sealed(&mut self.qmp, point)? {
                     disk.establish();
                 }
+                disk.lost.sealed(point);
             }
         }
         if self.given_back {
             for disk in &mut self.disks {
                 disk.chain.collapse(&mut self.qmp)?;
+                disk.lost.give_back();
                 if !disk.established {
                     disk.next = 0;
                 }
@@ -273,6 +276,16 @@ impl Guest for QemuGuest {
             bits.clear();
         }
         self.given_back = true;
+    }
+
+    fn lost_at_peer(&mut self, volume: VolumeIndex, unit: u64, count: u64) {
+        let units = unit..unit.saturating_add(count);
+        if let Some((_, block)) = self.ram.get_mut(usize::from(volume)) {
+            block.lost(units);
+        } else if let Some(disk) = self.disks.iter_mut().find(|d| d.volume == volume) {
+            let end = units.end.min(disk.units());
+            disk.lost.add(units.start..end);
+        }
     }
 
     fn resume(&mut self) -> Result<(), GuestError> {

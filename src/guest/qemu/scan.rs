@@ -130,6 +130,17 @@ impl RamBlock {
         }
     }
 
+    /// So do these, whatever the peer had of them.
+    pub(super) fn lost(&mut self, units: Range<u64>) {
+        let end = units.end.min(self.table.len() as u64) as usize;
+        if let Some(slots) = self
+            .table
+            .get_mut(units.start.min(end as u64) as usize..end)
+        {
+            slots.fill(Digest::UNKNOWN);
+        }
+    }
+
     /// Hands over every unit whose content the peer is not known to hold, but
     /// for what a round leaves to the cut, and returns the bytes looked at. `handed` has the units that the sink took,
     /// also on error.

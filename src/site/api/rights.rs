@@ -83,6 +83,9 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/alerts", Right::View),
     ("POST", "/v1/alerts/{id}/acknowledge", Right::Operate),
     ("GET", "/v1/events", Right::View),
+    ("GET", "/v1/metrics", Right::View),
+    ("GET", "/v1/scrub", Right::View),
+    ("POST", "/v1/scrub", Right::Operate),
     ("POST", "/v1/guests/{name}/points/keep", Right::Operate),
     // What was kept may go then, with its time.
     (

@@ -265,6 +265,7 @@ impl Standby {
         if let Some(active) = state.runs() {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
+        self.refuse_damaged(point)?;
         self.end_evidence(&mut state).await;
         if self.remote().alive() && state.ready.is_none() {
             let site = self.site()?;

@@ -35,6 +35,7 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use farhaven_policies::runbook::run::{Event, Moment, Next, Run};
+use farhaven_storage_sync::unit::GuestId;
 use tokio::task::JoinHandle;
 
 use self::facts::now_ms;
@@ -278,6 +279,12 @@ impl Site {
         {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+    }
+
+    /// When this guest of a peer was last tested well, milliseconds since 1970.
+    pub(super) fn tested_at(&self, guest: GuestId) -> Option<u64> {
+        let at = SystemTime::now().checked_sub(self.last_tested(guest)?)?;
+        Some(super::unix_ns(at) / 1_000_000)
     }
 
     /// When a group or guest was last tested here, and all went well: of a group,

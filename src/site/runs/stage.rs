@@ -37,6 +37,33 @@ impl Drop for Expecting {
 }
 
 impl Standby {
+    /// Answers a source that asks what became of the guest that it holds: a run
+    /// has it, or it runs here, or else what was prepared is given up.
+    pub(in crate::site) async fn give_up(self: &Arc<Self>) -> HeldAnswer {
+        self.begin_anew();
+        let mut state = self.state.lock().await;
+        if state.staged.is_some() || self.expecting.load(Ordering::SeqCst) > 0 {
+            return HeldAnswer::Undecided;
+        }
+        if let Some(active) = state.runs() {
+            return HeldAnswer::Running(active.times.clone(), active.term);
+        }
+        // Handed over with its group, and about to run.
+        let site = self.site.upgrade();
+        if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
+            return HeldAnswer::Running(Default::default(), term);
+        }
+        self.discard(&mut state).await;
+        HeldAnswer::GivenUp
+    }
+
+    /// The source goes on: what was prepared here is not needed.
+    pub(in crate::site) async fn stand_down(self: &Arc<Self>) {
+        self.begin_anew();
+        let mut state = self.state.lock().await;
+        self.discard(&mut state).await;
+    }
+
     /// See [`Expecting`].
     pub(super) fn expect(self: &Arc<Self>) -> Expecting {
         self.expecting.fetch_add(1, Ordering::SeqCst);

@@ -164,7 +164,7 @@ impl Site {
         let replica = remote
             .incoming
             .store
-            .open_point(standby.guest, newest.point);
+            .open_in_part(standby.guest, newest.point);
         let context = PointContext::of(&replica.ok()?).ok()?;
         (context.base && context.term == standby.opening().term.number).then_some(newest.point)
     }
@@ -215,6 +215,7 @@ impl Site {
         }
         self.catalogue.put(Table::Evidence, &key, &kept)?;
         self.catalogue.flush()?;
+        self.drop_guest_notes(guest);
         let id = guest.to_string();
         self.catalogue.remove(Table::Guests, &id)?;
         self.catalogue.remove(Table::Protections, &id)?;
@@ -320,7 +321,7 @@ fn parent(
         return Ok(0);
     }
     let replica = store
-        .open_point(id, newest.point)
+        .open_in_part(id, newest.point)
         .map_err(|e| e.to_string())?;
     for (index, volume) in (0..).zip(volumes).filter(|(_, volume)| content(volume)) {
         let units = usize::try_from(volume.units()).map_err(|e| e.to_string())?;
@@ -332,11 +333,12 @@ fn parent(
             while at < end {
                 let count = (end - at).min(PIECE);
                 bytes.resize(count as usize * UNIT, 0);
-                replica
-                    .read(index, at, count, &mut bytes)
-                    .map_err(|e| e.to_string())?;
                 piece.clear();
-                key.digests(&bytes, &mut piece);
+                match replica.read(index, at, count, &mut bytes) {
+                    Ok(()) => key.digests(&bytes, &mut piece),
+                    // Damaged here: the copy has it.
+                    Err(_) => piece.resize(count as usize, Digest::UNKNOWN),
+                }
                 for (slot, digest) in digests.iter_mut().skip(at as usize).zip(&piece) {
                     *slot = *digest;
                 }

@@ -265,6 +265,7 @@ impl Site {
                     site.clear_home(&ending)
                 });
                 ended.await.map_err(failed)?.map_err(failed)?;
+                self.drop_guest_notes(record.id);
                 let id = record.id.to_string();
                 self.catalogue
                     .remove(Table::Protections, &id)

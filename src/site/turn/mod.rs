@@ -76,7 +76,7 @@ impl Activation {
 }
 
 impl Site {
-    /// Is this guest one of this site's own by now, and protected from here?
+    /// Is this guest one of this site's own by now, whose newest term is its too?
     /// (This daemon may have been killed when only that was written down.)
     pub(super) fn has_turned(&self, guest: GuestId) -> bool {
         let key = guest.to_string();
@@ -86,9 +86,12 @@ impl Site {
             .find::<Protection>(Table::Protections, &key)
             .ok()
             .flatten();
-        matches!(known, Ok(Some(_)))
-            && protected.is_some_and(|kept| kept.moved.is_none() && !kept.stopped)
-            && self.fence.may_run(guest, self.key()).is_ok()
+        let its_own = match protected {
+            Some(kept) => kept.moved.is_none() && !kept.stopped,
+            // Not protected any more; or not yet, while what took it over is there.
+            None => matches!(self.activation(guest), Ok(None)),
+        };
+        matches!(known, Ok(Some(_))) && its_own && self.fence.may_run(guest, self.key()).is_ok()
     }
 
     /// Those taken over that run here.

@@ -256,7 +256,7 @@ impl Site {
         ready: &Arc<Ready>,
         protection: &Protection,
     ) -> Result<GuestRecord, OperateError> {
-        let (_, context) = standby.open(active.point).map_err(failed)?;
+        let (_, context) = standby.open_in_part(active.point).map_err(failed)?;
         let ram = self.ram_of_its_own(standby, active).map_err(failed)?;
         let record = match &context.definition {
             Definition::Embedded(definition) => {

@@ -93,7 +93,7 @@ impl Site {
         Ok(both.filter(|(_, protection)| protection.to == remote.record.site))
     }
 
-    pub(super) fn driver_of(&self, guest: GuestId) -> Option<DriverHandle> {
+    pub(in crate::site) fn driver_of(&self, guest: GuestId) -> Option<DriverHandle> {
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
         drivers.get(&guest).cloned()
     }

@@ -108,6 +108,20 @@ struct State {
     broken: bool,
     hit: Option<String>,
     watched: Option<Vec<Moment>>,
+    listener: Option<Listener>,
+}
+
+/// Hears of every call, from the thread that makes it: what it is, and whether it
+/// fails as it was told to.
+#[derive(Clone)]
+struct Listener(Arc<Hears>);
+
+type Hears = dyn Fn(&str, bool) + Send + Sync;
+
+impl std::fmt::Debug for Listener {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Listener")
+    }
 }
 
 /// A handle to the disk: clones share it.
@@ -185,6 +199,7 @@ impl SimulatedDisk {
             .values_mut()
             .for_each(|file| file.locked = false);
         (state.watched, state.fault, state.hit) = (None, None, None);
+        state.listener = None;
         SimulatedDisk(Arc::new(Mutex::new(state)))
     }
 
@@ -256,6 +271,11 @@ impl SimulatedDisk {
         state.hit.take()
     }
 
+    /// Has every call told to `listener`, with the disk held: it must not call it.
+    pub fn listen(&self, listener: impl Fn(&str, bool) + Send + Sync + 'static) {
+        self.state().listener = Some(Listener(Arc::new(listener)));
+    }
+
     /// Begins to keep the disk as it is before every call that changes it.
     pub fn watch(&self) {
         self.state().watched = Some(Vec::new());
@@ -303,7 +323,7 @@ impl State {
         if changes && self.watched.is_some() {
             let mut copy = self.clone();
             copy.files.values_mut().for_each(|file| file.locked = false);
-            (copy.watched, copy.fault) = (None, None);
+            (copy.watched, copy.fault, copy.listener) = (None, None, None);
             let moment = Moment {
                 call: self.calls,
                 what: words(),
@@ -311,13 +331,17 @@ impl State {
             };
             self.watched.get_or_insert_default().push(moment);
         }
-        match self.fault {
+        let failing = match self.fault {
             Some((at, fault)) if at == self.calls && may.contains(&fault) => {
                 self.hit = Some(format!("{fault:?} at call {at}: {}", words()));
                 Some(fault)
             }
             _ => None,
+        };
+        if let Some(listener) = &self.listener {
+            (listener.0)(what, failing.is_some());
         }
+        failing
     }
 
     /// A call that fails with EIO or ENOSPC and then does nothing at all.

@@ -57,6 +57,7 @@ pub(super) fn open(
         writing: Mutex::new(()),
         pruning: Mutex::new(()),
         unreadable,
+        known: Mutex::default(),
         _lock: lock,
     };
     let mut report = OpenReport {

@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use super::{Inner, PointEntry, held};
+use super::{Inner, PointEntry, Suspect, held};
 use crate::codec::{BatchError, BatchView, Body, Content, EntriesView, Expander};
+use crate::files::is_bad_sector;
 use crate::limits::MAP_LEAF;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
@@ -32,7 +33,30 @@ pub(crate) type Sound = HashMap<u64, u64>;
 
 impl Inner {
     /// Reads, verifies and expands one batch. Differences are left as they are.
+    /// One that is damaged is known as such from then on.
     pub(crate) fn expand(
+        &self,
+        seq: u64,
+        reader: &mut Reader,
+        body: &mut Body,
+    ) -> Result<(), ExpandError> {
+        let expanded = self.read_whole(seq, reader, body);
+        let unreadable = match &expanded {
+            Ok(()) | Err(ExpandError::Log(LogError::Missing { .. })) => return expanded,
+            Err(ExpandError::Batch(_)) => false,
+            Err(ExpandError::Log(LogError::File(error))) if is_bad_sector(&error.source) => true,
+            Err(ExpandError::Log(_)) => return expanded,
+        };
+        // One that is pruned meanwhile is read where another lies by then.
+        if let Err(error) = &expanded
+            && self.log.locate(seq).is_some()
+        {
+            self.found_damaged(Suspect::Batch(seq), error.to_string(), unreadable);
+        }
+        expanded
+    }
+
+    fn read_whole(
         &self,
         seq: u64,
         reader: &mut Reader,
@@ -76,6 +100,9 @@ impl Inner {
         let Some(at) = self.log.locate(place.seq()) else {
             return Ok(false);
         };
+        if self.is_rotten(place.seq()) {
+            return Ok(false);
+        }
         Ok(place.index() < at.literals
             && (!at.deltas || self.sound_slots(place.seq(), sound)? >> place.index() & 1 == 1))
     }
@@ -90,7 +117,8 @@ impl Inner {
         let read = self.each_entry(seq, &mut bytes, &mut |entry| {
             if let Content::Delta(delta) = entry.content {
                 let base = self.log.locate(delta.base.seq());
-                if base.is_none_or(|base| delta.base.index() >= base.literals) {
+                let lost = base.is_none_or(|base| delta.base.index() >= base.literals);
+                if lost || self.is_rotten(delta.base.seq()) {
                     slots &= !(1 << delta.index);
                 }
             }

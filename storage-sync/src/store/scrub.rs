@@ -11,8 +11,9 @@ use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+use super::damage::{Suspect, lacks};
 use super::{Inner, Store, held};
-use crate::codec::{BatchView, Content};
+use crate::codec::BatchView;
 use crate::files::is_bad_sector;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
@@ -44,6 +45,8 @@ pub struct ScrubProgress {
     pub bytes_total: u64,
     /// Damage found.
     pub damage: u64,
+    /// The batch that one which stopped now would go on at.
+    pub next: u64,
 }
 
 /// What is damaged.
@@ -101,12 +104,7 @@ impl Store {
         options: ScrubOptions,
         progress: &mut dyn FnMut(&ScrubProgress) -> ControlFlow<()>,
     ) -> ScrubReport {
-        let mut scrub = Scrub {
-            inner: &self.0,
-            options,
-            started: Instant::now(),
-            report: ScrubReport::default(),
-        };
+        let mut scrub = Scrub::new(&self.0, options);
         scrub.manifests();
         scrub.batches(progress);
         scrub.points();
@@ -114,14 +112,34 @@ impl Store {
     }
 }
 
-struct Scrub<'a> {
+pub(super) struct Scrub<'a> {
     inner: &'a Inner,
     options: ScrubOptions,
     started: Instant,
-    report: ScrubReport,
+    pub(super) report: ScrubReport,
 }
 
-impl Scrub<'_> {
+impl<'a> Scrub<'a> {
+    pub(super) fn new(inner: &'a Inner, options: ScrubOptions) -> Self {
+        Scrub {
+            inner,
+            options,
+            started: Instant::now(),
+            report: ScrubReport::default(),
+        }
+    }
+
+    /// Something is damaged that others are to know of, too.
+    fn suspect(&mut self, suspect: Suspect, path: PathBuf, why: String, unreadable: bool) {
+        self.inner.found_damaged(suspect, why.clone(), unreadable);
+        let what = match suspect {
+            Suspect::Batch(seq) => Damaged::Batch(seq),
+            Suspect::Manifest(..) => Damaged::Manifest,
+            Suspect::Point(..) => Damaged::Point,
+        };
+        self.damage(what, path, why, unreadable);
+    }
+
     fn damage(&mut self, what: Damaged, path: PathBuf, why: String, unreadable: bool) {
         tracing::error!(?what, path = %path.display(), why, "found damaged");
         self.report.damage.push(Damage {
@@ -150,17 +168,19 @@ impl Scrub<'_> {
             };
             let path = manifest::path_of(&self.inner.manifests, guest, point);
             self.report.manifests += 1;
+            let suspect = Suspect::Manifest(guest, point);
             match manifest::read(&*self.inner.disk, &path, &mut |_| {}) {
                 Ok(head) if head.header == *entry.header && head.base == entry.base => {
                     self.report.bytes += entry.bytes;
+                    self.inner.found_whole(suspect);
                 }
                 Ok(_) => {
                     let why = "it is not the manifest that was read when the store was opened";
-                    self.damage(Damaged::Manifest, path, why.into(), false);
+                    self.suspect(suspect, path, why.into(), false);
                 }
                 Err(error) => {
                     let unreadable = matches!(&error, ManifestError::File(error) if is_bad_sector(&error.source));
-                    self.damage(Damaged::Manifest, path, error.to_string(), unreadable);
+                    self.suspect(suspect, path, error.to_string(), unreadable);
                 }
             }
         }
@@ -185,6 +205,7 @@ impl Scrub<'_> {
                 bytes: self.report.bytes,
                 bytes_total: self.inner.log.bytes(),
                 damage: self.report.damage.len() as u64,
+                next: from,
             };
             if progress(&so_far).is_break() {
                 self.report.next = Some(from);
@@ -202,6 +223,7 @@ impl Scrub<'_> {
                 Ok(view) if view.header().seq == seq => {
                     self.report.batches += 1;
                     self.report.bytes += bytes.len() as u64;
+                    self.inner.found_whole(Suspect::Batch(seq));
                     return;
                 }
                 Ok(_) => ("another batch lies in its place".to_string(), false),
@@ -212,7 +234,7 @@ impl Scrub<'_> {
             Err(error) => (error.to_string(), false),
         };
         let path = self.inner.log.path_of(location.segment);
-        self.damage(Damaged::Batch(seq), path, why, unreadable);
+        self.suspect(Suspect::Batch(seq), path, why, unreadable);
     }
 
     fn keep_pace(&self) {
@@ -226,7 +248,7 @@ impl Scrub<'_> {
     }
 
     /// Which points need what is damaged, and which find less than they need.
-    fn points(&mut self) {
+    pub(super) fn points(&mut self) {
         let inner = self.inner;
         let lost: BTreeMap<u64, usize> = (0..)
             .zip(&self.report.damage)
@@ -235,7 +257,7 @@ impl Scrub<'_> {
                 _ => None,
             })
             .collect();
-        let unsound = self.unsound(&lost);
+        let unsound = inner.unsound(&lost);
         let mut before: Option<(GuestId, u64, PointMap)> = None;
         for (guest, point) in self.numbers() {
             let _writing = held(&inner.writing);
@@ -270,26 +292,30 @@ impl Scrub<'_> {
                     needed.extend(bases);
                 }
             }
+            let known = !needed.is_empty();
             for at in needed {
                 if let Some(damage) = self.report.damage.get_mut(at) {
                     damage.points.push((guest, point));
                 }
             }
             let wrong = match inner.dangling(&map) {
+                // It is told of already.
+                _ if known => None,
                 Ok(None) => None,
-                Ok(Some(place)) => {
-                    let why = format!("it needs unit {place:?}, which the log has lost");
-                    Some((path.clone(), why, false))
-                }
+                Ok(Some(place)) => Some((path.clone(), lacks(place), false)),
                 Err(LogError::File(error)) => {
                     let unreadable = is_bad_sector(&error.source);
                     Some((error.path.clone(), error.to_string(), unreadable))
                 }
                 Err(error) => Some((path.clone(), error.to_string(), false)),
             };
-            if let Some((path, why, unreadable)) = wrong {
-                self.damage(Damaged::Point, path.clone(), why, unreadable);
-                self.needs(&path, guest, point);
+            let suspect = Suspect::Point(guest, point);
+            match wrong {
+                Some((path, why, unreadable)) => {
+                    self.suspect(suspect, path.clone(), why, unreadable);
+                    self.needs(&path, guest, point);
+                }
+                None => inner.found_whole(suspect),
             }
             before = Some((guest, point, map));
         }
@@ -303,32 +329,5 @@ impl Scrub<'_> {
         {
             damage.points.push((guest, point));
         }
-    }
-
-    /// Slots of batches with differences whose base is in a damaged batch.
-    fn unsound(&self, lost: &BTreeMap<u64, usize>) -> BTreeMap<u64, BTreeMap<u8, usize>> {
-        let mut with = Vec::new();
-        if !lost.is_empty() {
-            self.inner.log.each(&mut |seq, location| {
-                if location.deltas && !lost.contains_key(&seq) {
-                    with.push(seq);
-                }
-            });
-        }
-        let mut unsound: BTreeMap<u64, BTreeMap<u8, usize>> = BTreeMap::new();
-        let mut bytes = Vec::new();
-        for seq in with {
-            let read = self.inner.each_entry(seq, &mut bytes, &mut |entry| {
-                if let Content::Delta(delta) = entry.content
-                    && let Some(&at) = lost.get(&delta.base.seq())
-                {
-                    unsound.entry(seq).or_default().insert(delta.index, at);
-                }
-            });
-            if let Err(error) = read {
-                tracing::warn!(seq, %error, "its differences were not looked at");
-            }
-        }
-        unsound
     }
 }

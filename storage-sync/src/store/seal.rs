@@ -342,7 +342,7 @@ fn write(
     {
         make_dir(&*inner.disk, dir)?;
     }
-    let base = parent.filter(|parent| parent.may_be_base());
+    let base = parent.filter(|parent| parent.may_be_base() && inner.is_sound_base(parent));
     let bytes = match base {
         None => manifest::encode(&header, 0, context, map.all_runs()),
         Some(base) => {

@@ -14,7 +14,7 @@ fn power_cuts_lose_nothing_that_was_answered() {
 #[test]
 fn errors_of_the_disk_lose_nothing_and_say_where() {
     for seed in 1..4 {
-        run::faults::run(seed, 6, 7).unwrap_or_else(|why| panic!("{why}"));
+        run::faults::run(seed, 6, 7, false).unwrap_or_else(|why| panic!("{why}"));
     }
 }
 

@@ -103,6 +103,14 @@ impl Owed {
         self.owed.merge(units);
     }
 
+    /// These units are owed, and nothing is known of what the peer holds of them.
+    pub(super) fn lost(&mut self, first: u64, count: u64) {
+        self.owed.set_run(first, count);
+        if let Some(held) = &mut self.held {
+            held.still.clear_run(first, count);
+        }
+    }
+
     /// What a round hands over: what is owed, but for what waits for the cut.
     pub(super) fn due(&self, hot: &mut Hot, volume: VolumeIndex) -> Bitmap {
         let mut due = self.owed.clone();

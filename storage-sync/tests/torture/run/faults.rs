@@ -7,10 +7,11 @@ use farhaven_storage_sync::store::Store;
 
 use super::check::{self, Wrong};
 use super::cuts::{answered, perform};
+use super::sites::Sites;
 use super::trial::{DIR, Doing, Trial, open};
 
 /// What was tried.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Faults {
     /// Calls that were made to fail.
     pub faults: u64,
@@ -18,14 +19,22 @@ pub struct Faults {
     pub told: u64,
     /// Of those told, failures after which the store went on without a restart.
     pub went_on: u64,
+    /// Is it found out where calls come from?
+    places: bool,
+    /// Where calls come from, and from where some were made to fail.
+    pub reached: Sites,
+    pub failed: Sites,
 }
 
 const KINDS: [Fault; 3] = [Fault::Io, Fault::Full, Fault::Short];
 
 /// Runs one trial over and over, and lets each of its calls fail once, in each
-/// way; every `stride`th of them.
-pub fn run(seed: u64, steps: usize, stride: usize) -> Result<Faults, String> {
-    let mut faults = Faults::default();
+/// way; every `stride`th of them. To find out from where calls come takes long.
+pub fn run(seed: u64, steps: usize, stride: usize, places: bool) -> Result<Faults, String> {
+    let mut faults = Faults {
+        places,
+        ..Faults::default()
+    };
     let calls = one(seed, steps, None, &mut faults)?;
     for nth in (1 + seed % stride as u64..=calls).step_by(stride) {
         for kind in KINDS {
@@ -45,8 +54,15 @@ fn one(
 ) -> Result<u64, String> {
     let disk = SimulatedDisk::new();
     let mut trial = Trial::new(seed);
-    if let Some((nth, kind)) = fault {
-        disk.fail(nth, kind);
+    match fault {
+        Some((nth, kind)) => {
+            disk.fail(nth, kind);
+            if faults.places {
+                faults.failed.watch(&disk, true);
+            }
+        }
+        None if faults.places => faults.reached.watch(&disk, false),
+        None => {}
     }
     let mut run = Run {
         disk: &disk,
@@ -61,6 +77,7 @@ fn one(
             return Ok(disk.calls()); // No call of that kind can fail so.
         }
         trial.step(&mut store, &mut |trial, store| run.perform(trial, store))?;
+        run.name(&mut store, &trial)?;
         run.read(&store, &trial)?;
         if step % 5 == 4 {
             drop(store);
@@ -149,6 +166,26 @@ impl Run<'_> {
         }
         answered(trial);
         Ok(())
+    }
+
+    /// The newest point of a guest gets a name, and loses it.
+    fn name(&mut self, store: &mut Store, trial: &Trial) -> Result<(), String> {
+        // Hints are made beside everything else; what goes wrong costs bandwidth.
+        store.hint_with(&trial.key);
+        while store.fill_hints() {}
+        let Some((guest, point)) = trial.expect.guests.iter().find_map(|guest| {
+            let newest = store.newest(guest.id)?;
+            Some((guest.id, newest.point))
+        }) else {
+            return Ok(());
+        };
+        loop {
+            let named = store.keep_point(guest, point, "before upgrade");
+            match named.and_then(|()| store.release_point(guest, point)) {
+                Ok(()) => return Ok(()),
+                Err(error) => self.told(&chain(&error))?,
+            }
+        }
     }
 
     /// What a power cut or a kill leaves right behind the fault.

@@ -7,4 +7,5 @@ pub mod faults;
 pub mod flips;
 pub mod races;
 pub mod rows;
+pub mod sites;
 pub mod trial;
