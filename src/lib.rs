@@ -75,6 +75,8 @@ pub mod capture;
 pub mod cli;
 pub mod client;
 pub mod demo;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod guest;
 pub mod replicate;
 pub mod runbook;

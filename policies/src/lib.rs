@@ -11,6 +11,8 @@ pub mod bandwidth;
 pub mod decide;
 pub mod evacuate;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod keep;
 pub mod load;
 mod mistake;

@@ -17,6 +17,13 @@ use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::SiteKey;
 use serde::{Deserialize, Serialize};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use file::fuzzing;
+use file::read_file;
+pub(crate) use file::written;
+
+mod file;
+
 /// Who may run a group since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Term {
@@ -308,11 +315,12 @@ impl Fence {
             doing: "written",
             source: io::Error::other(e),
         })?;
-        let text = format!("{body}\n{}\n", blake3::hash(body.as_bytes()).to_hex());
-        crate::site::files::replace(path, text.as_bytes()).map_err(|source| FenceError::Io {
-            path: path.to_owned(),
-            doing: "written",
-            source,
+        crate::site::files::replace(path, written(&body).as_bytes()).map_err(|source| {
+            FenceError::Io {
+                path: path.to_owned(),
+                doing: "written",
+                source,
+            }
         })
     }
 }
@@ -346,31 +354,6 @@ fn read(path: &Path) -> Result<Term, FenceError> {
         });
     }
     Ok(term)
-}
-
-/// A checksummed file of at most so many bytes.
-fn read_file<T: serde::de::DeserializeOwned>(path: &Path, longest: u64) -> Result<T, FenceError> {
-    let text = fs::read(path).map_err(|source| FenceError::Io {
-        path: path.to_owned(),
-        doing: "read",
-        source,
-    })?;
-    let damaged = |why: &str| FenceError::Damaged {
-        path: path.to_owned(),
-        why: why.to_owned(),
-    };
-    if text.len() as u64 > longest {
-        return Err(damaged("too long"));
-    }
-    let text = String::from_utf8(text).map_err(|_| damaged("not text"))?;
-    let (body, sum) = text
-        .trim_end()
-        .split_once('\n')
-        .ok_or_else(|| damaged("no checksum"))?;
-    if blake3::hash(body.as_bytes()).to_hex().as_str() != sum {
-        return Err(damaged("its checksum differs"));
-    }
-    serde_json::from_str(body).map_err(|e| damaged(&e.to_string()))
 }
 
 #[cfg(test)]

@@ -9,6 +9,8 @@
 //! Holes travel as holes, and `base:allocation` tells them ahead, so that
 //! neither unwritten space nor zeros are copied.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod handshake;
 pub mod pieces;
 pub mod serve;
@@ -98,6 +100,23 @@ pub(crate) struct Export {
 pub(crate) struct Exports(RwLock<BTreeMap<String, Arc<Export>>>);
 
 impl Exports {
+    fn add(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<(), NbdError> {
+        if name.is_empty() || name.len() > wire::LONGEST_NAME {
+            return Err(NbdError::Name(name.len()));
+        }
+        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if exports.contains_key(name) {
+            return Err(NbdError::Exists(name.to_owned()));
+        }
+        let export = Export {
+            size: source.size(),
+            source: RwLock::new(source),
+            removed: watch::Sender::new(false),
+        };
+        exports.insert(name.to_owned(), Arc::new(export));
+        Ok(())
+    }
+
     fn find(&self, name: &str) -> Option<Arc<Export>> {
         self.0
             .read()
@@ -160,24 +179,7 @@ impl NbdServer {
     /// # Errors
     /// [`NbdError::Exists`] and [`NbdError::Name`].
     pub fn export(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<(), NbdError> {
-        if name.is_empty() || name.len() > wire::LONGEST_NAME {
-            return Err(NbdError::Name(name.len()));
-        }
-        let mut exports = self
-            .exports
-            .0
-            .write()
-            .unwrap_or_else(PoisonError::into_inner);
-        if exports.contains_key(name) {
-            return Err(NbdError::Exists(name.to_owned()));
-        }
-        let export = Export {
-            size: source.size(),
-            source: RwLock::new(source),
-            removed: watch::Sender::new(false),
-        };
-        exports.insert(name.to_owned(), Arc::new(export));
-        Ok(())
+        self.exports.add(name, source)
     }
 
     /// Puts another source of the same size in place of an export's. Requests

@@ -117,8 +117,8 @@ impl Definition {
     /// its builder makes of [`embedded::Definition::config`] the builder checks.
     pub fn unsound(&self) -> Option<&'static str> {
         match self {
-            // Checked where it becomes a command line.
-            Self::Qemu(_) => None,
+            // The rest is checked where it becomes a command line.
+            Self::Qemu(definition) => definition.unsound(),
             Self::Embedded(definition) => definition.unsound(),
         }
     }

@@ -51,7 +51,7 @@ pub const RETIRE_BATCHES: usize = 64 * 1024;
 pub const MOST_POINTS: usize = 3000;
 
 /// Far more than any message nests; CBOR could nest a million.
-pub(super) const LEVELS: usize = 64;
+pub(crate) const LEVELS: usize = 64;
 
 /// What a source tells of the guest it wants to send.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -227,7 +227,12 @@ impl PointContext {
     pub fn of(replica: &Replica) -> Result<Self, String> {
         let context: Self =
             ciborium::de::from_reader_with_recursion_limit(replica.context(), LEVELS)
-                .map_err(|e: ciborium::de::Error<std::io::Error>| e.to_string())?;
+                // Its hash is right, so these are no damaged bytes.
+                .map_err(|e: ciborium::de::Error<std::io::Error>| {
+                    format!(
+                        "{e}; a newer version sealed it: upgrade this site, or use another point"
+                    )
+                })?;
         if let Some(why) = context.definition.unsound() {
             return Err(why.to_owned());
         }

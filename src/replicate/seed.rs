@@ -7,6 +7,8 @@
 //! docs/decisions/0008-seeding.md.
 
 mod cipher;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod read;
 mod shipment;
 mod write;

@@ -347,6 +347,27 @@ fn read_lines(file: &File, path: &Path) -> Result<Whole, RecordError> {
     Ok(whole)
 }
 
+/// A line of an audit record, as a fuzz target: as it is, and with a right checksum.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzzing(bytes: &[u8]) {
+    let before = first_chain();
+    let chain = next_chain(&before, bytes);
+    let right = [
+        bytes,
+        CHAIN.0.as_bytes(),
+        chain.to_hex().as_bytes(),
+        CHAIN.1.as_bytes(),
+    ]
+    .concat();
+    let _ = record_of(bytes, &before);
+    if let Ok((record, _)) = record_of(&right, &before) {
+        let written = line_of(&record, &before).map(|(line, _)| line);
+        let mut line = written.expect("what was read can be written");
+        line.pop();
+        assert!(record_of(&line, &before).is_ok_and(|(again, _)| again.number == record.number));
+    }
+}
+
 fn record_of(line: &[u8], before: &blake3::Hash) -> Result<(Record, blake3::Hash), String> {
     let cut = line.len().checked_sub(TAIL).ok_or("is too short")?;
     let (body, tail) = line.split_at(cut);

@@ -48,6 +48,12 @@ mod turn;
 /// How long requests under way may take to their end when the daemon stops.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// The file of tokens, as a fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(bytes: &[u8]) {
+    tokens::fuzzing(bytes);
+}
+
 /// Longest request body.
 const LONGEST_BODY: usize = 64 * 1024;
 

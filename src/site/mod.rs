@@ -10,6 +10,8 @@ pub mod api;
 pub mod evacuate;
 pub mod events;
 pub mod files;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 pub mod groups;
 pub mod health;
 pub mod hosted;

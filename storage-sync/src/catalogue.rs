@@ -7,6 +7,8 @@
 //! journal itself is damaged sled's rows are taken. This
 //! is the only file that names sled.
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod journal;
 
 use std::collections::BTreeMap;

@@ -1,5 +1,6 @@
 //! Files and directories as the store wants them: private, and durable when it says so.
 
+use std::borrow::Cow;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -28,10 +29,31 @@ impl FileError {
         }
     }
 
+    /// A file that only a newer version can read.
+    pub(crate) fn newer(path: &Path, what: String) -> FileError {
+        FileError::at("read", path)(newer(what))
+    }
+
+    /// Did a newer version write it? Then nothing of it was changed here.
+    pub fn is_newer(&self) -> bool {
+        let inner = self.source.get_ref();
+        inner.is_some_and(|inner| inner.is::<NewerVersion>())
+    }
+
     /// Is there no room left, on the disk or in the quota?
     pub fn is_full(&self) -> bool {
         is_full(&self.source)
     }
+}
+
+/// What only a newer version can read: nobody here may guess at it, or cut it off.
+#[derive(Debug, thiserror::Error)]
+#[error("it was written by a newer version of Farhaven ({0})")]
+struct NewerVersion(String);
+
+/// The error of reading what a newer version wrote.
+pub(crate) fn newer(what: String) -> io::Error {
+    io::Error::new(io::ErrorKind::Unsupported, NewerVersion(what))
 }
 
 fn is_full(error: &io::Error) -> bool {
@@ -41,8 +63,14 @@ fn is_full(error: &io::Error) -> bool {
     )
 }
 
-fn advice(error: &io::Error) -> &'static str {
-    match error.kind() {
+fn advice(error: &io::Error) -> Cow<'static, str> {
+    if let Some(newer) = error
+        .get_ref()
+        .and_then(|e| e.downcast_ref::<NewerVersion>())
+    {
+        return format!(": {newer}; upgrade this site, nothing was changed").into();
+    }
+    Cow::Borrowed(match error.kind() {
         _ if is_full(error) => {
             ": that file system is full; free space there, what is sealed is safe"
         }
@@ -50,7 +78,7 @@ fn advice(error: &io::Error) -> &'static str {
         io::ErrorKind::PermissionDenied => ": not permitted; give this user the directory",
         io::ErrorKind::NotFound => ": it does not exist",
         _ => "; check the disk and the kernel's log",
-    }
+    })
 }
 
 /// Makes the directory and its parents, durably, for this user only.

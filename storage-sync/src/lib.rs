@@ -11,6 +11,8 @@ pub mod digest;
 pub mod disk;
 mod files;
 pub mod floor;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod limits;
 mod log;
 mod manifest;

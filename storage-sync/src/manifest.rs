@@ -275,6 +275,14 @@ pub(crate) fn decode(
     Ok(head)
 }
 
+/// Is a manifest, of whatever version, as it was written? Every version ends with a hash
+/// over all that is before.
+pub(crate) fn is_whole(disk: &dyn Disk, path: &Path) -> bool {
+    let bytes = read_front(disk, path, u64::MAX).unwrap_or_default();
+    let parts = bytes.split_last_chunk::<32>();
+    parts.is_some_and(|(told, hash)| blake3::hash(told).as_bytes() == hash)
+}
+
 /// Reads header and context of the manifest at `path`.
 pub(crate) fn read_head(disk: &dyn Disk, path: &Path) -> Result<Head, ManifestError> {
     // Usually a few KiB; read on only when the header says so.

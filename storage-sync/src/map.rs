@@ -41,6 +41,29 @@ impl Run {
         adjacent && consecutive
     }
 
+    /// The same in parts of at most `most` units; zeros, which take no memory, in one.
+    pub(crate) fn parts(self, most: u64) -> impl Iterator<Item = Run> {
+        let most = match self.place {
+            Place::ZERO => u64::MAX,
+            _ => most.max(1),
+        };
+        let mut done = 0;
+        std::iter::from_fn(move || {
+            let count = (self.count - done).min(most);
+            let part = Run {
+                unit: self.unit + done,
+                count,
+                place: match self.place {
+                    Place::ZERO => Place::ZERO,
+                    place => Place(place.0 + done),
+                },
+                ..self
+            };
+            done += count;
+            (count > 0).then_some(part)
+        })
+    }
+
     /// The batches that hold this run: none for zeros.
     pub(crate) fn seqs(&self) -> std::ops::RangeInclusive<u64> {
         match self.place {

@@ -146,3 +146,58 @@ proptest! {
         prop_assert!(decode_copy(Bytes::from(bytes)).is_err());
     }
 }
+
+/// A file of `tests/golden/`; made anew with `FARHAVEN_GOLDEN=write`, for a change of
+/// version that is meant.
+fn golden(name: &str, now: &[u8]) -> Vec<u8> {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("tests/golden")
+        .join(name);
+    if std::env::var_os("FARHAVEN_GOLDEN").is_some() {
+        std::fs::create_dir_all(path.parent().expect("a directory")).expect("a directory");
+        std::fs::write(&path, now).expect("a file");
+    }
+    std::fs::read(path).expect("the golden file")
+}
+
+#[test]
+fn the_frames_of_version_1_are_pinned() {
+    let frames = crate::fuzzing::every_frame();
+    let now: Vec<u8> = frames.iter().flat_map(|frame| frame.encode()).collect();
+    let kept = golden("frames-1.bin", &now);
+    assert!(
+        kept == now,
+        "this version says other bytes than the golden file has"
+    );
+    let mut rest = Bytes::from(kept);
+    for frame in frames {
+        let header = Header::decode(*rest.first_chunk().expect("a header")).expect("valid");
+        let whole = rest.split_to(HEADER_BYTES + header.body_bytes());
+        assert_eq!(decode(&whole), Ok(frame));
+    }
+    assert!(rest.is_empty());
+}
+
+#[test]
+fn an_invitation_of_version_1_is_pinned() {
+    use crate::peer::{Invitation, SiteKey};
+    let invitation = Invitation {
+        introduction: Introduction::new("west", vec!["dr.example.org:7443".to_owned()])
+            .expect("valid"),
+        key: SiteKey::from_bytes([7; 32]),
+        secret: [9; 32],
+        expires_unix: 1_800_000_000,
+    };
+    let now = invitation.to_string();
+    let kept = golden("invitation-1.txt", now.as_bytes());
+    let kept = String::from_utf8(kept).expect("text");
+    assert_eq!(kept, now);
+    assert_eq!(kept.parse(), Ok(invitation));
+    // The next version's begins otherwise, and is told apart.
+    let next = kept.replacen("fh1-", "fh2-", 1).parse::<Invitation>();
+    let why = next.expect_err("another version").to_string();
+    assert!(
+        why.contains("another version") && why.contains("upgrade"),
+        "{why}"
+    );
+}

@@ -11,6 +11,8 @@
 pub mod emulate;
 mod fields;
 pub mod frame;
+#[cfg(any(test, feature = "fuzzing"))]
+pub mod fuzzing;
 pub mod limits;
 pub mod link;
 pub mod pace;

@@ -302,6 +302,28 @@ impl Order {
     }
 }
 
+impl Saved {
+    /// From bytes of a peer.
+    fn read(bytes: &[u8]) -> Result<Self, VmmError> {
+        let refused = |why: String| VmmError::State(format!("the devices' part: {why}"));
+        let saved: Self =
+            ciborium::from_reader(bytes).map_err(|error| refused(error.to_string()))?;
+        if saved.version != VERSION {
+            return Err(refused(format!(
+                "it is of version {}, and this Farhaven reads version {VERSION}",
+                saved.version
+            )));
+        }
+        Ok(saved)
+    }
+}
+
+/// The devices' part alone.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(bytes: &[u8]) {
+    let _ = Saved::read(bytes);
+}
+
 impl DeviceState for Board {
     fn save(&mut self) -> Result<Vec<u8>, VmmError> {
         let devices = self.lock();
@@ -330,14 +352,7 @@ impl DeviceState for Board {
 
     fn restore(&mut self, bytes: &[u8]) -> Result<(), VmmError> {
         let refused = |why: String| VmmError::State(format!("the devices' part: {why}"));
-        let saved: Saved =
-            ciborium::from_reader(bytes).map_err(|error| refused(error.to_string()))?;
-        if saved.version != VERSION {
-            return Err(refused(format!(
-                "it is of version {}, and this Farhaven reads version {VERSION}",
-                saved.version
-            )));
-        }
+        let saved = Saved::read(bytes)?;
         let [
             low,
             high,

@@ -28,6 +28,8 @@ pub mod state;
 mod board;
 mod chips;
 mod features;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 mod place;
 mod throttle;
 mod vcpu;

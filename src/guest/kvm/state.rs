@@ -227,3 +227,30 @@ impl State {
         Ok(())
     }
 }
+
+/// A state of one vCPU, with the kernel's interrupt chips or without.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn a_state(chips: bool) -> Vec<u8> {
+    let vcpu = VcpuState {
+        cpuid: vec![Exact::default()],
+        tsc_khz: Some(2_000_000),
+        regs: Exact::default(),
+        sregs: Exact::default(),
+        fpu: Some(Fpu::from(kvm_fpu::default())),
+        xsave: Vec::new(),
+        xcrs: None,
+        msrs: vec![(0x10, 7)],
+        lapic: chips.then(Exact::default),
+        events: Exact::default(),
+        debug: Exact::default(),
+        mp_state: Exact::default(),
+    };
+    let state = State {
+        vcpus: vec![vcpu],
+        chips: vec![Exact::default(); if chips { 3 } else { 0 }],
+        pit: None,
+        clock: None,
+        devices: vec![0xa0],
+    };
+    state.encode().expect("plain data has a CBOR form")
+}

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::facts::{Facts, FactsError};
-use super::options::Argument;
+use super::options::{Argument, is_workable};
 use super::qmp::Qmp;
 use super::template::Reading;
 
@@ -205,6 +205,19 @@ impl Definition {
 }
 
 impl Definition {
+    /// What no honest peer tells, and what it would take endless time or memory to work with.
+    pub(in crate::guest) fn unsound(&self) -> Option<&'static str> {
+        const MOST_PARTS: usize = 1024;
+        let parts = [self.ram.len(), self.disks.len(), self.nets.len()];
+        if parts.iter().any(|count| *count > MOST_PARTS) || self.arguments.len() > 1 << 16 {
+            return Some("the guest has too many blocks of memory, disks, networks or options");
+        }
+        let nets = self.nets.iter().map(|net| net.value.as_str());
+        let texts = self.arguments.iter().map(Argument::text).chain(nets);
+        (!texts.into_iter().all(is_workable))
+            .then_some("an option of the guest's command line has absurdly many keys")
+    }
+
     /// What it is, for people: a line each.
     pub fn summary(&self) -> Vec<String> {
         let (major, minor, micro) = self.qemu;

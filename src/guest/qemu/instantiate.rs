@@ -243,6 +243,7 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
         node["backing"] = below;
     }
     if disk.option == "blockdev" {
+        let mut cache = serde_json::Map::new();
         for (key, value) in &disk.keep {
             let value = match value.as_str() {
                 "on" if key.starts_with("cache.") => json!(true),
@@ -250,9 +251,13 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
                 text => json!(text),
             };
             match key.strip_prefix("cache.") {
-                Some(part) => node["cache"][part] = value,
+                Some(part) => drop(cache.insert(part.to_owned(), value)),
                 None => node[key] = value,
             }
+        }
+        // Put in whole: a peer may have told a `cache` that is a text.
+        if !cache.is_empty() {
+            node["cache"] = cache.into();
         }
         return Ok(Argument::new("blockdev", node.to_string()));
     }
@@ -266,4 +271,51 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
         .iter()
         .for_each(|(key, value)| keys.set(key, value));
     Ok(Argument::new("drive", keys.text("")))
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests {
+    use super::*;
+
+    fn disk(keep: &[(&str, &str)]) -> Disk {
+        let keep = keep
+            .iter()
+            .map(|(key, value)| (key.to_string(), value.to_string()));
+        Disk {
+            name: "root".to_owned(),
+            node: "root".to_owned(),
+            bytes: 1 << 30,
+            format: "qcow2".to_owned(),
+            path: None,
+            option: "blockdev".to_owned(),
+            keep: keep.collect(),
+        }
+    }
+
+    /// A peer tells what is kept of a disk's option: it may be any nonsense.
+    #[test]
+    fn caching_is_told_as_a_whole_whatever_a_peer_says_of_it() {
+        let place = DiskPlacement {
+            overlay: "/run/root.qcow2".into(),
+            backing: Backing::Nothing,
+        };
+        let placement = Placement {
+            disks: [("root".to_owned(), place)].into(),
+            ..Placement::default()
+        };
+        for keep in [
+            &[("cache.direct", "on"), ("node-name", "root")][..],
+            &[
+                ("cache", "a text"),
+                ("cache.direct", "on"),
+                ("node-name", "root"),
+            ],
+        ] {
+            let placed = place_disk(&disk(keep), &placement).unwrap();
+            let node: Value = serde_json::from_str(placed.text()).unwrap();
+            assert_eq!(node["cache"], json!({"direct": true}));
+            assert_eq!(node["node-name"], "root");
+        }
+    }
 }

@@ -32,6 +32,8 @@ pub mod definition;
 mod disk;
 pub mod facts;
 mod fleece;
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) mod fuzzing;
 pub mod instantiate;
 mod isolate;
 mod lost;

@@ -9,6 +9,13 @@ use serde::{Deserialize, Serialize};
 /// Longest command line taken; Linux itself ends at 2 MiB by default.
 pub const MAX_COMMAND_LINE: usize = 4 << 20;
 
+/// Most keys of one option that are taken apart. QEMU's own have some dozen.
+const MOST_KEYS: usize = 4096;
+
+/// Most bytes that the keys of one option take, flattened: in JSON each carries the names
+/// of all that it is in.
+pub(super) const MOST_FLAT: usize = 1 << 20;
+
 /// Options without a value. Every other option takes one.
 const FLAGS: &[&str] = &[
     "S",
@@ -83,6 +90,11 @@ impl Argument {
     }
 }
 
+/// Can this value of an option be taken apart, or has it more keys than any honest one?
+pub(super) fn is_workable(text: &str) -> bool {
+    text.is_empty() || text == "{}" || !Keys::parse(text, "").pairs.is_empty()
+}
+
 /// Splits the bytes of `/proc/PID/cmdline` (arguments ended by NUL).
 pub fn split_command_line(bytes: &[u8]) -> Vec<String> {
     let bytes = bytes.strip_suffix(b"\0").unwrap_or(bytes);
@@ -136,17 +148,24 @@ pub struct Keys {
 
 impl Keys {
     /// Takes a value apart. A first word without `=` is the value of `implied`;
-    /// later ones are switches: `on`, or `off` after a leading `no`.
+    /// later ones are switches: `on`, or `off` after a leading `no`. One of
+    /// absurdly many keys has none: see [`is_workable`].
     pub fn parse(text: &str, implied: &str) -> Self {
         if text.starts_with('{')
             && let Ok(json) = serde_json::from_str::<serde_json::Value>(text)
         {
-            let mut pairs = Vec::new();
-            flatten("", &json, &mut pairs);
-            return Keys {
-                pairs,
-                json: Some(json),
+            let mut flat = Flat::default();
+            flat.add("", &json);
+            return match flat.within_limits() {
+                true => Keys {
+                    pairs: flat.pairs,
+                    json: Some(json),
+                },
+                false => Keys::default(),
             };
+        }
+        if text.bytes().filter(|byte| *byte == b',').count() >= MOST_KEYS {
+            return Keys::default();
         }
         let words = split_commas(text);
         let pair = |(at, word): (usize, String)| match word.split_once('=') {
@@ -248,29 +267,52 @@ fn split_commas(text: &str) -> Vec<String> {
     words
 }
 
-fn flatten(prefix: &str, json: &serde_json::Value, pairs: &mut Vec<(String, String)>) {
-    use serde_json::Value;
-    let name = |key: &str| {
-        if prefix.is_empty() {
-            key.to_owned()
-        } else {
-            format!("{prefix}.{key}")
-        }
-    };
-    match json {
-        Value::Object(map) => map
-            .iter()
-            .for_each(|(key, value)| flatten(&name(key), value, pairs)),
-        Value::Array(list) => {
-            list.iter()
-                .enumerate()
-                .for_each(|(at, value)| flatten(&name(&at.to_string()), value, pairs));
-        }
-        Value::Bool(on) => {
-            pairs.push((prefix.to_owned(), if *on { "on" } else { "off" }.to_owned()))
-        }
-        Value::String(text) => pairs.push((prefix.to_owned(), text.clone())),
-        other => pairs.push((prefix.to_owned(), other.to_string())),
+/// JSON as QEMU's dotted names.
+#[derive(Default)]
+struct Flat {
+    pairs: Vec<(String, String)>,
+    /// Of all names that were made, and of all values.
+    bytes: usize,
+}
+
+impl Flat {
+    fn within_limits(&self) -> bool {
+        self.pairs.len() <= MOST_KEYS && self.bytes <= MOST_FLAT
+    }
+
+    fn add(&mut self, prefix: &str, json: &serde_json::Value) {
+        use serde_json::Value;
+        let name = |key: &str| match prefix.is_empty() {
+            true => key.to_owned(),
+            false => format!("{prefix}.{key}"),
+        };
+        let value = match json {
+            // Long names of many parts, also empty ones: the product may be any size, so none
+            // is made beyond the limits.
+            Value::Object(map) => {
+                for (key, value) in map {
+                    self.bytes += prefix.len() + key.len();
+                    if self.within_limits() {
+                        self.add(&name(key), value);
+                    }
+                }
+                return;
+            }
+            Value::Array(list) => {
+                for (at, value) in list.iter().enumerate() {
+                    self.bytes += prefix.len() + 1;
+                    if self.within_limits() {
+                        self.add(&name(&at.to_string()), value);
+                    }
+                }
+                return;
+            }
+            Value::Bool(on) => if *on { "on" } else { "off" }.to_owned(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        self.bytes += value.len();
+        self.pairs.push((prefix.to_owned(), value));
     }
 }
 
@@ -353,6 +395,22 @@ mod tests {
             Some("/y\"z")
         );
         assert!(text.starts_with('{'));
+    }
+
+    /// A megabyte of JSON from a peer, which would flatten to gigabytes.
+    #[test]
+    fn absurdly_many_keys_are_none() {
+        let long = "k".repeat(500_000);
+        let wide = format!("{{\"{long}\":[{}]}}", vec!["0"; 200_000].join(","));
+        let empty = format!("{{\"{long}\":[{}]}}", vec!["[]"; 200_000].join(","));
+        let many = "a={qmp},".repeat(100_000);
+        for text in [wide, empty, many] {
+            assert!(!is_workable(&text));
+            assert_eq!(Keys::parse(&text, ""), Keys::default());
+        }
+        for text in ["", "a", "{\"a\":{\"b\":[1,true]}}", "a=b,c,noc=d"] {
+            assert!(is_workable(text), "{text}");
+        }
     }
 
     proptest! {

@@ -15,8 +15,13 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-/// Longest reply line taken. `qom-list` and `query-qmp-schema` of QEMU 10 stay under 1 MiB.
-const MAX_LINE: u64 = 16 << 20;
+/// Longest reply line taken. `qom-list` and `query-qmp-schema` of QEMU 10 stay under 1 MiB;
+/// parsed, a line may take sixteen times its length.
+const MAX_LINE: u64 = 4 << 20;
+
+/// Most events that are kept, and most bytes of their lines.
+const EVENTS: usize = 1024;
+const EVENT_BYTES: usize = 1 << 20;
 
 /// What can go wrong on a QMP socket.
 #[derive(Debug, thiserror::Error)]
@@ -145,8 +150,7 @@ impl Qmp {
     /// Takes the oldest kept event of that name, without waiting.
     pub fn take_event(&mut self, name: &str) -> Option<Value> {
         let mut connection = self.connection();
-        let at = connection.events.iter().position(|e| e["event"] == name)?;
-        connection.events.remove(at)
+        connection.take_event(|event| event["event"] == name)
     }
 
     /// Waits for an event of that name whose `data` satisfies `wanted`.
@@ -170,11 +174,19 @@ impl Qmp {
     }
 }
 
+/// An event that nobody has asked for yet.
+struct Kept {
+    event: Value,
+    /// Of its line.
+    bytes: usize,
+}
+
 struct Connection {
     path: PathBuf,
     stream: UnixStream,
     reader: BufReader<UnixStream>,
-    events: VecDeque<Value>,
+    events: VecDeque<Kept>,
+    event_bytes: usize,
     timeout: Duration,
     version: (u64, u64, u64),
     commands: u64,
@@ -188,12 +200,21 @@ impl Connection {
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
-        let reader = BufReader::new(stream.try_clone().map_err(failed)?);
+        Self::over(stream, path, timeout)
+    }
+
+    /// Negotiates over a connected socket.
+    fn over(stream: UnixStream, path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+        let reader = stream.try_clone().map_err(|source| QmpError::Connect {
+            path: path.to_owned(),
+            source,
+        })?;
         let mut qmp = Self {
             path: path.to_owned(),
             stream,
-            reader,
+            reader: BufReader::new(reader),
             events: VecDeque::new(),
+            event_bytes: 0,
             timeout,
             version: (0, 0, 0),
             commands: 0,
@@ -204,7 +225,7 @@ impl Connection {
                     path: path.to_owned(),
                 });
             }
-            other => other?,
+            other => other?.0,
         };
         let version = &greeting["QMP"]["version"]["qemu"];
         let part = |name: &str| version[name].as_u64();
@@ -228,9 +249,9 @@ impl Connection {
         }
         let deadline = Instant::now() + self.timeout;
         loop {
-            let mut reply = self.line(command, deadline)?;
+            let (mut reply, bytes) = self.line(command, deadline)?;
             if reply.get("event").is_some() {
-                self.keep(reply);
+                self.keep(reply, bytes);
             } else if reply
                 .get("id")
                 .and_then(Value::as_u64)
@@ -258,33 +279,40 @@ impl Connection {
         timeout: Duration,
         wanted: impl Fn(&Value) -> bool,
     ) -> Result<Value, QmpError> {
-        if let Some(at) = self
-            .events
-            .iter()
-            .position(|e| e["event"] == name && wanted(&e["data"]))
-        {
-            return Ok(self.events.remove(at).unwrap_or_default());
+        if let Some(event) = self.take_event(|e| e["event"] == name && wanted(&e["data"])) {
+            return Ok(event);
         }
         let deadline = Instant::now() + timeout;
         loop {
-            let line = self.line(name, deadline)?;
+            let (line, bytes) = self.line(name, deadline)?;
             if line["event"] == name && wanted(&line["data"]) {
                 return Ok(line);
             }
-            self.keep(line);
+            self.keep(line, bytes);
         }
     }
 
     /// A guest that raises events endlessly must not grow us: the oldest go.
-    fn keep(&mut self, event: Value) {
-        const KEPT: usize = 1024;
-        if self.events.len() == KEPT {
-            self.events.pop_front();
+    fn keep(&mut self, event: Value, bytes: usize) {
+        self.events.push_back(Kept { event, bytes });
+        self.event_bytes += bytes;
+        while self.events.len() > EVENTS || self.event_bytes > EVENT_BYTES {
+            let Some(oldest) = self.events.pop_front() else {
+                break;
+            };
+            self.event_bytes -= oldest.bytes;
         }
-        self.events.push_back(event);
     }
 
-    fn line(&mut self, command: &str, deadline: Instant) -> Result<Value, QmpError> {
+    fn take_event(&mut self, wanted: impl Fn(&Value) -> bool) -> Option<Value> {
+        let at = self.events.iter().position(|kept| wanted(&kept.event))?;
+        let taken = self.events.remove(at)?;
+        self.event_bytes -= taken.bytes;
+        Some(taken.event)
+    }
+
+    /// The next line, and how long it was.
+    fn line(&mut self, command: &str, deadline: Instant) -> Result<(Value, usize), QmpError> {
         let mut line = Vec::new();
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -300,7 +328,7 @@ impl Connection {
                 .map_err(|e| self.io(command, &e))?;
             let allowed = MAX_LINE.saturating_sub(line.len() as u64);
             if allowed == 0 {
-                return Err(self.protocol("a line is longer than 16 MiB"));
+                return Err(self.protocol("a line is longer than 4 MiB"));
             }
             let mut limited = std::io::Read::take(&mut self.reader, allowed);
             match limited.read_until(b'\n', &mut line) {
@@ -315,7 +343,9 @@ impl Connection {
                 Err(e) => return Err(self.io(command, &e)),
             }
         }
-        serde_json::from_slice(&line).map_err(|e| self.protocol(&format!("not JSON: {e}")))
+        let value = serde_json::from_slice(&line);
+        let value = value.map_err(|e| self.protocol(&format!("not JSON: {e}")))?;
+        Ok((value, line.len()))
     }
 
     fn io(&self, command: &str, error: &std::io::Error) -> QmpError {
@@ -342,6 +372,20 @@ impl Connection {
             why: why.to_owned(),
         }
     }
+}
+
+/// A conversation over a socket on which all has been said.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(stream: UnixStream, timeout: Duration) {
+    let Ok(mut connection) = Connection::over(stream, Path::new("qmp.sock"), timeout) else {
+        return;
+    };
+    for _ in 0..4 {
+        let _ = connection.execute("query-status", &json!({}));
+        assert!(connection.events.len() <= EVENTS && connection.event_bytes <= EVENT_BYTES);
+    }
+    let _ = connection.take_event(|event| event["event"] == "STOP");
+    let _ = connection.wait_event("MIGRATION", timeout, |data| data["status"] == "failed");
 }
 
 #[cfg(test)]

@@ -216,6 +216,10 @@ fn a_busy_an_absent_and_a_slow_qemu_differ() {
 fn an_endless_line_and_endless_events_stay_bounded() {
     let (_fake, mut qmp) = Fake::greeted(|mut stream| {
         let _ = hear(&mut stream);
+        let long = json!({"event": "LONG", "data": "y".repeat(100_000)}).to_string();
+        for _ in 0..40 {
+            say(&mut stream, &long);
+        }
         for _ in 0..3000 {
             say(&mut stream, r#"{"event": "NOISE", "data": {}}"#);
         }
@@ -229,5 +233,8 @@ fn an_endless_line_and_endless_events_stay_bounded() {
     qmp.connection().timeout = Duration::from_secs(20);
     let error = qmp.execute("stop", json!({})).expect_err("too long");
     assert!(matches!(error, QmpError::Protocol { .. }), "{error}");
-    assert!(qmp.connection().events.len() <= 1024);
+    let connection = qmp.connection();
+    let kept: usize = connection.events.iter().map(|kept| kept.bytes).sum();
+    assert_eq!(kept, connection.event_bytes);
+    assert!(connection.events.len() <= EVENTS && kept <= EVENT_BYTES);
 }

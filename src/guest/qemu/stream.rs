@@ -62,7 +62,7 @@ impl Inlet {
         let deadline = Instant::now() + timeout;
         // QEMU connects at once or not at all, and the guest stands still meanwhile.
         let connected_by = Instant::now() + timeout.min(CONNECT);
-        let mut stream = loop {
+        let stream = loop {
             match self.listener.accept() {
                 Ok((stream, _)) => break stream,
                 Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
@@ -78,6 +78,22 @@ impl Inlet {
             }
         };
         stream.set_nonblocking(false).map_err(failed)?;
+        Taken::off(stream, limit, timeout, deadline)
+    }
+}
+
+impl Taken {
+    /// Reads a stream to its end and has QEMU take the guest back.
+    fn off(
+        mut stream: UnixStream,
+        limit: usize,
+        timeout: Duration,
+        deadline: Instant,
+    ) -> Result<Self, GuestError> {
+        let failed = |source| GuestError::Io {
+            what: "taking the guest's device state".to_owned(),
+            source,
+        };
         let mut data: Vec<u8> = Vec::with_capacity(1 << 20);
         let mut piece = vec![0; 256 << 10];
         while !is_complete(&data) {
@@ -106,7 +122,7 @@ impl Inlet {
             data.extend_from_slice(&piece[..count]);
         }
         stream.write_all(&SHUT_WITH_ERROR).map_err(failed)?;
-        Ok(Taken { data, stream })
+        Ok(Self { data, stream })
     }
 }
 
@@ -181,6 +197,31 @@ fn is_complete(data: &[u8]) -> bool {
         }
     }
     false
+}
+
+/// The end of a stream, and now and then a whole one off a socket.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(
+    bytes: &[u8],
+    said: impl Fn() -> Option<(UnixStream, UnixStream)>,
+    timeout: Duration,
+) {
+    const LIMIT: usize = 2048;
+    let complete = is_complete(bytes);
+    if complete {
+        assert!(bytes.starts_with(b"QEVM") && bytes.ends_with(b"}"));
+    }
+    // A socket costs a hundred times as much as a look at the bytes.
+    if !(complete || bytes.len() % 16 == 3) {
+        return;
+    }
+    if let Some((ours, _theirs)) = said()
+        && let Ok(taken) = Taken::off(ours, LIMIT, timeout, Instant::now() + timeout)
+    {
+        assert!(taken.data.len() <= LIMIT && is_complete(&taken.data));
+        assert!(bytes.starts_with(&taken.data));
+        let _ = taken.finish();
+    }
 }
 
 #[cfg(test)]

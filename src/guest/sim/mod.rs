@@ -154,6 +154,15 @@ fn image(run: &Path, index: usize) -> PathBuf {
     run.join(format!("disk-{index}.img"))
 }
 
+/// A device state, and a definition, of a peer.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) fn fuzzing(state: &[u8], definition: Option<&Definition>) {
+    vmm::fuzzing(state);
+    if let Some(definition) = definition {
+        let _ = program(definition);
+    }
+}
+
 /// The program that a definition describes, and its memory's size: bytes of a
 /// peer. What is wrong is said to people.
 fn program(definition: &Definition) -> Result<(Mutator, u64), String> {

@@ -98,6 +98,37 @@ struct Saved {
     registers: Registers,
 }
 
+impl Saved {
+    /// From bytes of a peer.
+    fn read(device_state: &[u8]) -> Result<Self, VmmError> {
+        if device_state.len() > MOST_STATE {
+            return Err(VmmError::State(
+                "it is longer than any of a sim guest".to_owned(),
+            ));
+        }
+        let saved: Self = ciborium::from_reader(device_state)
+            .map_err(|error| VmmError::State(format!("it cannot be read: {error}")))?;
+        if saved.version != VERSION {
+            return Err(VmmError::State(format!(
+                "it has version {}, this site knows {VERSION}; bring both sites to one version of farhaven",
+                saved.version
+            )));
+        }
+        if !saved.registers.plausible() {
+            return Err(VmmError::State(
+                "its registers cannot be a sim guest's".to_owned(),
+            ));
+        }
+        Ok(saved)
+    }
+}
+
+/// A device state of a peer alone.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(device_state: &[u8]) {
+    let _ = Saved::read(device_state);
+}
+
 impl SimVmm {
     /// A guest that stands still.
     pub(super) fn new(
@@ -155,24 +186,7 @@ impl SimVmm {
 
     /// Takes up another guest's registers, its memory and disks being in place.
     pub(super) fn restore(&self, device_state: &[u8]) -> Result<(), VmmError> {
-        if device_state.len() > MOST_STATE {
-            return Err(VmmError::State(
-                "it is longer than any of a sim guest".to_owned(),
-            ));
-        }
-        let saved: Saved = ciborium::from_reader(device_state)
-            .map_err(|error| VmmError::State(format!("it cannot be read: {error}")))?;
-        if saved.version != VERSION {
-            return Err(VmmError::State(format!(
-                "it has version {}, this site knows {VERSION}; bring both sites to one version of farhaven",
-                saved.version
-            )));
-        }
-        if !saved.registers.plausible() {
-            return Err(VmmError::State(
-                "its registers cannot be a sim guest's".to_owned(),
-            ));
-        }
+        let saved = Saved::read(device_state)?;
         self.shared.guest().mutator.registers = saved.registers;
         Ok(())
     }

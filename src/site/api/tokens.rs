@@ -96,6 +96,16 @@ pub struct TokenView {
     pub expired: bool,
 }
 
+/// The file of tokens, as a fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(bytes: &[u8]) {
+    let records = serde_json::from_slice::<Vec<Record>>(bytes);
+    for record in records.unwrap_or_default() {
+        let _ = record.view();
+        let _ = blake3::Hash::from_hex(record.hash.as_bytes());
+    }
+}
+
 fn hash(token: &str) -> blake3::Hash {
     blake3::Hash::from_bytes(blake3::derive_key(PURPOSE, token.as_bytes()))
 }

@@ -146,6 +146,12 @@ impl Announced {
     }
 }
 
+/// A seed that was announced, as it is kept: a fuzz target.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(in crate::site) fn fuzzing(bytes: &[u8]) {
+    let _ = serde_json::from_slice::<Seed>(bytes);
+}
+
 fn read(path: &Path) -> io::Result<Seed> {
     if fs::metadata(path)?.len() > LONGEST {
         return Err(io::Error::other("it is too long"));

@@ -13,7 +13,7 @@ use crate::disk::{Disk, OpenFile};
 use crate::files::{FileError, open_private, open_settled, put_whole, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 
-const MAGIC: &[u8; 8] = b"FHcj\x01\0\0\0";
+pub(super) const MAGIC: &[u8; 8] = b"FHcj\x01\0\0\0";
 const REMOVED: u32 = u32::MAX;
 const FIXED: usize = 6;
 const SUM: usize = 16;
@@ -58,7 +58,7 @@ impl OpenError {
     }
 }
 
-fn record(row: &[u8], value: Option<&[u8]>) -> Vec<u8> {
+pub(super) fn record(row: &[u8], value: Option<&[u8]>) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(FIXED + row.len() + value.map_or(0, <[u8]>::len) + SUM);
     bytes.extend_from_slice(&(row.len() as u16).to_le_bytes());
     bytes.extend_from_slice(
@@ -91,7 +91,6 @@ fn take(bytes: &[u8]) -> Option<Record<'_>> {
         return None;
     }
     let row = &bytes[FIXED..FIXED + key];
-    Table::from_number(*row.first()?)?;
     Some((
         row,
         (!removed).then_some(&bytes[FIXED + key..end]),
@@ -100,16 +99,31 @@ fn take(bytes: &[u8]) -> Option<Record<'_>> {
 }
 
 /// Applies the records from `at` on; `false`: there is none.
-fn replay(bytes: &[u8], at: &mut usize, rows: &mut Rows) -> bool {
+///
+/// # Errors
+/// At a row of a table that only a newer version has, under a right sum.
+fn replay(bytes: &[u8], at: &mut usize, rows: &mut Rows) -> Result<bool, String> {
     let start = *at;
     while let Some((row, value, length)) = bytes.get(*at..).and_then(take) {
+        let table = row.first().copied().unwrap_or_default();
+        if Table::from_number(table).is_none() {
+            return Err(format!("rows of table {table}"));
+        }
         match value {
             Some(value) => rows.insert(row.to_vec(), value.to_vec()),
             None => rows.remove(row),
         };
         *at += length;
     }
-    *at > start
+    Ok(*at > start)
+}
+
+/// A version of the whole journal that is not this one, nor this one with a bit flipped.
+fn newer_version(bytes: &[u8]) -> Option<String> {
+    let ours = u16::from_le_bytes([MAGIC[4], MAGIC[5]]);
+    let version = u16::from_le_bytes(*bytes.strip_prefix(&MAGIC[..4])?.first_chunk()?);
+    let newer = version > ours && (version ^ ours).count_ones() > 1;
+    newer.then(|| format!("journal {version}"))
 }
 
 impl Journal {
@@ -118,6 +132,7 @@ impl Journal {
         disk: Arc<dyn Disk>,
         path: &Path,
     ) -> Result<(Journal, Rows, Tail), OpenError> {
+        let newer = |what| OpenError::File(FileError::newer(path, what));
         let io = |action| move |error| OpenError::File(FileError::at(action, path)(error));
         let _ = disk.remove(&path.with_extension("tmp"));
         let file = open_settled(&*disk, path).map_err(OpenError::File)?;
@@ -134,9 +149,12 @@ impl Journal {
                 .map_err(io("write"))?;
             file.sync().map_err(io("sync"))?;
         } else if !bytes.starts_with(MAGIC) {
-            return Err(OpenError::Damaged(Rows::new()));
+            return Err(match newer_version(&bytes) {
+                Some(what) => newer(what),
+                None => OpenError::Damaged(Rows::new()),
+            });
         }
-        replay(&bytes, &mut at, &mut rows);
+        replay(&bytes, &mut at, &mut rows).map_err(newer)?;
         let torn = bytes.len().saturating_sub(at) as u64;
         // A torn end is one unflushed tail. Whole records behind the break
         // mean that something in the middle rotted, or that a power cut took
@@ -144,7 +162,7 @@ impl Journal {
         let mut behind = at + 1;
         let mut whole = false;
         while behind < bytes.len() {
-            whole |= replay(&bytes, &mut behind, &mut rows);
+            whole |= replay(&bytes, &mut behind, &mut rows).map_err(newer)?;
             behind += 1;
         }
         if whole {

@@ -249,7 +249,7 @@ pub(crate) fn lay_out(mut header: BatchHeader, entries: &[u8], body: &[u8]) -> (
     (bytes.into(), hash)
 }
 
-pub(super) fn hash_of(fixed: &[u8], entries: &[u8]) -> [u8; 32] {
+pub(crate) fn hash_of(fixed: &[u8], entries: &[u8]) -> [u8; 32] {
     let mut hasher = blake3::Hasher::new();
     hasher.update(&fixed[..HASH]).update(entries);
     *hasher.finalize().as_bytes()

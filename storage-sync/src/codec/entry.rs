@@ -295,6 +295,12 @@ impl<'a> EntryReader<'a> {
         }))
     }
 
+    /// Bytes that are not read yet.
+    #[cfg(any(test, feature = "fuzzing"))]
+    pub(crate) fn left(&self) -> usize {
+        self.rest.len()
+    }
+
     /// Slots that the entries so far have taken.
     pub(crate) fn slots(&self) -> usize {
         self.cursor.slots as usize

@@ -24,13 +24,18 @@ mod view;
 
 pub use bases::Bases;
 pub use batch::{Batch, BatchError, BatchHeader, MAGIC, VERSION};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use batch::{hash_of, lay_out};
 pub use body::{Body, Slot};
 pub use chain::Chain;
 pub use compress::{Codec, Expander};
 pub use dedup::DedupIndex;
 pub use encode::{EncodeError, Encoder};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use entry::EntryWriter;
 pub use entry::{Content, Delta, Entry, EntryError, EntryReader};
 pub use level::{LEVEL, LEVELS, LevelControl, Measured};
 pub use pack::Crew;
 pub use sequence::Sequence;
+pub(crate) use view::newer;
 pub use view::{BatchView, EntriesView};

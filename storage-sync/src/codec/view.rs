@@ -89,6 +89,17 @@ impl<'a> EntriesView<'a> {
     }
 }
 
+/// What of a batch a newer version made, when one did: told from rot by the batch's hash,
+/// whose place, as those of all lengths, no later layout moves.
+pub(crate) fn newer(bytes: &[u8]) -> Option<String> {
+    let Err(BatchError::Newer { what }) = EntriesView::parse(bytes) else {
+        return None;
+    };
+    let length = u32::from_le_bytes(*bytes.get(40..)?.first_chunk()?) as usize;
+    let entries = bytes.get(BATCH_HEADER..BATCH_HEADER.checked_add(length)?)?;
+    (hash_of(bytes, entries) == *bytes.get(88..120)?).then_some(what)
+}
+
 fn from_entry(error: EntryError) -> BatchError {
     match error {
         EntryError::Newer(kind) => BatchError::Newer {

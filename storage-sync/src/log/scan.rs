@@ -10,10 +10,10 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{Location, segment_path};
-use crate::codec::{BatchHeader, BatchView, EntriesView, MAGIC};
+use crate::codec::{BatchError, BatchHeader, BatchView, EntriesView, MAGIC, newer};
 use crate::disk::{Disk, OpenFile};
-use crate::files::{FileError, is_bad_sector, open_private, open_settled};
-use crate::limits::{BATCH_BYTES, BATCH_HEADER, SEGMENT_BYTES_MOST};
+use crate::files::{self, FileError, is_bad_sector, open_private, open_settled};
+use crate::limits::{BATCH_BYTES, BATCH_ENTRIES_BYTES, BATCH_HEADER, SEGMENT_BYTES_MOST};
 
 /// Bytes of a segment that are no batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -222,6 +222,10 @@ fn record(
         file.read(buffer, offset)?;
         let header = match BatchHeader::parse(buffer) {
             Ok(header) => header,
+            Err(error @ BatchError::Newer { .. }) => {
+                refuse_newer(file, offset, left, buffer)?;
+                return Ok(Err(error.to_string()));
+            }
             Err(error) => return Ok(Err(error.to_string())),
         };
         if header.bytes() as u64 > left {
@@ -239,7 +243,30 @@ fn record(
             true => BatchView::parse(&buffer[..need]).map(drop),
             false => EntriesView::parse(buffer).map(drop),
         };
+        if let Err(BatchError::Newer { .. }) = checked {
+            refuse_newer(file, offset, left, buffer)?;
+        }
         return Ok(checked.map(|()| header).map_err(|error| error.to_string()));
+    }
+}
+
+/// What a newer version wrote is refused altogether: to take it for damage would cut it
+/// off, or let a prune take what it needs.
+fn refuse_newer(
+    file: &mut Patient,
+    offset: u64,
+    left: u64,
+    buffer: &mut Vec<u8>,
+) -> io::Result<()> {
+    buffer.clear();
+    buffer.resize(
+        left.min((BATCH_HEADER + BATCH_ENTRIES_BYTES) as u64) as usize,
+        0,
+    );
+    file.read(buffer, offset)?;
+    match newer(buffer) {
+        Some(what) => Err(files::newer(format!("a batch of {what}"))),
+        None => Ok(()),
     }
 }
 

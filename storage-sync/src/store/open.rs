@@ -132,6 +132,12 @@ fn load_guest(
                 continue;
             }
             Err(ManifestError::File(error)) => return Err(error.into()),
+            // Left out, it would be forgotten, and a prune would take what it needs.
+            Err(ManifestError::Newer { version, .. })
+                if manifest::is_whole(&*inner.disk, &path) =>
+            {
+                return Err(FileError::newer(&path, format!("manifest {version}")).into());
+            }
             Err(error) => {
                 damage(error.to_string());
                 continue;

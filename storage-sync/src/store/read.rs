@@ -31,6 +31,9 @@ pub(crate) struct Reader {
 /// Which slots of batches with differences hold something: looked up once a batch.
 pub(crate) type Sound = HashMap<u64, u64>;
 
+/// Units that are placed between two looks at how much memory a map takes.
+const STEP: u64 = 64 * MAP_LEAF as u64;
+
 impl Inner {
     /// Reads, verifies and expands one batch. Differences are left as they are.
     /// One that is damaged is known as such from then on.
@@ -202,9 +205,13 @@ impl Inner {
         let most = self.options.map_bytes;
         let mut fits = true;
         let head = manifest::read(&*self.disk, path, &mut |run| {
-            fits = fits && leaf_bytes(map) <= most;
-            if fits {
-                map.set(&run);
+            // A few bytes may tell of more units than there is memory for.
+            for part in run.parts(STEP) {
+                fits = fits && leaf_bytes(map) <= most;
+                if !fits {
+                    break;
+                }
+                map.set(&part);
             }
         })?;
         if !fits {

@@ -48,6 +48,23 @@ fn the_catalogue_keeps_every_row_that_was_flushed() {
     );
 }
 
+/// `cargo run --release -p farhaven-storage-sync --example soak` is an hour of it.
+#[test]
+fn weeks_of_points_leave_memory_disk_and_handles_flat() {
+    let dir = tempfile::tempdir().unwrap();
+    let soak = run::soak::Soak {
+        seed: 1,
+        days: 21,
+        points_a_day: 24,
+        at_most: std::time::Duration::from_secs(600),
+    };
+    let done = run::soak::run(&soak, dir.path(), &mut |_| {}).unwrap_or_else(|why| panic!("{why}"));
+    assert!(
+        done.points > 1000 && done.restarts == 7 && done.dropped > 900,
+        "{done:?}"
+    );
+}
+
 /// A store that has lived, on a disk.
 fn lived() -> (
     farhaven_storage_sync::disk::simulated::SimulatedDisk,

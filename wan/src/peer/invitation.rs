@@ -71,6 +71,16 @@ impl Invitation {
     pub fn expires_unix(&self) -> u64 {
         self.expires_unix
     }
+
+    /// What a token says, without its checksum.
+    pub(crate) fn body(&self) -> BytesMut {
+        let mut bytes = BytesMut::new();
+        bytes.put_slice(&self.secret);
+        bytes.put_slice(self.key.as_bytes());
+        bytes.put_u64_le(self.expires_unix);
+        put_introduction(&mut bytes, &self.introduction);
+        bytes
+    }
 }
 
 impl fmt::Debug for Invitation {
@@ -87,15 +97,14 @@ impl fmt::Debug for Invitation {
 impl fmt::Display for Invitation {
     /// The token, secret included: this is what is pasted at the other site.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let mut bytes = BytesMut::new();
-        bytes.put_slice(&self.secret);
-        bytes.put_slice(self.key.as_bytes());
-        bytes.put_u64_le(self.expires_unix);
-        put_introduction(&mut bytes, &self.introduction);
-        let checksum = checksum(&bytes);
-        bytes.put_slice(&checksum);
-        write!(f, "{PREFIX}{}", base32::encode(&bytes))
+        f.write_str(&token_of(&self.body()))
     }
+}
+
+/// The token of these bytes, whatever they are.
+pub(crate) fn token_of(body: &[u8]) -> String {
+    let bytes = [body, &checksum(body)].concat();
+    format!("{PREFIX}{}", base32::encode(&bytes))
 }
 
 fn checksum(bytes: &[u8]) -> [u8; CHECKSUM_BYTES] {

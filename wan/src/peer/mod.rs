@@ -19,6 +19,8 @@ use serde::{Deserialize, Serialize};
 use crate::limits;
 
 pub use identity::{Identity, IdentityError};
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use invitation::token_of;
 pub use invitation::{Invitation, TokenError};
 
 /// What one site knows a site by: the BLAKE3 digest of its public key (of the

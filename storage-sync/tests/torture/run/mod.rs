@@ -1,4 +1,5 @@
-//! What tries to break a store: shared by `tests/torture` and `examples/torture.rs`.
+//! What tries to break a store: shared by `tests/torture`, `examples/torture.rs` and
+//! `examples/soak.rs`.
 #![allow(clippy::unwrap_used, missing_docs, unreachable_pub)]
 
 pub mod check;
@@ -8,4 +9,5 @@ pub mod flips;
 pub mod races;
 pub mod rows;
 pub mod sites;
+pub mod soak;
 pub mod trial;

@@ -1,0 +1,3 @@
+#![no_main]
+
+farhaven_fuzz::target!("frames");

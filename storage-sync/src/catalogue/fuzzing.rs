@@ -1,0 +1,46 @@
+//! The catalogue's journal as a fuzz target: without sled, which is no parser of ours.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::Rows;
+use super::journal::{self, Journal, OpenError};
+use crate::disk::simulated::SimulatedDisk;
+use crate::disk::{Access, Disk};
+
+const PATH: &str = "/catalogue.journal";
+
+/// A journal of these changes.
+pub(crate) fn journal_of(rows: &[(&[u8], Option<&[u8]>)]) -> Vec<u8> {
+    let mut bytes = journal::MAGIC.to_vec();
+    let records = rows.iter().map(|(row, value)| journal::record(row, *value));
+    records.for_each(|record| bytes.extend(record));
+    bytes
+}
+
+/// Its rows and what was cut off; what can be read of a damaged one; nothing of a newer one.
+fn read(disk: &SimulatedDisk) -> Result<(Rows, u64), Option<Rows>> {
+    match Journal::open(Arc::new(disk.clone()), Path::new(PATH)) {
+        Ok((_, rows, tail)) => Ok((rows, tail.bytes)),
+        Err(OpenError::Damaged(rows)) => Err(Some(rows)),
+        Err(OpenError::File(error)) if error.is_newer() => Err(None),
+        Err(OpenError::File(error)) => panic!("a disk without faults: {error}"),
+    }
+}
+
+/// Opens it; what is cut off is gone for good, and what was read is read again.
+pub(crate) fn journal(bytes: &[u8]) {
+    let disk = SimulatedDisk::new();
+    let file = disk.open(Path::new(PATH), Access::Replace);
+    let file = file.expect("a disk without faults");
+    file.write_all_at(bytes, 0).expect("a disk without faults");
+    file.sync().expect("a disk without faults");
+    match read(&disk) {
+        Ok((rows, cut)) => {
+            assert!(cut <= bytes.len() as u64);
+            assert_eq!(read(&disk), Ok((rows, 0)));
+        }
+        // Nothing is changed in one that is damaged before its end, or newer.
+        Err(rows) => assert_eq!(read(&disk), Err(rows)),
+    }
+}
