@@ -121,6 +121,11 @@ impl Alerts {
         self.skews.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// When this guest of a peer was last tested well.
+    pub(super) fn tested_at(&self, guest: GuestId) -> Option<SystemTime> {
+        self.tested.of(guest)
+    }
+
     /// Was this guest of a peer ever tested, and for how long was it not?
     pub(super) fn untested(&self, guest: GuestId) -> (bool, Option<Duration>) {
         let now = SystemTime::now();

@@ -283,7 +283,7 @@ impl Site {
 
     /// When this guest of a peer was last tested well, milliseconds since 1970.
     pub(super) fn tested_at(&self, guest: GuestId) -> Option<u64> {
-        let at = SystemTime::now().checked_sub(self.last_tested(guest)?)?;
+        let at = self.alerts.tested_at(guest)?;
         Some(super::unix_ns(at) / 1_000_000)
     }
 
