@@ -155,6 +155,7 @@ fn opening() -> Opening {
         }],
         term: term(),
         warm: true,
+        rpo_ms: None,
         retention: Retention::default(),
         schedule: None,
         commit: CommitTerms::default(),

@@ -7,6 +7,8 @@
 mod groups;
 #[path = "hosted/private.rs"]
 mod private;
+#[path = "hosted/runs/mod.rs"]
+mod runs;
 mod support;
 
 use std::time::Duration;

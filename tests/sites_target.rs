@@ -11,6 +11,8 @@ mod drills;
 mod groups;
 #[path = "sites_target/moves.rs"]
 mod moves;
+#[path = "sites_target/runs.rs"]
+mod runs;
 #[path = "sites_target/stores.rs"]
 mod stores;
 #[path = "sites_target/terms.rs"]

@@ -370,6 +370,16 @@ impl Launched {
         Ok(status["running"] == true)
     }
 
+    /// Draws the first screen into a PNG file.
+    ///
+    /// # Errors
+    /// When the guest has none, or this QEMU cannot write PNG (before 7.1).
+    pub fn draw(&mut self, file: &Path) -> Result<(), LaunchError> {
+        let arguments = json!({ "filename": file.display().to_string(), "format": "png" });
+        self.qmp.execute("screendump", arguments)?;
+        Ok(())
+    }
+
     /// Does its process live?
     pub fn is_alive(&mut self) -> bool {
         match &mut self.child {

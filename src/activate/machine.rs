@@ -2,7 +2,7 @@
 //! of the machine it built, and how machines of each kind are built.
 
 use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::hydrate::Hydration;
@@ -66,6 +66,15 @@ pub trait Machine: Send {
     /// # Errors
     /// When the machine does not answer.
     fn is_running(&mut self) -> Result<bool, MachineError>;
+
+    /// Draws what the guest's screen shows into a new PNG file.
+    ///
+    /// # Errors
+    /// When it has no screen.
+    fn draw(&mut self, file: &Path) -> Result<(), MachineError> {
+        let _ = file;
+        Err(MachineError::Other("it has no screen".to_owned()))
+    }
 
     /// Ends the machine and frees what it holds.
     fn kill(self: Box<Self>);

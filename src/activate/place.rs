@@ -215,6 +215,14 @@ impl Ready {
         }
     }
 
+    /// Draws what the guest's screen shows into a new PNG file.
+    ///
+    /// # Errors
+    /// When it has no screen, or its machine does not answer.
+    pub fn draw(&self, file: &Path) -> Result<(), ActivateError> {
+        self.with(|machine| machine.draw(file))
+    }
+
     /// Stops the guest; its machine and disks stay, as evidence.
     ///
     /// # Errors

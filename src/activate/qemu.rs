@@ -1,7 +1,7 @@
 //! A QEMU as a [`Machine`]: its process, and the exports of the point's disks
 //! that its overlays lie on.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::failure::LaunchError;
@@ -129,6 +129,10 @@ impl Machine for QemuMachine {
 
     fn is_running(&mut self) -> Result<bool, MachineError> {
         Ok(self.launched.is_running()?)
+    }
+
+    fn draw(&mut self, file: &Path) -> Result<(), MachineError> {
+        Ok(self.launched.draw(file)?)
     }
 
     fn kill(self: Box<Self>) {

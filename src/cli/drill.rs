@@ -54,7 +54,10 @@ pub(super) async fn run(client: &Client, test: Test) -> Outcome {
 
 async fn start(client: &Client, name: &str, point: Option<PointChoice>, json: bool) -> Outcome {
     let path = guest_path(name, "/test");
-    let body = TestFailover { point };
+    let body = TestFailover {
+        point,
+        by: super::run::account(),
+    };
     let asked = client.post::<TestReport>(&path, &body);
     let report = super::guests::waiting(format!("starting a test of '{name}'"), asked)
         .await

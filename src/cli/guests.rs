@@ -270,7 +270,11 @@ pub(super) async fn failover(
     json: bool,
 ) -> Outcome {
     let path = guest_path(name, "/failover");
-    let body = Failover { point, force };
+    let body = Failover {
+        point,
+        force,
+        by: super::run::account(),
+    };
     let report: FailoverReport =
         waiting(format!("taking '{name}' over"), client.post(&path, &body))
             .await
@@ -289,7 +293,10 @@ pub(super) async fn move_guest(
     json: bool,
 ) -> Result<(), Failure> {
     let path = guest_path(name, "/move");
-    let body = Move { accept_pause };
+    let body = Move {
+        accept_pause,
+        by: super::run::account(),
+    };
     let moving = client.post(&path, &body);
     let moved: Result<MoveReport, _> = tokio::select! {
         moved = moving => moved,

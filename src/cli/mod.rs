@@ -14,6 +14,7 @@ mod image;
 mod link;
 mod points;
 mod policy;
+mod run;
 mod runbook;
 mod scrub;
 mod seed;
@@ -214,9 +215,16 @@ enum Verb {
     /// Check and show policy files: what groups are owed.
     #[command(subcommand)]
     Policy(policy::PolicyVerb),
-    /// Check, plan and print runbooks: the steps of moves, failovers and tests.
+    /// Check, plan, print and run runbooks: the steps of moves, failovers and tests.
     #[command(subcommand)]
     Runbook(runbook::RunbookVerb),
+    /// Runs of runbooks, those of move, failover and test included.
+    #[command(subcommand)]
+    Run(run::RunVerb),
+    /// Agree to a step of a run, or refuse it.
+    Approve(run::Approve),
+    /// What a run did, for people, programs or auditors.
+    Report(run::ReportOf),
     /// Read and verify everything that is stored here, while the daemon works on.
     ///
     /// Damage is an alert, and the exit status is 1. The points that need what is
@@ -375,7 +383,10 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
         Verb::Policy(verb) => policy::run(verb),
-        Verb::Runbook(verb) => runbook::run(&client, verb).await,
+        Verb::Runbook(verb) => return runbook::run(&client, verb).await,
+        Verb::Run(verb) => return run::run(&client, verb).await,
+        Verb::Approve(approve) => run::approve(&client, approve).await,
+        Verb::Report(wanted) => run::report(&client, wanted).await,
         Verb::Scrub(scrub) => scrub::run(&client, scrub).await,
         Verb::Store(verb) => store::run(verb),
         Verb::Demo(demo) => crate::demo::run(demo).await,

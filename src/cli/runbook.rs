@@ -1,5 +1,5 @@
 //! `farhaven runbook`: checks runbooks, says what they would do, prints those in
-//! force without a file. Only `plan` asks a daemon, and goes without one, too.
+//! force without a file, and has them run. `plan` asks a daemon, and goes without one, too.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -8,13 +8,15 @@ use clap::{Subcommand, ValueEnum};
 use farhaven_policies::files::PolicyFiles;
 use farhaven_policies::load::LoadError;
 use farhaven_policies::runbook::check::Known;
-use farhaven_policies::runbook::plan::{Facts, GroupFacts, plan};
+use farhaven_policies::runbook::plan::{Facts, GroupFacts, Plan, plan};
 use farhaven_policies::runbook::{self, Mode, Runbook, builtin, read};
 use serde::Serialize;
 
 use super::policy::MistakeView;
-use super::{Outcome, print_json, told};
+use super::run::As;
+use super::{Failure, Outcome, print_json, told};
 use crate::client::Client;
+use crate::site::runs::api::Start;
 use crate::site::view::SiteView;
 
 #[derive(Debug, Subcommand)]
@@ -43,6 +45,29 @@ pub(super) enum RunbookVerb {
         /// As JSON.
         #[arg(long)]
         json: bool,
+    },
+    /// Run a runbook here, at the site where its guests are protected to. The
+    /// file is kept with the run; it goes on by itself, whatever becomes of this command.
+    Run {
+        /// The runbook.
+        file: PathBuf,
+        /// What it is run for.
+        #[arg(long, value_enum)]
+        mode: ModeWord,
+        /// From this point, where the runbook says newest.
+        #[arg(long, value_name = "NUMBER")]
+        point: Option<u64>,
+        /// Unplanned even if the source is alive: its guests are stopped first.
+        #[arg(long)]
+        force: bool,
+        /// Show it until it is over; exit status 4 if it did not succeed.
+        #[arg(long)]
+        follow: bool,
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+        #[command(flatten)]
+        by: As,
     },
     /// Print what move, failover and test do without a runbook, as a file to begin with.
     Export {
@@ -78,8 +103,36 @@ impl From<ModeWord> for Mode {
     }
 }
 
-pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
+pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Result<(), Failure> {
+    if let RunbookVerb::Run {
+        file,
+        mode,
+        point,
+        force,
+        follow,
+        json,
+        by,
+    } = verb
+    {
+        // Its mistakes are told by the names of this file, and before a daemon is asked.
+        read::file(&file, None).map_err(told)?;
+        let start = Start {
+            runbook: std::fs::read_to_string(&file)
+                .map_err(|error| format!("{}: {error}", file.display()))?,
+            mode: mode.into(),
+            point,
+            by: by.name()?,
+            force,
+        };
+        return super::run::start(client, &file, start, follow, json).await;
+    }
+    Ok(print(client, verb).await?)
+}
+
+async fn print(client: &Client, verb: RunbookVerb) -> Outcome {
     match verb {
+        // Told apart before.
+        RunbookVerb::Run { .. } => Ok(()),
         RunbookVerb::Check {
             file,
             policies,
@@ -93,6 +146,20 @@ pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
         } => {
             let known = known(policies.as_deref())?;
             let runbook = read::file(&file, known.as_ref()).map_err(told)?;
+            let asked = Start {
+                runbook: std::fs::read_to_string(&file).map_err(told)?,
+                mode: mode.into(),
+                point: None,
+                by: String::new(),
+                force: false,
+            };
+            // Where it would run, what earlier runs took is known.
+            if known.is_none()
+                && let Ok(measured) = client.post::<Plan>("/v1/runbooks/plan", &asked).await
+                && measured.groups.values().any(|guests| !guests.is_empty())
+            {
+                return print_plan(&measured, json);
+            }
             let (facts, silent) = match client.get::<SiteView>("/v1/status").await {
                 Ok(view) => (facts(&runbook, known.as_ref(), &view), None),
                 Err(error) => (Facts::default(), Some(error)),
@@ -101,11 +168,7 @@ pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
             if let Some(error) = silent {
                 plan.warnings = vec![format!("all times are unknown: {error}")];
             }
-            if json {
-                return print_json(&plan);
-            }
-            put!("{}", plan.text());
-            Ok(())
+            print_plan(&plan, json)
         }
         RunbookVerb::Export { mode, group } => {
             let groups = BTreeMap::from([(group, Vec::new())]);
@@ -118,6 +181,14 @@ pub(super) async fn run(client: &Client, verb: RunbookVerb) -> Outcome {
         }
         RunbookVerb::Schema => print_json(&Runbook::schema()),
     }
+}
+
+fn print_plan(plan: &Plan, json: bool) -> Outcome {
+    if json {
+        return print_json(plan);
+    }
+    put!("{}", plan.text());
+    Ok(())
 }
 
 /// Groups and guests of policy files, if some are named.

@@ -213,9 +213,27 @@ pub(super) fn guests(guests: &[SourceView]) {
     }
 }
 
+/// Whole days since then, as drills are counted.
+fn days_since(millis: u64) -> String {
+    let since = crate::site::age(millis.saturating_mul(1_000_000)).as_secs();
+    match since / 86_400 {
+        0 => "today".to_owned(),
+        1 => "1 day ago".to_owned(),
+        days => format!("{days} days ago"),
+    }
+}
+
 fn standbys(standbys: &[TargetView]) {
     let mut rows = table(&[
-        "Guest", "From", "State", "Points", "Newest", "RPO", "Warm", "Term",
+        "Guest",
+        "From",
+        "State",
+        "Points",
+        "Newest",
+        "RPO",
+        "Warm",
+        "Term",
+        "Last good test",
     ]);
     for standby in standbys {
         let (state, color) = match &standby.active {
@@ -269,6 +287,7 @@ fn standbys(standbys: &[TargetView]) {
             ),
             Cell::new(standby.warm_point.map_or("-".to_owned(), |p| p.to_string())),
             Cell::new(standby.term.map_or("-".to_owned(), |t| t.to_string())),
+            Cell::new(standby.tested_at.map_or("never".to_owned(), days_since)),
         ]);
     }
     say!("{rows}");

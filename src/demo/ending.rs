@@ -94,7 +94,10 @@ pub(super) async fn planned(play: &mut Play) -> Result<After, String> {
     let moving = tokio::spawn(async move {
         let path = format!("/v1/guests/{NAME}/move");
         // The story goes on however slow the link is; what it stood is in the report.
-        let body = Move { accept_pause: true };
+        let body = Move {
+            accept_pause: true,
+            by: None,
+        };
         east.post::<MoveReport>(&path, &body).await
     });
     // The heartbeat goes on here until the last cut, and there after it.

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::envelope::{Envelope, MessageError, Unknown};
 pub use self::lost::{LOST_BATCHES, LOST_RUNS, LostContent};
+pub use self::run::RunMessage;
 pub use self::turn::{CopyState, TurnMessage};
 
 use crate::activate::fence::Term;
@@ -31,6 +32,7 @@ pub use self::group::{GroupMessage, Handed, Taken};
 mod envelope;
 mod group;
 mod lost;
+mod run;
 mod turn;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
@@ -70,6 +72,9 @@ pub struct Opening {
     pub warm: bool,
     /// How long points are kept.
     pub retention: farhaven_policies::policy::Retention,
+    /// How old the newest point is to be at most, in milliseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rpo_ms: Option<u64>,
     /// The same as a schedule, which says it exactly; sites of before go by the above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub schedule: Option<Schedule>,
@@ -378,6 +383,8 @@ pub enum Message {
     },
     /// Target: it does not run here, and will not under the term of that move.
     GivenUp,
+    /// Of a guest that a run at the target has.
+    Run(RunMessage),
     /// Source: protection ends; forget the guest's points when `discard`.
     Close {
         /// Who.

@@ -8,5 +8,6 @@
 pub mod conduct;
 pub mod perform;
 pub mod record;
+pub mod report;
 #[cfg(test)]
 mod tests;

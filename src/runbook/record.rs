@@ -233,6 +233,20 @@ impl AuditLog {
     }
 }
 
+/// The checksum of a whole record, in hexadecimal: of its last line and so of all
+/// before it.
+///
+/// # Errors
+/// As [`AuditLog::read`].
+pub fn last_chain(path: &Path) -> Result<String, RecordError> {
+    let file = File::open(path).map_err(|source| RecordError::Io {
+        path: path.to_owned(),
+        doing: "opened",
+        source,
+    })?;
+    Ok(read_lines(&file, path)?.chain.to_hex().to_string())
+}
+
 fn first_chain() -> blake3::Hash {
     blake3::Hash::from_bytes([0; 32])
 }

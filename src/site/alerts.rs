@@ -121,6 +121,11 @@ impl Alerts {
         self.skews.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// When this guest of a peer was last tested well.
+    pub(super) fn tested_at(&self, guest: GuestId) -> Option<SystemTime> {
+        self.tested.of(guest)
+    }
+
     /// Was this guest of a peer ever tested, and for how long was it not?
     pub(super) fn untested(&self, guest: GuestId) -> (bool, Option<Duration>) {
         let now = SystemTime::now();
@@ -231,9 +236,12 @@ impl Site {
             .note(kind, subject, Severity::Info, what, None);
     }
 
-    /// A test failover of this guest of a peer went well.
+    /// A test failover of this guest of a peer went well, to its very end.
     pub fn note_tested(&self, guest: GuestId) {
-        self.alerts.tested.note(guest, SystemTime::now());
+        let kept = self.alerts.tested.note_durably(guest, SystemTime::now());
+        if let Err(error) = kept {
+            tracing::error!(%guest, %error, "the time of its last good test is not kept; a restart forgets it");
+        }
     }
 
     /// Since its last good test; `None`: there was none.

@@ -10,12 +10,14 @@ use farhaven_storage_sync::store::SealError;
 
 use super::breach::MOST_TERMS;
 use super::remote::Remote;
+use super::runs::hold;
+use super::runs::stage::HeldAnswer;
 use super::seed::announced;
 use super::standby::Standby;
 use super::{Site, kept, records, turn};
 use crate::activate::fence::{FenceError, Term};
 use crate::replicate::message::{
-    MOST_POINTS, Message, Opened, Opening, Refusal, SealRequest, sound_volume,
+    MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest, sound_volume,
 };
 use crate::replicate::receive::SealStep;
 
@@ -75,8 +77,9 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         },
         Message::GiveUp { guest } => match site.standby_of(remote, guest) {
             Some(standby) => match standby.give_up().await {
-                Some((times, term)) => Message::Running { times, term },
-                None => Message::GivenUp,
+                HeldAnswer::Running(times, term) => Message::Running { times, term },
+                HeldAnswer::Undecided => Message::Run(RunMessage::Undecided),
+                HeldAnswer::GivenUp => Message::GivenUp,
             },
             None => Message::GivenUp,
         },
@@ -98,6 +101,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             }
             None => unknown_guest(),
         },
+        Message::Run(asked) => hold::answer(site, remote, asked).await,
         Message::Turn(asked) => turn::answer(site, remote, *asked).await,
         Message::SeedAsk { guest } => announced::asked(site, remote, guest).await,
         Message::SeedAnnounce(seed) => announced::announce(site, remote, *seed).await,

@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::operate::OperateError;
+use super::runs::api::who;
 pub use super::start::StartGuest;
 pub use alerts::{Acknowledge, AfterEvents, Events};
 pub use body::{
@@ -150,6 +151,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             OperateError::Unknown("no such path in this version of the API".to_owned())
         })
         .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .merge(super::runs::api::routes())
         .layer(axum::middleware::map_response(errors_in_json))
         .layer(Extension(served))
         .with_state(site)
@@ -335,41 +337,56 @@ async fn points(
 
 async fn failover(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<Failover>,
 ) -> Answer<super::view::FailoverReport> {
     whole(async move {
-        let point = site.point_number(&name, body.point.as_ref())?;
-        site.fail_over(&name, point, body.force).await
+        let Failover { point, force, by } = body;
+        let by = who(&caller, by);
+        let point = site.point_number(&name, point.as_ref())?;
+        site.fail_over_recorded(&name, point, force, by).await
     })
     .await
 }
 
 async fn test(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<TestFailover>,
 ) -> Answer<super::view::TestReport> {
     whole(async move {
         let point = site.point_number(&name, body.point.as_ref())?;
-        site.test(&name, point).await
+        let by = who(&caller, body.by);
+        site.test_recorded(&name, point, by).await
     })
     .await
 }
 
 async fn end_test(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
 ) -> Answer<super::view::TestEnded> {
-    whole(async move { site.end_test(&name).await }).await
+    whole(async move {
+        let by = who(&caller, None);
+        site.end_test_recorded(&name, by).await
+    })
+    .await
 }
 
 async fn move_guest(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<Move>,
 ) -> Answer<super::view::MoveReport> {
-    whole(async move { site.move_guest(&name, body.accept_pause).await }).await
+    whole(async move {
+        let by = who(&caller, body.by);
+        site.move_recorded(&name, body.accept_pause, by).await
+    })
+    .await
 }
 
 async fn move_outlook(

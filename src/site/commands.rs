@@ -12,6 +12,7 @@ use super::driver::{Attached, DriveError, Driver, Next};
 use super::groups::Place;
 use super::handover;
 use super::records::Owed;
+use super::runs::hold::HoldReply;
 use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
@@ -104,6 +105,12 @@ pub(super) enum Command {
         convoy: Option<Convoy>,
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
+    /// Bring it to stand still for a run at the peer, and hold it.
+    Hold(HoldReply),
+    /// Is it held, and could it go on?
+    IsHeld(HoldReply),
+    /// Ask the peer now what became of it, if it is held.
+    Ask,
     /// What it is owed has changed: from now on this holds.
     Owe(Box<Owed>),
     /// The peer's copy of these units (volume, first, how many) is damaged: they
@@ -157,6 +164,9 @@ impl Driver {
                         if trouble.is_empty() { "" } else { ": " },
                     ))));
                 }
+                Command::Hold(reply) => self.held_already(reply),
+                Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
+                Command::Ask => {}
                 Command::Owe(owed) => self.owe(*owed).await,
                 Command::Lost(_) => {}
                 Command::TakeBack(reply) => {

@@ -18,10 +18,12 @@ use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
 
 mod error;
+mod of_run;
 mod place;
 
 use self::error::TestError;
-use self::place::{Places, allocated, free_memory, remove};
+pub(super) use self::place::free_memory;
+use self::place::{Places, allocated, remove};
 use super::events::EventKind;
 use super::operate::OperateError;
 use super::promote::ActivateError;
@@ -40,9 +42,20 @@ const BESIDE: u64 = 128 << 20;
 
 /// A test that runs.
 pub(super) struct Drill {
-    ready: Ready,
+    ready: Arc<Ready>,
     point: u64,
     since: Instant,
+    /// The run that it is a part of, if it is of one.
+    run: Option<String>,
+    /// Set until it runs.
+    waiting: Option<Waiting>,
+}
+
+/// A test that is made ready, and does not run yet.
+struct Waiting {
+    replica: Arc<Replica>,
+    times: ActivationTimes,
+    cut_at: u64,
 }
 
 /// What `status` and pruning know of a test.
@@ -85,7 +98,6 @@ impl Site {
         let declared = Instant::now();
         let standby = self.standby_here(name)?;
         let report = standby.test(point, declared).await?;
-        self.note_tested(standby.guest);
         let what = format!("a test of '{name}' runs from point {}", report.point);
         self.note(EventKind::TestStarted, name, &what);
         Ok(report)
@@ -96,7 +108,13 @@ impl Site {
     /// # Errors
     /// When none runs.
     pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
-        let ended = self.standby_here(name)?.end_test().await?;
+        let standby = self.standby_here(name)?;
+        let ran = standby.test_runs().await;
+        let ended = standby.end_test().await?;
+        if ran {
+            // It came up, ran to its end, and nothing of it is left.
+            self.note_tested(standby.guest);
+        }
         let what = format!(
             "the test of '{name}' from point {} has ended, all of it is removed",
             ended.point
@@ -112,16 +130,38 @@ impl Standby {
         self.seen().test.map(|test| test.point)
     }
 
+    /// What runs here, or is about to, goes on from these points: they must stay.
+    pub(super) fn points_in_use(&self) -> [Option<u64>; 3] {
+        let site = self.site.upgrade();
+        let of_run = site.and_then(|site| site.runs.point_of(&self.name()));
+        [self.active().map(|a| a.point), self.tested(), of_run]
+    }
+
     async fn test(
         self: &Arc<Self>,
         point: Option<u64>,
         declared: Instant,
     ) -> Result<TestReport, TestError> {
+        self.prepare_test(point, declared, None).await?;
+        self.run_test(declared).await
+    }
+
+    /// Makes a test ready, from the newest or a named point; nothing runs yet.
+    /// Answers the point. One that is ready or runs for the same run is taken.
+    pub(super) async fn prepare_test(
+        self: &Arc<Self>,
+        point: Option<u64>,
+        declared: Instant,
+        run: Option<&str>,
+    ) -> Result<u64, TestError> {
         let Ok(mut drill) = self.drill.try_lock() else {
             return Err(TestError::Busy(self.name()));
         };
         if let Some(running) = &*drill {
-            return Err(TestError::Runs(self.name(), running.point));
+            return match running.run.as_deref() == run && run.is_some() {
+                true => Ok(running.point),
+                false => Err(TestError::Runs(self.name(), running.point)),
+            };
         }
         if let Some(active) = self.active() {
             return Err(TestError::Active(self.name(), active.term.number));
@@ -140,20 +180,16 @@ impl Standby {
                 running: None,
             });
         });
-        match self.start_test(point, declared).await {
-            Ok((ready, report)) => {
-                self.see(|s| {
-                    if let Some(test) = &mut s.test {
-                        test.running = Some((ready.qmp(), ready.pid(), report.console.clone()));
-                    }
-                });
-                tracing::info!(guest = %self.name(), point, "a test runs here, isolated");
+        match self.ready_test(point).await {
+            Ok((ready, waiting)) => {
                 *drill = Some(Drill {
-                    ready,
+                    ready: Arc::new(ready),
                     point,
                     since: declared,
+                    run: run.map(str::to_owned),
+                    waiting: Some(waiting),
                 });
-                Ok(report)
+                Ok(point)
             }
             Err(error) => {
                 if let Ok(site) = self.site() {
@@ -166,11 +202,52 @@ impl Standby {
         }
     }
 
-    async fn start_test(
+    /// Lets a test run that was made ready. On an error nothing is left of it.
+    pub(super) async fn run_test(
         self: &Arc<Self>,
-        point: u64,
         declared: Instant,
-    ) -> Result<(Ready, TestReport), TestError> {
+    ) -> Result<TestReport, TestError> {
+        let Ok(mut drill) = self.drill.try_lock() else {
+            return Err(TestError::Busy(self.name()));
+        };
+        let Some(test) = &mut *drill else {
+            return Err(TestError::NoTest(self.name()));
+        };
+        let Some(waiting) = &test.waiting else {
+            return Err(TestError::Runs(self.name(), test.point));
+        };
+        let (ready, replica) = (test.ready.clone(), waiting.replica.clone());
+        let began = Instant::now();
+        let ran = step(move || ready.restore_and_run(&replica)).await;
+        if let Err(error) = ran.and_then(|ran| ran) {
+            self.stop_test_of(&mut drill).await;
+            return Err(error.into());
+        }
+        let (ready, point) = (test.ready.clone(), test.point);
+        let waiting = test.waiting.take();
+        let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
+        times.restore = began.elapsed();
+        times.total = declared.elapsed();
+        let console = ConsolePaths::beside(ready.run_directory());
+        self.see(|s| {
+            if let Some(test) = &mut s.test {
+                test.running = Some((ready.qmp(), ready.pid(), console.clone()));
+            }
+        });
+        tracing::info!(guest = %self.name(), point, "a test runs here, isolated");
+        Ok(TestReport {
+            guest: self.name(),
+            point,
+            age_ms: age(cut_at).as_millis() as u64,
+            rto_ms: times.total.as_secs_f64() * 1e3,
+            qmp: ready.qmp().map(|path| path.display().to_string()),
+            pid: ready.pid(),
+            console,
+            times,
+        })
+    }
+
+    async fn ready_test(self: &Arc<Self>, point: u64) -> Result<(Ready, Waiting), TestError> {
         let site = self.site()?;
         let Some(header) = self.points().into_iter().find(|p| p.point == point) else {
             let what = format!("point {point}");
@@ -204,37 +281,22 @@ impl Standby {
         times.ram = began.elapsed();
         let (ready, took) = launched?;
         times.launch = took;
-        let filled = filled.and_then(|filled| filled);
-        let began = Instant::now();
-        let (ready, ran) = step(move || {
-            let ran = filled.and_then(|bytes| {
-                ready.restore_and_run(&replica)?;
-                Ok(bytes)
-            });
-            match ran {
-                Ok(bytes) => (Some(ready), Ok(bytes)),
-                Err(error) => {
-                    ready.discard();
-                    (None, Err(error))
-                }
+        match filled.and_then(|filled| filled) {
+            Ok(bytes) => times.ram_bytes = bytes,
+            Err(error) => {
+                step(move || ready.discard()).await?;
+                return Err(error.into());
             }
-        })
-        .await?;
-        times.ram_bytes = ran?;
-        let ready = ready.ok_or_else(|| ActivateError::Step("the test ended".to_owned()))?;
-        times.restore = began.elapsed();
-        times.total = declared.elapsed();
-        let report = TestReport {
-            guest: self.name(),
-            point,
-            age_ms: age(header.cut_at_unix_ns).as_millis() as u64,
-            rto_ms: times.total.as_secs_f64() * 1e3,
-            qmp: ready.qmp().map(|path| path.display().to_string()),
-            pid: ready.pid(),
-            console: ConsolePaths::beside(ready.run_directory()),
-            times,
-        };
-        Ok((ready, report))
+        }
+        let cut_at = header.cut_at_unix_ns;
+        Ok((
+            ready,
+            Waiting {
+                replica,
+                times,
+                cut_at,
+            },
+        ))
     }
 
     async fn launch_test(
@@ -274,7 +336,7 @@ impl Standby {
         })
     }
 
-    async fn end_test(self: &Arc<Self>) -> Result<TestEnded, TestError> {
+    pub(super) async fn end_test(self: &Arc<Self>) -> Result<TestEnded, TestError> {
         let Ok(mut drill) = self.drill.try_lock() else {
             return Err(TestError::Busy(self.name()));
         };

@@ -341,7 +341,24 @@ impl Driver {
                         }
                     }
                 }
-                Some(Command::Resume) => {}
+                Some(Command::Hold(reply)) => {
+                    seat = None;
+                    match self.hold(attached, reply).await {
+                        Ok(()) => return Ok(Next::Again(Duration::ZERO)),
+                        // Nothing was done: protection goes on in this very attempt.
+                        Err(DriveError::TooLong(why)) => {
+                            self.view.send_modify(|v| v.trouble.clone_from(&why));
+                        }
+                        Err(error) => return Err(error),
+                    }
+                }
+                Some(Command::IsHeld(reply)) => {
+                    let _ = reply.send(Err(format!(
+                        "'{}' runs there, and is not held",
+                        self.record.name
+                    )));
+                }
+                Some(Command::Resume | Command::Ask) => {}
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::Lost(units)) => self.lost_at_peer(attached, &units),
                 Some(Command::TakeBack(reply)) => {

@@ -199,6 +199,10 @@ impl Driver {
         })
         .await;
         let stopped = stopped.unwrap_or_else(|e| Err(e.to_string()));
+        if stopped.is_ok() && self.protection.moving == Some(term) {
+            // The term of its own hand-over: how that ends is being asked.
+            return Ok(());
+        }
         if stopped.is_ok() && !self.is_kept() {
             self.protection.stopped = true;
             // Else a rollback is refused after a restart, and says so.

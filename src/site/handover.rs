@@ -15,6 +15,7 @@ use super::cut;
 use super::driver::{Attached, DriveError, Driver};
 use super::groups::together;
 use super::remote::AskError;
+use super::runs::hold;
 use super::steps::{blocking, take};
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
@@ -71,6 +72,7 @@ async fn hand_over(
             driver.site.fence.may_run(id, driver.site.key())?;
             resume(driver, attached).await?;
             driver.protection.moving = None;
+            driver.protection.held = None;
             // Should this fail: the peer has given up by then, and says so.
             let _ = driver.keep_protection().await;
             give_up(driver);
@@ -176,6 +178,7 @@ pub(super) async fn get_ready(
 /// Writes down that the guest is about to be held for a move. Without this on
 /// disk, a daemon that comes back would let the guest go on.
 pub(super) async fn keep_moving(driver: &mut Driver, term: Term) -> Result<(), DriveError> {
+    driver.protection.held = None;
     driver.protection.moving = Some(term);
     if let Err(why) = driver.keep_protection().await {
         driver.protection.moving = None;
@@ -254,7 +257,7 @@ pub(super) async fn resolve(driver: &mut Driver) -> Result<(), DriveError> {
 /// runs there.
 pub(super) async fn how_it_ended(
     driver: &mut Driver,
-    guest: Option<Box<dyn Guest>>,
+    mut guest: Option<Box<dyn Guest>>,
 ) -> Result<Option<ActivationTimes>, DriveError> {
     let Some(term) = driver.protection.moving else {
         return Ok(None);
@@ -264,6 +267,9 @@ pub(super) async fn how_it_ended(
     let answer = loop {
         let asked = remote.ask_within(Message::GiveUp { guest: guest_id }, Duration::from_secs(60));
         match driver.interruptible(asked).await? {
+            answer if hold::is_undecided(&answer) => {
+                hold::undecided(driver, &mut guest).await?;
+            }
             Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {
@@ -283,6 +289,7 @@ pub(super) async fn how_it_ended(
             // Taken over by an operator, from some point: the held copy may be newer.
             driver.site.fence.adopt(there)?;
             driver.protection.moving = None;
+            driver.protection.held = None;
             let _ = driver.keep_protection().await;
             Err(DriveError::Other(format!(
                 "'{}' was taken over at '{}' under term {} while it was held here for a move",
@@ -351,10 +358,14 @@ async fn run_here(
     if let Err(GuestError::Gone(_)) = &resumed {
         // It ended while it was held, and no waiting brings it back.
         driver.protection.moving = None;
+        driver.protection.held = None;
         let _ = driver.keep_protection().await;
     }
     resumed?;
     driver.protection.moving = None;
+    driver.protection.held = None;
+    // Heard while it was held: it is not stopped for good any more.
+    driver.protection.stopped = false;
     let _ = driver.keep_protection().await;
     tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it runs on here");
     Ok(())
@@ -370,6 +381,7 @@ pub(super) async fn end(
     // Its stopped copy is what a rollback returns to, and what a reprotection builds upon.
     blocking(move || drop(guest)).await?;
     driver.protection.moving = None;
+    driver.protection.held = None;
     driver.protection.moved = Some(term);
     driver.protection.committed = false;
     let _ = driver.keep_protection().await;

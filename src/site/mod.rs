@@ -21,6 +21,7 @@ pub mod metrics;
 pub mod records;
 pub mod remote;
 pub mod retention;
+pub mod runs;
 pub mod scrub;
 pub mod seed;
 pub mod turn;
@@ -125,6 +126,8 @@ pub struct Site {
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
     unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    /// Runs of runbooks.
+    runs: runs::Runs,
     /// The newest evacuation of this process.
     evacuation: Mutex<Option<evacuate::Handle>>,
 }
@@ -175,6 +178,7 @@ impl Site {
             key: "site.state_dir",
             source,
         })?;
+        let runs = runs::Runs::open(state.join("runs"))?;
         let alerts = alerts::Alerts::open(&state).map_err(|source| SiteError::Directory {
             path: state.join("events"),
             key: "site.state_dir",
@@ -208,6 +212,7 @@ impl Site {
             alerts,
             scrubs: scrub::Scrubs::default(),
             unstopped: Mutex::default(),
+            runs,
             evacuation: Mutex::default(),
         });
         site.rebuild_peers()?;
@@ -226,6 +231,7 @@ impl Site {
                 tracing::error!("{error}");
             }
         }
+        site.resume_runs().await;
         site.finish_hand_overs();
         // Questions are answered only from here on: a source that asks whether
         // its guest runs here must not be answered before that is known.
@@ -260,6 +266,7 @@ impl Site {
         if guests > 0 {
             tracing::warn!(guests, "guests that live in this daemon end with it");
         }
+        self.runs.stop().await;
         self.stop_seeding();
         // Before the drivers: their end must not look like failed moves.
         self.evacuation

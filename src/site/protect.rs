@@ -283,6 +283,7 @@ impl Site {
             paused: false,
             seeded,
             moving: None,
+            held: None,
             moved: None,
             stopped: false,
             committed: false,

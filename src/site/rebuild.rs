@@ -116,6 +116,7 @@ impl Site {
                 },
                 warm: self.config.protect.warm,
                 retention: self.config.protect.retention.clone(),
+                rpo_ms: None,
                 commit: CommitTerms::of(&self.config.protect),
                 schedule: None,
             };

@@ -87,6 +87,9 @@ pub struct Protection {
     /// A planned move is being handed over under this term: until the peer's
     /// word is known, the guest stays stopped here.
     pub moving: Option<Term>,
+    /// It stands still for a run at the peer, and this point is sealed there.
+    #[serde(default)]
+    pub held: Option<super::runs::hold::HeldPoint>,
     /// It was moved: it runs at the peer under this term. Its copy here is kept
     /// stopped, as it was at its last instruction.
     #[serde(default)]

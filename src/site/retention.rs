@@ -97,7 +97,7 @@ fn retention(opening: &Opening) -> String {
 /// What is to become of each point, the oldest first.
 fn judged(standby: &Standby, fates: &Fates) -> Vec<Judged> {
     // Hydrated or not: a daemon that starts anew finds its guest by the point.
-    let in_use = [standby.active().map(|a| a.point), standby.tested()];
+    let in_use = standby.points_in_use();
     let headers = standby.points();
     let kept = standby.remote().incoming.store.kept(standby.guest);
     let newest = headers.last().map(|p| p.point);

@@ -54,6 +54,19 @@ impl SealedTimes {
         }
     }
 
+    /// As [`SealedTimes::note`], durable when it returns; blocks for that long.
+    ///
+    /// # Errors
+    /// When it cannot be written: it holds until a restart then.
+    pub(super) fn note_durably(&self, guest: GuestId, at: SystemTime) -> io::Result<()> {
+        let mut times = self.times.write().unwrap_or_else(PoisonError::into_inner);
+        times.insert(guest, at);
+        super::files::private_directory(&self.directory)?;
+        let since = at.duration_since(SystemTime::UNIX_EPOCH);
+        let text = format!("{}\n", since.unwrap_or_default().as_millis());
+        super::files::replace(&self.directory.join(guest.to_string()), text.as_bytes())
+    }
+
     /// Nothing of this guest is sealed any more.
     pub(super) fn forget(&self, guest: GuestId) {
         let mut times = self.times.write().unwrap_or_else(PoisonError::into_inner);

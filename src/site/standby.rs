@@ -4,7 +4,8 @@
 //! in one order: launch and RAM side by side, then the device state, then the
 //! guest goes on. A term is durable before any of it can run.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 
 use farhaven_storage_sync::PointHeader;
@@ -24,7 +25,7 @@ use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
 use crate::activate::warm::Warm;
 use crate::guest::Definition;
-use crate::replicate::message::{ActivationTimes, Opening, PointContext};
+use crate::replicate::message::{Opening, PointContext};
 
 /// A guest that a peer sends here.
 pub(super) struct Standby {
@@ -38,6 +39,8 @@ pub(super) struct Standby {
     pub(super) drill: Arc<tokio::sync::Mutex<Option<Drill>>>,
     /// Grows when the source begins anew: seals of before are not waited for.
     attempt: watch::Sender<u64>,
+    /// How many requests to hold the guest the source has not answered yet.
+    pub(super) expecting: AtomicUsize,
     /// Held while one of its points is being sealed: however many seals a peer
     /// asks for, one at a time waits for data and looks at the store.
     pub(super) sealing: tokio::sync::Mutex<()>,
@@ -59,6 +62,8 @@ pub(super) struct State {
     /// It ran here before a restart of this daemon, and its QEMU lives and
     /// does not answer yet.
     pub(super) unwatched: Option<Activation>,
+    /// The source holds its guest for a run here, which may run it under this term.
+    pub(super) staged: Option<Term>,
 }
 
 impl State {
@@ -96,6 +101,7 @@ impl Standby {
             seen: Arc::default(),
             drill: Arc::default(),
             attempt: watch::Sender::new(0),
+            expecting: AtomicUsize::new(0),
             sealing: tokio::sync::Mutex::default(),
             base: AtomicU64::new(0),
             turned: AtomicBool::new(false),
@@ -206,7 +212,7 @@ impl Standby {
             _ => seen.trouble,
         };
         TargetView {
-            name: opening.name,
+            name: opening.name.clone(),
             id: self.guest.to_string(),
             from: self.from(),
             points: points.len(),
@@ -214,6 +220,7 @@ impl Standby {
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
             term: site
+                .as_ref()
                 .and_then(|s| s.fence.current(self.guest))
                 .map(|t| t.number),
             active: seen.active.map(|a| ActiveView {
@@ -227,6 +234,7 @@ impl Standby {
                 going_back: a.returning.is_some(),
                 times: a.times,
             }),
+            tested_at: site.as_ref().and_then(|site| site.tested_at(self.guest)),
             test: seen.test.map(TestSeen::view),
             trouble,
         }
@@ -329,6 +337,16 @@ impl Standby {
     /// the term of this number. Each has a directory of its own: what an earlier
     /// one left there is evidence, and may be all that is left of its disks.
     pub(super) async fn launch(&self, point: u64, number: u64) -> Result<Ready, ActivateError> {
+        self.launch_on(point, number, BTreeMap::new()).await
+    }
+
+    /// As [`Standby::launch`], with networks that go before those of this site.
+    pub(super) async fn launch_on(
+        &self,
+        point: u64,
+        number: u64,
+        networks: BTreeMap<String, String>,
+    ) -> Result<Ready, ActivateError> {
         let site = self.site()?;
         let (replica, context) = self.open(point)?;
         let guest = self.guest;
@@ -336,7 +354,11 @@ impl Standby {
             // Made ready for a hand-over, by a daemon that ended before it.
             let before = ground(&site, guest, number.saturating_sub(1)).run;
             Launched::end_left(&before.join("qmp.sock"), &before);
-            Ready::launch(&ground(&site, guest, number), &replica, &context.definition)
+            let mut all = site.config.networks.clone();
+            all.extend(networks);
+            let mut ground = ground(&site, guest, number);
+            ground.networks = &all;
+            Ready::launch(&ground, &replica, &context.definition)
         })
         .await?
     }
@@ -380,29 +402,6 @@ impl Standby {
             tracing::warn!(guest = %self.name(), "its source tells of another machine than was made ready");
             self.discard(state).await;
         }
-    }
-
-    /// Gives up what was prepared, unless it runs already.
-    pub(super) async fn give_up(self: &Arc<Self>) -> Option<(ActivationTimes, Term)> {
-        self.begin_anew();
-        let mut state = self.state.lock().await;
-        if let Some(active) = state.runs() {
-            return Some((active.times.clone(), active.term));
-        }
-        // Handed over with its group, and about to run.
-        let site = self.site.upgrade();
-        if let Some(term) = site.and_then(|site| site.handed_over(self.guest)) {
-            return Some((ActivationTimes::default(), term));
-        }
-        self.discard(&mut state).await;
-        None
-    }
-
-    /// The source goes on: what was prepared here is not needed.
-    pub(super) async fn stand_down(self: &Arc<Self>) {
-        self.begin_anew();
-        let mut state = self.state.lock().await;
-        self.discard(&mut state).await;
     }
 
     /// The source ends protection.

@@ -146,6 +146,7 @@ impl Driver {
             term,
             warm: self.protection.policy.warm,
             retention: self.protection.policy.retention.clone(),
+            rpo_ms: Some(self.protection.policy.rpo.duration().as_millis() as u64),
             commit: CommitTerms::of(&self.protection.policy),
             schedule: self.protection.schedule.clone(),
         };

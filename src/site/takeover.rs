@@ -301,11 +301,12 @@ impl Site {
 
     /// Tells a living source of its guest's new term, and waits for its word
     /// that the guest is stopped. A source that falls silent meanwhile is not
-    /// waited for: the term stops its guest when it comes back.
+    /// waited for: the term stops its guest when it comes back. Answers whether
+    /// it said so.
     ///
     /// # Errors
     /// When it lives and does not say so.
-    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) -> Result<(), String> {
+    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) -> Result<bool, String> {
         self.announce_terms(remote, vec![term]).await
     }
 
@@ -317,19 +318,19 @@ impl Site {
         &self,
         remote: &Remote,
         terms: Vec<Term>,
-    ) -> Result<(), String> {
+    ) -> Result<bool, String> {
         let deadline = Instant::now() + FENCE_WAIT;
         let told = remote.ask_within(Message::Terms { terms }, FENCE_WAIT);
         tokio::pin!(told);
         loop {
             if !remote.alive() {
-                return Ok(());
+                return Ok(false);
             }
             match tokio::time::timeout(Duration::from_millis(100), &mut told).await {
-                Ok(Ok(_)) => return Ok(()),
+                Ok(Ok(_)) => return Ok(true),
                 Ok(Err(error)) if !remote.alive() => {
                     tracing::warn!(%error, "the source fell silent before it stopped its guest");
-                    return Ok(());
+                    return Ok(false);
                 }
                 Ok(Err(error)) => return Err(error.to_string()),
                 Err(_) if Instant::now() > deadline => return Err("it did not answer".to_owned()),

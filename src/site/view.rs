@@ -204,6 +204,9 @@ pub struct TargetView {
     pub term: Option<u64>,
     /// Set when it was taken over and runs here.
     pub active: Option<ActiveView>,
+    /// When it was last tested here and all went well, milliseconds since 1970.
+    #[serde(default)]
+    pub tested_at: Option<u64>,
     /// Set while a test of it runs here, isolated.
     #[serde(default)]
     pub test: Option<TestView>,

@@ -1,6 +1,8 @@
 //! Policy files and protection groups: what the files say is in force, also
 //! when they change, and what a broken one leaves as it was.
 
+mod runs;
+
 use super::*;
 
 use farhaven::site::groups::{FailOverGroup, GroupView};

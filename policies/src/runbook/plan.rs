@@ -288,6 +288,17 @@ fn warnings(runbook: &Runbook, mode: Mode, facts: &Facts) -> Vec<String> {
 }
 
 impl Plan {
+    /// The steps that are done, in their order: those that are not skipped.
+    pub fn to_do(&self) -> impl Iterator<Item = &Step> {
+        let done = self.steps.iter().filter(|step| step.skipped.is_none());
+        done.map(|planned| &planned.step)
+    }
+
+    /// Whether a step of this kind is done.
+    pub fn has(&self, kind: Kind) -> bool {
+        self.to_do().any(|step| step.action.kind() == kind)
+    }
+
     /// Milliseconds of all steps that run and are known, and how many are not.
     pub fn known_time(&self) -> (u64, usize) {
         let running = || self.steps.iter().filter(|step| step.skipped.is_none());

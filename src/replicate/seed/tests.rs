@@ -59,6 +59,7 @@ fn about() -> SeedAbout {
             },
             warm: true,
             retention: Retention::default(),
+            rpo_ms: None,
             commit: CommitTerms::default(),
             schedule: None,
         },

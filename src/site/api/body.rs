@@ -102,6 +102,9 @@ pub struct Failover {
     pub point: Option<PointChoice>,
     /// Even if the source is alive.
     pub force: bool,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/test`.
@@ -110,6 +113,9 @@ pub struct Failover {
 pub struct TestFailover {
     /// Its number or its name; the newest when absent.
     pub point: Option<PointChoice>,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/move`.
@@ -118,6 +124,9 @@ pub struct TestFailover {
 pub struct Move {
     /// Even if the guest stands longer than its policy allows.
     pub accept_pause: bool,
+    /// Who asks, for the audit record.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub by: Option<String>,
 }
 
 /// Body of `POST /v1/guests/{name}/take-back`.

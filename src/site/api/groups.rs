@@ -70,11 +70,19 @@ async fn test(
     InPath(name): InPath<String>,
     Json(body): Json<TestGroup>,
 ) -> Answer<GroupTest> {
-    whole(async move { site.test_group(&name, body.cut).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.test_group(&name, body.cut).await
+    })
+    .await
 }
 
 async fn end_test(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupDone<TestEnded>> {
-    whole(async move { site.end_group_test(&name).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.end_group_test(&name).await
+    })
+    .await
 }
 
 async fn outlook(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupOutlook> {
@@ -94,7 +102,11 @@ async fn commit(
     InPath(name): InPath<String>,
     Json(body): Json<Commit>,
 ) -> Answer<GroupDone<CommitReport>> {
-    whole(async move { site.commit_group(&name, body.discard).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.commit_group(&name, body.discard).await
+    })
+    .await
 }
 
 async fn rollback(
@@ -102,7 +114,11 @@ async fn rollback(
     InPath(name): InPath<String>,
     Json(body): Json<GroupRollBack>,
 ) -> Answer<GroupDone<RollbackReport>> {
-    whole(async move { site.rollback_group(&name, body).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.rollback_group(&name, body).await
+    })
+    .await
 }
 
 async fn reprotect(
@@ -110,5 +126,9 @@ async fn reprotect(
     InPath(name): InPath<String>,
     Json(body): Json<Reprotect>,
 ) -> Answer<GroupDone<ReprotectReport>> {
-    whole(async move { site.reprotect_group(&name, body.rpo).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.reprotect_group(&name, body.rpo).await
+    })
+    .await
 }

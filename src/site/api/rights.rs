@@ -95,6 +95,17 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ),
     ("GET", "/v1/guests/{name}/prune", Right::View),
     ("POST", "/v1/guests/{name}/prune", Right::Administer),
+    // A runbook names programs of this host.
+    ("POST", "/v1/runs", Right::Administer),
+    ("GET", "/v1/runs", Right::View),
+    ("POST", "/v1/runbooks/plan", Right::View),
+    ("GET", "/v1/runs/{id}", Right::View),
+    ("GET", "/v1/runs/{id}/report", Right::View),
+    ("POST", "/v1/runs/{id}/approve", Right::FailOver),
+    ("POST", "/v1/runs/{id}/pause", Right::FailOver),
+    ("POST", "/v1/runs/{id}/go-on", Right::FailOver),
+    ("POST", "/v1/runs/{id}/abort", Right::FailOver),
+    ("POST", "/v1/runs/{id}/decide", Right::FailOver),
     ("GET", "/v1/evacuations", Right::View),
     ("POST", "/v1/evacuations", Right::FailOver),
     // A plan does nothing, but asks the peer.

@@ -66,7 +66,11 @@ async fn commit(
     InPath(name): InPath<String>,
     Json(body): Json<Commit>,
 ) -> Answer<CommitReport> {
-    whole(async move { site.commit(&name, body.discard).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.commit(&name, body.discard).await
+    })
+    .await
 }
 
 async fn rollback(
@@ -74,7 +78,11 @@ async fn rollback(
     InPath(name): InPath<String>,
     Json(body): Json<RollBack>,
 ) -> Answer<RollbackReport> {
-    whole(async move { site.rollback(&name, body).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.rollback(&name, body).await
+    })
+    .await
 }
 
 async fn reprotect(
@@ -82,7 +90,11 @@ async fn reprotect(
     InPath(name): InPath<String>,
     Json(body): Json<Reprotect>,
 ) -> Answer<ReprotectReport> {
-    whole(async move { site.reprotect(&name, body.rpo).await }).await
+    whole(async move {
+        site.not_in_a_run(&name)?;
+        site.reprotect(&name, body.rpo).await
+    })
+    .await
 }
 
 async fn list(State(site): Here) -> Answer<Vec<crate::site::turn::view::EvidenceView>> {

@@ -25,7 +25,7 @@ impl Places {
 }
 
 /// Bytes that a new RAM file may still take.
-pub(super) fn free_memory(directory: &Path) -> u64 {
+pub(in crate::site) fn free_memory(directory: &Path) -> u64 {
     let memory = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     bytes_free(directory).min(memory_available(&memory))
 }

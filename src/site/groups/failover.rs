@@ -82,6 +82,7 @@ impl Site {
     ) -> Result<GroupFailover, OperateError> {
         let declared = Instant::now();
         let group = self.group(name)?;
+        self.not_in_a_run(name)?;
         let (running, idle) = self.may_fail_over(&group, how.force)?;
         let point = self.point_for(&group, how.cut, &running).await?;
         let mut starting: Vec<(NamedMember, Start<Activation>)> = Vec::new();

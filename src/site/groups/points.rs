@@ -137,7 +137,7 @@ pub(in crate::site) fn fates(site: &Site, standbys: &[Arc<Standby>]) -> Fates {
     let mut needed = BTreeSet::new();
     let mut owed = BTreeMap::new();
     for standby in standbys {
-        let in_use = [standby.active().map(|a| a.point), standby.tested()];
+        let in_use = standby.points_in_use();
         let named = standby.remote().incoming.store.kept(standby.guest);
         let stay = in_use.into_iter().flatten().chain(named.into_keys());
         needed.extend(stay.map(|point| (standby.guest, point)));

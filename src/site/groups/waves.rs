@@ -120,7 +120,7 @@ impl Waves<'_> {
 
 impl Site {
     /// A guest's checks whose program this site's own policy files name.
-    fn own_programs(&self, group: &GroupRecord, guest: &str) -> Vec<String> {
+    pub(in crate::site) fn own_programs(&self, group: &GroupRecord, guest: &str) -> Vec<String> {
         let told = group.members.get(guest).map(|member| &member.terms.health);
         let files = self.policies.files();
         let own = files

@@ -185,6 +185,7 @@ impl Site {
                 term,
                 warm: policy.warm,
                 retention: policy.retention.clone(),
+                rpo_ms: None,
                 commit: CommitTerms::of(policy),
                 schedule: None,
             },

@@ -126,6 +126,7 @@ impl Site {
             paused: false,
             seeded: false,
             moving: None,
+            held: None,
             moved: None,
             stopped: false,
             committed: false,

@@ -248,6 +248,12 @@ impl Driver {
         if self.site.fence.may_run(id, key).is_ok() {
             return Err(format!("'{}' runs here", self.record.name));
         }
+        if self.protection.moving.is_some() {
+            return Err(format!(
+                "how the move of '{}' ended is being found out",
+                self.record.name
+            ));
+        }
         self.protection.committed = true;
         self.keep_protection().await?;
         if discard {

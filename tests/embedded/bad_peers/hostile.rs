@@ -188,6 +188,7 @@ impl Hostile {
             warm: false,
             retention: Policy::default().retention,
             schedule: None,
+            rpo_ms: None,
             commit: CommitTerms::default(),
         }
     }

@@ -1,13 +1,14 @@
 //! What can be seen of a run.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use super::super::Kind;
 use super::super::plan::Plan;
+use super::state::Direction;
 use super::{Back, Forward, Moment, Outcome, Question, Run};
 
 /// A step of a run, for status and reports.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct StepView {
     /// Its name.
@@ -57,6 +58,17 @@ impl Run {
     /// What a person is asked.
     pub fn question(&self) -> Option<&Question> {
         self.question.as_ref()
+    }
+
+    /// The step at hand; None when the run has come to its end.
+    pub fn at_hand_name(&self) -> Option<&str> {
+        let at_hand = self.at_hand().filter(|_| self.ending.is_none());
+        at_hand.map(|(planned, _)| planned.step.name.as_str())
+    }
+
+    /// Whether what was done is being undone.
+    pub fn goes_back(&self) -> bool {
+        self.direction == Direction::Back
     }
 
     /// How many records it has made.

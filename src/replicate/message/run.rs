@@ -1,0 +1,44 @@
+//! What a run at the target and the source say to each other of a guest.
+
+use farhaven_storage_sync::unit::GuestId;
+use serde::{Deserialize, Serialize};
+
+use crate::activate::fence::Term;
+
+/// One message about a guest that a run has.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RunMessage {
+    /// Target: a run moves this guest. Converge, stop it, seal its last point
+    /// and hold it. Asked again while it is held, the answer is the same.
+    Hold {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Source: it is stopped, and its last point is sealed at your place.
+    Held {
+        /// That point.
+        point: u64,
+        /// Bytes sent while it stood still.
+        bytes: u64,
+        /// When it was stopped, nanoseconds since 1970.
+        stopped_at: u64,
+        /// The term of the hand-over, which you may take now.
+        term: Term,
+    },
+    /// Target, to [`GiveUp`](super::Message::GiveUp): a run has the guest and
+    /// has not ended. The source holds it on, and asks again.
+    Undecided,
+    /// Target: the run has ended, or gave the guest back: ask now what became
+    /// of it, and act on it. Answered with [`Done`](super::Message::Done) at once.
+    Release {
+        /// Who.
+        guest: GuestId,
+    },
+    /// Target: do you hold it still, so that it could go on? Changes nothing.
+    /// Answered with `Held`, or refused.
+    StillHeld {
+        /// Who.
+        guest: GuestId,
+    },
+}

@@ -1,0 +1,281 @@
+//! The source's part of a run that is conducted at the target: its guest is
+//! moved to the point where it stands still and its last changes are sealed
+//! there; then it is held until the run has run it, or has given it back.
+//!
+//! From the hold on, the source asks again and again what became of the guest,
+//! as after any move whose word did not come. The target answers that it is not
+//! decided yet, that the guest runs there, or that it is given up: then it goes
+//! on here, under a newer term.
+
+use std::sync::{Arc, PoisonError};
+use std::time::Duration;
+
+use farhaven_storage_sync::unit::GuestId;
+use serde::{Deserialize, Serialize};
+use tokio::sync::oneshot;
+
+use crate::activate::fence::Term;
+use crate::guest::{After, Guest};
+use crate::replicate::message::{Message, Refusal, RunMessage};
+use crate::site::answer::refused;
+use crate::site::converge::{converge, throttle};
+use crate::site::cut;
+use crate::site::driver::{Attached, Command, DriveError, Driver};
+use crate::site::handover;
+use crate::site::remote::{AskError, Remote};
+use crate::site::view::Phase;
+use crate::site::{Site, guests};
+
+/// How often the target is asked what became of a held guest.
+pub(in crate::site) const ASK_AGAIN: Duration = Duration::from_millis(500);
+
+/// The last point of a guest that stands still is sealed within this time, or
+/// the guest goes on.
+const SEALED: Duration = Duration::from_secs(300);
+
+/// A guest that stands still for a run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldPoint {
+    /// Its last point, sealed at the peer.
+    pub point: u64,
+    /// Bytes sent for it while the guest stood still.
+    pub bytes: u64,
+    /// When it was stopped, nanoseconds since 1970.
+    pub stopped_at: u64,
+}
+
+/// To whom the hold of a guest is told.
+pub(in crate::site) type HoldReply = oneshot::Sender<Result<(HeldPoint, Term), String>>;
+
+/// Answers a target's message about a run.
+pub(in crate::site) async fn answer(
+    site: &Arc<Site>,
+    remote: &Arc<Remote>,
+    asked: RunMessage,
+) -> Message {
+    match asked {
+        RunMessage::Hold { guest } => held(site, remote, guest, Command::Hold).await,
+        RunMessage::StillHeld { guest } => held(site, remote, guest, Command::IsHeld).await,
+        RunMessage::Release { guest } => {
+            if let Some(commands) = driver_of(site, remote, guest) {
+                let _ = commands.send(Command::Ask).await;
+            }
+            Message::Done
+        }
+        RunMessage::Held { .. } | RunMessage::Undecided => {
+            refused(Refusal::Unknown, "that is an answer, not a question")
+        }
+    }
+}
+
+fn driver_of(
+    site: &Site,
+    remote: &Remote,
+    guest: GuestId,
+) -> Option<tokio::sync::mpsc::Sender<Command>> {
+    let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
+    let driver = drivers.get(&guest)?;
+    let to = driver.view.borrow().peer.clone();
+    (to.as_ref() == Some(&remote.record.site)).then(|| driver.commands.clone())
+}
+
+fn not_protected() -> Message {
+    refused(
+        Refusal::Unable,
+        "this guest is not protected from that site to here any more",
+    )
+}
+
+async fn held(
+    site: &Arc<Site>,
+    remote: &Arc<Remote>,
+    guest: GuestId,
+    command: fn(HoldReply) -> Command,
+) -> Message {
+    let Some(commands) = driver_of(site, remote, guest) else {
+        return not_protected();
+    };
+    let (reply, held) = oneshot::channel();
+    let _ = commands.send(command(reply)).await;
+    match held.await {
+        Ok(Ok((held, term))) => Message::Run(RunMessage::Held {
+            point: held.point,
+            bytes: held.bytes,
+            stopped_at: held.stopped_at,
+            term,
+        }),
+        Ok(Err(why)) => refused(Refusal::Unable, why),
+        Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
+    }
+}
+
+impl Driver {
+    /// The guest comes to stand still for a run, and stands until that is
+    /// decided. An error says where it is.
+    pub(in crate::site) async fn hold(
+        &mut self,
+        attached: &mut Attached,
+        reply: HoldReply,
+    ) -> Result<(), DriveError> {
+        let (held, term) = match self.come_to_stand(attached).await {
+            Ok(held) => held,
+            Err(error) => {
+                let _ = reply.send(Err(error.to_string()));
+                return Err(error);
+            }
+        };
+        let _ = reply.send(Ok((held, term)));
+        let ended = handover::how_it_ended(self, attached.guest.take()).await;
+        ended.map(|_| ())
+    }
+
+    async fn come_to_stand(
+        &mut self,
+        attached: &mut Attached,
+    ) -> Result<(HeldPoint, Term), DriveError> {
+        self.phase(Phase::Moving);
+        let converged = converge(self, attached, false, None).await;
+        throttle(attached, 0).await.unwrap_or_else(|error| {
+            tracing::warn!(guest = %self.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
+        });
+        converged.map_err(|error| handover::not_begun(self, error))?;
+        let known = self.site.fence.current(self.record.id);
+        let term = Term {
+            group: self.record.id,
+            number: known.map_or(0, |t| t.number) + 1,
+            owner: self.remote.record.key,
+        };
+        // Without this on disk, a daemon that comes back would let the guest go on.
+        self.protection.moving = Some(term);
+        self.protection.held = None;
+        if let Err(why) = self.keep_protection().await {
+            self.protection.moving = None;
+            return Err(DriveError::Other(format!(
+                "'{}' runs on here: that it is to be held cannot be written down: {why}",
+                self.record.name
+            )));
+        }
+        self.phase(Phase::Held);
+        let made = match cut::make(self, attached, After::Hold, None).await {
+            Ok(made) => made,
+            Err(error) => {
+                // The peer has no word of it yet; but it may have been taken over there.
+                self.site.fence.may_run(self.record.id, self.site.key())?;
+                handover::resume(self, attached).await?;
+                self.protection.moving = None;
+                let _ = self.keep_protection().await;
+                return Err(handover::not_begun(self, error));
+            }
+        };
+        match cut::seal_held(self, attached, &made, SEALED).await {
+            Ok(()) => {
+                self.site.note_sealed(self.record.id, made.cut_at);
+                let held = HeldPoint {
+                    point: made.point,
+                    bytes: made.final_bytes,
+                    stopped_at: crate::site::unix_ns(made.cut_at),
+                };
+                self.protection.held = Some(held);
+                let kept = self.keep_protection().await;
+                kept.map_err(DriveError::Other)?;
+                self.view.send_modify(|v| v.newest_point = held.point);
+                Ok((held, term))
+            }
+            Err(error) => {
+                // It goes on, unless it is found to run there.
+                handover::how_it_ended(self, attached.guest.take()).await?;
+                Err(handover::not_begun(self, error))
+            }
+        }
+    }
+
+    /// Answers who wants a guest held that is held already.
+    pub(in crate::site) fn held_already(&self, reply: HoldReply) {
+        let _ = reply.send(match (self.protection.held, self.protection.moving) {
+            (Some(held), Some(term)) => Ok((held, term)),
+            (None, Some(_)) => Err(format!(
+                "how an earlier move of '{}' ended is not known yet; see farhaven status there",
+                self.record.name
+            )),
+            _ => Err(format!(
+                "'{}' is not protected at this moment: {}; see farhaven status there",
+                self.record.name,
+                self.view.borrow().trouble
+            )),
+        });
+    }
+
+    /// As [`Driver::held_already`], when its stopped copy could go on. `guest` is
+    /// what is attached to it, if anything is.
+    pub(in crate::site) async fn is_held(
+        &self,
+        reply: HoldReply,
+        guest: &mut Option<Box<dyn Guest>>,
+    ) {
+        if self.protection.held.is_none() {
+            return self.held_already(reply);
+        }
+        let (site, record, attached) = (self.site.clone(), self.record.clone(), guest.take());
+        let looked = tokio::task::spawn_blocking(move || match attached {
+            Some(mut attached) => {
+                let lives = attached.running().is_some();
+                (Some(attached), Ok(lives))
+            }
+            None => {
+                let runs = guests::copy_runs(&site, &record);
+                let lives = runs.map(|runs| runs.is_some());
+                (None, lives.map_err(|error| error.to_string()))
+            }
+        });
+        let (attached, lives) = match looked.await {
+            Ok(looked) => looked,
+            Err(error) => (None, Err(error.to_string())),
+        };
+        *guest = attached;
+        match lives {
+            Ok(true) => self.held_already(reply),
+            Ok(false) => {
+                let _ = reply.send(Err(format!(
+                    "the stopped copy of '{}' has ended there",
+                    self.record.name
+                )));
+            }
+            Err(why) => {
+                let _ = reply.send(Err(why));
+            }
+        }
+    }
+}
+
+/// A held guest waits for the target's word; any command ends the wait.
+pub(in crate::site) async fn undecided(
+    driver: &mut Driver,
+    guest: &mut Option<Box<dyn Guest>>,
+) -> Result<(), DriveError> {
+    let (name, to) = (driver.record.name.clone(), driver.protection.to.clone());
+    driver.view.send_modify(|v| {
+        v.phase = Phase::Held;
+        v.trouble = format!(
+            "it stands still here for a run at '{to}', which decides where it goes on (there: farhaven run list). If that site is lost for good: farhaven take-back {name} --force"
+        );
+    });
+    // What it is asked meanwhile is answered without giving up the wait.
+    loop {
+        let next = tokio::time::timeout(ASK_AGAIN, driver.commands.recv()).await;
+        match next {
+            Err(_) | Ok(Some(Command::Ask)) => return Ok(()),
+            Ok(Some(Command::Hold(reply))) => driver.held_already(reply),
+            Ok(Some(Command::IsHeld(reply))) => driver.is_held(reply, guest).await,
+            Ok(Some(other)) => {
+                driver.waiting.push_back(other);
+                return Err(DriveError::Interrupted);
+            }
+            Ok(None) => return Err(DriveError::Interrupted),
+        }
+    }
+}
+
+/// An answer of the target that leaves open what becomes of a held guest.
+pub(in crate::site) fn is_undecided(answer: &Result<Message, AskError>) -> bool {
+    matches!(answer, Ok(Message::Run(RunMessage::Undecided)))
+}

@@ -1,0 +1,135 @@
+//! Runbooks over a whole group: all guests from one cut, all terms at once.
+
+use super::*;
+use farhaven::site::runs::start::StartRun;
+use farhaven_policies::runbook::Mode;
+use farhaven_policies::runbook::run::{Event, Outcome};
+
+const STEPS: &str = r#"
+name = "bank"
+modes = ["test", "unplanned"]
+[groups]
+bank = []
+[[steps]]
+name = "ready"
+do = "check"
+[[steps]]
+name = "fence"
+do = "fence"
+[[steps]]
+name = "promote"
+do = "promote"
+[[steps]]
+name = "start"
+do = "start-group"
+[[steps]]
+name = "agree"
+do = "approve"
+by = ["*"]
+timeout = "10m"
+[[steps]]
+name = "cleanup"
+do = "cleanup"
+"#;
+
+fn start(mode: Mode, text: &str) -> StartRun {
+    StartRun {
+        text: text.to_owned(),
+        mode,
+        point: None,
+        by: "anna".to_owned(),
+        force: true,
+    }
+}
+
+async fn at(site: &Site, run: &str, step: &str) {
+    finally(step, || {
+        let view = site.run(run).unwrap();
+        assert!(
+            view.question.is_none() && view.outcome.is_none(),
+            "{view:#?}"
+        );
+        view.awaits.filter(|awaits| awaits.step == step)
+    })
+    .await;
+}
+
+/// All guests of the run, from points of one cut.
+async fn of_one_cut(site: &Arc<Site>, run: &str) {
+    let report = site.report(run).unwrap();
+    let used: Vec<_> = report
+        .guests
+        .iter()
+        .map(|guest| (guest.guest.clone(), guest.point.unwrap()))
+        .collect();
+    let whole = site.group_points("bank").await.unwrap();
+    let cut = whole.iter().find(|point| {
+        let mut all = used.iter();
+        all.all(|(guest, number)| point.points.get(guest) == Some(number))
+    });
+    assert!(cut.is_some(), "{used:?} of {whole:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
+    let bank = Bank::set().await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    bank.write(&files(GOLD, BANK));
+    bank.protected().await;
+    finally("a whole point", || bank.group(&west).and_then(|g| g.rpo_ms)).await;
+    let other_point = StartRun {
+        point: Some(7),
+        ..start(Mode::Unplanned, STEPS)
+    };
+    let refused = west.start_run(other_point).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("no whole point 7"),
+        "{refused}"
+    );
+
+    // A test of all of it, while protection goes on.
+    let run = west.start_run(start(Mode::Test, STEPS)).await.unwrap().id;
+    at(&west, &run, "agree").await;
+    of_one_cut(&west, &run).await;
+    let refused = west.fail_over_group("bank", force(true)).await.unwrap_err();
+    assert!(refused.to_string().contains("run abort"), "{refused}");
+    let agreed = Event::Approved {
+        comment: String::new(),
+    };
+    west.tell_run(&run, "anna", Some("agree"), agreed)
+        .await
+        .unwrap();
+    finally("its end", || west.run(&run).unwrap().outcome).await;
+    assert_eq!(west.run(&run).unwrap().outcome, Some(Outcome::Succeeded));
+    assert!(west.last_good_test("bank").is_some());
+    assert!(target(&west, "db").tested_at.is_some());
+
+    let run = west
+        .start_run(start(Mode::Unplanned, STEPS))
+        .await
+        .unwrap()
+        .id;
+    at(&west, &run, "agree").await;
+    of_one_cut(&west, &run).await;
+    for name in ["db", "web"] {
+        let guest = west.members_of(name).unwrap()[0].guest;
+        assert_eq!(west.fence.current(guest).unwrap().owner, west.key());
+        assert!(target(&west, name).active.is_some());
+        assert_eq!(source(&east, name).phase, Phase::Fenced);
+    }
+    west.tell_run(&run, "anna", None, Event::Aborted { rollback: true })
+        .await
+        .unwrap();
+    finally("its end", || west.run(&run).unwrap().outcome).await;
+    assert_eq!(west.run(&run).unwrap().outcome, Some(Outcome::RolledBack));
+    for name in ["db", "web"] {
+        assert!(target(&west, name).active.is_none());
+    }
+    let before = sound(&bank.web);
+    finally("it goes on at home", || {
+        (sound(&bank.web) > before).then_some(())
+    })
+    .await;
+    bank.protected().await;
+    bank.stage.end().await;
+}
