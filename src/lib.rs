@@ -78,3 +78,4 @@ pub mod guest;
 pub mod replicate;
 pub mod runbook;
 pub mod site;
+pub mod work;

@@ -45,6 +45,7 @@ mod standby;
 mod start;
 mod status;
 mod steps;
+mod surroundings;
 mod takeover;
 mod watch;
 
@@ -57,6 +58,7 @@ use farhaven_policies::site::SiteConfig;
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::disk::Disk;
 use farhaven_storage_sync::store::{Store, StoreOptions};
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::rate::RateOptions;
@@ -72,6 +74,7 @@ use driver::{Driver, DriverHandle};
 pub use error::SiteError;
 use events::EventKind;
 pub use promote::ActivateError;
+pub use surroundings::Surroundings;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use sealed::SealedTimes;
@@ -103,6 +106,8 @@ pub struct Site {
     policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
+    /// What the stores are on.
+    disk: Arc<dyn Disk>,
     /// Images that are being stored.
     adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
@@ -138,6 +143,17 @@ impl Site {
         config: SiteConfig,
         builders: Builders,
     ) -> Result<Arc<Self>, SiteError> {
+        Self::start_in(config, Surroundings::of_system(builders)).await
+    }
+
+    /// As [`Site::start_with`], on another disk and network than the system's.
+    ///
+    /// # Errors
+    /// See [`SiteError`]; nothing runs then.
+    pub async fn start_in(
+        config: SiteConfig,
+        surroundings: Surroundings,
+    ) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
         for (directory, key) in [
             (&state, "site.state_dir"),
@@ -154,7 +170,7 @@ impl Site {
         start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let tracking_key = files::digest_key(&state.join("identity").join("digest-key"));
-        let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
+        let (catalogue, report) = surroundings.catalogue(&state.join("catalogue"))?;
         if report.rebuilt || report.journal_rebuilt {
             tracing::warn!(set_aside = ?report.set_aside, "the catalogue was damaged or missing, and was rebuilt");
         }
@@ -172,12 +188,12 @@ impl Site {
         })?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
         let limits = limits::Limits::open(&config)?;
-        let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
+        let node = surroundings.node(&identity, node_options(&config, &limits))?;
         let site = Arc::new(Self {
             config,
             fence,
             identity,
-            node,
+            node: Arc::new(node),
             catalogue: Arc::new(catalogue),
             tracking_key,
             remotes: RwLock::default(),
@@ -189,7 +205,8 @@ impl Site {
             exports,
             limits,
             policies: groups::InForce::default(),
-            builders,
+            builders: surroundings.builders,
+            disk: surroundings.disk,
             adding: Mutex::default(),
             naming: Mutex::default(),
             turns: turn::Turns::default(),
@@ -273,7 +290,7 @@ impl Site {
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
-        let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
+        let _ = crate::work::spawn_blocking(move || catalogue.flush()).await;
     }
 
     /// This site's key.
@@ -318,7 +335,8 @@ impl Site {
                 .unwrap_or(usize::MAX),
             ..StoreOptions::default()
         };
-        let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
+        let directory = self.store_directory(&record.key);
+        let (store, report) = Store::open_on(self.disk.clone(), &directory, options)?;
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }
@@ -407,7 +425,7 @@ impl Site {
             group: context.group.clone(),
         };
         let catalogue = self.catalogue.clone();
-        tokio::task::spawn_blocking(move || {
+        crate::work::spawn_blocking(move || {
             catalogue.put(Table::Points, &key, &record)?;
             catalogue.flush()
         })
