@@ -22,10 +22,7 @@ use tokio::task::JoinHandle;
 pub trait Labour: Send + Sync {
     /// Does `work`; the future ends with it. When the future is dropped before,
     /// the work goes no further than to its next wait.
-    fn perform(
-        &self,
-        work: Box<dyn FnOnce() + Send>,
-    ) -> Pin<Box<dyn Future<Output = ()> + Send>>;
+    fn perform(&self, work: Box<dyn FnOnce() + Send>) -> Pin<Box<dyn Future<Output = ()> + Send>>;
 
     /// Called from within such work: returns once `poll` is ready.
     fn wait(&self, poll: &mut dyn FnMut(&mut Context<'_>) -> Poll<()>);

@@ -74,12 +74,12 @@ use driver::{Driver, DriverHandle};
 pub use error::SiteError;
 use events::EventKind;
 pub use promote::ActivateError;
-pub use surroundings::Surroundings;
 use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use sealed::SealedTimes;
 use seed::announced::Announced;
 use standby::Standby;
+pub use surroundings::Surroundings;
 
 /// A running site.
 pub struct Site {

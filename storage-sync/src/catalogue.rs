@@ -8,6 +8,7 @@
 //! is the only file that names sled.
 
 mod journal;
+mod table;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -21,58 +22,10 @@ use crate::disk::{Disk, OpenFile, SystemDisk};
 use crate::files::{FileError, LockError, lock, make_dir, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 use journal::Journal;
+pub use table::Table;
 
 /// Memory that sled may use for its cache.
 const CACHE: u64 = 8 << 20;
-
-/// What rows are about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum Table {
-    /// This site itself.
-    Site = 1,
-    /// Sites this one is paired with.
-    Peers = 2,
-    /// Guests that run or ran here.
-    Guests = 3,
-    /// Protection groups.
-    Groups = 4,
-    /// What is protected to where, and how.
-    Protections = 5,
-    /// Headers of recovery points.
-    Points = 6,
-    /// Points that were brought to life here.
-    Activations = 7,
-    /// What peers tell of their guests.
-    Remote = 8,
-    /// Copies of guests that were stopped for good, and are kept.
-    Evidence = 9,
-}
-
-impl Table {
-    /// All of them.
-    pub const ALL: [Table; 9] = [
-        Table::Site,
-        Table::Peers,
-        Table::Guests,
-        Table::Groups,
-        Table::Protections,
-        Table::Points,
-        Table::Activations,
-        Table::Remote,
-        Table::Evidence,
-    ];
-
-    fn from_number(number: u8) -> Option<Table> {
-        Table::ALL.into_iter().find(|&table| table as u8 == number)
-    }
-
-    fn row(self, key: &str) -> Vec<u8> {
-        let mut row = vec![self as u8];
-        row.extend_from_slice(key.as_bytes());
-        row
-    }
-}
 
 /// Why the catalogue refused.
 #[derive(Debug, thiserror::Error)]
@@ -378,8 +331,7 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.put(&row, None)?;
         let removed = self.database.remove(&row);
-        removed
-            .map_err(|error| failed(&self.sled_dir, &error))
+        removed.map_err(|error| failed(&self.sled_dir, &error))
     }
 
     /// Reads a row.
