@@ -10,11 +10,12 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use tokio::runtime::Handle;
+use tokio::sync::Notify;
 use tokio::sync::mpsc::UnboundedReceiver;
 use tokio::task::JoinHandle;
 
@@ -119,5 +120,40 @@ pub(crate) fn threads() -> usize {
     match labour() {
         None => std::thread::available_parallelism().map_or(2, usize::from),
         Some(_) => 1,
+    }
+}
+
+/// Wakes all that wait for a change of what a mutex guards.
+#[derive(Debug, Default)]
+pub(crate) struct Bell {
+    threads: Condvar,
+    simulated: Notify,
+}
+
+impl Bell {
+    /// It changed.
+    pub(crate) fn ring(&self) {
+        self.threads.notify_all();
+        self.simulated.notify_waiters();
+    }
+
+    /// Within work that blocks: lets go of the guard until the bell rings, for
+    /// so long at most, or for no reason.
+    pub(crate) fn wait<'a, T>(
+        &self,
+        mutex: &'a Mutex<T>,
+        guard: MutexGuard<'a, T>,
+        most: Duration,
+    ) -> MutexGuard<'a, T> {
+        if labour().is_none() {
+            let woken = self.threads.wait_timeout(guard, most);
+            return woken.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let mut rung = pin!(self.simulated.notified());
+        // What rings once the guard is gone is heard.
+        rung.as_mut().enable();
+        drop(guard);
+        let _ = block_on(&Handle::current(), tokio::time::timeout(most, rung));
+        mutex.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

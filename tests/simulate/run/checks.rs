@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use farhaven::replicate::message::PointContext;
 use farhaven::site::view::{Phase, SiteView};
 use farhaven_storage_sync::digest::is_zero;
 use farhaven_storage_sync::disk::simulated::SimulatedDisk;
@@ -211,6 +212,8 @@ impl Seen {
             let why = format!("the store of site {site} has {} bytes", store.bytes());
             return Err(Broken { promise: 7, why });
         }
+        // Of each cut of a group: when its guests stood still.
+        let mut cuts: BTreeMap<(GuestId, u64), (u64, u64)> = BTreeMap::new();
         for id in store.guests() {
             let mut points: Vec<u64> = store.points(id).iter().map(|p| p.point).collect();
             while !all && points.len() > READ + 1 {
@@ -220,7 +223,10 @@ impl Seen {
             for point in points {
                 let replica = store.open_point(id, point);
                 let restored = replica.map_err(|e| e.to_string());
-                let restored = restored.and_then(|replica| as_of_its_instant(world, &replica));
+                let restored = restored.and_then(|replica| {
+                    let number = as_of_its_instant(world, &replica)?;
+                    of_one_instant(world, &replica, number, &mut cuts)
+                });
                 restored.map_err(|why| Broken {
                     promise: 1,
                     why: format!("point {point} of guest {id} at {site}: {why}"),
@@ -283,8 +289,28 @@ fn is_there(disk: &SimulatedDisk, directory: &Path) -> bool {
     disk.exists(directory).unwrap_or(false)
 }
 
-/// A point is what its guest was at the instant that it tells of.
-fn as_of_its_instant(world: &World, replica: &Replica) -> Result<(), String> {
+/// The guests of a group's cut all stood still at one time.
+fn of_one_instant(
+    world: &World,
+    replica: &Replica,
+    number: Option<u64>,
+    cuts: &mut BTreeMap<(GuestId, u64), (u64, u64)>,
+) -> Result<(), String> {
+    let context = PointContext::of(replica)?;
+    let stood = number.and_then(|number| world.room.stood(number));
+    let (Some(group), Some((from, until))) = (context.group, stood) else {
+        return Ok(());
+    };
+    let all = cuts.entry((group.id, group.cut)).or_insert((0, u64::MAX));
+    *all = (all.0.max(from), all.1.min(until));
+    match all.0 <= all.1 {
+        true => Ok(()),
+        false => Err(format!("cut {} of its group is not of one instant", group.cut)),
+    }
+}
+
+/// A point is what its guest was at the instant that it tells of; its number.
+fn as_of_its_instant(world: &World, replica: &Replica) -> Result<Option<u64>, String> {
     let mut content = Vec::new();
     let mut state = Vec::new();
     for (index, volume) in replica.volumes().iter().enumerate() {
@@ -300,13 +326,13 @@ fn as_of_its_instant(world: &World, replica: &Replica) -> Result<(), String> {
     }
     if state.is_empty() || is_zero(&state) {
         // What a site had of a guest when it turned round: no point to run.
-        return Ok(());
+        return Ok(None);
     }
     let number = number_of(&state).ok_or("its state has no number")?;
     let found: [blake3::Hash; 2] = content.try_into().map_err(|_| "other volumes".to_owned())?;
     let wanted = world.room.instant(number);
     match wanted.as_ref() == Some(&found) {
-        true => Ok(()),
+        true => Ok(Some(number)),
         false => Err(format!(
             "its {} (instant {number})",
             differs(wanted.as_ref(), &found)

@@ -229,7 +229,7 @@ impl Vmm for Monitor {
             what: "reading the disk".to_owned(),
             source,
         })?;
-        let number = self.core.room.keep_instant(content);
+        let number = self.core.room.keep_instant(&self.core.place, content);
         let mut state = number.to_le_bytes().to_vec();
         // As long as a state is by chance, of bytes that follow from the number.
         state.resize(NUMBER + (number * 977 % 6_000) as usize, number as u8);

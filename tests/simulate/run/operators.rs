@@ -30,6 +30,17 @@ pub enum Order {
     Pause,
     Resume,
     TakeBack,
+    FailOverGroup { force: bool },
+}
+
+impl Order {
+    /// Whether it is a person's decision that a guest runs here.
+    fn decides(self) -> bool {
+        matches!(
+            self,
+            Order::FailOver { .. } | Order::FailOverGroup { .. } | Order::TakeBack
+        )
+    }
 }
 
 /// An order under way, or done.
@@ -76,10 +87,12 @@ impl Operators {
         let Some(process) = &world.hosts[side].process else {
             return;
         };
-        let decides = matches!(order, Order::FailOver { .. } | Order::TakeBack);
         // By force with the link up: the other site is made to stop it first.
-        let by_force = matches!(order, Order::FailOver { force: true, .. });
-        let overrides = decides && !(by_force && world.whole_for(SETTLED));
+        let by_force = matches!(
+            order,
+            Order::FailOver { force: true, .. } | Order::FailOverGroup { force: true }
+        );
+        let overrides = order.decides() && !(by_force && world.whole_for(SETTLED));
         let (at, answer) = (self.given.len(), self.answer.clone());
         self.given.push(Given {
             order,
@@ -135,6 +148,10 @@ impl Operators {
                 Order::Reprotect => site.reprotect(&name, second).await.map(|_| String::new()),
                 Order::Pause => site.pause(&name).await.map(|()| String::new()),
                 Order::Resume => site.resume(&name).await.map(|()| String::new()),
+                Order::FailOverGroup { force } => {
+                    let over = site.fail_over_group("pair", None, force).await;
+                    over.map(|_| String::new())
+                }
                 Order::TakeBack => site.take_back(&name, true).await.map(|()| String::new()),
             };
             let _ = answer.send((at, done.map_err(|why| why.to_string())));
@@ -165,7 +182,7 @@ impl Operators {
             live.any(|live| live.number == process)
         };
         for given in self.given.iter_mut().filter(|given| given.done.is_none()) {
-            given.overrides |= matches!(given.order, Order::FailOver { .. } | Order::TakeBack);
+            given.overrides |= given.order.decides();
             if !lives(given.process) {
                 given.done = Some(world.now);
             }
@@ -212,6 +229,9 @@ impl Operators {
         };
         let order = match world.random.random_range(0..100) {
             0..25 => Order::Move,
+            25..30 if world.grouped => Order::FailOverGroup {
+                force: world.random.random_bool(0.5),
+            },
             25..45 => Order::FailOver {
                 force: world.random.random_bool(0.5),
                 back,

@@ -31,10 +31,20 @@ pub struct Span {
     pub until: Option<u64>,
 }
 
+/// A guest as it stood still once.
+#[derive(Debug, Clone)]
+struct Instant {
+    content: [blake3::Hash; 2],
+    from: u64,
+    until: Option<u64>,
+}
+
 struct State {
     /// Of each guest, the spans that may still overlap with one to come.
     spans: BTreeMap<u32, Vec<Span>>,
-    instants: BTreeMap<u64, [blake3::Hash; 2]>,
+    instants: BTreeMap<u64, Instant>,
+    /// Of each machine that stands still: its newest instant.
+    saved: BTreeMap<u64, u64>,
     dead: BTreeSet<u64>,
     machines: u64,
     random: StdRng,
@@ -64,6 +74,7 @@ impl Room {
             state: Mutex::new(State {
                 spans: BTreeMap::new(),
                 instants: BTreeMap::new(),
+                saved: BTreeMap::new(),
                 dead: BTreeSet::new(),
                 machines: 0,
                 random: StdRng::seed_from_u64(seed),
@@ -106,20 +117,36 @@ impl Room {
         !self.state.lock().unwrap().dead.contains(&place.process)
     }
 
-    /// Keeps what memory and disk of a guest are now; the instant's number.
-    pub fn keep_instant(&self, content: [blake3::Hash; 2]) -> u64 {
+    /// Keeps what memory and disk of a machine are now; the instant's number.
+    pub fn keep_instant(&self, place: &Place, content: [blake3::Hash; 2]) -> u64 {
         let mut state = self.state.lock().unwrap();
+        let state = &mut *state;
         let number = state.instants.len() as u64 + 1;
         for hash in &content {
             state.digest.update(hash.as_bytes());
         }
-        state.instants.insert(number, content);
+        let stopped = state.stopped.get(&place.machine);
+        let instant = Instant {
+            content,
+            from: stopped.map_or(0, |(_, since)| *since),
+            until: None,
+        };
+        state.instants.insert(number, instant);
+        state.saved.insert(place.machine, number);
         number
     }
 
     /// What a guest was at that instant.
     pub fn instant(&self, number: u64) -> Option<[blake3::Hash; 2]> {
-        self.state.lock().unwrap().instants.get(&number).copied()
+        let state = self.state.lock().unwrap();
+        state.instants.get(&number).map(|instant| instant.content)
+    }
+
+    /// From when until when the guest stood still for it.
+    pub fn stood(&self, number: u64) -> Option<(u64, u64)> {
+        let state = self.state.lock().unwrap();
+        let instant = state.instants.get(&number)?;
+        Some((instant.from, instant.until.unwrap_or(u64::MAX)))
     }
 
     /// A machine takes up an instant's device state over this memory and disk.
@@ -154,6 +181,10 @@ impl Room {
             }
             _ => {
                 state.stopped.remove(&place.machine);
+                let newest = state.saved.remove(&place.machine);
+                if let Some(instant) = newest.and_then(|n| state.instants.get_mut(&n)) {
+                    instant.until = Some(now);
+                }
             }
         }
         if place.test {

@@ -73,7 +73,14 @@ pub struct World {
     pub fibers: Arc<Fibers>,
     retention: Retention,
     segment: u64,
+    /// Guests 0 and 2 are a protection group, by a policy file at their home.
+    pub grouped: bool,
 }
+
+/// The policy file of a group.
+const POLICIES: &str = "[sites.west]\n[policies.gold]\nrpo = \"1s\"\n\
+    [groups.pair]\npolicy = \"gold\"\npeer = \"west\"\n\
+    [groups.pair.guests.g0]\n[groups.pair.guests.g2]\n";
 
 impl World {
     pub fn new(options: &Options, system: &Arc<System>, directory: &Path) -> World {
@@ -127,6 +134,7 @@ impl World {
                 until: Period::from_secs(4 * all),
                 newest: 3,
             },
+            grouped: seed % 6 == 5,
             segment: [128 << 10, 1 << 20][random.random_range(0..2)],
             random,
         }
@@ -146,6 +154,11 @@ impl World {
         config.listen.address = host.address;
         config.listen.advertise = vec![host.address.to_string()];
         config.protect.retention = self.retention.clone();
+        if self.grouped && side == 0 {
+            config.site.policy_files = host.directory.join("policies.toml");
+            std::fs::create_dir_all(&host.directory).unwrap();
+            std::fs::write(&config.site.policy_files, POLICIES).unwrap();
+        }
         config
     }
 
