@@ -98,7 +98,7 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     // A runbook names programs of this host.
     ("POST", "/v1/runs", Right::Administer),
     ("GET", "/v1/runs", Right::View),
-    ("POST", "/v1/runbooks/plan", Right::View),
+    ("POST", "/v1/runbooks/plan", Right::Operate),
     ("GET", "/v1/runs/{id}", Right::View),
     ("GET", "/v1/runs/{id}/report", Right::View),
     ("POST", "/v1/runs/{id}/approve", Right::FailOver),

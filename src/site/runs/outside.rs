@@ -69,37 +69,44 @@ async fn to_its_end(mut child: Child) -> Ended<(std::process::ExitStatus, String
     let (out, err) = (child.stdout.take(), child.stderr.take());
     let failed =
         |error: std::io::Error| Failure::fault(format!("it cannot be waited for: {error}"));
-    let reading = async { tokio::join!(beginning(out), beginning(err)) };
-    tokio::pin!(reading);
-    // What it started and left behind may hold its output open for ever.
-    let mut said = None;
-    let status = loop {
-        tokio::select! {
-            status = child.wait() => break status.map_err(failed)?,
-            read = &mut reading, if said.is_none() => said = Some(read),
+    let (mut told, mut complained) = (Vec::new(), Vec::new());
+    let status = {
+        let reading = async {
+            tokio::join!(beginning(out, &mut told), beginning(err, &mut complained));
+        };
+        tokio::pin!(reading);
+        let mut is_read = false;
+        let status = loop {
+            tokio::select! {
+                status = child.wait() => break status.map_err(failed)?,
+                () = &mut reading, if !is_read => is_read = true,
+            }
+        };
+        // What it started and left behind may hold its output open for ever.
+        if !is_read {
+            let _ = tokio::time::timeout(Duration::from_millis(200), reading).await;
         }
+        status
     };
-    let (out, err) = match said {
-        Some(said) => said,
-        None => tokio::time::timeout(Duration::from_millis(200), reading)
-            .await
-            .unwrap_or_default(),
-    };
+    let (out, err) = (
+        String::from_utf8_lossy(&told),
+        String::from_utf8_lossy(&complained),
+    );
     let said = [out.trim(), err.trim()];
     let said: Vec<&str> = said.into_iter().filter(|text| !text.is_empty()).collect();
     Ok((status, said.join("\n")))
 }
 
-async fn beginning(from: Option<impl AsyncRead + Unpin>) -> String {
+/// Reads to the end; what is kept of it is there also when nobody waits for that.
+async fn beginning(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) {
     let Some(mut from) = from else {
-        return String::new();
+        return;
     };
-    let (mut kept, mut read) = (Vec::new(), [0; 4096]);
+    let mut read = [0; 4096];
     while let Ok(bytes @ 1..) = from.read(&mut read).await {
         let room = KEPT.saturating_sub(kept.len()).min(bytes);
         kept.extend_from_slice(&read[..room]);
     }
-    String::from_utf8_lossy(&kept).into_owned()
 }
 
 /// Calls a URL; a status from 200 to 299 is well.
