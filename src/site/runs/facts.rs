@@ -104,6 +104,16 @@ pub enum Picture {
     },
 }
 
+impl Picture {
+    /// Is anything to be seen in it? Right after its start a guest has shown nothing yet.
+    pub fn shows(&self) -> bool {
+        match self {
+            Picture::Console { text, .. } => !text.trim().is_empty(),
+            Picture::Screen { .. } => true,
+        }
+    }
+}
+
 /// What a check saw.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Seen {

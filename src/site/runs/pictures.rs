@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::path::Path;
+use std::time::Duration;
 
 use super::facts::{Picture, now_ms};
 use super::perform::AtSite;
@@ -15,15 +16,34 @@ const LARGEST_SCREEN: u64 = 4 << 20;
 const CONSOLE: u64 = 8 << 10;
 /// So many of its lines are kept.
 const LINES: usize = 40;
+/// A guest that has just been started shows nothing for a moment: it is looked at so often,
+/// and so long after one another.
+const TRIES: u32 = 10;
+const AGAIN: Duration = Duration::from_millis(100);
 /// Consoles, logs and screens are files beside the guest's others.
 const SCREEN: &str = "screen.png";
 
 /// Keeps what a guest shows now; `anew`, or only if there is none yet. A guest
 /// that shows nothing is no failure.
 pub(super) async fn take(run: &AtSite, target: &Target, anew: bool) {
-    if !anew && run.facts.of(&target.name).picture.is_some() {
+    let has_one = |run: &AtSite| {
+        let kept = run.facts.of(&target.name).picture;
+        kept.is_some_and(|picture| picture.shows())
+    };
+    if !anew && has_one(run) {
         return;
     }
+    for _ in 0..TRIES {
+        look(run, target).await;
+        if has_one(run) {
+            return;
+        }
+        tokio::time::sleep(AGAIN).await;
+    }
+}
+
+/// Keeps what it shows, if that is anything.
+async fn look(run: &AtSite, target: &Target) {
     let standby = &target.standby;
     let tested = standby.tested_by(&run.run).await;
     let (directory, drawn) = match (&tested, standby.active()) {
@@ -48,8 +68,10 @@ pub(super) async fn take(run: &AtSite, target: &Target, anew: bool) {
             .flatten()
             .or_else(|| console(&ConsolePaths::beside(&directory)?.log));
         match picture {
-            Some(picture) => facts.note(&guest, |guest| guest.picture = Some(picture)),
-            None => Ok(()),
+            Some(picture) if picture.shows() => {
+                facts.note(&guest, |guest| guest.picture = Some(picture))
+            }
+            _ => Ok(()),
         }
     });
     if let Ok(Err(error)) = kept.await {

@@ -71,17 +71,19 @@ impl Site {
 
     fn guest_report(&self, name: &str, known: &GuestFacts, room: &mut usize) -> GuestReport {
         let (mut screen, mut console, mut pictured_at) = (None, None, None);
-        let shows = |picture: &&Picture| match picture {
-            Picture::Console { text, .. } => !text.trim().is_empty(),
-            Picture::Screen { .. } => true,
-        };
         // Right after its start it had shown nothing yet.
         let runs = self
             .standby_named(name)
             .and_then(|standby| standby.active());
         let runs = runs.filter(|active| Some(active.point) == known.point);
         let now = || runs.and_then(|_| self.picture_of(name));
-        match &known.picture.as_ref().filter(shows).cloned().or_else(now) {
+        match &known
+            .picture
+            .as_ref()
+            .filter(|picture| picture.shows())
+            .cloned()
+            .or_else(now)
+        {
             Some(Picture::Console { at, text }) => {
                 (console, pictured_at) = (Some(text.clone()), Some(*at));
             }
