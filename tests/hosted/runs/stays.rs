@@ -96,9 +96,12 @@ fn what_runs_here_is_not_discarded_when_nothing_is_left_at_the_source() {
     // Guests inside of a daemon end with it: there is nothing to go back to.
     pair.east.kill();
     pair.east.start();
-    pair.west.until("the link is up", LONG, |view| {
-        view.peers[0].connected.then_some(())
-    });
+    // By what the new daemon sees: the other may not know yet that the old one is gone.
+    for site in [&pair.east, &pair.west] {
+        site.until("the link is up", LONG, |view| {
+            view.peers[0].connected.then_some(())
+        });
+    }
     pair.west
         .cli(&["run", "abort", &run, "--rollback", "--as", "anna"])
         .good();

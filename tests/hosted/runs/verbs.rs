@@ -16,6 +16,17 @@ fn verbs_without_a_runbook_are_recorded() {
         panic!("one run");
     };
     assert!(test.outcome.is_none());
+    // It has shown something before it is thrown away.
+    pair.west.until("a line on its console", LONG, |view| {
+        let log = view.standbys[0]
+            .test
+            .as_ref()?
+            .console
+            .as_ref()?
+            .log
+            .clone();
+        (std::fs::metadata(log).ok()?.len() > 0).then_some(())
+    });
     pair.west.cli(&["test", "cleanup", "web"]).good();
     assert_eq!(view(&pair.west, &test.id).outcome, Some(Outcome::Succeeded));
     assert!(pair.west.target("web").tested_at.is_some());
