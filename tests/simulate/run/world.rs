@@ -290,7 +290,9 @@ impl World {
             if let Some(process) = &host.process {
                 self.system.set_wall(host.wall(self.now));
                 self.network.rouse(host.address);
-                process.runtime.block_on(tokio::time::sleep_until(until));
+                process
+                    .runtime
+                    .block_on(async { tokio::time::sleep_until(until).await });
             }
         }
         self.now = end;
