@@ -78,6 +78,7 @@ pub mod demo;
 #[cfg(any(test, feature = "fuzzing"))]
 pub mod fuzzing;
 pub mod guest;
+mod program;
 pub mod replicate;
 pub mod runbook;
 pub mod site;

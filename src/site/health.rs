@@ -5,20 +5,17 @@
 //! very guest: what a peer tells of its groups chooses no program of this host.
 
 use std::collections::BTreeMap;
-use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use farhaven_policies::files::Health;
-use rustix::process::{Pid, Signal, kill_process_group};
 use serde::{Deserialize, Serialize};
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::Command;
 
 use super::breach::plain;
 use crate::call::{Call, call};
+use crate::program::{self, LeftBehind, ProgramError};
 
 /// One look takes no longer; the next one comes after the check's `every`.
-const LOOK: Duration = Duration::from_secs(10);
+pub(super) const LOOK: Duration = Duration::from_secs(10);
 
 /// So much of what a program prints is kept; the rest is read and dropped.
 const KEPT: usize = 1 << 10;
@@ -118,33 +115,24 @@ async fn look(about: &About, name: &str, health: &Health) -> Seen {
     if by_network && about.isolated {
         return Seen::NotLookedAt("a test is on no network".to_owned());
     }
-    if let Some(place) = &health.tcp {
-        return match tokio::time::timeout(LOOK, tokio::net::TcpStream::connect(place)).await {
-            Ok(Ok(_)) => Seen::Well(format!("tcp {place} accepts")),
-            Ok(Err(error)) => Seen::NotYet(format!("tcp {place}: {error}")),
-            Err(_) => Seen::NotYet(format!("tcp {place}: nobody accepted within {LOOK:?}")),
-        };
-    }
-    if let Some(url) = &health.http {
-        let asked = Call {
-            method: "GET",
-            url,
-            timeout: LOOK,
-            ..Call::default()
-        };
-        return match call(&asked).await {
-            Ok(status @ 200..=399) => Seen::Well(format!("http {url}: {status}")),
-            Ok(status) => Seen::NotYet(format!("http {url}: status {status}")),
-            Err(error) => Seen::NotYet(format!("http {error}")),
+    let by_network = match (&health.tcp, &health.http) {
+        (Some(place), _) => Some(tcp(place).await),
+        (None, Some(url)) => Some(http(url).await),
+        (None, None) => None,
+    };
+    if let Some(seen) = by_network {
+        return match seen {
+            Ok(seen) => Seen::Well(seen),
+            Err(why) => Seen::NotYet(why),
         };
     }
     match (&health.script, health.agent) {
         (Some(_), _) if !about.own_programs.iter().any(|own| own == name) => Seen::Never(
             "this site runs no program that only another site's policy files name; put the group's policy file in force here, too (site.policy_files)".to_owned(),
         ),
-        (Some(run), _) => match tokio::time::timeout(LOOK, program(about, run)).await {
+        (Some(run), _) => match tokio::time::timeout(LOOK, ends_well(about, run)).await {
             Ok(Ok(())) => Seen::Well(format!("{} ended well", run.join(" "))),
-            Ok(Err(why)) => Seen::NotYet(why),
+            Ok(Err(error)) => Seen::NotYet(error.to_string()),
             Err(_) => Seen::NotYet(format!(
                 "{}: not done within {LOOK:?}, and ended",
                 run.join(" ")
@@ -157,60 +145,42 @@ async fn look(about: &About, name: &str, health: &Health) -> Seen {
     }
 }
 
-/// A program and all that it started, ended with the look that runs it.
-struct Ended(Option<Pid>);
+/// Does somebody accept there? What was seen, or why not.
+pub(super) async fn tcp(place: &str) -> Result<String, String> {
+    match tokio::time::timeout(LOOK, tokio::net::TcpStream::connect(place)).await {
+        Ok(Ok(_)) => Ok(format!("tcp {place} accepts")),
+        Ok(Err(error)) => Err(format!("tcp {place}: {error}")),
+        Err(_) => Err(format!("tcp {place}: nobody accepted within {LOOK:?}")),
+    }
+}
 
-impl Drop for Ended {
-    fn drop(&mut self) {
-        if let Some(pid) = self.0 {
-            // All of them may have ended by themselves.
-            let _ = kill_process_group(pid, Signal::KILL);
-        }
+/// Does it answer with a status from 200 to 399? What was seen, or why not.
+pub(super) async fn http(url: &str) -> Result<String, String> {
+    let asked = Call {
+        method: "GET",
+        url,
+        timeout: LOOK,
+        ..Call::default()
+    };
+    match call(&asked)
+        .await
+        .map_err(|error| format!("http {error}"))?
+    {
+        status @ 200..=399 => Ok(format!("http {url}: {status}")),
+        status => Err(format!("http {url}: status {status}")),
     }
 }
 
 /// Runs a program of this site to its end; well when that is status 0.
-async fn program(about: &About, run: &[String]) -> Result<(), String> {
-    let Some((program, arguments)) = run.split_first() else {
-        return Err("no program is named".to_owned());
-    };
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env("FARHAVEN_GUEST", &about.guest)
-        .env("FARHAVEN_GROUP", &about.group)
-        .env("FARHAVEN_MODE", about.mode)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    let mut child = command.spawn().map_err(|error| {
-        format!(
-            "{program} cannot be run: {error}; it must be on this host, and may be run by the daemon's user"
-        )
-    })?;
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-    let _ended = Ended(pid.and_then(Pid::from_raw));
-    let said = child.stderr.take();
-    let (status, said) = tokio::join!(child.wait(), beginning(said));
-    let status = status.map_err(|e| format!("{program} cannot be waited for: {e}"))?;
-    match status.success() {
-        true => Ok(()),
-        false => Err(format!("{program} ended with {status}: {}", said.trim())),
-    }
-}
-
-async fn beginning(from: Option<impl AsyncRead + Unpin>) -> String {
-    let Some(mut from) = from else {
-        return String::new();
-    };
-    let (mut kept, mut read) = (Vec::new(), [0; 4096]);
-    while let Ok(bytes @ 1..) = from.read(&mut read).await {
-        let room = KEPT.saturating_sub(kept.len()).min(bytes);
-        kept.extend_from_slice(&read[..room]);
-    }
-    String::from_utf8_lossy(&kept).into_owned()
+async fn ends_well(about: &About, run: &[String]) -> Result<(), ProgramError> {
+    let told = [
+        ("FARHAVEN_GUEST", about.guest.as_str()),
+        ("FARHAVEN_GROUP", &about.group),
+        ("FARHAVEN_MODE", about.mode),
+    ];
+    program::run(run, &told, LeftBehind::Ends, KEPT)
+        .await
+        .map(drop)
 }
 
 #[cfg(test)]
@@ -287,6 +257,17 @@ mod tests {
         let (failed, seen) = outcome(&about, &fails).await;
         assert_eq!(failed, CheckOutcome::Failed);
         assert!(seen.contains("no database"), "{seen}");
+    }
+
+    #[tokio::test]
+    async fn what_a_program_left_behind_does_not_hold_its_check() {
+        let health = check(|h| h.script = shell("sleep 1000 & echo up >&2"));
+        let about = About {
+            own_programs: vec!["it".to_owned()],
+            ..About::default()
+        };
+        let view = healthy(&about, &health).await.remove(0);
+        assert_eq!(view.outcome, CheckOutcome::Passed, "{view:?}");
     }
 
     #[tokio::test]

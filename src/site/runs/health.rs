@@ -1,7 +1,6 @@
 //! Are guests healthy? By a check that the runbook names, or by their own of
 //! the policy files; a guest without any is healthy while it runs.
 
-use std::net::ToSocketAddrs;
 use std::time::{Duration, Instant};
 
 use farhaven_policies::files::Health;
@@ -12,11 +11,8 @@ use super::outside;
 use super::perform::{AtSite, named};
 use super::pictures;
 use super::targets::Target;
-use crate::call::{Call, call};
 use crate::runbook::perform::{Ended, Failure, Guests, Probe, Scope};
-
-/// One look takes no longer; the next one comes after the step's `every`.
-const LOOK: Duration = Duration::from_secs(10);
+use crate::site::health::{LOOK, http, tcp};
 
 /// Looks once; what is seen goes into the report.
 pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Guests> {
@@ -175,22 +171,8 @@ async fn one(
 async fn probed(scope: &Scope, probe: &Probe) -> Result<String, String> {
     match probe {
         Probe::Own => Ok(String::new()),
-        Probe::Tcp(place) => match tokio::time::timeout(LOOK, connect(place)).await {
-            Ok(connected) => connected.map(|()| words(probe)),
-            Err(_) => Err(format!("tcp {place}: nobody accepted within {LOOK:?}")),
-        },
-        Probe::Http(url) => {
-            let asked = Call {
-                method: "GET",
-                url,
-                timeout: LOOK,
-                ..Call::default()
-            };
-            match call(&asked).await.map_err(|e| format!("http {e}"))? {
-                status @ 200..=399 => Ok(format!("http {url}: {status}")),
-                status => Err(format!("http {url}: status {status}")),
-            }
-        }
+        Probe::Tcp(place) => tcp(place).await,
+        Probe::Http(url) => http(url).await,
         Probe::Agent => {
             Err("this version has no channel to guest agents; use another check".to_owned())
         }
@@ -206,19 +188,6 @@ async fn probed(scope: &Scope, probe: &Probe) -> Result<String, String> {
             }
         }
     }
-}
-
-async fn connect(place: &str) -> Result<(), String> {
-    let told = |e: std::io::Error| format!("tcp {place}: {e}");
-    let name = place.to_owned();
-    // Asking for a name's addresses blocks.
-    let addresses = tokio::task::spawn_blocking(move || name.to_socket_addrs()).await;
-    let addresses: Vec<_> = addresses
-        .map_err(|e| e.to_string())?
-        .map_err(told)?
-        .collect();
-    let connected = tokio::net::TcpStream::connect(&addresses[..]).await;
-    connected.map(|_| ()).map_err(told)
 }
 
 fn words(probe: &Probe) -> String {

@@ -1,14 +1,10 @@
 //! What reaches outside of the sites: programs and calls, bounded and ended
 //! with the step.
 
-use std::process::Stdio;
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, kill_process_group};
-use tokio::io::{AsyncRead, AsyncReadExt};
-use tokio::process::{Child, Command};
-
 use crate::call::{Call, call};
+use crate::program::{self, LeftBehind, ProgramError};
 use crate::runbook::perform::{Called, Ended, Executed, Failure, Scope};
 
 /// So much of what a program prints is kept; the rest is read and dropped.
@@ -16,96 +12,20 @@ const KEPT: usize = 3 << 10;
 /// A call that is not ended by its step before is ended then.
 const LONGEST_CALL: Duration = Duration::from_secs(24 * 3600);
 
-/// A program and all that it started, ended with the step that runs it.
-struct Group(Option<Pid>);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        if let Some(pid) = self.0 {
-            // All of them may have ended by themselves.
-            let _ = kill_process_group(pid, Signal::KILL);
-        }
-    }
-}
-
 /// Runs a program of the site to its end.
 pub(super) async fn exec(scope: &Scope, run: &[String]) -> Ended<Executed> {
-    let Some((program, arguments)) = run.split_first() else {
-        return Err(Failure::clean("no program is named"));
-    };
-    let mut command = Command::new(program);
-    command
-        .args(arguments)
-        .env("FARHAVEN_KEY", &scope.key)
-        .env("FARHAVEN_RUN", &scope.run)
-        .env("FARHAVEN_MODE", scope.mode.word())
-        .env("FARHAVEN_STEP", &scope.step)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .kill_on_drop(true);
-    let child = command.spawn().map_err(|error| {
-        Failure::clean(format!(
-            "{program} cannot be run: {error}; it must be on this host, and may be run by the daemon's user"
-        ))
-    })?;
-    let pid = child.id().and_then(|pid| i32::try_from(pid).ok());
-    let mut group = Group(pid.and_then(Pid::from_raw));
-    let (status, said) = to_its_end(child).await?;
-    match status.success() {
-        true => {
-            // What it left in the background may stay: a hook may start something.
-            group.0 = None;
-            Ok(Executed { said })
+    let told = [
+        ("FARHAVEN_KEY", scope.key.as_str()),
+        ("FARHAVEN_RUN", &scope.run),
+        ("FARHAVEN_MODE", scope.mode.word()),
+        ("FARHAVEN_STEP", &scope.step),
+    ];
+    match program::run(run, &told, LeftBehind::Stays, KEPT).await {
+        Ok(said) => Ok(Executed { said }),
+        Err(error @ (ProgramError::Unnamed | ProgramError::Start(..))) => {
+            Err(Failure::clean(error.to_string()))
         }
-        false => Err(Failure::fault(format!(
-            "{program} ended with {status}: {said}"
-        ))),
-    }
-}
-
-async fn to_its_end(mut child: Child) -> Ended<(std::process::ExitStatus, String)> {
-    let (out, err) = (child.stdout.take(), child.stderr.take());
-    let failed =
-        |error: std::io::Error| Failure::fault(format!("it cannot be waited for: {error}"));
-    let (mut told, mut complained) = (Vec::new(), Vec::new());
-    let status = {
-        let reading = async {
-            tokio::join!(beginning(out, &mut told), beginning(err, &mut complained));
-        };
-        tokio::pin!(reading);
-        let mut is_read = false;
-        let status = loop {
-            tokio::select! {
-                status = child.wait() => break status.map_err(failed)?,
-                () = &mut reading, if !is_read => is_read = true,
-            }
-        };
-        // What it started and left behind may hold its output open for ever.
-        if !is_read {
-            let _ = tokio::time::timeout(Duration::from_millis(200), reading).await;
-        }
-        status
-    };
-    let (out, err) = (
-        String::from_utf8_lossy(&told),
-        String::from_utf8_lossy(&complained),
-    );
-    let said = [out.trim(), err.trim()];
-    let said: Vec<&str> = said.into_iter().filter(|text| !text.is_empty()).collect();
-    Ok((status, said.join("\n")))
-}
-
-/// Reads to the end; what is kept of it is there also when nobody waits for that.
-async fn beginning(from: Option<impl AsyncRead + Unpin>, kept: &mut Vec<u8>) {
-    let Some(mut from) = from else {
-        return;
-    };
-    let mut read = [0; 4096];
-    while let Ok(bytes @ 1..) = from.read(&mut read).await {
-        let room = KEPT.saturating_sub(kept.len()).min(bytes);
-        kept.extend_from_slice(&read[..room]);
+        Err(error) => Err(Failure::fault(error.to_string())),
     }
 }
 
