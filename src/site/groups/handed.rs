@@ -4,8 +4,9 @@
 //! In this order: what is handed over is written down; then the terms of all
 //! are in force, by one file; only then does any of the guests start. A daemon
 //! that dies before the terms are in force has taken nobody; one that dies after
-//! that finds what was written down, and starts those that do not run yet. A
-//! source that asks meanwhile hears that they run here.
+//! that finds what was written down, and starts all that do not run, also those
+//! that ran and ended with it: their group is here. A source that asks meanwhile
+//! hears that they run here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -32,10 +33,10 @@ use crate::site::standby::{Standby, step};
 /// Longest file of a hand-over that is read: far above what a group needs.
 const LONGEST_FILE: u64 = 1 << 20;
 
-/// Guests whose terms were taken with their group's, until they run.
+/// The last hand-over of each group.
 #[derive(Default)]
 pub(super) struct HandedOver {
-    waiting: Mutex<BTreeMap<GuestId, Handed>>,
+    known: Mutex<BTreeMap<GuestId, HandOver>>,
 }
 
 /// What is written down of a hand-over.
@@ -43,16 +44,36 @@ pub(super) struct HandedOver {
 struct HandOver {
     group: GuestId,
     members: Vec<Handed>,
+    /// All of them ran.
+    #[serde(default)]
+    ran: bool,
 }
 
 impl Site {
-    /// The term under which a guest was handed over with its group, and is about
-    /// to run here.
+    /// The term under which a guest was handed over with its group, when its
+    /// source must hear that it is here: it is about to run, or it ended and
+    /// others of its group run here.
     pub(in crate::site) fn handed_over(&self, guest: GuestId) -> Option<Term> {
-        let waiting = self.policies.handed.waiting.lock();
-        let waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        let term = waiting.get(&guest)?.term;
-        (self.fence.current(guest) == Some(term)).then_some(term)
+        let known = self.policies.handed.known.lock();
+        let known = known.unwrap_or_else(PoisonError::into_inner);
+        let of = |m: &&Handed| m.guest == guest && self.is_in_force(m);
+        let (hand_over, term) = known.values().find_map(|hand_over| {
+            let handed = hand_over.members.iter().find(of)?;
+            Some((hand_over, handed.term))
+        })?;
+        let is_here = !hand_over.ran || hand_over.members.iter().any(|m| self.runs_under(m));
+        is_here.then_some(term)
+    }
+
+    fn is_in_force(&self, handed: &Handed) -> bool {
+        self.fence.current(handed.guest) == Some(handed.term)
+    }
+
+    /// Does it run here as it was handed over?
+    fn runs_under(&self, handed: &Handed) -> bool {
+        let known = self.activation(handed.guest);
+        self.is_in_force(handed)
+            && known.is_ok_and(|known| known.is_some_and(|active| active.term == handed.term))
     }
 
     /// Answers a source that hands a whole group over.
@@ -132,61 +153,76 @@ impl Site {
         let written = HandOver {
             group,
             members: standbys.iter().map(|(handed, _)| *handed).collect(),
+            ran: false,
         };
         let site = self.clone();
-        step(move || site.write_and_adopt(&written)).await?
+        step(move || site.write_and_adopt(written)).await?
     }
 
-    fn write_and_adopt(&self, handed: &HandOver) -> Result<(), ActivateError> {
-        let path = self.hand_over_file(handed.group);
-        let written = serde_json::to_vec(handed)
-            .map_err(std::io::Error::other)
-            .and_then(|text| {
-                files::private_directory(&self.hand_overs())?;
-                files::replace(&path, &text)
-            });
-        written.map_err(|source| ActivateError::Io {
-            what: format!("writing {}", path.display()),
-            source,
-        })?;
-        // Before a question can find the terms in force.
-        self.remember_handed(&handed.members);
+    fn write_and_adopt(&self, handed: HandOver) -> Result<(), ActivateError> {
+        self.write_down(&handed)
+            .map_err(|source| ActivateError::Io {
+                what: format!("writing {}", self.hand_over_file(handed.group).display()),
+                source,
+            })?;
         let terms: Vec<Term> = handed.members.iter().map(|m| m.term).collect();
+        // Before a question can find the terms in force.
+        let before = self.remember(handed.clone());
         let adopted = self.fence.adopt_all(&terms);
         if adopted.is_err() {
-            self.forget_handed(handed.group, &handed.members);
+            // Nobody was taken. Should this fail: without the terms it is void.
+            let kept = match &before {
+                Some(before) => self.write_down(before),
+                None => std::fs::remove_file(self.hand_over_file(handed.group)),
+            };
+            self.is_kept(handed.group, kept);
+            self.forget(handed.group, before);
         }
         Ok(adopted?)
     }
 
-    fn remember_handed(&self, members: &[Handed]) {
-        let waiting = self.policies.handed.waiting.lock();
-        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        waiting.extend(members.iter().map(|handed| (handed.guest, *handed)));
+    fn write_down(&self, handed: &HandOver) -> std::io::Result<()> {
+        let text = serde_json::to_vec(handed).map_err(std::io::Error::other)?;
+        files::private_directory(&self.hand_overs())?;
+        files::replace(&self.hand_over_file(handed.group), &text)
     }
 
-    /// These run by now, or nobody was taken.
-    fn forget_handed(&self, group: GuestId, members: &[Handed]) {
-        let waiting = self.policies.handed.waiting.lock();
-        let mut waiting = waiting.unwrap_or_else(PoisonError::into_inner);
-        for handed in members {
-            waiting.remove(&handed.guest);
-        }
-        // Under the lock: what is written down is what waits.
-        let path = self.hand_over_file(group);
-        let Some(mut written) = read(&path) else {
-            return;
-        };
-        written.members.retain(|handed| !members.contains(handed));
-        let kept = match written.members.is_empty() {
-            true => std::fs::remove_file(&path),
-            false => serde_json::to_vec(&written)
-                .map_err(std::io::Error::other)
-                .and_then(|text| files::replace(&path, &text)),
-        };
+    fn is_kept(&self, group: GuestId, kept: std::io::Result<()>) {
         if let Err(error) = kept {
+            let path = self.hand_over_file(group);
             tracing::error!(path = %path.display(), %error, "what was handed over cannot be written down");
         }
+    }
+
+    /// What was known of that group's before.
+    fn remember(&self, handed: HandOver) -> Option<HandOver> {
+        let known = self.policies.handed.known.lock();
+        let mut known = known.unwrap_or_else(PoisonError::into_inner);
+        known.insert(handed.group, handed)
+    }
+
+    fn forget(&self, group: GuestId, before: Option<HandOver>) {
+        let known = self.policies.handed.known.lock();
+        let mut known = known.unwrap_or_else(PoisonError::into_inner);
+        known.remove(&group);
+        known.extend(before.map(|before| (group, before)));
+    }
+
+    /// All guests of a hand-over ran: whoever ends from here on is not started
+    /// by itself.
+    async fn all_ran(self: &Arc<Self>, group: GuestId) {
+        let ran = {
+            let known = self.policies.handed.known.lock();
+            let mut known = known.unwrap_or_else(PoisonError::into_inner);
+            let Some(hand_over) = known.get_mut(&group) else {
+                return;
+            };
+            hand_over.ran = true;
+            hand_over.clone()
+        };
+        let site = self.clone();
+        let written = tokio::task::spawn_blocking(move || site.write_down(&ran)).await;
+        self.is_kept(group, written.unwrap_or_else(|e| Err(std::io::Error::other(e))));
     }
 
     /// Starts those that do not run yet, in waves.
@@ -212,7 +248,7 @@ impl Site {
                     wave: 0,
                     terms: Default::default(),
                 });
-            let (site, id) = (self.clone(), group.id);
+            let site = self.clone();
             let start = Box::pin(async move {
                 let name = standby.name();
                 let ran = standby
@@ -221,7 +257,6 @@ impl Site {
                 let active = ran.map_err(|error| {
                     format!("'{name}' does not run: {error}. Its term is this site's and its last point is here, so nothing is lost: there, farhaven failover {name}")
                 })?;
-                site.forget_handed(id, &[handed]);
                 let what = format!(
                     "'{name}' was handed over with its group, under term {}",
                     handed.term.number
@@ -243,6 +278,9 @@ impl Site {
             ),
         };
         let started = waves.start(self, starting).await;
+        if started.iter().all(|started| started.ran.is_ok()) {
+            self.all_ran(group.id).await;
+        }
         started
             .into_iter()
             .map(|started| {
@@ -272,43 +310,43 @@ impl Site {
             if path.extension().is_none_or(|ending| ending != "json") {
                 continue;
             }
-            let Some(written) = read(&path) else { continue };
-            let (ours, void): (Vec<Handed>, Vec<Handed>) = written
-                .members
-                .into_iter()
-                .partition(|handed| self.fence.current(handed.guest) == Some(handed.term));
-            self.remember_handed(&ours);
+            let Some(mut written) = read(&path) else {
+                continue;
+            };
             // Nobody was taken then, or somebody decided otherwise since.
-            self.forget_handed(written.group, &void);
+            written.members.retain(|handed| self.is_in_force(handed));
+            if written.members.is_empty() {
+                self.is_kept(written.group, std::fs::remove_file(&path));
+                continue;
+            }
+            self.remember(written.clone());
+            if written.ran {
+                continue;
+            }
             let site = self.clone();
             tokio::spawn(async move {
-                if let Err(error) = site.start_left(written.group, ours).await {
+                if let Err(error) = site.start_left(written).await {
                     tracing::error!(%error, "who was handed over with a group is not started");
                 }
             });
         }
     }
 
-    async fn start_left(
-        self: &Arc<Self>,
-        group: GuestId,
-        handed: Vec<Handed>,
-    ) -> Result<(), OperateError> {
+    async fn start_left(self: &Arc<Self>, written: HandOver) -> Result<(), OperateError> {
         let mut left = Vec::new();
-        for handed in handed {
+        for handed in written.members {
             let standby = {
                 let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
                 standbys.get(&handed.guest).cloned()
             };
             let Some(standby) = standby else { continue };
-            // It ran when that was not written down yet.
-            let known = self.activation(handed.guest).map_err(failed)?;
-            match known.is_some_and(|active| active.term == handed.term) {
-                true => self.forget_handed(group, &[handed]),
-                false => left.push((handed, standby)),
+            if !self.runs_under(&handed) {
+                left.push((handed, standby));
             }
         }
+        let group = written.group;
         if left.is_empty() {
+            self.all_ran(group).await;
             return Ok(());
         }
         let groups = self.groups();
