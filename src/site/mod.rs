@@ -45,6 +45,7 @@ mod operate;
 mod pairing;
 mod promote;
 mod protect;
+mod quiesce;
 mod rebuild;
 mod rounds;
 mod sealed;
@@ -53,6 +54,7 @@ mod start;
 mod status;
 mod steps;
 mod takeover;
+mod thaw;
 mod watch;
 
 use std::collections::BTreeMap;
@@ -428,6 +430,7 @@ impl Site {
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
             group: context.group.clone(),
+            quiesced: context.quiesced,
         };
         let catalogue = self.catalogue.clone();
         tokio::task::spawn_blocking(move || {
