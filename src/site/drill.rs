@@ -225,7 +225,10 @@ impl Standby {
             return Err(error.into());
         }
         let (ready, point) = (test.ready.clone(), test.point);
-        self.thaw(ready.clone(), context.ok().and_then(|context| context.quiesced));
+        self.thaw(
+            ready.clone(),
+            context.ok().and_then(|context| context.quiesced),
+        );
         let waiting = test.waiting.take();
         let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
         times.restore = began.elapsed();
