@@ -4,6 +4,9 @@
 //! short one is not sealed: round trips and syncs would take longer than its
 //! bytes, and the guest writes on meanwhile. What short rounds bring belongs to
 //! the point of the cut after them, so a move that is given up loses none of it.
+//! The next look at the guest's memory begins while the link still carries the
+//! last of the one before: as much as it carries in the time of a look. So a
+//! round takes what its bytes take, and what the guest writes meanwhile is less.
 //! Nothing waits for the cut in a move's rounds ([`crate::guest::hot`]): it is
 //! the cut that is to be short.
 
@@ -27,6 +30,9 @@ const SHORT: Duration = Duration::from_millis(50);
 const REST: Duration = Duration::from_millis(100);
 /// What a guest changed in some time, it may have changed in a third of it.
 const AT_LEAST: f64 = 1.0 / 3.0;
+/// A look that takes longer does not begin earlier for that: what is before the
+/// link then would hold up the last cut.
+const LONGEST_AHEAD: Duration = Duration::from_millis(250);
 /// How often the session is asked whether a round has left.
 const LOOK: Duration = Duration::from_millis(3);
 
@@ -122,12 +128,14 @@ impl Rounds {
         let before = shipment.sum().0.sent_bytes;
         attached.shipment = Some(shipment);
         driver.round(attached).await?;
+        let looking = began.elapsed().min(LONGEST_AHEAD);
         let after = attached
             .shipment
             .as_ref()
             .map_or(before, |s| s.sum().0.sent_bytes);
         let sent = after.saturating_sub(before);
-        left(driver, attached.outgoing.clone()).await?;
+        let ahead = self.link_rate(driver) as f64 * looking.as_secs_f64();
+        left(driver, attached.outgoing.clone(), ahead as u64).await?;
         let took = began.elapsed();
         self.shown = outright(driver, sent, took).or(self.shown);
         let link = self.link_rate(driver);
@@ -185,8 +193,12 @@ fn per_second(bytes: u64, time: Duration) -> u64 {
     (bytes as f64 / time.as_secs_f64().max(1e-3)) as u64
 }
 
-/// Waits until nothing is before the link any more but what it holds in flight.
-async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>) -> Result<(), DriveError> {
+/// Waits until no more is before the link than what it holds in flight, and so many bytes.
+async fn left(
+    driver: &mut Driver,
+    outgoing: Arc<Outgoing>,
+    ahead: u64,
+) -> Result<(), DriveError> {
     let gone = async move {
         loop {
             let link = outgoing.peer.status();
@@ -196,7 +208,7 @@ async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>) -> Result<(), DriveE
                 (held >= 1.0).then_some(held as u64)
             });
             let flight = path.map_or(window, |path| path.min(window));
-            if !link.connected || link.queued_bytes <= flight {
+            if !link.connected || link.queued_bytes <= flight + ahead {
                 return link.connected;
             }
             tokio::time::sleep(LOOK).await;
