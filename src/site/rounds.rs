@@ -5,8 +5,9 @@
 //! bytes, and the guest writes on meanwhile. What short rounds bring belongs to
 //! the point of the cut after them, so a move that is given up loses none of it.
 //! The next look at the guest's memory begins while the link still carries the
-//! last of the one before: as much as it carries in the time of a look. So a
-//! round takes what its bytes take, and what the guest writes meanwhile is less.
+//! last of the one before: as much as it carries while a cut scans, which is
+//! gone when the cut has found what to send. So a round takes what its bytes
+//! take, and what the guest writes meanwhile is less.
 //! Nothing waits for the cut in a move's rounds ([`crate::guest::hot`]): it is
 //! the cut that is to be short.
 
@@ -30,9 +31,8 @@ const SHORT: Duration = Duration::from_millis(50);
 const REST: Duration = Duration::from_millis(100);
 /// What a guest changed in some time, it may have changed in a third of it.
 const AT_LEAST: f64 = 1.0 / 3.0;
-/// A look that takes longer does not begin earlier for that: what is before the
-/// link then would hold up the last cut.
-const LONGEST_AHEAD: Duration = Duration::from_millis(250);
+/// From the end of a round to the stop of the last cut: the move is written down.
+const UNTIL_STOPPED: Duration = Duration::from_millis(30);
 /// How often the session is asked whether a round has left.
 const LOOK: Duration = Duration::from_millis(3);
 
@@ -128,13 +128,12 @@ impl Rounds {
         let before = shipment.sum().0.sent_bytes;
         attached.shipment = Some(shipment);
         driver.round(attached).await?;
-        let looking = began.elapsed().min(LONGEST_AHEAD);
         let after = attached
             .shipment
             .as_ref()
             .map_or(before, |s| s.sum().0.sent_bytes);
         let sent = after.saturating_sub(before);
-        let ahead = self.link_rate(driver) as f64 * looking.as_secs_f64();
+        let ahead = self.link_rate(driver) as f64 * self.newest.scan.as_secs_f64();
         left(driver, attached.outgoing.clone(), ahead as u64).await?;
         let took = began.elapsed();
         self.shown = outright(driver, sent, took).or(self.shown);
@@ -147,7 +146,7 @@ impl Rounds {
         self.rest = self.left_to_the_cut(attached);
         // A throttled guest runs in turns: one look sees more of them than the next.
         let as_before = (before as f64 * between.as_secs_f64()) as u64;
-        self.remaining = written_on(sent.max(as_before), between, took) + self.rest;
+        self.remaining = written_on(sent.max(as_before), between, took + UNTIL_STOPPED) + self.rest;
         Ok(MoveFacts {
             remaining_bytes: self.remaining,
             dirty_bytes_per_second: self.dirty,
