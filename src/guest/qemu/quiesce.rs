@@ -180,5 +180,4 @@ fn thaw(
 }
 
 #[cfg(test)]
-#[path = "quiesce_tests.rs"]
 mod tests;
