@@ -97,7 +97,7 @@ impl TestSite {
 
     pub fn start(&mut self) {
         self.start_silently();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.cli(&["status", "--json"]).ok {
             let ended = self
                 .child
