@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{UNIT, Volume, VolumeIndex, VolumeKind};
 
+use super::point::boots;
 use crate::guest::Definition;
 use crate::site::files::private_directory;
 
@@ -86,6 +87,15 @@ impl Warm {
         self.make_files(directory, definition).map_err(io)?;
         let mut bytes = 0;
         let volumes = replica.volumes();
+        if boots(volumes) {
+            // Nothing of another guest, nor of this one's past, is in the memory
+            // that it boots with.
+            for (name, _) in definition.ram() {
+                let file = open(&ram_file(directory, name)).map_err(io)?;
+                empty(&file).map_err(io)?;
+            }
+            self.files.clear();
+        }
         let same = from.filter(|f| f.volumes().iter().zip(volumes).all(|(a, b)| same_ram(a, b)));
         for (index, volume) in (0..).zip(volumes) {
             if volume.kind != VolumeKind::Ram {

@@ -5,14 +5,18 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use farhaven_policies::files::Mode;
+use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
-use super::records::GuestRecord;
+use super::records::{GuestRecord, Protection};
 use super::remote::Remote;
 use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
 use crate::guest::qemu::peer::{self, PeerFacts};
+use crate::guest::qemu::options::Argument;
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent};
 use crate::guest::{Definition, Guest, GuestError, embedded};
@@ -32,6 +36,34 @@ pub(super) fn define(qmp: &Path) -> Result<Definition, String> {
     let mut qmp = Qmp::connect(qmp, QMP_PATIENCE).map_err(|e| e.to_string())?;
     let definition = qemu::definition::Definition::read(&mut qmp).map_err(|e| e.to_string())?;
     Ok(definition.into())
+}
+
+/// Findings about memory and device state, which a guest that boots at the peer does
+/// not take there.
+const OF_MEMORY: [&str; 6] = [
+    "ram-not-shared",
+    "ram-memfd",
+    "ram-anonymous",
+    "machine-unversioned",
+    "cpu-host",
+    "migration-blocked",
+];
+
+/// Leaves out what does not matter to a guest whose disks alone are copied.
+pub(super) fn that_matter(mut findings: Vec<Finding>, mode: Mode) -> Vec<Finding> {
+    if mode == Mode::DiskOnly {
+        findings.retain(|finding| !OF_MEMORY.contains(&finding.code.as_str()));
+    }
+    findings
+}
+
+/// Was QEMU told to stay when its guest shuts down?
+fn stays(arguments: &[Argument]) -> bool {
+    arguments.iter().any(|argument| match argument.option.as_str() {
+        "no-shutdown" => true,
+        "action" => argument.keys("").value("shutdown") == Some("pause"),
+        _ => false,
+    })
 }
 
 /// The control socket of a QEMU guest.
@@ -154,9 +186,9 @@ impl Site {
             Definition::Qemu(definition) => definition,
             Definition::Embedded(_) => return self.attach_hosted(record, key),
         };
-        let ram = definition
-            .ram
-            .iter()
+        let disk_only = self.mode_of(record.id) == Mode::DiskOnly;
+        let ram = definition.ram.iter().filter(|_| !disk_only);
+        let ram = ram
             .filter_map(|block| Some((block.id.clone(), block.path.clone()?)))
             .collect();
         let disks = definition
@@ -172,11 +204,27 @@ impl Site {
             *key.bytes(),
         );
         options.ram = ram;
+        options.disk_only = disk_only;
+        options.stays = stays(&definition.arguments);
         options.disks = disks;
         options.agent = agent::port(&definition.arguments);
         options.scan_threads = threads.min(8);
         options.capture_buffer = self.config.protect.capture_buffer.bytes();
         Ok(Box::new(QemuGuest::attach(options)?))
+    }
+
+    /// What is copied of a guest of this site, or would be.
+    pub(super) fn mode_of(&self, guest: GuestId) -> Mode {
+        let protection = self
+            .catalogue
+            .find::<Protection>(Table::Protections, &guest.to_string());
+        if let Ok(Some(protection)) = protection {
+            return protection.policy.mode;
+        }
+        match self.group_of(guest).filter(|group| group.from.is_none()) {
+            Some(group) => group.owed.mode,
+            None => self.config.protect.mode,
+        }
     }
 
     /// Lets a held guest that nobody is attached to run on.

@@ -23,6 +23,7 @@ use super::{Site, age};
 use crate::activate::fence::Term;
 use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
+use crate::activate::point::boots;
 use crate::activate::warm::Warm;
 use crate::guest::Definition;
 use crate::replicate::message::{Opening, PointContext};
@@ -217,6 +218,7 @@ impl Standby {
             from: self.from(),
             points: points.len(),
             newest_point: newest.map_or(0, |p| p.point),
+            disks_only: newest.is_some_and(|p| boots(&p.volumes)),
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
             term: site

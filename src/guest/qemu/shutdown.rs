@@ -1,0 +1,79 @@
+//! A guest that is to boot elsewhere is shut down here first: by its agent, or else
+//! by its power button. QEMU stays, so that its disks can be read to the last write.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+
+use super::super::GuestError;
+use super::QemuGuest;
+use super::attach::status;
+
+/// An agent that answers is told within this time.
+const AGENT: Duration = Duration::from_secs(2);
+
+/// How often it is looked whether the guest is down.
+const LOOK: Duration = Duration::from_millis(100);
+
+/// QEMU resets a stopped guest within this time.
+const RESET: Duration = Duration::from_secs(10);
+
+impl QemuGuest {
+    pub(super) fn shut_down_within(
+        &mut self,
+        within: Duration,
+        hard: bool,
+    ) -> Result<bool, GuestError> {
+        let deadline = Instant::now() + within;
+        match status(&mut self.qmp)?.as_str() {
+            "shutdown" => return Ok(true),
+            "running" => {}
+            // Its disks are taken as they are.
+            _ if hard => return Ok(false),
+            other => {
+                return Err(GuestError::State(format!(
+                    "the guest is in state '{other}' and does not run, so it cannot shut down; let it go on, or accept that its disks are taken as they are (--accept-pause)"
+                )));
+            }
+        }
+        // Else QEMU ends with it, and what it wrote last could not be read any more.
+        self.at_shutdown("pause")?;
+        if !self.quiesce.shut_down(AGENT) {
+            self.qmp.execute("system_powerdown", json!({}))?;
+        }
+        while Instant::now() < deadline {
+            if status(&mut self.qmp)? == "shutdown" {
+                return Ok(true);
+            }
+            std::thread::sleep(LOOK);
+        }
+        if hard {
+            self.qmp.execute("stop", json!({}))?;
+        } else if !self.options.stays {
+            // It may do so still, as on any other day.
+            self.at_shutdown("poweroff")?;
+        }
+        Ok(false)
+    }
+
+    /// A guest that is shut down is reset, so that it boots when it goes on.
+    pub(super) fn boot_again(&mut self) -> Result<(), GuestError> {
+        if status(&mut self.qmp)? == "shutdown" {
+            self.qmp.execute("system_reset", json!({}))?;
+            let deadline = Instant::now() + RESET;
+            while status(&mut self.qmp)? == "shutdown" && Instant::now() < deadline {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        if self.options.disk_only && !self.options.stays {
+            self.at_shutdown("poweroff")?;
+        }
+        Ok(())
+    }
+
+    fn at_shutdown(&mut self, action: &str) -> Result<(), GuestError> {
+        self.qmp
+            .execute("set-action", json!({"shutdown": action}))?;
+        Ok(())
+    }
+}
