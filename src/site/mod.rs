@@ -56,7 +56,6 @@ mod start;
 mod status;
 mod steps;
 mod takeover;
-mod thaw;
 mod watch;
 
 use std::collections::BTreeMap;

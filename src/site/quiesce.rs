@@ -3,6 +3,8 @@
 
 use std::time::Duration;
 
+mod thaw;
+
 use farhaven_policies::alert::Severity;
 use farhaven_policies::files::Quiesce;
 use tokio::sync::oneshot;

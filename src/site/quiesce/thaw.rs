@@ -4,9 +4,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::standby::Standby;
 use crate::activate::place::Ready;
 use crate::guest::qemu::agent::thaw_until_done;
+use crate::site::standby::Standby;
 
 /// Frozen for longer than this is told.
 const REMARKABLE: Duration = Duration::from_secs(2);
@@ -18,7 +18,7 @@ const PERHAPS: Duration = Duration::from_secs(60);
 impl Standby {
     /// Thaws what was frozen at the cut, in the background, until that is done or
     /// the machine has ended. `quiesced` as the point tells it.
-    pub(super) fn thaw(self: &Arc<Self>, ready: Arc<Ready>, quiesced: Option<bool>) {
+    pub(in crate::site) fn thaw(self: &Arc<Self>, ready: Arc<Ready>, quiesced: Option<bool>) {
         let Some(frozen) = quiesced else { return };
         let Some(channel) = ready.agent() else {
             if frozen {
