@@ -5,6 +5,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod findings;
+
 use farhaven_policies::files::Mode;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::digest::DigestKey;
@@ -50,7 +52,7 @@ const OF_MEMORY: [&str; 6] = [
 ];
 
 /// Leaves out what does not matter to a guest whose disks alone are copied.
-pub(super) fn that_matter(mut findings: Vec<Finding>, mode: Mode) -> Vec<Finding> {
+fn that_matter(mut findings: Vec<Finding>, mode: Mode) -> Vec<Finding> {
     if mode == Mode::DiskOnly {
         findings.retain(|finding| !OF_MEMORY.contains(&finding.code.as_str()));
     }
@@ -85,7 +87,7 @@ pub(super) fn ended_with_daemon(name: &str) -> String {
 
 /// The local part of a guest's check. While the guest is protected our own
 /// driver holds its QMP socket, and the definition has to do.
-pub(super) fn check(
+fn check(
     site: &Site,
     record: &GuestRecord,
     attached: bool,

@@ -9,6 +9,8 @@
 
 use std::time::{Duration, Instant};
 
+pub(super) mod shutdown;
+
 use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;

@@ -17,7 +17,7 @@ use tokio::sync::oneshot;
 
 use super::GroupRecord;
 use crate::guest::gate::{Patience, Rendezvous};
-use crate::site::shutdown::SHUT_DOWN;
+use crate::site::handover::shutdown::SHUT_DOWN;
 use crate::site::unix_ns;
 
 /// What a point of a group cut tells of it. A group point is whole where the

@@ -5,20 +5,20 @@ use std::time::Duration;
 
 use farhaven_policies::files::Mode;
 
-use super::driver::{Attached, DriveError, Driver};
-use super::steps::{blocking, take};
+use crate::site::driver::{Attached, DriveError, Driver};
+use crate::site::steps::{blocking, take};
 
 /// A guest has so long to shut down before a move.
-pub(super) const SHUT_DOWN: Duration = Duration::from_secs(120);
+pub(in crate::site) const SHUT_DOWN: Duration = Duration::from_secs(120);
 
 impl Driver {
     /// Does it boot at the peer?
-    pub(super) fn boots_there(&self) -> bool {
+    pub(in crate::site) fn boots_there(&self) -> bool {
         self.protection.policy.mode == Mode::DiskOnly
     }
 
     /// Before the last cut: a guest that boots at the peer is shut down.
-    pub(super) async fn shut_down_first(
+    pub(in crate::site) async fn shut_down_first(
         &mut self,
         attached: &mut Attached,
     ) -> Result<(), DriveError> {
@@ -54,7 +54,7 @@ impl Driver {
     }
 
     /// For a move's report.
-    pub(super) fn told_of_boot(&self, note: String) -> String {
+    pub(in crate::site) fn told_of_boot(&self, note: String) -> String {
         if !self.boots_there() {
             return note;
         }

@@ -4,9 +4,10 @@ use std::sync::{Arc, PoisonError};
 
 use farhaven_policies::files::Mode;
 
-use super::Site;
-use super::operate::{OperateError, failed};
+use super::{check, check_at_peer, that_matter};
 use crate::guest::qemu::check::{Finding, Severity};
+use crate::site::Site;
+use crate::site::operate::{OperateError, failed};
 
 impl Site {
     /// What would stop protection here, or activation at `to` (or at the peer it is protected to).
@@ -20,7 +21,7 @@ impl Site {
     ) -> Result<Vec<Finding>, OperateError> {
         let mode = self.mode_of(self.guest(name)?.id);
         let findings = self.findings_of(name, to).await?;
-        Ok(super::guests::that_matter(findings, mode))
+        Ok(that_matter(findings, mode))
     }
 
     async fn findings_of(
@@ -42,7 +43,7 @@ impl Site {
         };
         let local = {
             let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
-            tokio::task::spawn_blocking(move || super::guests::check(&site, &record, attached))
+            tokio::task::spawn_blocking(move || check(&site, &record, attached))
                 .await
                 .map_err(failed)?
                 .map_err(failed)?
@@ -54,20 +55,20 @@ impl Site {
             let record = tokio::task::spawn_blocking(move || site.as_it_is(record))
                 .await
                 .map_err(failed)?;
-            findings.extend(super::guests::check_at_peer(&record, &remote).await);
+            findings.extend(check_at_peer(&record, &remote).await);
         }
         Ok(findings)
     }
 
     /// Nothing stops the guest's protection to `to`, here or there.
-    pub(super) async fn unblocked(
+    pub(in crate::site) async fn unblocked(
         self: &Arc<Self>,
         name: &str,
         to: &str,
         mode: Mode,
     ) -> Result<(), OperateError> {
         let findings = self.findings_of(name, Some(to)).await?;
-        let findings = super::guests::that_matter(findings, mode);
+        let findings = that_matter(findings, mode);
         let blocks: Vec<_> = findings
             .iter()
             .filter(|f| f.severity == Severity::Blocks)
