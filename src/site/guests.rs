@@ -59,12 +59,11 @@ fn that_matter(mut findings: Vec<Finding>, mode: Mode) -> Vec<Finding> {
     findings
 }
 
-/// Was QEMU told to stay when its guest shuts down?
-fn stays(arguments: &[Argument]) -> bool {
-    arguments.iter().any(|argument| match argument.option.as_str() {
-        "no-shutdown" => true,
-        "action" => argument.keys("").value("shutdown") == Some("pause"),
-        _ => false,
+/// Was QEMU told what to do at an event, by a flag of its own or by `-action`?
+fn told(arguments: &[Argument], flag: &str, (event, action): (&str, &str)) -> bool {
+    arguments.iter().any(|argument| {
+        argument.option == flag
+            || argument.option == "action" && argument.keys("").value(event) == Some(action)
     })
 }
 
@@ -207,7 +206,8 @@ impl Site {
         );
         options.ram = ram;
         options.disk_only = disk_only;
-        options.stays = stays(&definition.arguments);
+        options.stays = told(&definition.arguments, "no-shutdown", ("shutdown", "pause"));
+        options.no_reboot = told(&definition.arguments, "no-reboot", ("reboot", "shutdown"));
         options.disks = disks;
         options.agent = agent::port(&definition.arguments);
         options.scan_threads = threads.min(8);

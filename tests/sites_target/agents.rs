@@ -1,5 +1,6 @@
-//! Application-consistent points by a real guest agent, Debian's, in a real QEMU:
-//! frozen for each cut, thawed after it, and thawed where the guest is run.
+//! A real guest agent, Debian's, in a real QEMU: points whose filesystems are frozen
+//! for the cut, thawed after it and where the guest is run; and guests whose disks
+//! alone are copied, which it shuts down before they boot elsewhere.
 
 use farhaven::guest::qemu::agent::Agent;
 use farhaven::site::view::PointView;
@@ -124,4 +125,81 @@ fn points_are_frozen_by_the_agent_and_thawed_wherever_the_guest_runs() {
     thawed(&Path::new(&qmp).with_file_name("agent.sock"));
     assert!(beats(&there));
     whole(&there);
+}
+
+#[test]
+fn disks_alone_are_protected_and_the_guest_boots_from_them() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("g")).unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.load=database farhaven.fill=8 farhaven.pages=2048".to_owned(),
+        extra: Vec::new(),
+    };
+    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+        return;
+    };
+    thawed(&dir.path().join("g/agent.sock"));
+    let pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
+    protect(&pair, "web", &guest);
+    sealed(&pair.east, "web");
+    let source = pair.east.source("web");
+    assert!(source.disks_only && source.last_ram_scanned_bytes == Some(0));
+    let point = newest(&pair.west);
+    assert!(point.disks_only && point.quiesced.is_none(), "{point:?}");
+    let told = pair.west.cli(&["points", "web"]).good().out;
+    assert!(told.contains("disks only, crash"), "{told}");
+
+    // A test boots, from its first beat on, and finds its disks as they should be.
+    let before = guest.console.last_beat().unwrap().number;
+    assert!(before > 20, "{before}");
+    let told = pair.west.cli(&["test", "web", "--json"]).good();
+    let report: farhaven::site::view::TestReport = serde_json::from_str(&told.out).unwrap();
+    assert!(report.times.boots, "{report:?}");
+    let console = report.console.unwrap();
+    let there = Console {
+        log: console.log,
+        socket: console.socket,
+    };
+    booted(&there);
+    pair.west.cli(&["test", "cleanup", "web"]).good();
+
+    // Moved: its agent shuts it down, and it boots there.
+    let moved = pair.east.cli(&["move", "web"]).good().out;
+    assert!(moved.contains("boots there"), "{moved}");
+    phase(&pair.east, "web", Phase::Moved);
+    let stood = guest.console.last_beat().unwrap().number;
+    booted(&TestSite::console_of(
+        &pair.west.target("web").active.unwrap(),
+    ));
+    assert_eq!(guest.console.last_beat().unwrap().number, stood);
+
+    // And back: the copy that was shut down here boots again.
+    pair.west.cli(&["rollback", "web", "--accept-loss"]).good();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while boots(&guest.console) < 2 {
+        assert!(
+            std::time::Instant::now() < deadline,
+            "{}",
+            pair.east.log()
+        );
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(beats(&guest.console));
+    whole(&guest.console);
+    sealed(&pair.east, "web");
+}
+
+/// How often it booted, by its console.
+fn boots(console: &Console) -> usize {
+    let log = std::fs::read(&console.log).unwrap_or_default();
+    String::from_utf8_lossy(&log).matches("HB 1 ").count()
+}
+
+/// It beats from its first beat on, and its memory and disks are as they should be.
+#[track_caller]
+fn booted(console: &Console) {
+    console.await_beat(5, PATIENCE);
+    assert_eq!(boots(console), 1);
+    whole(console);
 }

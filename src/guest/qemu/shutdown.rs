@@ -37,7 +37,7 @@ impl QemuGuest {
             }
         }
         // Else QEMU ends with it, and what it wrote last could not be read any more.
-        self.at_shutdown("pause")?;
+        self.at("shutdown", "pause")?;
         if !self.quiesce.shut_down(AGENT) {
             self.qmp.execute("system_powerdown", json!({}))?;
         }
@@ -51,7 +51,7 @@ impl QemuGuest {
             self.qmp.execute("stop", json!({}))?;
         } else if !self.options.stays {
             // It may do so still, as on any other day.
-            self.at_shutdown("poweroff")?;
+            self.at("shutdown", "poweroff")?;
         }
         Ok(false)
     }
@@ -59,21 +59,26 @@ impl QemuGuest {
     /// A guest that is shut down is reset, so that it boots when it goes on.
     pub(super) fn boot_again(&mut self) -> Result<(), GuestError> {
         if status(&mut self.qmp)? == "shutdown" {
+            // Else it would be one more shutdown, and QEMU's end.
+            self.at("reboot", "reset")?;
             self.qmp.execute("system_reset", json!({}))?;
             let deadline = Instant::now() + RESET;
             while status(&mut self.qmp)? == "shutdown" && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(5));
             }
+            if self.options.no_reboot {
+                self.at("reboot", "shutdown")?;
+            }
         }
         if self.options.disk_only && !self.options.stays {
-            self.at_shutdown("poweroff")?;
+            self.at("shutdown", "poweroff")?;
         }
         Ok(())
     }
 
-    fn at_shutdown(&mut self, action: &str) -> Result<(), GuestError> {
-        self.qmp
-            .execute("set-action", json!({"shutdown": action}))?;
+    /// What QEMU does when the guest does this.
+    fn at(&mut self, event: &str, action: &str) -> Result<(), GuestError> {
+        self.qmp.execute("set-action", json!({event: action}))?;
         Ok(())
     }
 }
