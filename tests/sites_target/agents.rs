@@ -133,7 +133,8 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     std::fs::create_dir_all(dir.path().join("g")).unwrap();
     let options = GuestOptions {
         memory: 192,
-        cmdline: "farhaven.load=database farhaven.fill=8 farhaven.pages=2048".to_owned(),
+        cmdline: "farhaven.cold farhaven.load=database farhaven.fill=8 farhaven.pages=2048"
+            .to_owned(),
         extra: Vec::new(),
     };
     let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
@@ -169,15 +170,16 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     assert!(moved.contains("boots there"), "{moved}");
     phase(&pair.east, "web", Phase::Moved);
     let stood = guest.console.last_beat().unwrap().number;
-    booted(&TestSite::console_of(
-        &pair.west.target("web").active.unwrap(),
-    ));
+    let there = TestSite::console_of(&pair.west.target("web").active.unwrap());
+    booted(&there);
     assert_eq!(guest.console.last_beat().unwrap().number, stood);
+    // To the last byte that it had written.
+    assert_eq!(sums(&there), [sum(&guest.data_disk)]);
 
     // And back: the copy that was shut down here boots again.
     pair.west.cli(&["rollback", "web", "--accept-loss"]).good();
     let deadline = std::time::Instant::now() + PATIENCE;
-    while boots(&guest.console) < 2 {
+    while sums(&guest.console).len() < 2 {
         assert!(
             std::time::Instant::now() < deadline,
             "{}",
@@ -190,16 +192,32 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     sealed(&pair.east, "web");
 }
 
-/// How often it booted, by its console.
-fn boots(console: &Console) -> usize {
+/// The sum of its raw disk, boot by boot, as its console tells it.
+fn sums(console: &Console) -> Vec<String> {
     let log = std::fs::read(&console.log).unwrap_or_default();
-    String::from_utf8_lossy(&log).matches("HB 1 ").count()
+    let log = String::from_utf8_lossy(&log);
+    let told = log.lines().filter_map(|line| {
+        let (_, sum) = line.split_once("COLD ")?;
+        sum.split_whitespace().next().map(str::to_owned)
+    });
+    told.collect()
+}
+
+/// The same of an image, as far as the guest's ledger goes.
+fn sum(image: &Path) -> String {
+    let ledger = std::process::Command::new("sh")
+        .args(["-c", "head -c 16777216 \"$0\" | md5sum"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&ledger.stdout).into_owned();
+    told.split_whitespace().next().unwrap().to_owned()
 }
 
 /// It beats from its first beat on, and its memory and disks are as they should be.
 #[track_caller]
 fn booted(console: &Console) {
     console.await_beat(5, PATIENCE);
-    assert_eq!(boots(console), 1);
+    assert_eq!(sums(console).len(), 1);
     whole(console);
 }
