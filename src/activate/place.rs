@@ -17,7 +17,7 @@ use super::machine::{BuildPlan, Builder, Builders, Machine, MachineError};
 use super::nbd::NbdServer;
 use super::point::{boots, device_state, disks, sources};
 use super::qemu::QemuMachine;
-use super::warm::ram_file;
+use super::warm::{Warm, ram_file};
 use crate::guest::Definition;
 use crate::guest::embedded::{self, SharedVmm};
 use crate::guest::qemu::peer::bytes_free;
@@ -364,7 +364,11 @@ fn build(
     let served = sources(replica, &disks);
     match definition {
         Definition::Qemu(qemu) => {
-            let machine = QemuMachine::launch(ground, qemu, &served, boots(replica.volumes()))?;
+            let boots = boots(replica.volumes());
+            if boots {
+                Warm::make_empty(&ground.ram, definition).map_err(file(&ground.ram))?;
+            }
+            let machine = QemuMachine::launch(ground, qemu, &served, boots)?;
             Ok(Ready::of_qemu(machine, disks, ground, definition))
         }
         Definition::Embedded(embedded) => {
