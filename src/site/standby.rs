@@ -244,7 +244,10 @@ impl Standby {
 
     /// Begins to bring the warm RAM to a newly sealed point, in the background.
     pub(super) fn warm_up(self: &Arc<Self>, point: u64) {
-        if !self.opening().warm || !self.site.upgrade().is_some_and(|s| s.config.activate.warm) {
+        let opening = self.opening();
+        // Of a guest that boots, no memory comes.
+        let warm = opening.warm && !boots(&opening.volumes);
+        if !warm || !self.site.upgrade().is_some_and(|s| s.config.activate.warm) {
             return;
         }
         let standby = self.clone();
