@@ -74,7 +74,15 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         );
         return Ok(());
     }
-    let mut rows = table(&["Cut", "Cut at", "Age", "Skew", "Pause", "Consistent", "Points"]);
+    let mut rows = table(&[
+        "Cut",
+        "Cut at",
+        "Age",
+        "Skew",
+        "Pause",
+        "Consistent",
+        "Points",
+    ]);
     for point in &points {
         let of: Vec<_> = point
             .points

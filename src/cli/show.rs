@@ -316,7 +316,15 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         return Ok(());
     }
     let mut rows = table(&[
-        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent", "Consistent", "Name",
+        "Point",
+        "Cut at",
+        "Age",
+        "Pause",
+        "RAM scan",
+        "Changed",
+        "Sent",
+        "Consistent",
+        "Name",
     ]);
     for point in &points {
         rows.add_row(vec![

@@ -316,7 +316,9 @@ mod tests {
         assert!(seen.contains("no channel to a guest agent"), "{seen}");
         // Nor does who does not wait any more.
         let mut never = check(|h| h.script = shell("exit 1"));
-        never.values_mut().for_each(|h| h.timeout = "1h".parse().unwrap());
+        never
+            .values_mut()
+            .for_each(|h| h.timeout = "1h".parse().unwrap());
         let about = About {
             own_programs: vec!["it".to_owned()],
             ..About::default()

@@ -180,11 +180,7 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     pair.west.cli(&["rollback", "web", "--accept-loss"]).good();
     let deadline = std::time::Instant::now() + PATIENCE;
     while sums(&guest.console).len() < 2 {
-        assert!(
-            std::time::Instant::now() < deadline,
-            "{}",
-            pair.east.log()
-        );
+        assert!(std::time::Instant::now() < deadline, "{}", pair.east.log());
         std::thread::sleep(Duration::from_millis(100));
     }
     assert!(beats(&guest.console));

@@ -114,7 +114,10 @@ fn the_channel_of_a_definition_is_in_its_run_directory() {
 #[test]
 fn what_qemu_calls_a_listening_socket_is_told_from_others() {
     for (name, path) in [
-        ("disconnected:unix:/run/a,b.agent,server=on", Some("/run/a,b.agent")),
+        (
+            "disconnected:unix:/run/a,b.agent,server=on",
+            Some("/run/a,b.agent"),
+        ),
         ("unix:a.agent,server=on", Some("a.agent")),
         ("unix:/run/a.agent", None),
         ("disconnected:unix:x,abstract=on,server=on", None),
@@ -151,7 +154,12 @@ fn thawing_goes_on_until_it_is_done_or_given_up() {
 
 #[test]
 fn an_agent_answers_also_after_what_another_client_left() {
-    for before in [&b""[..], b"{\"return\": 7}\n", b"{\"retur", b"\xff\xff{}\n\n"] {
+    for before in [
+        &b""[..],
+        b"{\"return\": 7}\n",
+        b"{\"retur",
+        b"\xff\xff{}\n\n",
+    ] {
         let (_dir, path, served) = fake(before, sound);
         let mut agent = Agent::connect(&path, PATIENCE).unwrap();
         agent.ping().unwrap();

@@ -31,7 +31,10 @@ fn agent(dir: &Path, manner: &Arc<Mutex<Manner>>) -> PathBuf {
             let mut stream = stream.unwrap();
             let mut lines = BufReader::new(stream.try_clone().unwrap());
             let mut line = Vec::new();
-            while lines.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+            while lines
+                .read_until(b'\n', &mut line)
+                .is_ok_and(|read| read > 0)
+            {
                 let from = line.iter().rposition(|b| *b == 0xff);
                 let asked = &line[from.map_or(0, |at| at + 1)..];
                 let asked: Value = serde_json::from_slice(asked).unwrap();
