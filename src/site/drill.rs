@@ -226,15 +226,8 @@ impl Standby {
             return Err(error.into());
         }
         let (ready, point) = (test.ready.clone(), test.point);
-<<<<<<< HEAD
         let quiesced = context.ok().and_then(|context| context.quiesced);
         self.thaw(ready.clone(), quiesced.filter(|_| !booted));
-=======
-        self.thaw(
-            ready.clone(),
-            context.ok().and_then(|context| context.quiesced),
-        );
->>>>>>> s12-ops
         let waiting = test.waiting.take();
         let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
         times.restore = began.elapsed();

@@ -17,8 +17,8 @@ use super::records::{GuestRecord, Protection};
 use super::remote::Remote;
 use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
-use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::options::Argument;
+use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent};
 use crate::guest::{Definition, Guest, GuestError, embedded};
@@ -86,11 +86,7 @@ pub(super) fn ended_with_daemon(name: &str) -> String {
 
 /// The local part of a guest's check. While the guest is protected our own
 /// driver holds its QMP socket, and the definition has to do.
-fn check(
-    site: &Site,
-    record: &GuestRecord,
-    attached: bool,
-) -> Result<Vec<Finding>, GuestError> {
+fn check(site: &Site, record: &GuestRecord, attached: bool) -> Result<Vec<Finding>, GuestError> {
     let Definition::Qemu(definition) = &record.definition else {
         return Ok(site.check_hosted(record));
     };

@@ -100,7 +100,9 @@ impl QemuGuest {
                 options.replica
             )));
         }
-        if options.ram.is_empty() != options.disk_only || options.ram.len() + options.disks.len() > 1024 {
+        if options.ram.is_empty() != options.disk_only
+            || options.ram.len() + options.disks.len() > 1024
+        {
             return Err(GuestError::State(
                 "a guest has at least one RAM block, unless its disks alone are copied, and at most 1024 volumes".to_owned(),
             ));

@@ -265,7 +265,8 @@ impl Guest for QemuGuest {
     }
 
     fn shut_down(&mut self, within: Duration, hard: bool) -> Result<bool, GuestError> {
-        self.shut_down_within(within, hard).map_err(|e| self.explain(e))
+        self.shut_down_within(within, hard)
+            .map_err(|e| self.explain(e))
     }
 
     fn ask_agent(&mut self, within: Duration) -> Result<(), String> {

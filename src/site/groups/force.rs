@@ -458,10 +458,7 @@ mod tests {
             ..NamedPolicy::default()
         };
         let said = not_acted_on(&asks, &nobody).unwrap();
-        assert!(
-            said.contains("guest check db"),
-            "{said}"
-        );
+        assert!(said.contains("guest check db"), "{said}");
         assert_eq!(not_acted_on(&asks, &[]), None);
     }
 

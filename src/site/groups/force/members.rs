@@ -20,7 +20,10 @@ use crate::site::records::{GroupShare, GuestRecord, Owed, Protection};
 fn protection_mode(site: &Site, guest: GuestId) -> Option<Mode> {
     let key = guest.to_string();
     let found = site.catalogue.find::<Protection>(Table::Protections, &key);
-    found.ok().flatten().map(|protection| protection.policy.mode)
+    found
+        .ok()
+        .flatten()
+        .map(|protection| protection.policy.mode)
 }
 
 impl Site {
