@@ -193,11 +193,7 @@ fn per_second(bytes: u64, time: Duration) -> u64 {
 }
 
 /// Waits until no more is before the link than what it holds in flight, and so many bytes.
-async fn left(
-    driver: &mut Driver,
-    outgoing: Arc<Outgoing>,
-    ahead: u64,
-) -> Result<(), DriveError> {
+async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>, ahead: u64) -> Result<(), DriveError> {
     let gone = async move {
         loop {
             let link = outgoing.peer.status();

@@ -175,12 +175,11 @@ fn frozen_together(fresh: &[Vec<PointView>]) -> Option<Vec<u64>> {
     };
     let each: Vec<BTreeMap<u64, u64>> = fresh.iter().map(|points| of_cut(points)).collect();
     let cuts: BTreeSet<u64> = each.first()?.keys().copied().collect();
-    let common = cuts.into_iter().rev().find_map(|cut| {
+    cuts.into_iter().rev().find_map(|cut| {
         each.iter()
             .map(|points| points.get(&cut).copied())
             .collect::<Option<Vec<u64>>>()
-    });
-    common
+    })
 }
 
 #[cfg(test)]
