@@ -452,5 +452,4 @@ fn answer(line: &[u8]) -> Result<Result<Value, String>, &'static str> {
 }
 
 #[cfg(test)]
-#[path = "agent_tests.rs"]
 mod tests;

@@ -195,5 +195,4 @@ fn thaw(
 }
 
 #[cfg(test)]
-#[path = "quiesce_tests.rs"]
 mod tests;

@@ -6,8 +6,8 @@ use std::thread::JoinHandle;
 
 use proptest::prelude::*;
 
-use super::super::options::parse;
 use super::*;
+use crate::guest::qemu::options::parse;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 const SHORT: Duration = Duration::from_millis(300);
