@@ -203,7 +203,6 @@ impl Site {
         options.ram = ram;
         options.disk_only = disk_only;
         options.stays = told(&definition.arguments, "no-shutdown", ("shutdown", "pause"));
-        options.no_reboot = told(&definition.arguments, "no-reboot", ("reboot", "shutdown"));
         options.disks = disks;
         options.agent = agent::port(&definition.arguments);
         options.scan_threads = threads.min(8);

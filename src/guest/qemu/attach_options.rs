@@ -29,8 +29,6 @@ pub struct AttachOptions {
     pub disk_only: bool,
     /// QEMU was started so that it stays when the guest shuts down.
     pub stays: bool,
-    /// QEMU was started so that a reset is a shutdown.
-    pub no_reboot: bool,
     /// Disks: volume name, block node name (the node that the device uses).
     pub disks: Vec<(String, String)>,
     /// The character device behind the port of its guest agent, if it has one.
@@ -67,7 +65,6 @@ impl AttachOptions {
             ram: Vec::new(),
             disk_only: false,
             stays: false,
-            no_reboot: false,
             disks: Vec::new(),
             agent: None,
             work_dir,

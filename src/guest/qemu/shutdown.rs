@@ -59,15 +59,13 @@ impl QemuGuest {
     /// A guest that is shut down is reset, so that it boots when it goes on.
     pub(super) fn boot_again(&mut self) -> Result<(), GuestError> {
         if status(&mut self.qmp)? == "shutdown" {
-            // Else it would be one more shutdown, and QEMU's end.
+            // With -no-reboot it would be QEMU's end; also later, when firmware that was
+            // run before resets the machine once more before it boots.
             self.at("reboot", "reset")?;
             self.qmp.execute("system_reset", json!({}))?;
             let deadline = Instant::now() + RESET;
             while status(&mut self.qmp)? == "shutdown" && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(5));
-            }
-            if self.options.no_reboot {
-                self.at("reboot", "shutdown")?;
             }
         }
         if self.options.disk_only && !self.options.stays {
