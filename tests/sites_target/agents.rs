@@ -179,7 +179,8 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     // And back: the copy that was shut down here boots again.
     pair.west.cli(&["rollback", "web", "--accept-loss"]).good();
     let deadline = std::time::Instant::now() + PATIENCE;
-    while sums(&guest.console).len() < 2 {
+    let again = || guest.console.last_beat().unwrap().number < stood;
+    while sums(&guest.console).len() < 2 || !again() {
         assert!(std::time::Instant::now() < deadline, "{}", pair.east.log());
         std::thread::sleep(Duration::from_millis(100));
     }

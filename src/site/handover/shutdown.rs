@@ -7,6 +7,7 @@ use farhaven_policies::files::Mode;
 
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::steps::{blocking, take};
+use crate::site::view::Phase;
 
 /// A guest has so long to shut down before a move.
 pub(in crate::site) const SHUT_DOWN: Duration = Duration::from_secs(120);
@@ -26,6 +27,8 @@ impl Driver {
             return Ok(());
         }
         let name = self.record.name.clone();
+        // It is not held for anybody's word yet.
+        self.phase(Phase::Moving);
         self.view.send_modify(|v| {
             v.trouble = format!("'{name}' shuts down here, to boot at the peer");
         });
@@ -37,6 +40,7 @@ impl Driver {
         });
         let (guest, down) = self.finishing(work).await?;
         attached.guest = Some(guest);
+        self.phase(Phase::Held);
         match down {
             Ok(true) => {
                 tracing::info!(guest = %name, "it has shut down, and boots at the peer");
