@@ -211,7 +211,7 @@ impl Ready {
             if disks.iter().all(|d| d.state == HydrationState::Done) {
                 return Ok(());
             }
-            std::thread::sleep(WATCH);
+            crate::work::sleep(WATCH);
         }
     }
 

@@ -99,7 +99,7 @@ impl Site {
             )));
         }
         let path = qmp.to_owned();
-        let definition = tokio::task::spawn_blocking(move || super::guests::define(&path))
+        let definition = crate::work::spawn_blocking(move || super::guests::define(&path))
             .await
             .map_err(failed)?
             .map_err(failed)?;
@@ -183,7 +183,7 @@ impl Site {
         };
         let local = {
             let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
-            tokio::task::spawn_blocking(move || super::guests::check(&site, &record, attached))
+            crate::work::spawn_blocking(move || super::guests::check(&site, &record, attached))
                 .await
                 .map_err(failed)?
                 .map_err(failed)?
@@ -192,7 +192,7 @@ impl Site {
         if let Some(peer) = to.map(str::to_owned).or(protected_to).or(only) {
             let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
             let site = self.clone();
-            let record = tokio::task::spawn_blocking(move || site.as_it_is(record))
+            let record = crate::work::spawn_blocking(move || site.as_it_is(record))
                 .await
                 .map_err(failed)?;
             findings.extend(super::guests::check_at_peer(&record, &remote).await);

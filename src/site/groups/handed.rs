@@ -221,8 +221,11 @@ impl Site {
             hand_over.clone()
         };
         let site = self.clone();
-        let written = tokio::task::spawn_blocking(move || site.write_down(&ran)).await;
-        self.is_kept(group, written.unwrap_or_else(|e| Err(std::io::Error::other(e))));
+        let written = crate::work::spawn_blocking(move || site.write_down(&ran)).await;
+        self.is_kept(
+            group,
+            written.unwrap_or_else(|e| Err(std::io::Error::other(e))),
+        );
     }
 
     /// Starts those that do not run yet, in waves.
