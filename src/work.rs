@@ -10,7 +10,7 @@ use std::cell::RefCell;
 use std::future::Future;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -112,6 +112,22 @@ pub(crate) fn sleep(time: Duration) {
     match labour() {
         None => std::thread::sleep(time),
         Some(_) => block_on(&Handle::current(), tokio::time::sleep(time)),
+    }
+}
+
+/// Locks what is held over a wait, as a guest's monitor is while the other guests
+/// of its group stop.
+pub fn lock<T: ?Sized>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    if labour().is_none() {
+        return mutex.lock().unwrap_or_else(PoisonError::into_inner);
+    }
+    loop {
+        match mutex.try_lock() {
+            Ok(guard) => return guard,
+            Err(TryLockError::Poisoned(poisoned)) => return poisoned.into_inner(),
+            // Whoever holds it goes on only when this one waits.
+            Err(TryLockError::WouldBlock) => sleep(Duration::from_millis(1)),
+        }
     }
 }
 

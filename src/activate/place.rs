@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use farhaven_storage_sync::replica::Replica;
@@ -264,7 +264,7 @@ impl Ready {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Machine>>> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        crate::work::lock(&self.machine)
     }
 
     fn with<T>(

@@ -374,5 +374,5 @@ impl Standby {
 }
 
 pub(super) fn lock(vmm: &SharedVmm) -> MutexGuard<'_, dyn Vmm + 'static> {
-    vmm.lock().unwrap_or_else(PoisonError::into_inner)
+    crate::work::lock(vmm)
 }

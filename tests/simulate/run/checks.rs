@@ -112,7 +112,7 @@ impl Seen {
 
     /// Promise 3, of the turn that is over.
     pub fn once(&self, world: &World, operators: &Operators) -> Result<(), Broken> {
-        for (guest, one, other) in world.room.overlaps() {
+        for (guest, one, other) in world.room.overlaps(world.now) {
             if !operators.overrode(world, guest) {
                 let span = |span: &super::room::Span| {
                     let until = span.until.map_or("now".to_owned(), shown);

@@ -159,7 +159,8 @@ impl Labour for Fibers {
     }
 
     fn wait(&self, poll: &mut dyn FnMut(&mut Context<'_>) -> Poll<()>) {
-        let own = OWN.with(|own| own.borrow().clone()).expect("within work");
+        let own = OWN.with(|own| own.borrow().clone());
+        let own = own.expect("only work that blocks waits, and an async task waited");
         let wake = own.wake.borrow().clone().expect("within work");
         let waker = Waker::from(wake);
         loop {

@@ -14,6 +14,7 @@ use farhaven::activate::nbd::BlockSource;
 use farhaven::guest::embedded::disk::TrackedDisk;
 use farhaven::guest::embedded::{Bitmap, Definition, RamBlock, SharedVmm, Vmm, VmmError};
 use farhaven::guest::qemu::check::Finding;
+use farhaven::work::lock;
 use rand::rngs::StdRng;
 use rand::{Rng, RngCore, SeedableRng};
 
@@ -321,7 +322,7 @@ impl Machine for SimulatedMachine {
     }
 
     fn run(&mut self) -> Result<(), MachineError> {
-        Ok(self.monitor.lock().unwrap().resume()?)
+        Ok(lock(&self.monitor).resume()?)
     }
 
     fn announce(&mut self) -> Result<(), MachineError> {
@@ -338,15 +339,15 @@ impl Machine for SimulatedMachine {
     }
 
     fn stop(&mut self) -> Result<(), MachineError> {
-        Ok(self.monitor.lock().unwrap().pause()?)
+        Ok(lock(&self.monitor).pause()?)
     }
 
     fn is_running(&mut self) -> Result<bool, MachineError> {
-        Ok(self.monitor.lock().unwrap().running() == Some(true))
+        Ok(lock(&self.monitor).running() == Some(true))
     }
 
     fn kill(self: Box<Self>) {
-        self.monitor.lock().unwrap().end();
+        lock(&self.monitor).end();
     }
 
     fn vmm(&self) -> Option<SharedVmm> {

@@ -218,8 +218,8 @@ impl Room {
     }
 
     /// Every two spans of one guest at two sites that overlap, with the guest,
-    /// up to a time at which all sites have come; what ended is forgotten then.
-    pub fn overlaps(&self) -> Vec<(u32, Span, Span)> {
+    /// up to now, to which all sites have come; what ended by then is forgotten.
+    pub fn overlaps(&self, now: u64) -> Vec<(u32, Span, Span)> {
         let mut state = self.state.lock().unwrap();
         let mut found = Vec::new();
         for (guest, spans) in &mut state.spans {
@@ -232,7 +232,7 @@ impl Room {
                     }
                 }
             }
-            spans.retain(|span| span.until.is_none());
+            spans.retain(|span| span.until.is_none_or(|until| until > now));
         }
         found
     }
