@@ -1,6 +1,6 @@
 //! What must hold at every instant of a run, and at its end.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -38,6 +38,9 @@ pub struct Seen {
     /// Batch bytes that left, and that came although they were here, of each process.
     bytes: BTreeMap<(u64, String), u64>,
     repeated: BTreeMap<(u64, String), u64>,
+    /// Machines of a guest that ran at both sites, which a person's decision
+    /// against a site that was not heard explains.
+    pub excused: BTreeSet<(u64, u64)>,
     pub points: u64,
     pub read: u64,
     pub digest: blake3::Hasher,
@@ -111,9 +114,12 @@ impl Seen {
     }
 
     /// Promise 3, of the turn that is over.
-    pub fn once(&self, world: &World, operators: &Operators) -> Result<(), Broken> {
+    pub fn once(&mut self, world: &World, operators: &Operators) -> Result<(), Broken> {
         for (guest, one, other) in world.room.overlaps(world.now) {
-            if !operators.overrode(world, guest) {
+            if operators.overrode(world, guest) {
+                self.excused
+                    .insert((one.place.machine, other.place.machine));
+            } else {
                 let span = |span: &super::room::Span| {
                     let until = span.until.map_or("now".to_owned(), shown);
                     format!(

@@ -99,6 +99,9 @@ counts! {
     restored,
     /// Times a guest was started or let go on.
     starts,
+    /// Times that a guest ran at both sites because a person failed it over, or
+    /// took it back, against a site that was not heard: until both spoke again.
+    excused_overlaps,
     datagrams,
     datagrams_dropped,
     batch_bytes,

@@ -308,6 +308,7 @@ impl Story {
                 points_read: self.seen.read,
                 restored,
                 starts,
+                excused_overlaps: self.seen.excused.len() as u64,
                 datagrams,
                 datagrams_dropped,
                 batch_bytes,

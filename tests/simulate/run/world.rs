@@ -73,7 +73,6 @@ pub struct World {
     pub whole_since: u64,
     pub kills: u64,
     pub power_cuts: u64,
-    pub fibers: Arc<Fibers>,
     retention: Retention,
     segment: u64,
     /// Guests 0 and 2 are a protection group, by a policy file at their home.
@@ -105,7 +104,7 @@ impl World {
         let busy = [12, 40, 150][random.random_range(0..3)];
         let room = Room::new(system, random.random(), options.fault, busy);
         let fibers = Fibers::new(system, random.random());
-        farhaven::work::set_labour(Some(fibers.clone()));
+        farhaven::work::set_labour(Some(fibers));
         let hosts = ["east", "west"].into_iter().enumerate();
         let hosts = hosts.map(|(at, name)| Host {
             name: name.to_owned(),
@@ -134,7 +133,6 @@ impl World {
             whole_since: 0,
             kills: 0,
             power_cuts: 0,
-            fibers,
             retention: Retention {
                 all: Period::from_secs(all),
                 then_every: Period::from_secs(10),
