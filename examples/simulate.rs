@@ -1,12 +1,14 @@
 //! Tries to break whole sites in virtual time:
 //! `cargo run --release --example simulate -- [--seeds N] [--from SEED]
-//! [--partitions] [--break sync|terms|dirty|stop] [--jobs N] [--all] [--trace]
-//! [--json]`
+//! [--partitions] [--break sync|terms|dirty|stop] [--jobs N] [--all] [--each]
+//! [--trace] [--json]`
 //!
 //! Each seed is a run of two sites with guests between which the link is cut
 //! and healed, whose daemons and machines die, and whose operators order moves,
 //! failovers, tests and the rest at bad moments. The exit status is 1 when a
-//! promise broke; the seed is printed with the command that replays it.
+//! promise broke; the seed is printed with the command that replays it. It ends
+//! there, unless `--all` is told; `--each` prints the digest of every run: of all
+//! that happened in it, the same for the same seed.
 #![allow(clippy::unwrap_used)]
 
 #[path = "../tests/simulate/run/mod.rs"]
@@ -30,6 +32,7 @@ struct Asked {
     partitions: bool,
     fault: Option<Fault>,
     all: bool,
+    each: bool,
     trace: bool,
     json: bool,
 }
@@ -42,6 +45,7 @@ fn asked() -> Option<Asked> {
         partitions: false,
         fault: None,
         all: false,
+        each: false,
         trace: false,
         json: false,
     };
@@ -57,6 +61,7 @@ fn asked() -> Option<Asked> {
                 asked.fault = Some(serde_json::from_value(name).ok()?);
             }
             "--all" => asked.all = true,
+            "--each" => asked.each = true,
             "--trace" => asked.trace = true,
             "--json" => asked.json = true,
             _ => return None,
@@ -72,7 +77,7 @@ fn main() -> ExitCode {
     let Some(asked) = asked() else {
         eprintln!(
             "usage: simulate [--seeds N] [--from SEED] [--partitions] \
-             [--break sync|terms|dirty|stop] [--jobs N] [--all] [--trace] [--json]"
+             [--break sync|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
         );
         return ExitCode::from(2);
     };
@@ -85,6 +90,9 @@ fn main() -> ExitCode {
     };
     let tell = |ran: &Ran| {
         done.fetch_add(1, Ordering::SeqCst);
+        if asked.each {
+            println!("{}", serde_json::to_string(ran).unwrap());
+        }
         if ran.broken.is_some() {
             broken.fetch_add(1, Ordering::SeqCst);
             show(&asked, ran);

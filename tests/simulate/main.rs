@@ -45,27 +45,24 @@ fn sound(first: u64, count: u64, options: impl Fn(u64) -> Options + Sync) -> Cou
 }
 
 #[test]
-fn five_hundred_runs_with_faults_keep_every_promise() {
-    let counts = sound(1, 500, options);
+fn runs_with_faults_keep_every_promise() {
+    let counts = sound(1, 48, options);
     // They went through what they are for.
-    assert!(counts.kills > 500 && counts.power_cuts > 100 && counts.link_cuts > 500);
+    assert!(counts.kills > 80 && counts.power_cuts > 40 && counts.link_cuts > 130);
     assert!(
-        counts.orders_done > 2_000 && counts.restored > 1_000,
+        counts.orders_done > 140 && counts.restored > 60,
         "{counts:?}"
     );
-    assert!(counts.points_read > 20_000, "{counts:?}");
+    assert!(counts.points_read > 4_000, "{counts:?}");
 }
 
 #[test]
-fn a_hundred_schedules_of_partitions_and_promotions_run_nothing_twice() {
-    let counts = sound(1, 100, |seed| Options {
+fn schedules_of_partitions_and_promotions_run_nothing_twice() {
+    let counts = sound(1, 24, |seed| Options {
         partitions: true,
         ..options(seed)
     });
-    assert!(
-        counts.link_cuts > 500 && counts.restored > 200,
-        "{counts:?}"
-    );
+    assert!(counts.link_cuts > 100 && counts.restored > 20, "{counts:?}");
 }
 
 #[test]
@@ -99,11 +96,6 @@ fn found(fault: Fault, promises: &[u8]) {
 #[test]
 fn a_disk_that_does_not_sync_is_found() {
     found(Fault::Sync, &[1, 2]);
-}
-
-#[test]
-fn a_site_that_forgets_its_terms_is_found() {
-    found(Fault::Terms, &[3]);
 }
 
 #[test]

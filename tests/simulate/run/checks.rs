@@ -190,7 +190,14 @@ impl Seen {
     ) -> Result<(), Broken> {
         let directory = world.hosts[side].directory.join("store").join(key);
         if key.is_empty() || !is_there(disk, &directory) {
-            return Ok(());
+            let told = self.sealed.keys().find(|(at, _)| *at == side);
+            return told.map_or(Ok(()), |(_, name)| {
+                let site = &world.hosts[side].name;
+                let why = format!(
+                    "points of {name} were told to be durable at {site}, and no store is there"
+                );
+                Err(Broken { promise: 2, why })
+            });
         }
         let site = world.hosts[side].name.clone();
         let opened = Store::open_on(disk.clone(), &directory, StoreOptions::default());

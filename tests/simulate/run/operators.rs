@@ -1,11 +1,13 @@
 //! Operators who order things of sites, at bad moments.
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
+use farhaven::site::view::Phase;
 use rand::Rng;
 
 use super::orders::{Order, perform};
-use super::world::{GROUPED, SECOND, World};
+use super::world::{GROUPED, GUESTS, SECOND, World};
 
 /// After an operator decided against what the other site may do, that site may
 /// run the guest until it hears of it: so long after both can speak again.
@@ -17,6 +19,7 @@ const SETTLED: u64 = 15 * SECOND;
 #[derive(Debug)]
 struct Given {
     order: Order,
+    side: usize,
     guest: u32,
     process: u64,
     /// It is a person's decision against what the other site may know.
@@ -64,6 +67,7 @@ impl Operators {
         let (at, answer) = (self.given.len(), self.answer.clone());
         self.given.push(Given {
             order,
+            side,
             guest,
             process: process.number,
             overrides,
@@ -126,14 +130,24 @@ impl Operators {
         })
     }
 
-    /// Forgets decisions that both sites have heard of.
+    /// Forgets decisions that both sites have heard of: from then on nothing
+    /// explains that a guest runs twice.
     pub fn settle(&mut self, world: &World) {
-        if !world.whole_for(HEARS_WITHIN) {
-            return;
+        let mut stopped = BTreeSet::new();
+        for side in 0..world.hosts.len() {
+            let guests = world.view(side).map(|view| view.guests);
+            for guest in guests.unwrap_or_default() {
+                if matches!(guest.phase, Phase::Fenced | Phase::Moved) {
+                    stopped.insert((side, guest.name));
+                }
+            }
         }
-        for given in &mut self.given {
-            let heard = |done: u64| done + HEARS_WITHIN <= world.now;
-            if given.done.is_some_and(heard) {
+        let whole = world.whole_for(HEARS_WITHIN);
+        for given in self.given.iter_mut().filter(|given| given.overrides) {
+            let Some(done) = given.done else { continue };
+            let mut guests = (0..GUESTS).filter(|guest| given.concerns(*guest));
+            let told = guests.all(|guest| stopped.contains(&(1 - given.side, format!("g{guest}"))));
+            if told || whole && done + HEARS_WITHIN <= world.now {
                 given.overrides = false;
             }
         }
@@ -141,11 +155,16 @@ impl Operators {
 
     /// Some order by chance.
     pub fn by_chance(&mut self, world: &mut World, guests: u32) -> String {
-        let side = world.random.random_range(0..world.hosts.len());
         let guest = world.random.random_range(0..guests);
         let order = match world.grouped && world.random.random_bool(0.4) {
             true => Order::of_group_by_chance(&mut world.random),
             false => Order::by_chance(&mut world.random),
+        };
+        let runs_at = world.room.runs_at(guest).first().copied();
+        let side = match runs_at.filter(|_| world.random.random_bool(0.7)) {
+            Some(side) if order.is_for_the_other_site() => 1 - side,
+            Some(side) => side,
+            None => world.random.random_range(0..world.hosts.len()),
         };
         self.order(world, side, guest, order);
         format!("{}: g{guest}: {order:?}", world.hosts[side].name)

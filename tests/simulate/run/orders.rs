@@ -67,6 +67,19 @@ impl Order {
         )
     }
 
+    /// Whether it makes sense at the site where the guest does not run.
+    pub fn is_for_the_other_site(self) -> bool {
+        matches!(
+            self,
+            Order::FailOver { .. }
+                | Order::FailOverGroup { .. }
+                | Order::Test
+                | Order::EndTest
+                | Order::TestGroup
+                | Order::EndTestGroup
+        )
+    }
+
     /// Some order about one guest.
     pub fn by_chance(random: &mut StdRng) -> Order {
         let back = match random.random_range(0..4) {

@@ -10,7 +10,7 @@ use super::network::Shape;
 use super::operators::Operators;
 use super::orders::Order;
 use super::system::System;
-use super::world::{MS, SECOND, World, shown};
+use super::world::{GUESTS, MS, SECOND, World, shown};
 use super::{Broken, Counts, Options, Ran};
 
 /// How often the sites are looked at.
@@ -41,7 +41,7 @@ pub(super) fn run(options: &Options, directory: &Path) -> Ran {
     let system = System::new(options.seed);
     let world = World::new(options, &system, directory);
     let mut story = Story {
-        guests: 1 + (options.seed % 3) as u32,
+        guests: 1 + (options.seed % u64::from(GUESTS)) as u32,
         world,
         operators: Operators::new(),
         seen: Seen::default(),
@@ -209,6 +209,10 @@ impl Story {
                 shown(time)
             ));
             self.operators.disturbed(&self.world);
+            if power && keys_known(&self.world.hosts) {
+                // Before anybody can send anew what was lost.
+                self.seen.stores(&mut self.world, false)?;
+            }
         } else if draw < kinds[4] {
             let by = self.world.random.random_range(-20_000..20_000) * MS as i64;
             self.world.set_clock(side, by);
@@ -240,6 +244,8 @@ impl Story {
         for words in self.operators.listen(&self.world) {
             self.say(&words);
         }
+        // What of this turn was before a site heard of a decision is explained by it.
+        self.seen.once(&self.world, &self.operators)?;
         if self.world.now >= self.looked + LOOK {
             self.looked = self.world.now;
             for words in self.seen.look(&self.world) {
@@ -248,7 +254,6 @@ impl Story {
             self.seen.stalled(&self.world)?;
             self.operators.settle(&self.world);
         }
-        self.seen.once(&self.world, &self.operators)?;
         if self.world.now >= self.stores_looked + LOOK_INTO_STORES && keys_known(&self.world.hosts)
         {
             self.stores_looked = self.world.now;

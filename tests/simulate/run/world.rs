@@ -45,7 +45,8 @@ pub struct Host {
     pub starts_at: Option<u64>,
     /// Its key, in hexadecimal, once it was started.
     pub key: String,
-    /// The disk of some time ago, for [`Fault::Sync`].
+    /// The disk of up to 8 seconds ago, and of 8 more, for [`Fault::Sync`].
+    recent: SimulatedDisk,
     older: SimulatedDisk,
 }
 
@@ -79,6 +80,8 @@ pub struct World {
     pub grouped: bool,
 }
 
+/// Most guests of a run.
+pub const GUESTS: u32 = 3;
 /// The group, and the numbers of its guests.
 pub const GROUP: &str = "pair";
 pub const GROUPED: [u32; 2] = [0, 2];
@@ -116,6 +119,7 @@ impl World {
             set: random.random_range(-2_000..2_000) * MS as i64,
             starts_at: None,
             key: String::new(),
+            recent: SimulatedDisk::new(),
             older: SimulatedDisk::new(),
         });
         let hosts = hosts.collect();
@@ -311,7 +315,8 @@ impl World {
             && end / (8 * SECOND) != (end - self.turn) / (8 * SECOND)
         {
             for host in &mut self.hosts {
-                host.older = host.disk.copy();
+                let before = std::mem::replace(&mut host.recent, host.disk.copy());
+                host.older = before;
             }
         }
     }
