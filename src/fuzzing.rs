@@ -183,6 +183,7 @@ fn context(definition: Definition) -> PointContext {
         sent_bytes: 300,
         base: false,
         group: None,
+        quiesced: None,
     }
 }
 

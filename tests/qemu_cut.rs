@@ -280,6 +280,7 @@ fn two_guests_are_cut_at_one_instant() {
         2,
         Patience {
             ready: Duration::from_millis(200),
+            freeze: Duration::ZERO,
             stopped: Duration::from_millis(200),
         },
     );
@@ -295,11 +296,16 @@ fn two_guests_are_cut_at_one_instant() {
         2,
         Patience {
             ready: Duration::from_secs(20),
+            freeze: Duration::ZERO,
             stopped: Duration::from_millis(200),
         },
     );
     std::thread::scope(|scope| {
-        let late = scope.spawn(|| farhaven::guest::gate::CutGate::ready(&gate));
+        let late = scope.spawn(|| {
+            use farhaven::guest::gate::CutGate;
+            gate.gather()?;
+            gate.ready()
+        });
         let refused = guest.cut_at(21, After::Continue, &gate, model);
         assert!(matches!(refused, Err(GuestError::Gate(_))));
         late.join().expect("waits").expect("was ready");

@@ -5,6 +5,8 @@
 
 mod support;
 
+#[path = "sites_target/agents.rs"]
+mod agents;
 #[path = "sites_target/drills.rs"]
 mod drills;
 #[path = "sites_target/groups.rs"]

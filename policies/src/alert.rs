@@ -72,6 +72,8 @@ pub enum Kind {
     GroupDegraded,
     /// A cut was given up: the guest goes on, its points get older.
     CutGivenUp,
+    /// A guest's filesystems were to be frozen for its points, and are not.
+    NotQuiesced,
     /// A guest stands still and should not.
     GuestStopped,
     /// A peer was not heard of for a while.
@@ -97,6 +99,7 @@ impl fmt::Display for Kind {
             Kind::GuestLost => "guest_lost",
             Kind::GroupDegraded => "group_degraded",
             Kind::CutGivenUp => "cut_given_up",
+            Kind::NotQuiesced => "not_quiesced",
             Kind::GuestStopped => "guest_stopped",
             Kind::PeerUnreachable => "peer_unreachable",
             Kind::PeerTroubled => "peer_troubled",

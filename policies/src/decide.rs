@@ -30,6 +30,9 @@ const SHRUNK: u64 = 80;
 /// link carries is throttled: a round leaves about that share of the one before, so
 /// at a third the rounds after the first take half as long as that one, all together.
 const KEEPS_UP: u64 = 33;
+/// A last cut by estimate within this share (in percent) of what the policy allows is
+/// made at once; between that and all of it, once rounds leave less no more: estimates err.
+const EASILY: u32 = 80;
 /// Rounds go on while what is left is more than this share (in percent) of what they
 /// come down to, however slowly.
 const NEAR: u64 = 125;
@@ -262,7 +265,7 @@ pub enum MoveStep {
 /// Plans the next step of a planned move, so that it ends soon: a guest whose
 /// rounds would shrink slowly is throttled, within the policy, by as much as the
 /// measured rates ask for; rounds go on as long as they leave less each time, or
-/// come down to what fits the blackout; then the last cut. One that takes longer than
+/// come down to what fits the blackout with ease; then the last cut. One that takes longer than
 /// the policy wants is planned only when that is accepted (`accept_pause`).
 pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) -> MoveStep {
     if facts.link_bytes_per_second == 0 {
@@ -282,16 +285,21 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) ->
     let rest = expected_blackout.saturating_sub(facts.fixed);
     let fixed_too_long = facts.fixed >= policy.max_blackout.duration();
     let too_long_anyway = fixed_too_long && (!accept_pause || rest < facts.fixed / 10);
-    if within || too_long_anyway || facts.rounds >= MOST_ROUNDS {
+    let shrinks = facts
+        .remaining_before
+        .is_none_or(|before| shrunk(before, facts.remaining_bytes));
+    let easily = expected_blackout <= policy.max_blackout.duration() * EASILY / 100;
+    let fits = within && (easily || !shrinks);
+    if fits || too_long_anyway || facts.rounds >= MOST_ROUNDS {
         return end;
+    }
+    if within {
+        return MoveStep::Round;
     }
     let may_throttle = facts.throttle < policy.max_throttle;
     if may_throttle && outruns(facts) {
         return throttle(policy, facts);
     }
-    let shrinks = facts
-        .remaining_before
-        .is_none_or(|before| shrunk(before, facts.remaining_bytes));
     if shrinks || more_rounds_serve(policy, facts) {
         return MoveStep::Round;
     }

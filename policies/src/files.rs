@@ -229,7 +229,7 @@ impl Default for NamedPolicy {
             max_blackout: Period::from_millis(500),
             max_throttle: 80,
             quiesce: Quiesce::None,
-            quiesce_timeout: Period::from_secs(2),
+            quiesce_timeout: crate::policy::QUIESCE_TIMEOUT,
             standby: Standby::Auto,
             capture_buffer: ByteSize::from_mib(64),
             priority: 100,

@@ -9,6 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::bandwidth::{self, LinkTerms, Window};
+use crate::files::Quiesce;
 use crate::load::Problem;
 use crate::units::{ByteSize, Period, RateLimit};
 
@@ -25,6 +26,10 @@ pub struct Policy {
     /// How much of its processor time a guest may lose to throttling, in percent,
     /// so that a planned move ends when the guest writes faster than the link carries.
     pub max_throttle: u8,
+    /// Whether filesystems are frozen for each cut.
+    pub quiesce: Quiesce,
+    /// A guest agent that has not frozen them by then is not waited for.
+    pub quiesce_timeout: Period,
     /// Most bits a second that this group puts on the link, outside of windows.
     pub bandwidth: RateLimit,
     /// Times of the week with a bandwidth of their own. They must not overlap.
@@ -70,6 +75,8 @@ impl Default for Policy {
             max_pause: Period::from_millis(100),
             max_blackout: Period::from_millis(500),
             max_throttle: 80,
+            quiesce: Quiesce::None,
+            quiesce_timeout: QUIESCE_TIMEOUT,
             bandwidth: RateLimit::NONE,
             windows: BTreeMap::new(),
             capture_buffer: ByteSize::from_mib(64),
@@ -95,6 +102,8 @@ impl Default for Retention {
 
 /// How long a move or a failover waits for its commit unless a policy says otherwise.
 pub const COMMIT_WINDOW: Period = Period::from_secs(24 * 3600);
+/// How long a guest agent has to freeze filesystems unless a policy says otherwise.
+pub const QUIESCE_TIMEOUT: Period = Period::from_secs(2);
 /// Shortest RPO that can be asked for.
 pub const SHORTEST_RPO: Period = Period::from_secs(1);
 /// Smallest capture buffer: a few groups of 64 units.
@@ -147,6 +156,21 @@ impl Policy {
                 self.max_throttle
             ),
         );
+        if self.quiesce == Quiesce::Agent {
+            require(
+                self.quiesce_timeout > Period::ZERO,
+                "quiesce_timeout",
+                "is 0s; an agent needs time to answer, try 2s".into(),
+            );
+            require(
+                self.quiesce_timeout < self.rpo,
+                "quiesce_timeout",
+                format!(
+                    "is {}, no shorter than the rpo of {}: one agent that hangs breaks it",
+                    self.quiesce_timeout, self.rpo
+                ),
+            );
+        }
         require(
             self.capture_buffer >= SMALLEST_CAPTURE_BUFFER,
             "capture_buffer",
@@ -199,6 +223,8 @@ mod tests {
             max_throttle: 96,
             capture_buffer: ByteSize::from_bytes(4096),
             commit_window: Period::ZERO,
+            quiesce: Quiesce::Agent,
+            quiesce_timeout: Period::from_secs(1),
             retention: Retention {
                 then_every: Period::ZERO,
                 newest: 0,
@@ -216,6 +242,7 @@ mod tests {
             "max_pause",
             "max_blackout",
             "max_throttle",
+            "quiesce_timeout",
             "capture_buffer",
             "commit_window",
             "retention.newest",

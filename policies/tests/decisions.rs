@@ -492,3 +492,23 @@ fn a_hand_over_that_is_too_long_by_itself_is_told_at_once() {
     let step = next_move_step(&Policy::default(), &facts, true);
     assert_eq!(step, MoveStep::Round);
 }
+
+/// Estimates err: where another round still wins something, a last cut that would
+/// only just fit waits for it.
+#[test]
+fn a_last_cut_that_only_just_fits_waits_while_rounds_still_win() {
+    let policy = Policy::default();
+    let after = |before, remaining| MoveFacts {
+        rounds: 5,
+        remaining_before: Some(before),
+        ..begin(remaining, 1_000_000, MS(250), MS(50))
+    };
+    // 450 ms of 500.
+    let step = next_move_step(&policy, &after(400_000, 200_000), false);
+    assert_eq!(step, MoveStep::Round);
+    for (before, remaining) in [(210_000, 200_000), (400_000, 140_000)] {
+        let step = next_move_step(&policy, &after(before, remaining), false);
+        let fits = matches!(step, MoveStep::LastCut { within: true, .. });
+        assert!(fits, "{before} {remaining}: {step:?}");
+    }
+}

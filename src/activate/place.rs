@@ -58,6 +58,8 @@ pub struct Ready {
     ram: Vec<(PathBuf, u64)>,
     run: PathBuf,
     qmp: Option<PathBuf>,
+    /// The channel to its agent, where it has one.
+    agent: Option<PathBuf>,
     pid: Option<u32>,
 }
 
@@ -111,6 +113,10 @@ impl Ready {
     ) -> Self {
         Self {
             qmp: Some(machine.qmp.clone()),
+            agent: match definition {
+                Definition::Qemu(definition) => definition.agent(&ground.run),
+                Definition::Embedded(_) => None,
+            },
             pid: Some(machine.pid()),
             machine: Mutex::new(Some(Box::new(machine))),
             disks,
@@ -141,6 +147,11 @@ impl Ready {
     /// QEMU's control socket, where it is a QEMU.
     pub fn qmp(&self) -> Option<PathBuf> {
         self.qmp.clone()
+    }
+
+    /// The channel to its guest agent, where it has one.
+    pub fn agent(&self) -> Option<PathBuf> {
+        self.agent.clone()
     }
 
     /// Its own process; `None` for a guest inside of this one.
@@ -255,6 +266,11 @@ impl Ready {
         }
     }
 
+    /// Was its machine ended, or let go of?
+    pub fn is_ended(&self) -> bool {
+        self.lock().is_none()
+    }
+
     /// Ends a machine that never ran, and removes what was made for it.
     pub fn discard(self) {
         self.end();
@@ -361,6 +377,7 @@ fn build(
                 ram,
                 run: ground.run.clone(),
                 qmp: None,
+                agent: None,
                 pid: None,
             })
         }

@@ -3,7 +3,7 @@
 use clap::Subcommand;
 use comfy_table::{Cell, Color};
 
-use super::show::{self, millis, table};
+use super::show::{self, consistency, millis, table};
 use super::{Json, Outcome, escaped, print_json, told};
 use crate::client::Client;
 use crate::site::groups::{
@@ -74,7 +74,15 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         );
         return Ok(());
     }
-    let mut rows = table(&["Cut", "Cut at", "Age", "Skew", "Pause", "Points"]);
+    let mut rows = table(&[
+        "Cut",
+        "Cut at",
+        "Age",
+        "Skew",
+        "Pause",
+        "Consistent",
+        "Points",
+    ]);
     for point in &points {
         let of: Vec<_> = point
             .points
@@ -87,6 +95,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             millis(point.age_ms),
             format!("{:.2} ms", point.skew_ms),
             format!("{:.1} ms", point.pause_ms),
+            consistency(point.quiesced).to_owned(),
             of.join(", "),
         ]);
     }

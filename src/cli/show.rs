@@ -309,7 +309,15 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         return Ok(());
     }
     let mut rows = table(&[
-        "Point", "Cut at", "Age", "Pause", "RAM scan", "Changed", "Sent", "Name",
+        "Point",
+        "Cut at",
+        "Age",
+        "Pause",
+        "RAM scan",
+        "Changed",
+        "Sent",
+        "Consistent",
+        "Name",
     ]);
     for point in &points {
         rows.add_row(vec![
@@ -320,6 +328,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             format!("{:.1} ms", point.ram_scan_ms),
             bytes(point.changed_bytes),
             bytes(point.sent_bytes),
+            consistency(point.quiesced).to_owned(),
             point.name.clone().unwrap_or_default(),
         ]);
     }
@@ -330,6 +339,15 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         }
     }
     Ok(())
+}
+
+/// What a point's disks are, by whether filesystems were frozen for it.
+pub(super) fn consistency(quiesced: Option<bool>) -> &'static str {
+    match quiesced {
+        None => "crash",
+        Some(true) => "application",
+        Some(false) => "crash (not frozen)",
+    }
 }
 
 pub(super) fn findings(name: &str, findings: &[Finding]) {

@@ -11,6 +11,14 @@ use crate::work::Bell;
 
 /// What a cut passes on its way, if others are cut with it.
 pub trait CutGate: Send + Sync {
+    /// All that takes long is done, while the guest runs and its filesystems are
+    /// not frozen. Returns when they may be: whoever is late with its own
+    /// preparation keeps nobody frozen.
+    ///
+    /// # Errors
+    /// When the cut is given up: nothing was done to the guest.
+    fn gather(&self) -> Result<(), GateError>;
+
     /// All that can be done while the guest runs is done. Returns when it is to
     /// be stopped.
     ///
@@ -38,6 +46,10 @@ pub struct GateError(String);
 pub struct Alone;
 
 impl CutGate for Alone {
+    fn gather(&self) -> Result<(), GateError> {
+        Ok(())
+    }
+
     fn ready(&self) -> Result<(), GateError> {
         Ok(())
     }
@@ -54,14 +66,20 @@ impl CutGate for Alone {
 pub struct Patience {
     /// While all run: for those that are not ready.
     pub ready: Duration,
+    /// While all run: for agents that freeze filesystems, beside the above.
+    pub freeze: Duration,
     /// While some stand still: for those that are not stopped.
     pub stopped: Duration,
 }
+
+/// All have gathered: who was not frozen for it is ready at once.
+const AT_ONCE: Duration = Duration::from_secs(5);
 
 impl Default for Patience {
     fn default() -> Self {
         Self {
             ready: Duration::from_secs(5),
+            freeze: Duration::ZERO,
             stopped: Duration::from_secs(1),
         }
     }
@@ -78,6 +96,7 @@ pub struct Rendezvous {
 
 #[derive(Debug, Default)]
 struct State {
+    gathered: usize,
     ready: usize,
     stops: Vec<Instant>,
     given_up: Option<GateError>,
@@ -151,15 +170,26 @@ impl Rendezvous {
 }
 
 impl CutGate for Rendezvous {
+    fn gather(&self) -> Result<(), GateError> {
+        let mut state = self.lock();
+        // Whoever comes late is not frozen, nor stopped, for nothing.
+        if let Some(why) = &state.given_up {
+            return Err(why.clone());
+        }
+        state.gathered += 1;
+        self.turned.ring();
+        self.wait(state, self.patience.ready, |s| s.gathered, "ready")
+    }
+
     fn ready(&self) -> Result<(), GateError> {
         let mut state = self.lock();
-        // Whoever comes late is not stopped for nothing.
         if let Some(why) = &state.given_up {
             return Err(why.clone());
         }
         state.ready += 1;
         self.turned.ring();
-        self.wait(state, self.patience.ready, |s| s.ready, "ready")
+        let patience = self.patience.freeze + self.patience.ready.min(AT_ONCE);
+        self.wait(state, patience, |s| s.ready, "ready")
     }
 
     fn stopped(&self) {
@@ -186,10 +216,12 @@ mod tests {
 
     const SHORT: Patience = Patience {
         ready: Duration::from_millis(200),
+        freeze: Duration::ZERO,
         stopped: Duration::from_millis(200),
     };
     const LONG: Patience = Patience {
         ready: Duration::from_secs(60),
+        freeze: Duration::from_secs(60),
         stopped: Duration::from_secs(60),
     };
 
@@ -203,8 +235,9 @@ mod tests {
                 std::thread::spawn(move || {
                     std::thread::sleep(Duration::from_millis(20 * n));
                     counts[0].fetch_add(1, Ordering::SeqCst);
-                    gate.ready()?;
+                    gate.gather()?;
                     assert_eq!(counts[0].load(Ordering::SeqCst), 3);
+                    gate.ready()?;
                     std::thread::sleep(Duration::from_millis(10 * n));
                     counts[1].fetch_add(1, Ordering::SeqCst);
                     gate.stopped();
@@ -229,6 +262,8 @@ mod tests {
 
     #[test]
     fn a_partner_that_never_comes_is_not_waited_for_long() {
+        let gate = Rendezvous::new(2, SHORT);
+        assert!(gate.gather().is_err());
         let gate = Rendezvous::new(2, SHORT);
         let why = gate.ready().map_err(|e| e.to_string());
         assert!(why.is_err_and(|why| why.contains("1 of 2")));

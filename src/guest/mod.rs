@@ -92,6 +92,33 @@ pub struct CutTimes {
     pub ram_scanned_bytes: u64,
 }
 
+/// Whether a guest's filesystems were frozen at a cut.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Quiesced {
+    /// Nobody asked for it.
+    #[default]
+    NotAsked,
+    /// Its agent had flushed and frozen so many: the point is application-consistent.
+    Frozen {
+        /// How many.
+        filesystems: u64,
+    },
+    /// It was asked for and not done in time, for this reason: the point is
+    /// crash-consistent, as any other.
+    Failed(String),
+}
+
+impl Quiesced {
+    /// As points tell it: `None` where nobody asked.
+    pub fn told(&self) -> Option<bool> {
+        match self {
+            Self::NotAsked => None,
+            Self::Frozen { .. } => Some(true),
+            Self::Failed(_) => Some(false),
+        }
+    }
+}
+
 /// One instant of a guest. Changed RAM went to the sink while the guest was
 /// stopped; device state is here; disks are read from [`Cut::disks`] while the
 /// guest already runs.
@@ -105,6 +132,8 @@ pub struct Cut {
     /// A readable instant of each disk volume. Every one must be ended by
     /// [`Guest::finish_cut`].
     pub disks: Vec<Box<dyn DiskInstant>>,
+    /// Whether its filesystems were frozen.
+    pub quiesced: Quiesced,
 }
 
 /// A disk as it was at the cut, with what changed since the cut before.
@@ -185,6 +214,24 @@ pub trait Guest: Send {
         gate: &dyn gate::CutGate,
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError>;
+
+    /// Has the guest's agent freeze its filesystems for each of the next cuts, if
+    /// it does so within this time: a guest never waits longer for that. They are
+    /// thawed as soon as it runs on; of a held one, once it is resumed. `None`: as
+    /// they are. The cut tells what came of it ([`Cut::quiesced`]); a guest without
+    /// any agent says nothing there.
+    fn quiesce_cuts(&mut self, within: Option<Duration>) {
+        let _ = within;
+    }
+
+    /// Does the guest's agent answer within this time?
+    ///
+    /// # Errors
+    /// When it does not, or the guest can have none; a sentence for people.
+    fn ask_agent(&mut self, within: Duration) -> Result<(), String> {
+        let _ = within;
+        Err("a guest inside of the daemon has no guest agent".to_owned())
+    }
 
     /// Ends the disk instants of a cut. `shipped` says whether every changed
     /// unit of the disks reached the sink; if not, they count as changed in

@@ -217,6 +217,10 @@ pub struct PointContext {
     /// The cut of its whole group that it is part of.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<PointGroup>,
+    /// Its filesystems were frozen at the cut by the guest's agent: whoever runs it
+    /// thaws them. `false`: that was asked, and not done in time.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
 }
 
 impl PointContext {

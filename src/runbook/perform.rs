@@ -176,7 +176,7 @@ pub trait Perform: Send + Sync + 'static {
         checks: &[Readiness],
     ) -> impl Future<Output = Ended<Checked>> + Send;
 
-    /// The guest agents freeze the filesystems until the next cut.
+    /// The guest agents answer, and freeze the filesystems for the next cut.
     fn quiesce(&self, scope: &Scope) -> impl Future<Output = Ended<Guests>> + Send;
 
     /// Shuts the guests down at the source.

@@ -71,6 +71,9 @@ pub struct GuestReport {
     pub source_stopped: bool,
     /// Bytes sent while it stood still.
     pub final_bytes: Option<u64>,
+    /// Whether its agent had frozen its filesystems for its last cut, if a step asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
     /// From its stop at the source until it ran here.
     pub blackout_ms: Option<u64>,
     /// When it ran here.

@@ -59,12 +59,13 @@ impl Standby {
                 };
                 site.keep_activation(&activation)?;
                 let ready = Arc::new(ready);
-                let hydrated = activation.hydrated;
+                let (hydrated, frozen) = (activation.hydrated, activation.frozen);
                 self.see(|s| {
                     s.active = Some(activation.clone());
                     s.trouble.clear();
                 });
                 state.active = Some((activation, ready.clone()));
+                self.thaw(ready.clone(), frozen.then_some(true));
                 if !hydrated {
                     tokio::spawn(self.clone().hydrate(ready));
                 }

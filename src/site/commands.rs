@@ -106,7 +106,11 @@ pub(super) enum Command {
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
     /// Bring it to stand still for a run at the peer, and hold it.
-    Hold(HoldReply),
+    /// Its agent freezes filesystems for its last cut if that is asked.
+    Hold(bool, HoldReply),
+    /// Ask its agent whether it answers, and have it freeze filesystems for the next
+    /// cuts if that is asked, too.
+    Quiesce(bool, oneshot::Sender<Result<(), String>>),
     /// Is it held, and could it go on?
     IsHeld(HoldReply),
     /// Ask the peer now what became of it, if it is held.
@@ -157,15 +161,13 @@ impl Driver {
                     let _ = done.send(self.fence(term, None).await);
                 }
                 Command::Move { reply, .. } => {
-                    let trouble = self.view.borrow().trouble.clone();
-                    let _ = reply.send(Err(NotMoved::Failed(format!(
-                        "'{}' is not protected at this moment{}{trouble}; see farhaven status",
-                        self.record.name,
-                        if trouble.is_empty() { "" } else { ": " },
-                    ))));
+                    let _ = reply.send(Err(NotMoved::Failed(self.not_attached())));
                 }
-                Command::Hold(reply) => self.held_already(reply),
+                Command::Hold(_, reply) => self.held_already(reply),
                 Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
+                Command::Quiesce(_, reply) => {
+                    let _ = reply.send(Err(self.not_attached()));
+                }
                 Command::Ask => {}
                 Command::Owe(owed) => self.owe(*owed).await,
                 Command::Lost(_) => {}
@@ -177,6 +179,15 @@ impl Driver {
             }
         }
         false
+    }
+
+    fn not_attached(&self) -> String {
+        let trouble = self.view.borrow().trouble.clone();
+        format!(
+            "'{}' is not protected at this moment{}{trouble}; see farhaven status",
+            self.record.name,
+            if trouble.is_empty() { "" } else { ": " },
+        )
     }
 
     /// Urgent commands that stopped an attempt, with the guest still attached.

@@ -15,7 +15,7 @@ use crate::activate::fence::Term;
 use crate::capture::CaptureBuffer;
 use crate::guest::embedded::VmmError;
 use crate::guest::gate::{Alone, CutGate};
-use crate::guest::{After, Cut, CutTimes, Guest, GuestError, SinkError};
+use crate::guest::{After, Cut, CutTimes, Guest, GuestError, Quiesced, SinkError};
 use crate::replicate::message::{ActivationTimes, Message, PointContext, SealRequest};
 use crate::replicate::outlet::Outlet;
 use crate::replicate::send::Shipped;
@@ -40,6 +40,8 @@ pub(super) struct Made {
     pub(super) final_bytes: u64,
     /// The group cut that it is part of.
     pub(super) group: Option<PointGroup>,
+    /// Whether its filesystems were frozen for it.
+    pub(super) quiesced: Quiesced,
     /// Of those, the device state's and the disks', by their share of what changed.
     pub(super) shares: [u64; 2],
 }
@@ -63,8 +65,10 @@ pub(super) async fn make(
         usize::try_from(driver.protection.policy.capture_buffer.bytes()).unwrap_or(usize::MAX);
     let point = attached.next;
     driver.last_point = driver.last_point.max(point);
+    let quiesce = driver.quiesces(after);
     let work = blocking(move || {
         let with = group.as_deref();
+        guest.quiesce_cuts(quiesce);
         let made = ship(
             &mut *guest,
             &mut shipment,
@@ -92,7 +96,8 @@ pub(super) async fn make(
     let waiting_bytes = attached.guest.as_ref().map_or(0, |guest| guest.waiting());
     let waiting_bytes = waiting_bytes * farhaven_storage_sync::unit::UNIT as u64;
     driver.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
-    let made = driver.interrupted_or(made)?;
+    let mut made = driver.interrupted_or(made)?;
+    driver.was_quiesced(&mut made, quiesce);
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     driver.view.send_modify(|v| {
         v.last_pause_ms = Some(ms(made.times.pause));
@@ -170,7 +175,7 @@ pub(super) fn ship(
     let mut changed = [0; 3];
     let volumes = guest.volumes().len();
     let shipped = everything(volumes, &mut cut, buffer, shipment, known, &mut changed);
-    let (cut_at, times) = (cut.at, cut.times);
+    let (cut_at, times, quiesced) = (cut.at, cut.times, cut.quiesced.clone());
     let state_bytes = cut.device_state.len() as u64;
     let finished = guest.finish_cut(cut, shipped.is_ok());
     shipped?;
@@ -194,6 +199,7 @@ pub(super) fn ship(
         chain,
         final_bytes,
         group: group.and_then(GroupCut::mark),
+        quiesced,
         shares: shares(final_bytes, changed),
     })
 }
@@ -304,6 +310,9 @@ pub(super) async fn seal(
                 "the last cut stopped the guest for {:.0} ms; protect.max_pause is {allowed}",
                 made.times.pause.as_secs_f64() * 1e3
             );
+        }
+        if let Quiesced::Failed(why) = &made.quiesced {
+            v.trouble = format!("its last point is crash-consistent, not application-consistent: {why}");
         }
         if stands {
             v.trouble = format!(
@@ -420,6 +429,7 @@ fn request(
             sent_bytes: made.shipped.sent_bytes,
             base: false,
             group: made.group.clone(),
+            quiesced: made.quiesced.told(),
         },
         activate,
     }

@@ -35,7 +35,7 @@ use crate::activate::machine::Builders;
 use crate::activate::place::{Ready, builder};
 use crate::activate::warm::{Warm, ram_file};
 use crate::guest::Definition;
-use crate::replicate::message::ActivationTimes;
+use crate::replicate::message::{ActivationTimes, PointContext};
 
 /// Memory that is left to the host beside a guest's RAM.
 const BESIDE: u64 = 128 << 20;
@@ -218,12 +218,17 @@ impl Standby {
         };
         let (ready, replica) = (test.ready.clone(), waiting.replica.clone());
         let began = Instant::now();
+        let context = PointContext::of(&replica);
         let ran = step(move || ready.restore_and_run(&replica)).await;
         if let Err(error) = ran.and_then(|ran| ran) {
             self.stop_test_of(&mut drill).await;
             return Err(error.into());
         }
         let (ready, point) = (test.ready.clone(), test.point);
+        self.thaw(
+            ready.clone(),
+            context.ok().and_then(|context| context.quiesced),
+        );
         let waiting = test.waiting.take();
         let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
         times.restore = began.elapsed();

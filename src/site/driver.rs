@@ -78,6 +78,8 @@ pub(super) struct Driver {
     pub(super) left_stopped: bool,
     /// When the newest sealed cut of this process was made.
     pub(super) last_cut: Option<Instant>,
+    /// So many of its next cuts are to be of frozen filesystems, whatever its policy says.
+    pub(super) quiesce_next: u8,
     sealing: Measured,
     pausing: Measured,
 }
@@ -134,6 +136,7 @@ impl Driver {
             last_point: 0,
             left_stopped: false,
             last_cut: None,
+            quiesce_next: 0,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -341,9 +344,9 @@ impl Driver {
                         }
                     }
                 }
-                Some(Command::Hold(reply)) => {
+                Some(Command::Hold(quiesce, reply)) => {
                     seat = None;
-                    match self.hold(attached, reply).await {
+                    match self.hold(attached, quiesce, reply).await {
                         Ok(()) => return Ok(Next::Again(Duration::ZERO)),
                         // Nothing was done: protection goes on in this very attempt.
                         Err(DriveError::TooLong(why)) => {
@@ -359,6 +362,9 @@ impl Driver {
                     )));
                 }
                 Some(Command::Resume | Command::Ask) => {}
+                Some(Command::Quiesce(next_points, reply)) => {
+                    self.ask_agent(attached, next_points, reply).await?;
+                }
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::Lost(units)) => self.lost_at_peer(attached, &units),
                 Some(Command::TakeBack(reply)) => {

@@ -14,7 +14,7 @@ use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
-use crate::guest::qemu::{self, AttachOptions, QemuGuest};
+use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent};
 use crate::guest::{Definition, Guest, GuestError, embedded};
 use crate::replicate::message::Message;
 
@@ -65,6 +65,7 @@ pub(super) fn check(
     if !attached {
         let mut qmp = Qmp::connect(qmp_of(record)?, QMP_PATIENCE)?;
         findings.extend(check::check_live(&mut qmp)?);
+        findings.extend(agent::finding(&mut qmp, &definition.arguments)?);
     }
     Ok(findings)
 }
@@ -172,6 +173,7 @@ impl Site {
         );
         options.ram = ram;
         options.disks = disks;
+        options.agent = agent::port(&definition.arguments);
         options.scan_threads = threads.min(8);
         options.capture_buffer = self.config.protect.capture_buffer.bytes();
         Ok(Box::new(QemuGuest::attach(options)?))

@@ -3,15 +3,19 @@
 //! A check is looked at again and again until it passes or its time is over.
 //! Programs run here only if this site's own policy files name them for that
 //! very guest: what a peer tells of its groups chooses no program of this host.
+//! Verbs on groups and steps of runbooks look by the same code.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use farhaven_policies::files::Health;
 use serde::{Deserialize, Serialize};
 
 use super::breach::plain;
+use super::standby::Standby;
 use crate::call::{Call, call};
+use crate::guest::qemu::agent::Agent;
 use crate::program::{self, LeftBehind, ProgramError};
 
 /// One look takes no longer; the next one comes after the check's `every`.
@@ -46,32 +50,40 @@ pub struct CheckView {
 }
 
 /// Of which guest, and where it runs.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub(super) struct About {
     /// The guest's name.
     pub(super) guest: String,
     /// Its group's.
     pub(super) group: String,
-    /// `failover`, `test`, `move` or `rollback`: programs are told.
+    /// `failover`, `test`, `move`, `rollback`, or a run's mode: programs are told.
     pub(super) mode: &'static str,
     /// It is on no network.
     pub(super) isolated: bool,
     /// The checks whose program this site's own policy files name.
     pub(super) own_programs: Vec<String>,
+    /// What runs here of it.
+    pub(super) standby: Option<Arc<Standby>>,
 }
 
 /// One look at a check.
 #[derive(Debug, Clone, PartialEq, Eq)]
-enum Seen {
+pub(super) enum Seen {
     Well(String),
     NotYet(String),
     /// Looking again would change nothing.
     Never(String),
+    /// It cannot be looked at where the guest runs: nobody hangs on that.
     NotLookedAt(String),
 }
 
-/// Waits until each check has passed, or its time is over.
-pub(super) async fn healthy(about: &About, checks: &BTreeMap<String, Health>) -> Vec<CheckView> {
+/// Waits until each check has passed, or its time is over, or `goes_on` says that
+/// nobody waits any more.
+pub(super) async fn healthy(
+    about: &About,
+    checks: &BTreeMap<String, Health>,
+    goes_on: impl Fn() -> bool,
+) -> Vec<CheckView> {
     let started = Instant::now();
     let mut views = Vec::new();
     for (name, health) in checks {
@@ -85,6 +97,7 @@ pub(super) async fn healthy(about: &About, checks: &BTreeMap<String, Health>) ->
                     let why = format!("not within {}: {why}", health.timeout);
                     break (CheckOutcome::Failed, why);
                 }
+                Seen::NotYet(why) if !goes_on() => break (CheckOutcome::Failed, why),
                 Seen::NotYet(_) => {}
             }
             let every = health.every.duration().max(Duration::from_millis(10));
@@ -110,7 +123,8 @@ pub(super) fn fault(checks: &[CheckView]) -> Option<String> {
     Some(format!("{}: {}", failed.check, failed.seen))
 }
 
-async fn look(about: &About, name: &str, health: &Health) -> Seen {
+/// Looks once.
+pub(super) async fn look(about: &About, name: &str, health: &Health) -> Seen {
     let by_network = health.tcp.is_some() || health.http.is_some();
     if by_network && about.isolated {
         return Seen::NotLookedAt("a test is on no network".to_owned());
@@ -138,10 +152,31 @@ async fn look(about: &About, name: &str, health: &Health) -> Seen {
                 run.join(" ")
             )),
         },
-        (None, Some(true)) => Seen::Never(
-            "guest agents are not asked by this version; use a tcp, http or script check".to_owned(),
-        ),
+        (None, Some(true)) => match &about.standby {
+            Some(standby) => agent(standby, about.isolated).await,
+            None => Seen::NotLookedAt(NO_AGENT.to_owned()),
+        },
         (None, _) => Seen::Well("nothing to look at".to_owned()),
+    }
+}
+
+/// Why an agent is not asked.
+const NO_AGENT: &str = "it has no channel to a guest agent";
+
+/// Does the agent of what runs here of a guest, or of its test, answer?
+pub(super) async fn agent(standby: &Standby, tested: bool) -> Seen {
+    let channel = match standby.agent(tested).await {
+        Ok(Some(channel)) => channel,
+        Ok(None) => return Seen::NotLookedAt(NO_AGENT.to_owned()),
+        Err(why) => return Seen::NotYet(why),
+    };
+    let asked = crate::work::spawn_blocking(move || {
+        Agent::connect(&channel, LOOK).and_then(|mut agent| agent.ping())
+    });
+    match asked.await {
+        Ok(Ok(())) => Seen::Well("the guest agent answers".to_owned()),
+        Ok(Err(error)) => Seen::NotYet(error.to_string()),
+        Err(error) => Seen::NotYet(error.to_string()),
     }
 }
 
@@ -203,7 +238,7 @@ mod tests {
     }
 
     async fn outcome(about: &About, health: &BTreeMap<String, Health>) -> (CheckOutcome, String) {
-        let view = healthy(about, health).await.remove(0);
+        let view = healthy(about, health, || true).await.remove(0);
         (view.outcome, view.seen)
     }
 
@@ -266,18 +301,29 @@ mod tests {
             own_programs: vec!["it".to_owned()],
             ..About::default()
         };
-        let view = healthy(&about, &health).await.remove(0);
+        let view = healthy(&about, &health, || true).await.remove(0);
         assert_eq!(view.outcome, CheckOutcome::Passed, "{view:?}");
     }
 
     #[tokio::test]
-    async fn an_agent_is_refused_at_once_and_clearly() {
+    async fn a_guest_without_an_agent_keeps_nobody_waiting() {
         let agent = check(|h| {
             h.agent = Some(true);
             h.timeout = "1h".parse().unwrap();
         });
         let (failed, seen) = outcome(&About::default(), &agent).await;
-        assert_eq!(failed, CheckOutcome::Failed);
-        assert!(seen.contains("use a tcp, http or script check"), "{seen}");
+        assert_eq!(failed, CheckOutcome::NotLookedAt);
+        assert!(seen.contains("no channel to a guest agent"), "{seen}");
+        // Nor does who does not wait any more.
+        let mut never = check(|h| h.script = shell("exit 1"));
+        never
+            .values_mut()
+            .for_each(|h| h.timeout = "1h".parse().unwrap());
+        let about = About {
+            own_programs: vec!["it".to_owned()],
+            ..About::default()
+        };
+        let view = healthy(&about, &never, || false).await.remove(0);
+        assert_eq!(view.outcome, CheckOutcome::Failed);
     }
 }

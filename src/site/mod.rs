@@ -45,6 +45,7 @@ mod operate;
 mod pairing;
 mod promote;
 mod protect;
+mod quiesce;
 mod rebuild;
 mod rounds;
 mod sealed;
@@ -417,6 +418,7 @@ impl Site {
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
             group: context.group.clone(),
+            quiesced: context.quiesced,
         };
         let catalogue = self.catalogue.clone();
         crate::work::spawn_blocking(move || {

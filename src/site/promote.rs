@@ -254,6 +254,7 @@ impl Standby {
             qmp: ready.qmp(),
             pid: ready.pid(),
             running: false,
+            frozen: context.quiesced == Some(true),
             hydrated: false,
             times: ActivationTimes::default(),
             at: unix_ns(std::time::SystemTime::now()),
@@ -293,6 +294,7 @@ impl Standby {
         }
         let ready = Arc::new(ready);
         state.active = Some((activation, ready.clone()));
+        self.thaw(ready.clone(), context.quiesced);
         tokio::spawn(self.clone().hydrate(ready));
         Ok(())
     }

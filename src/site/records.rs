@@ -161,6 +161,9 @@ pub struct PointRecord {
     /// The cut of its whole group that it is part of, as the point itself tells.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<PointGroup>,
+    /// Whether its filesystems were frozen, if that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
 }
 
 /// A guest that was taken over and runs here.
@@ -183,6 +186,10 @@ pub struct Activation {
     pub pid: Option<u32>,
     /// Written before the guest is let go; `true` once it ran.
     pub running: bool,
+    /// Its filesystems were frozen at the point's cut, and its agent has not said
+    /// that they are thawed.
+    #[serde(default)]
+    pub frozen: bool,
     /// Its disks need the store no longer.
     pub hydrated: bool,
     /// What it took.

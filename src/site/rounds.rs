@@ -4,6 +4,10 @@
 //! short one is not sealed: round trips and syncs would take longer than its
 //! bytes, and the guest writes on meanwhile. What short rounds bring belongs to
 //! the point of the cut after them, so a move that is given up loses none of it.
+//! The next look at the guest's memory begins while the link still carries the
+//! last of the one before: as much as it carries while a cut scans, which is
+//! gone when the cut has found what to send. So a round takes what its bytes
+//! take, and what the guest writes meanwhile is less.
 //! Nothing waits for the cut in a move's rounds ([`crate::guest::hot`]): it is
 //! the cut that is to be short.
 
@@ -27,6 +31,8 @@ const SHORT: Duration = Duration::from_millis(50);
 const REST: Duration = Duration::from_millis(100);
 /// What a guest changed in some time, it may have changed in a third of it.
 const AT_LEAST: f64 = 1.0 / 3.0;
+/// From the end of a round to the stop of the last cut: the move is written down.
+const UNTIL_STOPPED: Duration = Duration::from_millis(30);
 /// How often the session is asked whether a round has left.
 const LOOK: Duration = Duration::from_millis(3);
 
@@ -127,7 +133,8 @@ impl Rounds {
             .as_ref()
             .map_or(before, |s| s.sum().0.sent_bytes);
         let sent = after.saturating_sub(before);
-        left(driver, attached.outgoing.clone()).await?;
+        let ahead = self.link_rate(driver) as f64 * self.newest.scan.as_secs_f64();
+        left(driver, attached.outgoing.clone(), ahead as u64).await?;
         let took = began.elapsed();
         self.shown = outright(driver, sent, took).or(self.shown);
         let link = self.link_rate(driver);
@@ -139,7 +146,7 @@ impl Rounds {
         self.rest = self.left_to_the_cut(attached);
         // A throttled guest runs in turns: one look sees more of them than the next.
         let as_before = (before as f64 * between.as_secs_f64()) as u64;
-        self.remaining = written_on(sent.max(as_before), between, took) + self.rest;
+        self.remaining = written_on(sent.max(as_before), between, took + UNTIL_STOPPED) + self.rest;
         Ok(MoveFacts {
             remaining_bytes: self.remaining,
             dirty_bytes_per_second: self.dirty,
@@ -185,8 +192,8 @@ fn per_second(bytes: u64, time: Duration) -> u64 {
     (bytes as f64 / time.as_secs_f64().max(1e-3)) as u64
 }
 
-/// Waits until nothing is before the link any more but what it holds in flight.
-async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>) -> Result<(), DriveError> {
+/// Waits until no more is before the link than what it holds in flight, and so many bytes.
+async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>, ahead: u64) -> Result<(), DriveError> {
     let gone = async move {
         loop {
             let link = outgoing.peer.status();
@@ -196,7 +203,7 @@ async fn left(driver: &mut Driver, outgoing: Arc<Outgoing>) -> Result<(), DriveE
                 (held >= 1.0).then_some(held as u64)
             });
             let flight = path.map_or(window, |path| path.min(window));
-            if !link.connected || link.queued_bytes <= flight {
+            if !link.connected || link.queued_bytes <= flight + ahead {
                 return link.connected;
             }
             tokio::time::sleep(LOOK).await;

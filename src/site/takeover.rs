@@ -176,6 +176,7 @@ impl Site {
                     changed_bytes: p.stats.guest_bytes,
                     sent_bytes: p.stats.wan_bytes,
                     group: record.and_then(|r| r.group.clone()),
+                    quiesced: record.and_then(|r| r.quiesced),
                     damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
                     name: kept.remove(&p.point),
                 }
@@ -213,6 +214,7 @@ impl Site {
             ram_scan: context.ram_scan,
             ram_scanned_bytes: context.ram_scanned_bytes,
             group: context.group,
+            quiesced: context.quiesced,
         };
         if let Err(error) = self.catalogue.put(Table::Points, &key, &record) {
             tracing::error!(%error, "the catalogue cannot be written");

@@ -340,6 +340,10 @@ pub struct PointView {
     /// The cut of its whole group that it is part of.
     #[serde(default)]
     pub group: Option<super::groups::PointGroup>,
+    /// Whether the guest's agent had frozen its filesystems: application-consistent
+    /// if so. Absent where that was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
     /// A scrub found that it cannot be restored in full, and why: it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged: Option<String>,

@@ -22,7 +22,12 @@ fn view(site: &TestSite, run: &str) -> RunView {
 }
 
 #[track_caller]
-fn until<T>(site: &TestSite, run: &str, what: &str, wanted: impl Fn(&RunView) -> Option<T>) -> T {
+pub(super) fn until<T>(
+    site: &TestSite,
+    run: &str,
+    what: &str,
+    wanted: impl Fn(&RunView) -> Option<T>,
+) -> T {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
         let view = view(site, run);

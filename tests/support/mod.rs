@@ -205,6 +205,21 @@ fn images() -> Result<PathBuf, String> {
     .clone()
 }
 
+/// The guest's initrd with a guest agent in it, or why there is none.
+fn with_agent(images: &Path) -> Result<PathBuf, String> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let output = Command::new(root.join("tests/guest/agent"))
+        .arg(images)
+        .output()
+        .map_err(|e| e.to_string())?;
+    match output.status.success() {
+        true => Ok(PathBuf::from(
+            String::from_utf8_lossy(&output.stdout).trim(),
+        )),
+        false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
+    }
+}
+
 /// Tells why a test is left out; with CI=true the QEMU tests never are.
 pub fn skip(why: &str) {
     assert!(
@@ -232,9 +247,30 @@ impl GuestVm {
     /// Starts a guest in a directory (with a short path: there are sockets in
     /// it); `None` if this machine lacks something, which was told.
     pub fn start(directory: &Path, options: &GuestOptions) -> Option<Self> {
+        Self::start_with(directory, options, false)
+    }
+
+    /// As [`GuestVm::start`], with `qemu-guest-agent` in it, whose channel is
+    /// `agent.sock` in the directory.
+    pub fn start_with_agent(directory: &Path, options: &GuestOptions) -> Option<Self> {
+        Self::start_with(directory, options, true)
+    }
+
+    fn start_with(directory: &Path, options: &GuestOptions, agent: bool) -> Option<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let images = match images() {
             Ok(images) => images,
+            Err(why) => {
+                skip(&why);
+                return None;
+            }
+        };
+        let initrd = match agent {
+            true => with_agent(&images),
+            false => Ok(images.join("initrd")),
+        };
+        let initrd = match initrd {
+            Ok(initrd) => initrd,
             Err(why) => {
                 skip(&why);
                 return None;
@@ -283,8 +319,24 @@ impl GuestVm {
         );
         add("display", "none".into());
         add("kernel", path(&kernel));
-        add("initrd", path(&images.join("initrd")));
-        add("append", format!("console=ttyS0 quiet panic=-1 {cmdline}"));
+        add("initrd", path(&initrd));
+        let init = if agent { "rdinit=/agent/init " } else { "" };
+        add(
+            "append",
+            format!("console=ttyS0 quiet panic=-1 {init}{cmdline}"),
+        );
+        if agent {
+            let socket = path(&directory.join("agent.sock"));
+            add("device", "virtio-serial-pci".into());
+            add(
+                "chardev",
+                format!("socket,id=agent,path={socket},server=on,wait=off"),
+            );
+            add(
+                "device",
+                "virtserialport,chardev=agent,name=org.qemu.guest_agent.0".into(),
+            );
+        }
         add(
             "blockdev",
             format!(

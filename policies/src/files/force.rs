@@ -21,6 +21,8 @@ impl NamedPolicy {
             max_pause: self.max_pause,
             max_blackout: self.max_blackout,
             max_throttle: self.max_throttle,
+            quiesce: self.quiesce,
+            quiesce_timeout: self.quiesce_timeout,
             bandwidth: self.bandwidth.divided(among),
             windows,
             capture_buffer: self.capture_buffer,

@@ -35,7 +35,7 @@ pub enum Action {
         #[serde(default, skip_serializing_if = "String::is_empty")]
         message: String,
     },
-    /// The guest agents freeze the filesystems until the next cut.
+    /// The guest agents freeze the filesystems for the next cut.
     Quiesce,
     /// The guests are shut down at the source, in reverse start order.
     ShutdownSource,
@@ -305,7 +305,7 @@ impl Action {
     /// What a rollback does about it; None where there is nothing to undo.
     pub fn undo(&self, mode: Mode) -> Option<&'static str> {
         Some(match (self, mode) {
-            (Action::Quiesce, _) => "thaw the filesystems",
+            (Action::Quiesce, _) => "freeze nothing for the last cut",
             (Action::ShutdownSource, _) => "start the guests at the source again",
             // A test never touched the source.
             (_, Mode::Test) if self.kind().refused_in(mode).is_some() => return None,

@@ -202,7 +202,7 @@ impl Kind {
         match self {
             Kind::Check => "looks whether what follows can succeed; changes nothing.",
             Kind::Approve => "waits for the decision of named people.",
-            Kind::Quiesce => "the guest agents freeze the filesystems until the next cut.",
+            Kind::Quiesce => "the guest agents freeze the filesystems for the next cut.",
             Kind::ShutdownSource => "shuts the guests down at the source, in reverse start order.",
             Kind::FinalSync => {
                 "stops the guests at the source, seals their last changes here, and hands the term over."

@@ -9,10 +9,11 @@ use super::super::GuestError;
 use super::super::hot::Hot;
 use super::disk::{Disk, View};
 use super::qmp::Qmp;
+use super::quiesce::Quiesce;
 use super::scan::RamBlock;
 use super::tracking::Bits;
 use super::units::Hasher;
-use super::{QemuGuest, attach, tracking};
+use super::{QemuGuest, agent, attach, tracking};
 
 /// What an attach needs to know.
 #[derive(Debug, Clone)]
@@ -25,6 +26,8 @@ pub struct AttachOptions {
     pub ram: Vec<(String, PathBuf)>,
     /// Disks: volume name, block node name (the node that the device uses).
     pub disks: Vec<(String, String)>,
+    /// The character device behind the port of its guest agent, if it has one.
+    pub agent: Option<String>,
     /// A private directory (0700) on a local filesystem that QEMU can reach too: sockets, and
     /// the images that take overwritten disk content during a cut.
     pub work_dir: PathBuf,
@@ -56,6 +59,7 @@ impl AttachOptions {
             qmp,
             ram: Vec::new(),
             disks: Vec::new(),
+            agent: None,
             work_dir,
             replica: replica.to_owned(),
             key,
@@ -147,6 +151,15 @@ impl QemuGuest {
             .pid()
             .ok()
             .and_then(|pid| Some((pid, attach::started(pid)?)));
+        let channel = match &options.agent {
+            Some(port) => agent::at_qemu(&mut qmp, port)?,
+            None => None,
+        };
+        let mut quiesce = Quiesce::new(&options.name, &work_dir, channel, process.clone());
+        if !work_dir.join(attach::HELD_MARK).exists() {
+            // Of a daemon that died in a cut.
+            quiesce.thaw();
+        }
         let bits: Vec<Bits> = volumes
             .iter()
             .filter(|v| v.kind == VolumeKind::Ram)
@@ -174,6 +187,7 @@ impl QemuGuest {
             unsealed: Vec::new(),
             outstanding: None,
             throttle: None,
+            quiesce,
             newest_sealed: None,
             given_back: false,
             must_sweep: false,

@@ -6,8 +6,8 @@
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::agent;
 use super::definition::{Definition, RamBlock};
-use super::options::Argument;
 use super::qmp::{Qmp, QmpError};
 use super::unfit::option;
 
@@ -94,13 +94,10 @@ pub fn check(definition: &Definition) -> Vec<Finding> {
     for argument in &definition.arguments {
         found.extend(option(argument));
     }
-    let agent = |argument: &Argument| {
-        argument.keys("driver").value("name") == Some("org.qemu.guest_agent.0")
-    };
-    if !definition.arguments.iter().any(agent) {
+    if agent::port(&definition.arguments).is_none() {
         found.push(Finding::warns(
             "no-guest-agent",
-            "QEMU has no channel to a guest agent, so every point is crash-consistent, none application-consistent",
+            "QEMU has no channel to a guest agent, so every point is crash-consistent, none application-consistent (quiesce = \"agent\" of a policy does nothing for it)",
             "-device virtio-serial -chardev socket,id=agent,path=/run/NAME.agent,server=on,wait=off -device virtserialport,chardev=agent,name=org.qemu.guest_agent.0",
         ));
     }

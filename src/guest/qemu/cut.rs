@@ -1,7 +1,8 @@
 //! The cut: one instant of memory, device state and disks.
 //!
-//! While the guest runs: empty fleece images are made, and a mark is left in
-//! the work directory. Then, with the guest stopped, two things at once:
+//! While the guest runs: empty fleece images are made, a mark is left in the work
+//! directory, and its agent freezes its filesystems if that is asked (`quiesce`).
+//! Then, with the guest stopped, two things at once:
 //!
 //! - this thread scans RAM and hands changed pages to the sink;
 //! - another drives QEMU: device state through a migration that is refused at
@@ -24,7 +25,7 @@ use farhaven_storage_sync::unit::VolumeKind;
 use serde_json::json;
 
 use super::super::gate::CutGate;
-use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Sink};
+use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Quiesced, Sink};
 use super::QemuGuest;
 use super::attach::{CUT_MARK, HELD_MARK, idle, same_ram, status, sweep};
 use super::disk::{self, Disk};
@@ -83,7 +84,15 @@ impl QemuGuest {
             self.mark(CUT_MARK, point, false)?;
         }
         self.must_sweep = true;
-        gate.ready().inspect_err(|_| {
+        let together = gate.gather().and_then(|()| {
+            let quiesced = match was_running {
+                true => self.quiesce.freeze(),
+                // Whether that was asked is known where it is told.
+                false => Quiesced::NotAsked,
+            };
+            gate.ready().map(|()| quiesced)
+        });
+        let quiesced = together.inspect_err(|_| {
             let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
         })?;
         let at = SystemTime::now();
@@ -98,6 +107,7 @@ impl QemuGuest {
         if was_running && (after == After::Continue || fixed.is_err()) {
             let went_on = self.go_on();
             times.pause = stopped.elapsed();
+            self.quiesce.thaw();
             if let Err(error) = went_on {
                 self.undo(point);
                 return Err(match fixed {
@@ -153,6 +163,7 @@ impl QemuGuest {
             times,
             device_state: fixed.device_state,
             disks,
+            quiesced,
         })
     }
 

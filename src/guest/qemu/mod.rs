@@ -20,10 +20,12 @@ use attach::{Before, CUT_MARK, HELD_MARK};
 pub use attach_options::AttachOptions;
 use disk::{Disk, View};
 use qmp::Qmp;
+use quiesce::Quiesce;
 use scan::{Look, RamBlock};
 use throttle::{THROTTLE_MARK, Throttle};
 use tracking::Bits;
 
+pub mod agent;
 mod attach;
 mod attach_options;
 pub mod check;
@@ -43,6 +45,7 @@ mod nbd_wire;
 pub mod options;
 pub mod peer;
 pub mod qmp;
+mod quiesce;
 mod scan;
 mod sieve;
 mod stream;
@@ -78,6 +81,7 @@ pub struct QemuGuest {
     unsealed: Vec<(u64, Vec<Bits>)>,
     outstanding: Option<cut::Outstanding>,
     throttle: Option<Throttle>,
+    quiesce: Quiesce,
     newest_sealed: Option<u64>,
     given_back: bool,
     must_sweep: bool,
@@ -243,12 +247,24 @@ impl Guest for QemuGuest {
         // What is not cut from a running guest would stay stopped with it.
         let rested = self.throttle.as_ref().map_or(Ok(()), Throttle::rest);
         let made = rested.and_then(|()| self.make_cut(point, after, gate, sink));
+        if after == After::Continue || made.is_err() {
+            // However it ended, it ended: nothing stays frozen for it.
+            self.quiesce.thaw();
+        }
         if let Some(throttle) = &self.throttle
             && (after == After::Continue || made.is_err())
         {
             throttle.go_on();
         }
         made.map_err(|e| self.explain(e))
+    }
+
+    fn quiesce_cuts(&mut self, within: Option<Duration>) {
+        self.quiesce.within = within;
+    }
+
+    fn ask_agent(&mut self, within: Duration) -> Result<(), String> {
+        self.quiesce.ask(within)
     }
 
     fn finish_cut(&mut self, cut: Cut, shipped: bool) -> Result<(), GuestError> {
@@ -298,6 +314,7 @@ impl Guest for QemuGuest {
         for mark in [HELD_MARK, CUT_MARK] {
             let _ = std::fs::remove_file(self.work_dir.join(mark));
         }
+        self.quiesce.thaw();
         if let Some(throttle) = &self.throttle {
             throttle.go_on();
         }

@@ -14,6 +14,17 @@ pub enum RunMessage {
     Hold {
         /// Who.
         guest: GuestId,
+        /// Its agent freezes filesystems for its last point.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        quiesce: bool,
+    },
+    /// Target: does this guest's agent answer? Answered with
+    /// [`Done`](super::Message::Done), or refused with the reason.
+    Quiesce {
+        /// Who.
+        guest: GuestId,
+        /// And it is to freeze filesystems for the guest's next points.
+        next_points: bool,
     },
     /// Source: it is stopped, and its last point is sealed at your place.
     Held {
@@ -25,6 +36,9 @@ pub enum RunMessage {
         stopped_at: u64,
         /// The term of the hand-over, which you may take now.
         term: Term,
+        /// Whether its filesystems were frozen, if that was asked.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        quiesced: Option<bool>,
     },
     /// Target, to [`GiveUp`](super::Message::GiveUp): a run has the guest and
     /// has not ended. The source holds it on, and asks again.

@@ -91,6 +91,7 @@ fn seal(about: &SeedAbout, shipped: u64, chain: [u8; 32]) -> SealRequest {
             sent_bytes: 0,
             base: false,
             group: None,
+            quiesced: None,
         },
         activate: None,
     }

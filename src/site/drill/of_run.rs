@@ -19,6 +19,27 @@ impl Standby {
         test.map(|test| test.ready.clone())
     }
 
+    /// The channel to the agent of what runs here of it: of its test, or of the guest
+    /// itself; `None` where it has none.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub(in crate::site) async fn agent(&self, tested: bool) -> Result<Option<PathBuf>, String> {
+        let ready = match tested {
+            true => {
+                let drill = self.drill.lock().await;
+                let test = drill.as_ref().filter(|test| test.waiting.is_none());
+                test.map(|test| test.ready.clone())
+            }
+            false => {
+                let state = self.state.lock().await;
+                state.active.as_ref().map(|(_, ready)| ready.clone())
+            }
+        };
+        let ready = ready.ok_or("it does not run here")?;
+        Ok(ready.agent())
+    }
+
     /// Does a test of it run, by its machine's word?
     pub(in crate::site) async fn test_runs(&self) -> bool {
         let ready = {

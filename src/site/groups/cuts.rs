@@ -46,14 +46,26 @@ pub(in crate::site) struct GroupCut {
 /// Before the last cut of a move: guests that are in a round come when it is over.
 const LAST: Patience = Patience {
     ready: Duration::from_secs(60),
+    freeze: Duration::ZERO,
     stopped: Duration::from_secs(5),
 };
+
+/// What agents may take to freeze filesystems, whether the policy or a runbook asks.
+fn freeze(group: &GroupRecord) -> Duration {
+    group.owed.quiesce_timeout.duration()
+}
 
 impl GroupCut {
     /// The last one before a move, in which all of them are held.
     pub(super) fn held(group: &GroupRecord) -> Self {
         Self {
-            gate: Rendezvous::new(group.members.len(), LAST),
+            gate: Rendezvous::new(
+                group.members.len(),
+                Patience {
+                    freeze: freeze(group),
+                    ..LAST
+                },
+            ),
             cut: unix_ns(SystemTime::now()) / 1_000_000,
             group: group.clone(),
         }
@@ -198,7 +210,13 @@ impl State {
         let now = unix_ns(SystemTime::now()) / 1_000_000;
         self.last = now.max(self.last + 1);
         let cut = Arc::new(GroupCut {
-            gate: Rendezvous::new(self.waiting.len(), Patience::default()),
+            gate: Rendezvous::new(
+                self.waiting.len(),
+                Patience {
+                    freeze: freeze(group),
+                    ..Patience::default()
+                },
+            ),
             cut: self.last,
             group: group.clone(),
         });

@@ -20,6 +20,8 @@ use tokio::sync::Notify;
 use super::cuts::Cuts;
 use super::handed::HandedOver;
 use super::{GroupMember, GroupRecord, MAX_MEMBERS, PolicyFilesView};
+use crate::guest::Definition;
+use crate::guest::qemu::agent;
 use crate::site::Site;
 use crate::site::operate::OperateError;
 use crate::site::records::{GuestRecord, Owed};
@@ -247,7 +249,8 @@ impl Site {
             }
         }
         for group in &wanted {
-            if let Some(why) = not_acted_on(&group.owed) {
+            let lack_agents = without_agent(group, &records);
+            if let Some(why) = not_acted_on(&group.owed, &lack_agents) {
                 waiting.entry(group.name.clone()).or_insert(why);
             }
         }
@@ -407,20 +410,39 @@ impl Site {
     }
 }
 
-/// What a policy asks for that this version does not do: the group is protected
-/// without it, and that is said.
-fn not_acted_on(policy: &NamedPolicy) -> Option<String> {
+/// Guests of a group whose policy has filesystems frozen, and that have no channel
+/// to an agent.
+fn without_agent(group: &GroupRecord, records: &[GuestRecord]) -> Vec<String> {
+    let lacks = |definition: &Definition| match definition {
+        Definition::Qemu(definition) => agent::port(&definition.arguments).is_none(),
+        Definition::Embedded(_) => true,
+    };
+    let members = group.members.iter().filter(|(_, member)| {
+        let mut records = records.iter();
+        let record = records.find(|record| record.id == member.guest);
+        record.is_some_and(|record| lacks(&record.definition))
+    });
+    members.map(|(name, _)| name.clone()).collect()
+}
+
+/// What a policy asks for that is not done: the group is protected without it, and
+/// that is said.
+fn not_acted_on(policy: &NamedPolicy, lack_agents: &[String]) -> Option<String> {
     let mut lacks = Vec::new();
-    if policy.quiesce == Quiesce::Agent {
-        lacks.push("quiesce = \"agent\" (its points are crash-consistent: no filesystem is frozen for them)");
+    if policy.quiesce == Quiesce::Agent && !lack_agents.is_empty() {
+        lacks.push(format!(
+            "quiesce = \"agent\", and QEMU has no channel to a guest agent in '{0}' (its points are crash-consistent; farhaven guest check {1} tells how to give it one)",
+            lack_agents.join("', '"),
+            lack_agents[0],
+        ));
     }
     if policy.mode == Mode::DiskOnly {
-        lacks.push("mode = \"disk-only\" (its memory is copied, too, and a failover goes on where it was instead of booting)");
+        lacks.push("mode = \"disk-only\", which this version of Farhaven does not do (its memory is copied, too, and a failover goes on where it was instead of booting)".to_owned());
     }
     (!lacks.is_empty()).then(|| {
         format!(
-            "its policy asks for {}, which this version of Farhaven does not do; all else of it is in force",
-            lacks.join(" and ")
+            "its policy asks for {}; all else of it is in force",
+            lacks.join(", and for ")
         )
     })
 }
@@ -432,17 +454,20 @@ mod tests {
 
     #[test]
     fn what_is_not_done_is_said() {
-        assert_eq!(not_acted_on(&NamedPolicy::default()), None);
+        let nobody = ["db".to_owned()];
+        assert_eq!(not_acted_on(&NamedPolicy::default(), &nobody), None);
         let asks = NamedPolicy {
             quiesce: Quiesce::Agent,
             mode: Mode::DiskOnly,
             ..NamedPolicy::default()
         };
-        let said = not_acted_on(&asks).unwrap();
+        let said = not_acted_on(&asks, &nobody).unwrap();
         assert!(
-            said.contains("crash-consistent") && said.contains("booting"),
+            said.contains("guest check db") && said.contains("booting"),
             "{said}"
         );
+        let said = not_acted_on(&asks, &[]).unwrap();
+        assert!(!said.contains("quiesce"), "{said}");
     }
 
     #[test]

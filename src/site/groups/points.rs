@@ -33,6 +33,9 @@ pub struct GroupPointView {
     pub skew_ms: f64,
     /// The longest that one of them was stopped.
     pub pause_ms: f64,
+    /// Whether the agents of all guests had frozen filesystems, if that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
     /// Each guest's own point, by its name.
     pub points: BTreeMap<String, u64>,
 }
@@ -123,8 +126,15 @@ fn view(cut: &Together<PointView>, names: &BTreeMap<GuestId, String>) -> GroupPo
         age_ms: oldest.map_or(0, |p| p.age_ms),
         skew_ms: cut.mark.skew_ns as f64 / 1e6,
         pause_ms: cut.of.values().map(|p| p.pause_ms).fold(0.0, f64::max),
+        quiesced: quiesced(cut.of.values().map(|point| point.quiesced)),
         points: points.collect(),
     }
+}
+
+/// Of all: only if each is; `None` where it was asked of none.
+fn quiesced(each: impl Iterator<Item = Option<bool>> + Clone) -> Option<bool> {
+    let asked = each.clone().any(|one| one.is_some());
+    asked.then(|| each.clone().all(|one| one == Some(true)))
 }
 
 /// What becomes of points by the cut that they are of: they stay (`true`), or go.

@@ -137,7 +137,7 @@ impl AtSite {
                 self.start_one(target).await?;
             }
             if wave < waves {
-                health::await_wave(&self, &of_wave).await?;
+                health::await_wave(&self, scope.mode, &of_wave).await?;
             }
         }
         Ok(named(&targets))

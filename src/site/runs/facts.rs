@@ -55,6 +55,10 @@ pub struct GuestFacts {
     pub networks: BTreeMap<String, String>,
     /// The source said that its guest is stopped.
     pub source_stopped: bool,
+    /// Its agent freezes filesystems for its last cut.
+    pub quiesce: bool,
+    /// Whether it did so, once that is known.
+    pub quiesced: Option<bool>,
     /// The source holds its guest for this run, which may run it here.
     pub held: bool,
     /// Bytes sent while the source's guest stood still.

@@ -1,9 +1,6 @@
 //! Are guests healthy? By a check that the runbook names, or by their own of
 //! the policy files; a guest without any is healthy while it runs.
 
-use std::time::{Duration, Instant};
-
-use farhaven_policies::files::Health;
 use farhaven_policies::runbook::Mode;
 
 use super::facts::{Seen, now_ms};
@@ -12,12 +9,12 @@ use super::perform::{AtSite, named};
 use super::pictures;
 use super::targets::Target;
 use crate::runbook::perform::{Ended, Failure, Guests, Probe, Scope};
-use crate::site::health::{LOOK, http, tcp};
+use crate::site::health::{self, About, LOOK, Seen as Look, fault, healthy, http, tcp};
 
 /// Looks once; what is seen goes into the report.
 pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Guests> {
     let targets = run.targets(scope)?;
-    if *probe != Probe::Own {
+    if !matches!(probe, Probe::Own | Probe::Agent) {
         let said = probed(scope, probe).await;
         let all: Vec<_> = targets.iter().map(|t| t.name.as_str()).collect();
         saw(run, &scope.step, &all.join(", "), &said).await?;
@@ -26,6 +23,7 @@ pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Gu
     for target in &targets {
         let said = match probe {
             Probe::Own => own(run, scope, target).await,
+            Probe::Agent => agent(run, scope, target).await,
             probe => runs(run, target).await.map(|_| words(probe)),
         };
         saw(run, &scope.step, &target.name, &said).await?;
@@ -43,21 +41,17 @@ pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Gu
 }
 
 /// Between two waves of a start: those that others wait for are healthy first.
-pub(super) async fn await_wave(run: &AtSite, wave: &[&Target]) -> Ended<()> {
+pub(super) async fn await_wave(run: &AtSite, mode: Mode, wave: &[&Target]) -> Ended<()> {
     for target in wave {
-        let of_guest = target.terms.health.iter();
-        for (name, health) in of_guest.filter(|(_, health)| health.agent != Some(true)) {
-            let deadline = Instant::now() + health.timeout.duration();
-            while let Err(why) = one(run, name, health, target).await {
-                run.goes_on()?;
-                if Instant::now() > deadline {
-                    return Err(Failure::fault(format!(
-                        "'{}' is not healthy after {}, and others wait for it: {name}: {why}",
-                        target.name, health.timeout
-                    )));
-                }
-                tokio::time::sleep(health.every.duration().max(Duration::from_millis(10))).await;
-            }
+        let about = about(run, target, mode);
+        let goes_on = || run.goes_on().is_ok();
+        let seen = healthy(&about, &target.terms.health, goes_on).await;
+        run.goes_on()?;
+        if let Some(why) = fault(&seen) {
+            return Err(Failure::fault(format!(
+                "'{}' is not healthy, and others wait for it: {why}",
+                target.name
+            )));
         }
     }
     Ok(())
@@ -91,23 +85,48 @@ async fn saw(run: &AtSite, step: &str, guest: &str, said: &Result<String, String
 /// All of the guest's own checks.
 async fn own(run: &AtSite, scope: &Scope, target: &Target) -> Result<String, String> {
     let mut said = vec![runs(run, target).await?];
+    let about = about(run, target, scope.mode);
     for (name, health) in &target.terms.health {
-        // Isolated, nobody can reach it by a network.
-        if scope.mode == Mode::Test && (health.tcp.is_some() || health.http.is_some()) {
-            said.push(format!("{name}: not looked at, a test is on no network"));
-            continue;
+        match health::look(&about, name, health).await {
+            Look::Well(seen) => said.push(seen),
+            Look::NotLookedAt(why) => said.push(format!("{name}: not looked at, {why}")),
+            Look::NotYet(why) | Look::Never(why) => return Err(format!("{name}: {why}")),
         }
-        // A failover at night does not hang on what nobody here can ask.
-        if health.agent == Some(true) {
-            said.push(format!(
-                "{name}: not looked at, this version has no channel to guest agents"
-            ));
-            continue;
-        }
-        let seen = one(run, name, health, target).await;
-        said.push(seen.map_err(|why| format!("{name}: {why}"))?);
     }
     Ok(said.join("; "))
+}
+
+/// Of whom checks of the policy files are. What a peer tells of its groups chooses
+/// no program of this host: only one that this site's own policy files name for
+/// that very guest is run.
+fn about(run: &AtSite, target: &Target, mode: Mode) -> About {
+    let site = run.site().ok();
+    let group = site
+        .as_ref()
+        .zip(target.of.as_ref())
+        .and_then(|(site, of)| site.group(of).ok());
+    let own = site.zip(group).and_then(|(site, group)| {
+        let mut members = group.members.iter();
+        let named = members.find(|(_, member)| member.guest == target.standby.guest);
+        named.map(|(guest, _)| site.own_programs(&group, guest))
+    });
+    About {
+        guest: target.name.clone(),
+        group: target.group.clone(),
+        mode: mode.word(),
+        isolated: mode == Mode::Test,
+        own_programs: own.unwrap_or_default(),
+        standby: Some(target.standby.clone()),
+    }
+}
+
+/// Its agent answers; one that has none fails: the runbook asks for it.
+async fn agent(run: &AtSite, scope: &Scope, target: &Target) -> Result<String, String> {
+    runs(run, target).await?;
+    match health::agent(&target.standby, scope.mode == Mode::Test).await {
+        Look::Well(seen) => Ok(seen),
+        Look::NotYet(why) | Look::Never(why) | Look::NotLookedAt(why) => Err(why),
+    }
 }
 
 async fn runs(run: &AtSite, target: &Target) -> Result<String, String> {
@@ -125,57 +144,12 @@ async fn runs(run: &AtSite, target: &Target) -> Result<String, String> {
     }
 }
 
-/// What a peer tells of its groups chooses no program of this host: only one
-/// that this site's own policy files name for that very guest is run.
-fn is_own_program(run: &AtSite, name: &String, target: &Target) -> Result<(), String> {
-    let site = run.site().map_err(|failure| failure.why)?;
-    let group = target.of.as_ref().and_then(|of| site.group(of).ok());
-    let own = group.is_some_and(|group| {
-        let mut members = group.members.iter();
-        let named = members.find(|(_, member)| member.guest == target.standby.guest);
-        named.is_some_and(|(guest, _)| site.own_programs(&group, guest).contains(name))
-    });
-    match own {
-        true => Ok(()),
-        false => Err("this site runs no program that only another site's policy files name; put the group's policy file in force here, too (site.policy_files)".to_owned()),
-    }
-}
-
-async fn one(
-    run: &AtSite,
-    name: &String,
-    health: &Health,
-    target: &Target,
-) -> Result<String, String> {
-    if health.script.is_some() {
-        is_own_program(run, name, target)?;
-    }
-    let probe = match (&health.tcp, &health.http, health.agent, &health.script) {
-        (Some(tcp), ..) => Probe::Tcp(tcp.clone()),
-        (_, Some(url), ..) => Probe::Http(url.clone()),
-        (_, _, Some(true), _) => Probe::Agent,
-        (.., Some(script)) => Probe::Script(script.clone()),
-        _ => return Ok("nothing to look at".to_owned()),
-    };
-    let scope = Scope {
-        run: run.run.clone(),
-        mode: Mode::Unplanned,
-        step: String::new(),
-        groups: [(target.group.clone(), vec![target.name.clone()])].into(),
-        key: format!("{}/health/{}", run.run, target.name),
-        attempt: 1,
-    };
-    probed(&scope, &probe).await
-}
-
 async fn probed(scope: &Scope, probe: &Probe) -> Result<String, String> {
     match probe {
-        Probe::Own => Ok(String::new()),
+        // Of each guest by itself.
+        Probe::Own | Probe::Agent => Ok(String::new()),
         Probe::Tcp(place) => tcp(place).await,
         Probe::Http(url) => http(url).await,
-        Probe::Agent => {
-            Err("this version has no channel to guest agents; use another check".to_owned())
-        }
         Probe::Script(command) => {
             let ran = outside::exec(scope, command);
             match tokio::time::timeout(LOOK, ran).await {

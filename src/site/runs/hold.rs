@@ -42,6 +42,9 @@ pub struct HeldPoint {
     pub bytes: u64,
     /// When it was stopped, nanoseconds since 1970.
     pub stopped_at: u64,
+    /// Whether its filesystems were frozen for it, if that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
 }
 
 /// To whom the hold of a guest is told.
@@ -54,7 +57,12 @@ pub(in crate::site) async fn answer(
     asked: RunMessage,
 ) -> Message {
     match asked {
-        RunMessage::Hold { guest } => held(site, remote, guest, Command::Hold).await,
+        RunMessage::Hold { guest, quiesce } => {
+            held(site, remote, guest, |reply| Command::Hold(quiesce, reply)).await
+        }
+        RunMessage::Quiesce { guest, next_points } => {
+            ask_agent(site, remote, guest, next_points).await
+        }
         RunMessage::StillHeld { guest } => held(site, remote, guest, Command::IsHeld).await,
         RunMessage::Release { guest } => {
             if let Some(commands) = driver_of(site, remote, guest) {
@@ -90,7 +98,7 @@ async fn held(
     site: &Arc<Site>,
     remote: &Arc<Remote>,
     guest: GuestId,
-    command: fn(HoldReply) -> Command,
+    command: impl FnOnce(HoldReply) -> Command,
 ) -> Message {
     let Some(commands) = driver_of(site, remote, guest) else {
         return not_protected();
@@ -103,7 +111,26 @@ async fn held(
             bytes: held.bytes,
             stopped_at: held.stopped_at,
             term,
+            quiesced: held.quiesced,
         }),
+        Ok(Err(why)) => refused(Refusal::Unable, why),
+        Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
+    }
+}
+
+async fn ask_agent(
+    site: &Arc<Site>,
+    remote: &Arc<Remote>,
+    guest: GuestId,
+    next_points: bool,
+) -> Message {
+    let Some(commands) = driver_of(site, remote, guest) else {
+        return not_protected();
+    };
+    let (reply, answer) = oneshot::channel();
+    let _ = commands.send(Command::Quiesce(next_points, reply)).await;
+    match answer.await {
+        Ok(Ok(())) => Message::Done,
         Ok(Err(why)) => refused(Refusal::Unable, why),
         Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
     }
@@ -115,9 +142,10 @@ impl Driver {
     pub(in crate::site) async fn hold(
         &mut self,
         attached: &mut Attached,
+        quiesce: bool,
         reply: HoldReply,
     ) -> Result<(), DriveError> {
-        let (held, term) = match self.come_to_stand(attached).await {
+        let (held, term) = match self.come_to_stand(attached, quiesce).await {
             Ok(held) => held,
             Err(error) => {
                 let _ = reply.send(Err(error.to_string()));
@@ -132,6 +160,7 @@ impl Driver {
     async fn come_to_stand(
         &mut self,
         attached: &mut Attached,
+        quiesce: bool,
     ) -> Result<(HeldPoint, Term), DriveError> {
         self.phase(Phase::Moving);
         let converged = converge(self, attached, false, None).await;
@@ -156,6 +185,7 @@ impl Driver {
             )));
         }
         self.phase(Phase::Held);
+        self.quiesce_next = u8::from(quiesce);
         let made = match cut::make(self, attached, After::Hold, None).await {
             Ok(made) => made,
             Err(error) => {
@@ -174,6 +204,7 @@ impl Driver {
                     point: made.point,
                     bytes: made.final_bytes,
                     stopped_at: crate::site::unix_ns(made.cut_at),
+                    quiesced: made.quiesced.told(),
                 };
                 self.protection.held = Some(held);
                 let kept = self.keep_protection().await;
@@ -264,7 +295,7 @@ pub(in crate::site) async fn undecided(
         let next = tokio::time::timeout(ASK_AGAIN, driver.commands.recv()).await;
         match next {
             Err(_) | Ok(Some(Command::Ask)) => return Ok(()),
-            Ok(Some(Command::Hold(reply))) => driver.held_already(reply),
+            Ok(Some(Command::Hold(_, reply))) => driver.held_already(reply),
             Ok(Some(Command::IsHeld(reply))) => driver.is_held(reply, guest).await,
             Ok(Some(other)) => {
                 driver.waiting.push_back(other);

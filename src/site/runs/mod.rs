@@ -20,6 +20,7 @@ mod pictures;
 mod planned;
 mod points;
 mod quick;
+mod quiesce;
 mod readiness;
 mod reports;
 pub(in crate::site) mod stage;

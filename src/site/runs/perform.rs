@@ -10,7 +10,7 @@ use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
 
 use super::facts::FactsFile;
 use super::targets::{Target, targets};
-use super::{health, outside, planned, readiness, stays, trial};
+use super::{health, outside, planned, quiesce, readiness, stays, trial};
 use crate::runbook::perform::{
     Called, Checked, Ended, Executed, Failure, Fenced, Guests, Perform, Probe, Promoted, Removed,
     Reprotected, Scope, Synced,
@@ -122,15 +122,13 @@ impl Perform for AtSite {
         readiness::check(self, scope, checks).await
     }
 
-    async fn quiesce(&self, _: &Scope) -> Ended<Guests> {
-        Err(not_here(
-            "this version has no channel to guest agents, so points are crash-consistent; take the quiesce step out of the runbook, or take it as done",
-        ))
+    async fn quiesce(&self, scope: &Scope) -> Ended<Guests> {
+        quiesce::quiesce(&self.begin(), scope).await
     }
 
     async fn shutdown_source(&self, _: &Scope) -> Ended<Guests> {
         Err(not_here(
-            "this version has no channel to guest agents, so guests are moved running, and not shut down before; take the shutdown-source step out of the runbook, or take it as done",
+            "this version moves guests running, and shuts none down before; take the shutdown-source step out of the runbook, or take it as done",
         ))
     }
 
@@ -225,6 +223,7 @@ impl Perform for AtSite {
             (Action::StartGroup, _) => run.whole(|run| planned::take_back(run, scope)).await,
             (Action::Promote { .. }, _) => run.whole(|run| run.unready(scope)).await,
             (Action::Fence, _) => run.whole(|run| planned::give_back(run, scope)).await,
+            (Action::Quiesce, Mode::Planned) => quiesce::forget(&run, &scope).await,
             (Action::FinalSync, _) => run.whole(|run| planned::let_go_on(run, scope)).await,
             // Nothing of it is left, or it was never done.
             _ => Ok(()),

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use farhaven_policies::runbook::Mode;
 
 use super::perform::{AtSite, fault, named};
+use super::quiesce;
 use super::targets::Target;
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, RunMessage, TurnMessage};
@@ -25,7 +26,7 @@ const GOES_ON: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(100);
 
 /// A question to the source failed.
-fn asked(error: AskError) -> Failure {
+pub(super) fn asked(error: AskError) -> Failure {
     match error {
         AskError::Unreachable(_) | AskError::TimedOut(_) => Failure::source_lost(error.to_string()),
         error => Failure::fault(error.to_string()),
@@ -87,6 +88,7 @@ async fn take(run: &AtSite, target: &Target) -> Ended<()> {
     let expecting = standby.expect();
     let question = Message::Run(RunMessage::Hold {
         guest: standby.guest,
+        quiesce: run.facts.of(&target.name).quiesce,
     });
     let answer = tokio::select! {
         answer = standby.remote().ask_within(question, HOLD) => answer,
@@ -97,6 +99,7 @@ async fn take(run: &AtSite, target: &Target) -> Ended<()> {
         bytes,
         stopped_at,
         term,
+        quiesced,
     }) = answer.map_err(asked)?
     else {
         return Err(asked(AskError::Unfitting(standby.from())));
@@ -105,6 +108,7 @@ async fn take(run: &AtSite, target: &Target) -> Ended<()> {
     // To its end: what is held is written down, or the source goes on.
     run.whole(move |run| async move {
         let _expecting = expecting;
+        quiesce::tell(&run, &target, quiesced).await?;
         handed_over(&run, &target, (point, bytes, stopped_at), term).await
     })
     .await

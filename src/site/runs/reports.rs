@@ -109,6 +109,7 @@ impl Site {
             term: known.term.map(|term| term.number),
             source_stopped: known.source_stopped,
             final_bytes: known.final_bytes,
+            quiesced: known.quiesced,
             blackout_ms: stood.map(|(stopped, ran)| ran.saturating_sub(stopped)),
             started_at: known.started_at,
             healthy_at: known.healthy_at,

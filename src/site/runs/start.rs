@@ -10,7 +10,7 @@ use super::facts::{FactsFile, now_ms};
 use super::points::{by_group, whole_point};
 use super::targets::{Target, of_group};
 use super::view::{RunView, run_view};
-use super::{MOST_OPEN, readiness};
+use super::{MOST_OPEN, quiesce, readiness};
 use crate::runbook::perform::Failure;
 use crate::site::Site;
 use crate::site::operate::{OperateError, failed};
@@ -138,10 +138,23 @@ impl Site {
         let mode = plan.mode;
         // Known before anything is begun, not in the midst of it.
         for step in plan.to_do() {
-            if let Some(what) = needs_agent(&step.action) {
+            if matches!(step.action, Action::ShutdownSource) {
                 return conflict(format!(
-                    "step '{}' {what}, and this version has no channel to guest agents; nothing was begun. Take the step out of the runbook, or out of this mode",
+                    "step '{}' has the guests shut down, and this version moves them running; nothing was begun. Take the step out of the runbook, or out of this mode",
                     step.name
+                ));
+            }
+            let Some(what) = needs_agent(&step.action) else {
+                continue;
+            };
+            let lacks = |target: &&Target| {
+                let of_step = step.group.as_ref().is_none_or(|of| *of == target.group);
+                of_step && !quiesce::has_agent(target)
+            };
+            if let Some(target) = targets.iter().find(lacks) {
+                return conflict(format!(
+                    "step '{}' {what}, and '{}' has no channel to a guest agent (see farhaven guest check {1} at its source); nothing was begun. Give it one, or take the step out of the runbook, or out of this mode",
+                    step.name, target.name
                 ));
             }
         }
@@ -220,7 +233,6 @@ impl Site {
 fn needs_agent(action: &Action) -> Option<&'static str> {
     match action {
         Action::Quiesce => Some("has guest agents freeze filesystems"),
-        Action::ShutdownSource => Some("has guest agents shut the guests down"),
         Action::WaitHealthy {
             agent: Some(true), ..
         } => Some("asks guest agents whether the guests are healthy"),

@@ -298,6 +298,7 @@ impl Work {
                 sent_bytes: made.shipped.sent_bytes,
                 base: false,
                 group: None,
+                quiesced: made.quiesced.told(),
             },
             activate: None,
         }

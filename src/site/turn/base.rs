@@ -286,6 +286,7 @@ fn read(
         changed_bytes: 0,
         sent_bytes: 0,
         group: None,
+        quiesced: None,
         base: true,
     };
     let mut written = Vec::new();

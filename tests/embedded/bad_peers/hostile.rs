@@ -221,6 +221,7 @@ impl Hostile {
                 sent_bytes: 0,
                 base: false,
                 group: None,
+                quiesced: None,
             },
             activate: None,
         }))

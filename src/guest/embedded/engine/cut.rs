@@ -20,7 +20,7 @@ use super::{
 use crate::guest::embedded::Vmm;
 use crate::guest::embedded::disk::instant::View;
 use crate::guest::gate::CutGate;
-use crate::guest::{After, Cut, CutTimes, DiskInstant, GuestError, Sink, SinkError};
+use crate::guest::{After, Cut, CutTimes, DiskInstant, GuestError, Quiesced, Sink, SinkError};
 
 /// Tries to let a guest go on before it is told to be left stopped.
 const TRIES: u32 = 20;
@@ -66,6 +66,7 @@ impl EmbeddedGuest {
         self.hot.begin();
         self.fits()?;
         let mut times = CutTimes::default();
+        gate.gather()?;
         gate.ready()?;
         let at = SystemTime::now();
         let (fixed, was_running) = self.stand_still(after, gate, &mut times)?;
@@ -123,6 +124,7 @@ impl EmbeddedGuest {
             times,
             device_state: fixed.device_state,
             disks,
+            quiesced: Quiesced::NotAsked,
         })
     }
 

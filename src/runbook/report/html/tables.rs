@@ -97,6 +97,15 @@ fn remarks(guest: &GuestReport) -> String {
         )),
         _ => {}
     }
+    match guest.quiesced {
+        Some(true) => words.push(format!(
+            "The agent of <b>{name}</b> had frozen its filesystems at its last cut."
+        )),
+        Some(false) => words.push(format!(
+            "The agent of <b>{name}</b> did not freeze its filesystems in time: its last point is crash-consistent."
+        )),
+        None => {}
+    }
     if let Some(lost) = guest.lost_ms {
         words.push(format!(
             "<b>{name}</b> was handed back to its source after it had run here for {}; what it wrote meanwhile is lost.",

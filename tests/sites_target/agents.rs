@@ -1,0 +1,127 @@
+//! Application-consistent points by a real guest agent, Debian's, in a real QEMU:
+//! frozen for each cut, thawed after it, and thawed where the guest is run.
+
+use farhaven::guest::qemu::agent::Agent;
+use farhaven::site::view::PointView;
+use farhaven_policies::runbook::run::Outcome;
+
+use super::*;
+
+const FROZEN: &str = "[protect]\nquiesce = \"agent\"\nquiesce_timeout = \"900ms\"";
+
+fn newest(site: &TestSite) -> PointView {
+    let told = site.cli(&["points", "web", "--json"]).good();
+    let points: Vec<PointView> = serde_json::from_str(&told.out).unwrap();
+    points.into_iter().next_back().unwrap()
+}
+
+/// Waits for a point after `after` whose filesystems were frozen, or were not in time.
+#[track_caller]
+fn until_quiesced(site: &TestSite, after: u64, wanted: bool) -> PointView {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let point = newest(site);
+        if point.point > after && point.quiesced == Some(wanted) {
+            return point;
+        }
+        assert!(
+            std::time::Instant::now() < deadline,
+            "never: {wanted}, but {point:?}\n{}",
+            site.log()
+        );
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Waits until the agent says that nothing is frozen.
+#[track_caller]
+fn thawed(channel: &Path) {
+    let deadline = std::time::Instant::now() + PATIENCE;
+    loop {
+        let asked =
+            Agent::connect(channel, Duration::from_secs(5)).and_then(|mut agent| agent.is_frozen());
+        if matches!(asked, Ok(false)) {
+            return;
+        }
+        assert!(std::time::Instant::now() < deadline, "{asked:?}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn alerts(site: &TestSite) -> String {
+    site.cli(&["alert", "list", "--json"]).good().out
+}
+
+#[test]
+fn points_are_frozen_by_the_agent_and_thawed_wherever_the_guest_runs() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("g")).unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.load=database farhaven.fill=8 farhaven.pages=2048".to_owned(),
+        extra: Vec::new(),
+    };
+    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+        return;
+    };
+    let channel = dir.path().join("g/agent.sock");
+    let pair = Pair::start(LINK, FROZEN, "");
+    // Its agent is there some time after its workload.
+    thawed(&channel);
+    protect(&pair, "web", &guest);
+    let first = until_quiesced(&pair.west, 0, true);
+    assert!(!alerts(&pair.east).contains("not_quiesced"));
+    whole(&guest.console);
+
+    // Somebody else holds the channel: points go on, and say what they are.
+    let holder = std::os::unix::net::UnixStream::connect(&channel).unwrap();
+    let crash = until_quiesced(&pair.west, first.point, false);
+    pair.east.until("the alert", PATIENCE, |_| {
+        alerts(&pair.east).contains("not_quiesced").then_some(())
+    });
+    assert!(beats(&guest.console));
+    drop(holder);
+    let again = until_quiesced(&pair.west, crash.point, true);
+    pair.east.until("its end", PATIENCE, |_| {
+        (!alerts(&pair.east).contains("not_quiesced")).then_some(())
+    });
+
+    // A test from a frozen point: thawed there, and its agent answers.
+    let point = again.point.to_string();
+    let run = [
+        "point", "keep", "web", "--point", &point, "--name", "frozen",
+    ];
+    pair.west.cli(&run).good();
+    pair.west.cli(&["test", "web", "--point", "frozen"]).good();
+    let id = pair.west.target("web").id;
+    thawed(&pair.west.dir.join("run").join(&id).join("test/agent.sock"));
+    pair.west.cli(&["test", "cleanup", "web"]).good();
+
+    // A planned run whose last cut is frozen, and whose health is the agent's word.
+    let text = "name = \"book\"\nmodes = [\"planned\"]\n[groups]\nweb = []\n\
+        [[steps]]\nname = \"freeze\"\ndo = \"quiesce\"\n\
+        [[steps]]\nname = \"sync\"\ndo = \"final-sync\"\n\
+        [[steps]]\nname = \"promote\"\ndo = \"promote\"\n\
+        [[steps]]\nname = \"start\"\ndo = \"start-group\"\n\
+        [[steps]]\nname = \"well\"\ndo = \"wait-healthy\"\nagent = true\n";
+    let file = dir.path().join("book.toml");
+    std::fs::write(&file, text).unwrap();
+    let file = file.to_str().unwrap();
+    let told = pair.west.cli(&[
+        "runbook", "run", file, "--mode", "planned", "--as", "anna", "--json",
+    ]);
+    let run: farhaven::site::runs::view::RunView = serde_json::from_str(&told.good().out).unwrap();
+    let outcome = runs::until(&pair.west, &run.id, "its end", |view| view.outcome);
+    assert_eq!(outcome, Outcome::Succeeded);
+    let last = newest(&pair.west);
+    assert_eq!(last.quiesced, Some(true), "{last:?}");
+    let told = pair.west.cli(&["report", &run.id, "--json"]).good();
+    let report: farhaven::runbook::report::Report = serde_json::from_str(&told.out).unwrap();
+    assert_eq!(report.guests[0].quiesced, Some(true));
+    let there = runs_at(&pair.west, "web");
+    let active = pair.west.target("web").active.unwrap();
+    let qmp = active.qmp.unwrap();
+    thawed(&Path::new(&qmp).with_file_name("agent.sock"));
+    assert!(beats(&there));
+    whole(&there);
+}
