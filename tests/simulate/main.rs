@@ -1,5 +1,5 @@
 //! Whole sites in virtual time, from seeds: `cargo run --release --example
-//! simulate` runs thousands of them, this some hundreds.
+//! simulate` runs as many as are asked for, this some dozens.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
@@ -46,23 +46,23 @@ fn sound(first: u64, count: u64, options: impl Fn(u64) -> Options + Sync) -> Cou
 
 #[test]
 fn runs_with_faults_keep_every_promise() {
-    let counts = sound(1, 48, options);
+    let counts = sound(1, 24, options);
     // They went through what they are for.
-    assert!(counts.kills > 80 && counts.power_cuts > 40 && counts.link_cuts > 130);
+    assert!(counts.kills > 30 && counts.power_cuts > 15 && counts.link_cuts > 50);
     assert!(
-        counts.orders_done > 140 && counts.restored > 60,
+        counts.orders_done > 50 && counts.restored > 20,
         "{counts:?}"
     );
-    assert!(counts.points_read > 4_000, "{counts:?}");
+    assert!(counts.points_read > 1_500, "{counts:?}");
 }
 
 #[test]
 fn schedules_of_partitions_and_promotions_run_nothing_twice() {
-    let counts = sound(1, 24, |seed| Options {
+    let counts = sound(1, 12, |seed| Options {
         partitions: true,
         ..options(seed)
     });
-    assert!(counts.link_cuts > 100 && counts.restored > 20, "{counts:?}");
+    assert!(counts.link_cuts > 50 && counts.restored > 5, "{counts:?}");
 }
 
 #[test]

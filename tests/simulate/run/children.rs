@@ -16,8 +16,8 @@ const ASKED: &str = "FARHAVEN_SIMULATE";
 const PLACE: &str = "FARHAVEN_SIMULATE_IN";
 /// Before the line with what came of it.
 const ANSWER: &str = "simulated: ";
-/// A run takes a second; one that takes so long hangs.
-const PATIENCE: Duration = Duration::from_secs(240);
+/// A run takes seconds; one that takes so long hangs.
+const PATIENCE: Duration = Duration::from_secs(400);
 
 /// In a child: runs what was asked, prints what came of it, and returns true.
 pub fn is_child() -> bool {
