@@ -297,3 +297,26 @@ fn start_noise(site: &TestSite) -> Console {
         socket: paths.socket,
     }
 }
+
+#[test]
+fn what_a_guest_inside_of_the_daemon_cannot_do_is_said() {
+    let pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
+    start(&pair.east, "trial", "sim");
+    pair.east
+        .cli(&["protect", "trial", "--to", "west"])
+        .bad("cannot boot from its disks");
+    let policy = "[protect]\nquiesce = \"agent\"\nquiesce_timeout = \"500ms\"";
+    let pair = Pair::start(LINK, policy, "");
+    start(&pair.east, "trial", "sim");
+    pair.east
+        .cli(&["protect", "trial", "--to", "west", "--rpo", "1s"])
+        .good();
+    pair.east.until_sealed("trial", 2, LONG);
+    let told = pair.west.cli(&["points", "trial"]).good().out;
+    assert!(told.contains("crash (not frozen)"), "{told}");
+    let trouble = pair.east.until("the reason", LONG, |view| {
+        let guest = view.guests.into_iter().next()?;
+        (!guest.trouble.is_empty()).then_some(guest.trouble)
+    });
+    assert!(trouble.contains("no guest agent"), "{trouble}");
+}

@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use serde::{Deserialize, Serialize};
 
 use crate::bandwidth::{self, LinkTerms, Window};
-use crate::files::Quiesce;
+use crate::files::{Mode, Quiesce};
 use crate::load::Problem;
 use crate::units::{ByteSize, Period, RateLimit};
 
@@ -19,6 +19,8 @@ use crate::units::{ByteSize, Period, RateLimit};
 pub struct Policy {
     /// Recovery point objective: the newest sealed point is to be no older than this.
     pub rpo: Period,
+    /// What is copied.
+    pub mode: Mode,
     /// Longest pause of the guest in one cut that is worth no remark.
     pub max_pause: Period,
     /// Longest time in which the guest runs nowhere during a planned move.
@@ -72,6 +74,7 @@ impl Default for Policy {
     fn default() -> Policy {
         Policy {
             rpo: Period::from_secs(10),
+            mode: Mode::Memory,
             max_pause: Period::from_millis(100),
             max_blackout: Period::from_millis(500),
             max_throttle: 80,

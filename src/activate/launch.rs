@@ -162,7 +162,8 @@ impl Launched {
         };
         let status = left.execute("query-status", json!({}));
         let Ok(pid) = left.pid() else { return };
-        if status.is_ok_and(|status| status["status"] == "inmigrate") {
+        let never_ran = |status: &str| matches!(status, "inmigrate" | "prelaunch");
+        if status.is_ok_and(|status| status["status"].as_str().is_some_and(never_ran)) {
             tracing::warn!(pid, "a QEMU that was made ready before a restart is ended");
             Launched {
                 qmp: left,

@@ -30,6 +30,17 @@ pub trait Machine: Send {
     /// When the state is refused; the machine is of no use any more.
     fn restore(&mut self, device_state: &[u8]) -> Result<(), MachineError>;
 
+    /// The guest has no device state to take: it will boot from its disks, with empty
+    /// memory. In the place of [`Machine::restore`].
+    ///
+    /// # Errors
+    /// When such a machine does not boot.
+    fn boot(&mut self) -> Result<(), MachineError> {
+        Err(MachineError::Other(
+            "a guest inside of the daemon cannot boot from its disks; use a point that holds its memory".to_owned(),
+        ))
+    }
+
     /// Lets the guest run.
     ///
     /// # Errors

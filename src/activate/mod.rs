@@ -10,7 +10,7 @@ pub mod launch;
 pub mod machine;
 pub mod nbd;
 pub mod place;
-mod point;
+pub(crate) mod point;
 mod process;
 mod qemu;
 pub mod warm;

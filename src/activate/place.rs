@@ -15,9 +15,9 @@ use super::hydrate::{Hydration, HydrationState};
 use super::launch::Launched;
 use super::machine::{BuildPlan, Builder, Builders, Machine, MachineError};
 use super::nbd::NbdServer;
-use super::point::{device_state, disks, sources};
+use super::point::{boots, device_state, disks, sources};
 use super::qemu::QemuMachine;
-use super::warm::ram_file;
+use super::warm::{Warm, ram_file};
 use crate::guest::Definition;
 use crate::guest::embedded::{self, SharedVmm};
 use crate::guest::qemu::peer::bytes_free;
@@ -173,13 +173,20 @@ impl Ready {
         self.with(|machine| machine.serve(disks))
     }
 
-    /// Loads the point's device state and lets the guest go.
+    /// Loads the point's device state and lets the guest go; from a point that holds
+    /// disks alone, it boots.
     ///
     /// # Errors
     /// When the machine refuses; the guest does not run then.
     pub fn restore_and_run(&self, replica: &Replica) -> Result<(), ActivateError> {
         // Filling them may have made holes of what was reserved for them.
         reserve_all(&self.ram)?;
+        if boots(replica.volumes()) {
+            return self.with(|machine| {
+                machine.boot()?;
+                machine.run()
+            });
+        }
         let state = device_state(replica)?;
         self.with(|machine| {
             machine.restore(&state)?;
@@ -357,7 +364,11 @@ fn build(
     let served = sources(replica, &disks);
     match definition {
         Definition::Qemu(qemu) => {
-            let machine = QemuMachine::launch(ground, qemu, &served)?;
+            let boots = boots(replica.volumes());
+            if boots {
+                Warm::make_empty(&ground.ram, definition).map_err(file(&ground.ram))?;
+            }
+            let machine = QemuMachine::launch(ground, qemu, &served, boots)?;
             Ok(Ready::of_qemu(machine, disks, ground, definition))
         }
         Definition::Embedded(embedded) => {

@@ -5,7 +5,7 @@ use std::io;
 use std::sync::Arc;
 
 use farhaven_storage_sync::replica::Replica;
-use farhaven_storage_sync::unit::{UNIT, VolumeIndex, VolumeKind};
+use farhaven_storage_sync::unit::{UNIT, Volume, VolumeIndex, VolumeKind};
 
 use super::nbd::BlockSource;
 use crate::site::ActivateError;
@@ -110,6 +110,11 @@ pub(super) fn sources(
         Arc::new(PointDisk::new(replica, *volume, *bytes)) as Arc<dyn BlockSource>
     };
     disks.iter().map(source).collect()
+}
+
+/// Do these volumes hold disks alone, so that a guest boots from them?
+pub(crate) fn boots(volumes: &[Volume]) -> bool {
+    !volumes.iter().any(|volume| volume.kind == VolumeKind::Ram)
 }
 
 /// What the guest was beside memory and disks.

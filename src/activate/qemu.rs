@@ -46,8 +46,10 @@ impl QemuMachine {
         ground: &Ground<'_>,
         definition: &Definition,
         disks: &[Arc<dyn BlockSource>],
+        boots: bool,
     ) -> Result<Self, MachineError> {
-        let (placement, mut exports) = place(ground, definition, Some(disks))?;
+        let (mut placement, mut exports) = place(ground, definition, Some(disks))?;
+        placement.boots = boots;
         let plan = LaunchPlan {
             definition,
             placement: &placement,
@@ -99,6 +101,11 @@ impl Machine for QemuMachine {
 
     fn restore(&mut self, device_state: &[u8]) -> Result<(), MachineError> {
         Ok(self.launched.restore(device_state)?)
+    }
+
+    /// It was launched so.
+    fn boot(&mut self) -> Result<(), MachineError> {
+        Ok(())
     }
 
     fn run(&mut self) -> Result<(), MachineError> {

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::{UNIT, Volume, VolumeIndex, VolumeKind};
 
+use super::point::boots;
 use crate::guest::Definition;
 use crate::site::files::private_directory;
 
@@ -67,6 +68,21 @@ impl Warm {
         Ok(())
     }
 
+    /// Makes them anew, empty: nothing of another guest, nor of this one's past, is
+    /// in the memory that a guest boots with. Before its machine is there.
+    ///
+    /// # Errors
+    /// When they cannot be made.
+    pub fn make_empty(directory: &Path, definition: &Definition) -> io::Result<()> {
+        for (name, _) in definition.ram() {
+            match std::fs::remove_file(ram_file(directory, name)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Self::default().make_files(directory, definition)
+    }
+
     /// Brings the files to a point. Answers the bytes written. After an error
     /// the files count as empty.
     ///
@@ -86,6 +102,10 @@ impl Warm {
         self.make_files(directory, definition).map_err(io)?;
         let mut bytes = 0;
         let volumes = replica.volumes();
+        if boots(volumes) {
+            // Nothing comes for it; what is in it by now is its machine's.
+            self.files.clear();
+        }
         let same = from.filter(|f| f.volumes().iter().zip(volumes).all(|(a, b)| same_ram(a, b)));
         for (index, volume) in (0..).zip(volumes) {
             if volume.kind != VolumeKind::Ram {

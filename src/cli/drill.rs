@@ -72,6 +72,9 @@ async fn start(client: &Client, name: &str, point: Option<PointChoice>, json: bo
     );
     say!("  age of that point     {}", millis(report.age_ms));
     say!("  until it ran          {:.0} ms", report.rto_ms);
+    if report.times.boots {
+        say!("  it boots              from its disks, which is all that the point holds");
+    }
     if let Some(qmp) = &report.qmp {
         say!("  QMP                   {qmp}");
     }

@@ -169,6 +169,9 @@ pub(super) fn guests(guests: &[SourceView]) {
         if let Some((done, total)) = guest.progress {
             phase = format!("{phase} {:.0} %", done as f64 * 100.0 / total as f64);
         }
+        if guest.disks_only {
+            phase.push_str(", disks only");
+        }
         let phase = Cell::new(phase).fg(match guest.phase {
             Phase::Protected | Phase::Shipping | Phase::Moved => Color::Green,
             Phase::Held | Phase::Fenced | Phase::Lost => Color::Red,
@@ -269,6 +272,10 @@ fn standbys(standbys: &[TargetView]) {
             ),
             None => (state, color),
         };
+        let state = match standby.disks_only {
+            true => format!("{state}, disks only"),
+            false => state,
+        };
         let number = |n: u64| match n {
             0 => "-".to_owned(),
             n => n.to_string(),
@@ -328,7 +335,10 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             format!("{:.1} ms", point.ram_scan_ms),
             bytes(point.changed_bytes),
             bytes(point.sent_bytes),
-            consistency(point.quiesced).to_owned(),
+            match point.disks_only {
+                true => format!("disks only, {}", consistency(point.quiesced)),
+                false => consistency(point.quiesced).to_owned(),
+            },
             point.name.clone().unwrap_or_default(),
         ]);
     }
@@ -395,6 +405,9 @@ pub(super) fn failover(report: &FailoverReport) {
     );
     say!("  lost (RPO)            {}", millis(report.rpo_ms));
     say!("  until it ran (RTO)    {:.0} ms", report.rto_ms);
+    if report.times.boots {
+        say!("  it boots              from its disks, which is all that the point holds");
+    }
     say!("    term made durable   {}", ms(report.times.term));
     say!("    machine built       {}", ms(report.times.launch));
     say!(

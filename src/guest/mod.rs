@@ -224,6 +224,20 @@ pub trait Guest: Send {
         let _ = within;
     }
 
+    /// Has the guest shut itself down, by its agent or its power button, as its
+    /// operator would; false when it had not within this time: it is stopped as it is
+    /// then if `hard`, else it runs on. One that is shut down stands still, its disks
+    /// whole; [`Guest::resume`] boots it again.
+    ///
+    /// # Errors
+    /// When it cannot be asked, or its hypervisor does not answer.
+    fn shut_down(&mut self, within: Duration, hard: bool) -> Result<bool, GuestError> {
+        let _ = (within, hard);
+        Err(GuestError::State(
+            "a guest inside of the daemon is not shut down from outside".to_owned(),
+        ))
+    }
+
     /// Does the guest's agent answer within this time?
     ///
     /// # Errors

@@ -271,6 +271,9 @@ pub struct ActivationTimes {
     pub restore: Duration,
     /// From the decision until the guest ran.
     pub total: Duration,
+    /// The point holds disks alone: it boots, which takes its own time after that.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub boots: bool,
 }
 
 /// One message.

@@ -59,6 +59,9 @@ pub struct GuestReport {
     pub group: String,
     /// The point used.
     pub point: Option<u64>,
+    /// It holds disks alone: the guest booted.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
     /// When that was cut.
     pub cut_at: Option<u64>,
     /// What was lost.

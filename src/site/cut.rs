@@ -54,6 +54,15 @@ pub(super) async fn make(
     after: After,
     group: Option<Arc<GroupCut>>,
 ) -> Result<Made, DriveError> {
+    let began = Instant::now();
+    if after == After::Hold
+        && let Err(error) = driver.shut_down_first(attached).await
+    {
+        if let Some(group) = &group {
+            group.gate.give_up(&error.to_string());
+        }
+        return Err(error);
+    }
     let mut guest = take(&mut attached.guest)?;
     let mut shipment = driver.shipment(attached);
     if after == After::Hold {
@@ -98,6 +107,10 @@ pub(super) async fn make(
     driver.view.send_modify(|v| v.waiting_bytes = waiting_bytes);
     let mut made = driver.interrupted_or(made)?;
     driver.was_quiesced(&mut made, quiesce);
+    if after == After::Hold && driver.boots_there() {
+        // Nobody was served any more from when it began to shut down.
+        made.stopped = began;
+    }
     let ms = |d: Duration| d.as_secs_f64() * 1e3;
     driver.view.send_modify(|v| {
         v.last_pause_ms = Some(ms(made.times.pause));

@@ -33,6 +33,7 @@ use super::{Site, age, unix_ns};
 use crate::activate::launch::Launched;
 use crate::activate::machine::Builders;
 use crate::activate::place::{Ready, builder};
+use crate::activate::point::boots;
 use crate::activate::warm::{Warm, ram_file};
 use crate::guest::Definition;
 use crate::replicate::message::{ActivationTimes, PointContext};
@@ -218,21 +219,20 @@ impl Standby {
         };
         let (ready, replica) = (test.ready.clone(), waiting.replica.clone());
         let began = Instant::now();
-        let context = PointContext::of(&replica);
+        let (context, booted) = (PointContext::of(&replica), boots(replica.volumes()));
         let ran = step(move || ready.restore_and_run(&replica)).await;
         if let Err(error) = ran.and_then(|ran| ran) {
             self.stop_test_of(&mut drill).await;
             return Err(error.into());
         }
         let (ready, point) = (test.ready.clone(), test.point);
-        self.thaw(
-            ready.clone(),
-            context.ok().and_then(|context| context.quiesced),
-        );
+        let quiesced = context.ok().and_then(|context| context.quiesced);
+        self.thaw(ready.clone(), quiesced.filter(|_| !booted));
         let waiting = test.waiting.take();
         let (mut times, cut_at) = waiting.map(|w| (w.times, w.cut_at)).unwrap_or_default();
         times.restore = began.elapsed();
         times.total = declared.elapsed();
+        times.boots = booted;
         let console = ConsolePaths::beside(ready.run_directory());
         self.see(|s| {
             if let Some(test) = &mut s.test {

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::decide::{self, Measured};
+use farhaven_policies::files::Mode;
 use farhaven_storage_sync::unit::Digest;
 use farhaven_wan::pace::Flow;
 use tokio::sync::{mpsc, watch};
@@ -80,6 +81,9 @@ pub(super) struct Driver {
     pub(super) last_cut: Option<Instant>,
     /// So many of its next cuts are to be of frozen filesystems, whatever its policy says.
     pub(super) quiesce_next: u8,
+    /// Whoever moves a guest of disks alone accepts that it is stopped hard if it does
+    /// not shut down.
+    pub(super) accept_hard_stop: bool,
     sealing: Measured,
     pausing: Measured,
 }
@@ -116,6 +120,7 @@ impl Driver {
             peer: Some(protection.to.clone()),
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
             policy_of: protection.group.clone(),
+            disks_only: protection.policy.mode == Mode::DiskOnly,
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
@@ -137,6 +142,7 @@ impl Driver {
             left_stopped: false,
             last_cut: None,
             quiesce_next: 0,
+            accept_hard_stop: false,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };

@@ -5,13 +5,19 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+mod findings;
+
+use farhaven_policies::files::Mode;
+use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
-use super::records::GuestRecord;
+use super::records::{GuestRecord, Protection};
 use super::remote::Remote;
 use crate::activate::place;
 use crate::guest::qemu::check::{self, Finding};
+use crate::guest::qemu::options::Argument;
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
 use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent};
@@ -34,6 +40,33 @@ pub(super) fn define(qmp: &Path) -> Result<Definition, String> {
     Ok(definition.into())
 }
 
+/// Findings about memory and device state, which a guest that boots at the peer does
+/// not take there.
+const OF_MEMORY: [&str; 6] = [
+    "ram-not-shared",
+    "ram-memfd",
+    "ram-anonymous",
+    "machine-unversioned",
+    "cpu-host",
+    "migration-blocked",
+];
+
+/// Leaves out what does not matter to a guest whose disks alone are copied.
+fn that_matter(mut findings: Vec<Finding>, mode: Mode) -> Vec<Finding> {
+    if mode == Mode::DiskOnly {
+        findings.retain(|finding| !OF_MEMORY.contains(&finding.code.as_str()));
+    }
+    findings
+}
+
+/// Was QEMU told what to do at an event, by a flag of its own or by `-action`?
+fn told(arguments: &[Argument], flag: &str, (event, action): (&str, &str)) -> bool {
+    arguments.iter().any(|argument| {
+        argument.option == flag
+            || argument.option == "action" && argument.keys("").value(event) == Some(action)
+    })
+}
+
 /// The control socket of a QEMU guest.
 fn qmp_of(record: &GuestRecord) -> Result<&Path, GuestError> {
     record.qmp.as_deref().ok_or_else(|| {
@@ -53,11 +86,7 @@ pub(super) fn ended_with_daemon(name: &str) -> String {
 
 /// The local part of a guest's check. While the guest is protected our own
 /// driver holds its QMP socket, and the definition has to do.
-pub(super) fn check(
-    site: &Site,
-    record: &GuestRecord,
-    attached: bool,
-) -> Result<Vec<Finding>, GuestError> {
+fn check(site: &Site, record: &GuestRecord, attached: bool) -> Result<Vec<Finding>, GuestError> {
     let Definition::Qemu(definition) = &record.definition else {
         return Ok(site.check_hosted(record));
     };
@@ -154,9 +183,9 @@ impl Site {
             Definition::Qemu(definition) => definition,
             Definition::Embedded(_) => return self.attach_hosted(record, key),
         };
-        let ram = definition
-            .ram
-            .iter()
+        let disk_only = self.mode_of(record.id) == Mode::DiskOnly;
+        let ram = definition.ram.iter().filter(|_| !disk_only);
+        let ram = ram
             .filter_map(|block| Some((block.id.clone(), block.path.clone()?)))
             .collect();
         let disks = definition
@@ -172,11 +201,27 @@ impl Site {
             *key.bytes(),
         );
         options.ram = ram;
+        options.disk_only = disk_only;
+        options.stays = told(&definition.arguments, "no-shutdown", ("shutdown", "pause"));
         options.disks = disks;
         options.agent = agent::port(&definition.arguments);
         options.scan_threads = threads.min(8);
         options.capture_buffer = self.config.protect.capture_buffer.bytes();
         Ok(Box::new(QemuGuest::attach(options)?))
+    }
+
+    /// What is copied of a guest of this site, or would be.
+    pub(super) fn mode_of(&self, guest: GuestId) -> Mode {
+        let protection = self
+            .catalogue
+            .find::<Protection>(Table::Protections, &guest.to_string());
+        if let Ok(Some(protection)) = protection {
+            return protection.policy.mode;
+        }
+        match self.group_of(guest).filter(|group| group.from.is_none()) {
+            Some(group) => group.owed.mode,
+            None => self.config.protect.mode,
+        }
     }
 
     /// Lets a held guest that nobody is attached to run on.

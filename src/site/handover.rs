@@ -9,6 +9,8 @@
 
 use std::time::{Duration, Instant};
 
+pub(super) mod shutdown;
+
 use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
@@ -36,6 +38,7 @@ pub(super) async fn perform(
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(false);
     }
+    driver.accept_hard_stop = accept_pause;
     let outcome = match convoy.and_then(|convoy| Some((convoy, convoy.place()?))) {
         Some((convoy, place)) => {
             together::hand_over(driver, attached, accept_pause, convoy, place).await
@@ -45,6 +48,7 @@ pub(super) async fn perform(
     if let Some(guest) = attached.guest.as_mut() {
         guest.leave_to_the_cut(true);
     }
+    driver.accept_hard_stop = false;
     // However it ended: a guest that is still here gets all of its time.
     throttle(attached, 0).await.unwrap_or_else(|error| {
         tracing::warn!(guest = %driver.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
@@ -243,7 +247,7 @@ pub(super) fn report(
         final_bytes: made.final_bytes,
         term: term.number,
         times,
-        note: converged.note,
+        note: driver.told_of_boot(converged.note),
     }
 }
 

@@ -11,6 +11,7 @@ use super::standby::{Standby, State, step};
 use super::unix_ns;
 use crate::activate::fence::{OVERRULES, Term};
 use crate::activate::place::Ready;
+use crate::activate::point::boots;
 use crate::activate::warm::Warm;
 use crate::replicate::message::ActivationTimes;
 
@@ -246,6 +247,7 @@ impl Standby {
         let gone = || ActivateError::Step("its machine was ended".to_owned());
         let ready = state.ready.as_ref().ok_or_else(gone)?;
         ready.serve(&replica)?;
+        let booted = boots(replica.volumes());
         let mut activation = Activation {
             guest: self.guest,
             point,
@@ -254,7 +256,8 @@ impl Standby {
             qmp: ready.qmp(),
             pid: ready.pid(),
             running: false,
-            frozen: context.quiesced == Some(true),
+            // A guest that boots mounts its filesystems anew.
+            frozen: context.quiesced == Some(true) && !booted,
             hydrated: false,
             times: ActivationTimes::default(),
             at: unix_ns(std::time::SystemTime::now()),
@@ -279,6 +282,7 @@ impl Standby {
         }
         times.restore = began.elapsed();
         times.total = declared.elapsed();
+        times.boots = booted;
         activation.running = true;
         activation.times = times.clone();
         self.see(|s| {
@@ -294,7 +298,7 @@ impl Standby {
         }
         let ready = Arc::new(ready);
         state.active = Some((activation, ready.clone()));
-        self.thaw(ready.clone(), context.quiesced);
+        self.thaw(ready.clone(), context.quiesced.filter(|_| !booted));
         tokio::spawn(self.clone().hydrate(ready));
         Ok(())
     }

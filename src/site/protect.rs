@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use farhaven_policies::files::Mode;
 use farhaven_policies::units::Period;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
@@ -15,7 +16,6 @@ use super::events::EventKind;
 use super::operate::{OperateError, failed};
 use super::records::{GuestRecord, Owed, Protection};
 use super::view::{MoveOutlook, MoveReport, Phase};
-use crate::guest::qemu::check::{Finding, Severity};
 use crate::replicate::message::Message;
 
 /// The peer may have to wait for the end of shipments before it drops points.
@@ -160,46 +160,6 @@ impl Site {
         self.catalogue.flush().map_err(failed)
     }
 
-    /// What would stop protection here, or activation at `to` (or at the peer it is protected to).
-    ///
-    /// # Errors
-    /// When QEMU or the peer cannot be asked.
-    pub async fn check_guest(
-        self: &Arc<Self>,
-        name: &str,
-        to: Option<&str>,
-    ) -> Result<Vec<Finding>, OperateError> {
-        let record = self.guest(name)?;
-        let protected_to = {
-            let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-            drivers
-                .get(&record.id)
-                .and_then(|d| d.view.borrow().peer.clone())
-        };
-        let only = {
-            let remotes = self.remotes.read().unwrap_or_else(PoisonError::into_inner);
-            let mut names = remotes.keys();
-            names.next().filter(|_| remotes.len() == 1).cloned()
-        };
-        let local = {
-            let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
-            crate::work::spawn_blocking(move || super::guests::check(&site, &record, attached))
-                .await
-                .map_err(failed)?
-                .map_err(failed)?
-        };
-        let mut findings = local;
-        if let Some(peer) = to.map(str::to_owned).or(protected_to).or(only) {
-            let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
-            let site = self.clone();
-            let record = crate::work::spawn_blocking(move || site.as_it_is(record))
-                .await
-                .map_err(failed)?;
-            findings.extend(super::guests::check_at_peer(&record, &remote).await);
-        }
-        Ok(findings)
-    }
-
     /// Protects a guest to a peer.
     ///
     /// # Errors
@@ -266,7 +226,12 @@ impl Site {
             )));
         }
         self.unless_seeding(record.id, || Ok(()))?;
-        self.unblocked(name, to).await?;
+        if owed.policy.mode == Mode::DiskOnly && record.definition.is_embedded() {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' lives in this daemon and cannot boot from its disks, which is all that mode disk-only copies; protect it with its memory (mode = \"memory\")"
+            )));
+        }
+        self.unblocked(name, to, owed.policy.mode).await?;
         if let Some(problem) = owed.policy.problems().first() {
             return Err(OperateError::Conflict(format!(
                 "the policy cannot be kept: {} {}",
@@ -299,27 +264,6 @@ impl Site {
             self.keep_protection(&protection).map_err(failed)?;
             self.drive(protection).map_err(OperateError::Failed)
         })
-    }
-
-    /// Nothing stops the guest's protection to `to`, here or there.
-    pub(super) async fn unblocked(
-        self: &Arc<Self>,
-        name: &str,
-        to: &str,
-    ) -> Result<(), OperateError> {
-        let findings = self.check_guest(name, Some(to)).await?;
-        let blocks: Vec<_> = findings
-            .iter()
-            .filter(|f| f.severity == Severity::Blocks)
-            .map(|f| format!("{}: {}", f.what, f.mend))
-            .collect();
-        if blocks.is_empty() {
-            return Ok(());
-        }
-        Err(OperateError::Conflict(format!(
-            "'{name}' cannot be protected to '{to}' as it is:\n  {}",
-            blocks.join("\n  ")
-        )))
     }
 
     pub(super) async fn command(&self, name: &str, command: Command) -> Result<(), OperateError> {

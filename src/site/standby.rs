@@ -23,6 +23,7 @@ use super::{Site, age};
 use crate::activate::fence::Term;
 use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
+use crate::activate::point::boots;
 use crate::activate::warm::Warm;
 use crate::guest::Definition;
 use crate::replicate::message::{Opening, PointContext};
@@ -217,6 +218,7 @@ impl Standby {
             from: self.from(),
             points: points.len(),
             newest_point: newest.map_or(0, |p| p.point),
+            disks_only: newest.is_some_and(|p| boots(&p.volumes)),
             rpo_ms: newest.map(|p| age(p.cut_at_unix_ns).as_millis() as u64),
             warm_point: seen.warm_point,
             term: site
@@ -242,7 +244,10 @@ impl Standby {
 
     /// Begins to bring the warm RAM to a newly sealed point, in the background.
     pub(super) fn warm_up(self: &Arc<Self>, point: u64) {
-        if !self.opening().warm || !self.site.upgrade().is_some_and(|s| s.config.activate.warm) {
+        let opening = self.opening();
+        // Of a guest that boots, no memory comes.
+        let warm = opening.warm && !boots(&opening.volumes);
+        if !warm || !self.site.upgrade().is_some_and(|s| s.config.activate.warm) {
             return;
         }
         let standby = self.clone();

@@ -17,6 +17,7 @@ use super::standby::Standby;
 use super::view::{ConsolePaths, FailoverReport, PointView};
 use super::{Site, age};
 use crate::activate::fence::Term;
+use crate::activate::point::boots;
 use crate::replicate::message::{Message, Opening};
 
 impl Site {
@@ -177,6 +178,7 @@ impl Site {
                     sent_bytes: p.stats.wan_bytes,
                     group: record.and_then(|r| r.group.clone()),
                     quiesced: record.and_then(|r| r.quiesced),
+                    disks_only: boots(&p.volumes),
                     damaged: self.scrubs.damaged(&standby.from(), p.guest, p.point),
                     name: kept.remove(&p.point),
                 }

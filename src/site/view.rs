@@ -83,6 +83,9 @@ pub struct SourceView {
     /// the one it left last: its protection goes on as it was.
     #[serde(default)]
     pub policy_of: Option<String>,
+    /// Its disks alone are copied: at the peer it boots.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
     /// Where it stands.
     pub phase: Phase,
     /// In the pass under way: bytes looked at and to look at.
@@ -196,6 +199,9 @@ pub struct TargetView {
     pub points: usize,
     /// The newest of them, 0 for none.
     pub newest_point: u64,
+    /// That holds disks alone: the guest would boot.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
     /// Its age: what a failover now would lose.
     pub rpo_ms: Option<u64>,
     /// The point whose RAM is ready to run.
@@ -344,6 +350,9 @@ pub struct PointView {
     /// if so. Absent where that was not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesced: Option<bool>,
+    /// It holds disks alone: a guest boots from it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub disks_only: bool,
     /// A scrub found that it cannot be restored in full, and why: it is refused.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub damaged: Option<String>,

@@ -6,6 +6,7 @@
 mod support;
 
 mod input;
+mod kill_run;
 mod kills;
 mod link;
 mod watch;

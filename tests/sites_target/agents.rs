@@ -1,5 +1,6 @@
-//! Application-consistent points by a real guest agent, Debian's, in a real QEMU:
-//! frozen for each cut, thawed after it, and thawed where the guest is run.
+//! A real guest agent, Debian's, in a real QEMU: points whose filesystems are frozen
+//! for the cut, thawed after it and where the guest is run; and guests whose disks
+//! alone are copied, which it shuts down before they boot elsewhere.
 
 use farhaven::guest::qemu::agent::Agent;
 use farhaven::site::view::PointView;
@@ -124,4 +125,96 @@ fn points_are_frozen_by_the_agent_and_thawed_wherever_the_guest_runs() {
     thawed(&Path::new(&qmp).with_file_name("agent.sock"));
     assert!(beats(&there));
     whole(&there);
+}
+
+#[test]
+fn disks_alone_are_protected_and_the_guest_boots_from_them() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("g")).unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.cold farhaven.load=database farhaven.fill=8 farhaven.pages=2048"
+            .to_owned(),
+        extra: Vec::new(),
+    };
+    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+        return;
+    };
+    thawed(&dir.path().join("g/agent.sock"));
+    let pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
+    protect(&pair, "web", &guest);
+    sealed(&pair.east, "web");
+    let source = pair.east.source("web");
+    assert!(source.disks_only && source.last_ram_scanned_bytes == Some(0));
+    let point = newest(&pair.west);
+    assert!(point.disks_only && point.quiesced.is_none(), "{point:?}");
+    let told = pair.west.cli(&["points", "web"]).good().out;
+    assert!(told.contains("disks only, crash"), "{told}");
+
+    // A test boots, from its first beat on, and finds its disks as they should be.
+    let before = guest.console.last_beat().unwrap().number;
+    assert!(before > 20, "{before}");
+    let told = pair.west.cli(&["test", "web", "--json"]).good();
+    let report: farhaven::site::view::TestReport = serde_json::from_str(&told.out).unwrap();
+    assert!(report.times.boots, "{report:?}");
+    let console = report.console.unwrap();
+    let there = Console {
+        log: console.log,
+        socket: console.socket,
+    };
+    booted(&there);
+    pair.west.cli(&["test", "cleanup", "web"]).good();
+
+    // Moved: its agent shuts it down, and it boots there.
+    let moved = pair.east.cli(&["move", "web"]).good().out;
+    assert!(moved.contains("boots there"), "{moved}");
+    phase(&pair.east, "web", Phase::Moved);
+    let stood = guest.console.last_beat().unwrap().number;
+    let there = TestSite::console_of(&pair.west.target("web").active.unwrap());
+    booted(&there);
+    assert_eq!(guest.console.last_beat().unwrap().number, stood);
+    // To the last byte that it had written.
+    assert_eq!(sums(&there), [sum(&guest.data_disk)]);
+
+    // And back: the copy that was shut down here boots again.
+    pair.west.cli(&["rollback", "web", "--accept-loss"]).good();
+    let deadline = std::time::Instant::now() + PATIENCE;
+    let again = || guest.console.last_beat().unwrap().number < stood;
+    while sums(&guest.console).len() < 2 || !again() {
+        assert!(std::time::Instant::now() < deadline, "{}", pair.east.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(beats(&guest.console));
+    whole(&guest.console);
+    sealed(&pair.east, "web");
+}
+
+/// The sum of its raw disk, boot by boot, as its console tells it.
+fn sums(console: &Console) -> Vec<String> {
+    let log = std::fs::read(&console.log).unwrap_or_default();
+    let log = String::from_utf8_lossy(&log);
+    let told = log.lines().filter_map(|line| {
+        let (_, sum) = line.split_once("COLD ")?;
+        sum.split_whitespace().next().map(str::to_owned)
+    });
+    told.collect()
+}
+
+/// The same of an image, as far as the guest's ledger goes.
+fn sum(image: &Path) -> String {
+    let ledger = std::process::Command::new("sh")
+        .args(["-c", "head -c 16777216 \"$0\" | md5sum"])
+        .arg(image)
+        .output()
+        .unwrap();
+    let told = String::from_utf8_lossy(&ledger.stdout).into_owned();
+    told.split_whitespace().next().unwrap().to_owned()
+}
+
+/// It beats from its first beat on, and its memory and disks are as they should be.
+#[track_caller]
+fn booted(console: &Console) {
+    console.await_beat(5, PATIENCE);
+    assert_eq!(sums(console).len(), 1);
+    whole(console);
 }

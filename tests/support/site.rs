@@ -45,6 +45,8 @@ pub struct TestSite {
     pub name: String,
     pub dir: PathBuf,
     pub listen: SocketAddr,
+    /// For the daemon, from its next start on.
+    pub environment: Vec<(String, String)>,
     child: Option<Child>,
 }
 
@@ -88,13 +90,14 @@ impl TestSite {
             name: name.to_owned(),
             dir,
             listen,
+            environment: Vec::new(),
             child: None,
         }
     }
 
     pub fn start(&mut self) {
         self.start_silently();
-        let deadline = Instant::now() + Duration::from_secs(20);
+        let deadline = Instant::now() + Duration::from_secs(60);
         while !self.cli(&["status", "--json"]).ok {
             let ended = self
                 .child
@@ -119,6 +122,7 @@ impl TestSite {
         let child = Command::new(env!("CARGO_BIN_EXE_farhaven"))
             .args(["site", "run", "--config"])
             .arg(self.dir.join("site.toml"))
+            .envs(self.environment.iter().cloned())
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(log)

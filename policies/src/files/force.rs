@@ -18,6 +18,7 @@ impl NamedPolicy {
         }
         Policy {
             rpo: self.rpo,
+            mode: self.mode,
             max_pause: self.max_pause,
             max_blackout: self.max_blackout,
             max_throttle: self.max_throttle,

@@ -286,6 +286,17 @@ impl Agent {
         self.count("guest-fsfreeze-thaw")
     }
 
+    /// Has the guest shut itself down. It says nothing if it does so.
+    ///
+    /// # Errors
+    /// When it refuses, or cannot be told.
+    pub fn shut_down(&mut self) -> Result<(), AgentError> {
+        match self.execute("guest-shutdown") {
+            Ok(_) | Err(AgentError::TimedOut { .. } | AgentError::Closed { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
     fn count(&mut self, command: &'static str) -> Result<u64, AgentError> {
         let count = self.execute(command)?;
         count

@@ -24,6 +24,11 @@ pub struct AttachOptions {
     pub qmp: PathBuf,
     /// RAM blocks: id of the memory backend, path of its shared file. Order is volume order.
     pub ram: Vec<(String, PathBuf)>,
+    /// Its memory is not copied: no block of RAM is named, and its device state stays
+    /// where it is.
+    pub disk_only: bool,
+    /// QEMU was started so that it stays when the guest shuts down.
+    pub stays: bool,
     /// Disks: volume name, block node name (the node that the device uses).
     pub disks: Vec<(String, String)>,
     /// The character device behind the port of its guest agent, if it has one.
@@ -58,6 +63,8 @@ impl AttachOptions {
             name: name.to_owned(),
             qmp,
             ram: Vec::new(),
+            disk_only: false,
+            stays: false,
             disks: Vec::new(),
             agent: None,
             work_dir,
@@ -90,9 +97,11 @@ impl QemuGuest {
                 options.replica
             )));
         }
-        if options.ram.is_empty() || options.ram.len() + options.disks.len() > 1024 {
+        if options.ram.is_empty() != options.disk_only
+            || options.ram.len() + options.disks.len() > 1024
+        {
             return Err(GuestError::State(
-                "a guest has at least one RAM block and at most 1024 volumes".to_owned(),
+                "a guest has at least one RAM block, unless its disks alone are copied, and at most 1024 volumes".to_owned(),
             ));
         }
         let work_dir = options.work_dir.clone();
@@ -110,7 +119,9 @@ impl QemuGuest {
             });
             ram.push((id.clone(), block));
         }
-        attach::same_ram(&mut qmp, &ram)?;
+        if !options.disk_only {
+            attach::same_ram(&mut qmp, &ram)?;
+        }
         let nodes = tracking::nodes(&mut qmp)?;
         let mut disks = Vec::new();
         for (name, node) in &options.disks {
@@ -141,7 +152,10 @@ impl QemuGuest {
             kind: VolumeKind::DeviceState,
             bytes: 0,
         });
-        let before = attach::prepare_migration(&mut qmp)?;
+        let before = match options.disk_only {
+            true => attach::Before::default(),
+            false => attach::prepare_migration(&mut qmp)?,
+        };
         let socket = if disks.is_empty() {
             work_dir.join("nbd.sock")
         } else {

@@ -60,15 +60,19 @@ impl QemuGuest {
         let was_running = match status(&mut self.qmp)?.as_str() {
             "running" => true,
             "paused" | "prelaunch" | "suspended" => false,
+            // It has no state beside its disks, which are as it left them.
+            "shutdown" if self.options.disk_only => false,
             other => {
                 return Err(GuestError::State(format!(
                     "the guest is in state '{other}', of which no point can be taken; bring it back to running, or restart it"
                 )));
             }
         };
-        idle(&mut self.qmp)?;
-        // Memory may have been plugged in since the last point.
-        same_ram(&mut self.qmp, &self.ram)?;
+        if !self.options.disk_only {
+            idle(&mut self.qmp)?;
+            // Memory may have been plugged in since the last point.
+            same_ram(&mut self.qmp, &self.ram)?;
+        }
         self.begin_tracking()?;
         if after == After::Continue && !self.disks.is_empty() {
             self.view.room()?;
@@ -191,8 +195,10 @@ impl QemuGuest {
         std::thread::scope(|scope| {
             let qemu_side = scope.spawn(move || {
                 let begun = Instant::now();
-                let device_state =
-                    save_state(qmp, inlet, options.state_limit, options.state_timeout)?;
+                let device_state = match options.disk_only {
+                    true => Vec::new(),
+                    false => save_state(qmp, inlet, options.state_limit, options.state_timeout)?,
+                };
                 let state_took = begun.elapsed();
                 fix_disks(qmp, disks, point, after)?;
                 let disks_took = begun.elapsed().saturating_sub(state_took);

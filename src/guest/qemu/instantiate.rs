@@ -26,6 +26,8 @@ pub struct Placement {
     pub disks: BTreeMap<String, DiskPlacement>,
     /// `-netdev` values by id, without the id; others stay as they were.
     pub nets: BTreeMap<String, String>,
+    /// It boots from its disks: no state comes for it.
+    pub boots: bool,
     /// Other places of files that QEMU only reads.
     pub files: BTreeMap<PathBuf, PathBuf>,
 }
@@ -108,7 +110,8 @@ fn utf8(path: &Path) -> Result<&str, InstantiateError> {
 
 impl Definition {
     /// QEMU's arguments (without the program) for this guest with these parts.
-    /// It will wait for `migrate-incoming` and then stay stopped until `cont`.
+    /// It will wait for `migrate-incoming`, unless it boots, and then stay stopped until
+    /// `cont`.
     ///
     /// # Errors
     /// When a part has no place.
@@ -121,7 +124,9 @@ impl Definition {
             option: "S".to_owned(),
             value: None,
         });
-        options.push(Argument::new("incoming", "defer"));
+        if !placement.boots {
+            options.push(Argument::new("incoming", "defer"));
+        }
         Ok(options::unparse(&options))
     }
 

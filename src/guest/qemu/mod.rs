@@ -47,6 +47,7 @@ pub mod peer;
 pub mod qmp;
 mod quiesce;
 mod scan;
+mod shutdown;
 mod sieve;
 mod stream;
 mod template;
@@ -263,6 +264,11 @@ impl Guest for QemuGuest {
         self.quiesce.within = within;
     }
 
+    fn shut_down(&mut self, within: Duration, hard: bool) -> Result<bool, GuestError> {
+        self.shut_down_within(within, hard)
+            .map_err(|e| self.explain(e))
+    }
+
     fn ask_agent(&mut self, within: Duration) -> Result<(), String> {
         self.quiesce.ask(within)
     }
@@ -309,6 +315,7 @@ impl Guest for QemuGuest {
     fn resume(&mut self) -> Result<(), GuestError> {
         // A connection that broke meanwhile must not keep the guest stopped.
         if !matches!(attach::status(&mut self.qmp).as_deref(), Ok("running")) {
+            self.boot_again()?;
             self.go_on()?;
         }
         for mark in [HELD_MARK, CUT_MARK] {

@@ -66,6 +66,21 @@ impl Quiesce {
         asked.map_err(|error| error.to_string())
     }
 
+    /// Has the agent shut the guest down; false when it has none that answers.
+    pub(super) fn shut_down(&self, within: Duration) -> bool {
+        let Some(channel) = &self.channel else {
+            return false;
+        };
+        let told = Agent::connect(channel, within).and_then(|mut agent| {
+            agent.within(within);
+            agent.shut_down()
+        });
+        if let Err(error) = &told {
+            tracing::info!(guest = %self.name, %error, "its agent does not shut it down; its power button is pressed");
+        }
+        told.is_ok()
+    }
+
     /// Freezes, if that is asked. Takes no longer than was allowed.
     pub(super) fn freeze(&mut self) -> Quiesced {
         let Some(within) = self.within else {

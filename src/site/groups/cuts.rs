@@ -10,12 +10,14 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
+use farhaven_policies::files::Mode;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::GroupRecord;
 use crate::guest::gate::{Patience, Rendezvous};
+use crate::site::handover::shutdown::SHUT_DOWN;
 use crate::site::unix_ns;
 
 /// What a point of a group cut tells of it. A group point is whole where the
@@ -62,6 +64,11 @@ impl GroupCut {
             gate: Rendezvous::new(
                 group.members.len(),
                 Patience {
+                    ready: match group.owed.mode {
+                        Mode::Memory => LAST.ready,
+                        // Each shuts down by itself first.
+                        Mode::DiskOnly => LAST.ready + SHUT_DOWN,
+                    },
                     freeze: freeze(group),
                     ..LAST
                 },

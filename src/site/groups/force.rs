@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::alert::{Finding, Kind, Severity};
-use farhaven_policies::files::{Group, Mode, NamedPolicy, PolicyFiles, Quiesce};
+use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles, Quiesce};
 use farhaven_policies::load::files_of;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
@@ -436,9 +436,6 @@ fn not_acted_on(policy: &NamedPolicy, lack_agents: &[String]) -> Option<String> 
             lack_agents[0],
         ));
     }
-    if policy.mode == Mode::DiskOnly {
-        lacks.push("mode = \"disk-only\", which this version of Farhaven does not do (its memory is copied, too, and a failover goes on where it was instead of booting)".to_owned());
-    }
     (!lacks.is_empty()).then(|| {
         format!(
             "its policy asks for {}; all else of it is in force",
@@ -458,16 +455,11 @@ mod tests {
         assert_eq!(not_acted_on(&NamedPolicy::default(), &nobody), None);
         let asks = NamedPolicy {
             quiesce: Quiesce::Agent,
-            mode: Mode::DiskOnly,
             ..NamedPolicy::default()
         };
         let said = not_acted_on(&asks, &nobody).unwrap();
-        assert!(
-            said.contains("guest check db") && said.contains("booting"),
-            "{said}"
-        );
-        let said = not_acted_on(&asks, &[]).unwrap();
-        assert!(!said.contains("quiesce"), "{said}");
+        assert!(said.contains("guest check db"), "{said}");
+        assert_eq!(not_acted_on(&asks, &[]), None);
     }
 
     #[test]

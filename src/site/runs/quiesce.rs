@@ -207,6 +207,7 @@ mod tests {
                 members: BTreeSet::new(),
             }),
             quiesced,
+            disks_only: false,
             damaged: None,
             name: None,
         }

@@ -7,6 +7,7 @@ use farhaven_policies::runbook::run::{Answer, Cause, Event, Record, Run, StepVie
 
 use super::facts::{FactsFile, GuestFacts, Picture};
 use super::view::run_view;
+use crate::activate::point::boots;
 use crate::runbook::report::{CheckReport, EventReport, GuestReport, Report};
 use crate::site::Site;
 use crate::site::operate::{OperateError, failed};
@@ -69,6 +70,15 @@ impl Site {
         })
     }
 
+    fn is_of_disks(&self, name: &str, point: Option<u64>) -> bool {
+        let Some(standby) = self.standby_named(name) else {
+            return false;
+        };
+        let points = standby.points();
+        let used = points.iter().find(|header| Some(header.point) == point);
+        used.is_some_and(|header| boots(&header.volumes))
+    }
+
     fn guest_report(&self, name: &str, known: &GuestFacts, room: &mut usize) -> GuestReport {
         let (mut screen, mut console, mut pictured_at) = (None, None, None);
         // Right after its start it had shown nothing yet.
@@ -103,6 +113,7 @@ impl Site {
             guest: name.to_owned(),
             group: known.group.clone(),
             point: known.point,
+            disks_only: self.is_of_disks(name, known.point),
             cut_at: known.cut_at,
             rpo_ms: known.rpo_ms,
             rpo_target_ms: known.rpo_target_ms,

@@ -74,7 +74,7 @@ impl Site {
         elsewhere.map_err(|error| OperateError::Conflict(error.to_string()))?;
         let (busy, progress) = self.begin_seeding(record.id, name, to, SeedState::Exporting)?;
         let _stop = StopWhenDropped(progress.clone());
-        self.unblocked(name, to).await?;
+        self.unblocked(name, to, self.mode_of(record.id)).await?;
         let seed: SeedId = rand::random();
         let file = target_file(path, &seed)?;
 

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use farhaven_policies::files::Mode;
 use farhaven_policies::units::Period;
 use farhaven_storage_sync::catalogue::Table;
 
@@ -23,6 +24,7 @@ use super::super::{Site, guests};
 use super::commit::not_here;
 use super::view::ReprotectReport;
 use crate::activate::place::Ready;
+use crate::activate::point::boots;
 use crate::activate::warm::ram_file;
 use crate::guest::Definition;
 use crate::guest::qemu::check::Severity;
@@ -106,6 +108,12 @@ impl Site {
         standby: &Arc<Standby>,
         owed: Owed,
     ) -> Result<u64, OperateError> {
+        let mut owed = owed;
+        if boots(&standby.opening().volumes) {
+            // As it came: what is at the other site of it is disks, too.
+            owed.policy.mode = Mode::DiskOnly;
+            owed.policy.warm = false;
+        }
         let remote = standby.remote().clone();
         self.may_turn(standby, &remote)?;
         self.hydrated(standby).await?;

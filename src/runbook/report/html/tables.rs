@@ -97,6 +97,11 @@ fn remarks(guest: &GuestReport) -> String {
         )),
         _ => {}
     }
+    if guest.disks_only {
+        words.push(format!(
+            "<b>{name}</b> booted: the point holds its disks alone."
+        ));
+    }
     match guest.quiesced {
         Some(true) => words.push(format!(
             "The agent of <b>{name}</b> had frozen its filesystems at its last cut."

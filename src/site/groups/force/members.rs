@@ -4,6 +4,7 @@
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
+use farhaven_policies::files::Mode;
 use farhaven_policies::units::RateLimit;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
@@ -14,6 +15,16 @@ use crate::site::driver::Command;
 use crate::site::groups::GroupRecord;
 use crate::site::operate::OperateError;
 use crate::site::records::{GroupShare, GuestRecord, Owed, Protection};
+
+/// By what mode a guest is protected, if it is.
+fn protection_mode(site: &Site, guest: GuestId) -> Option<Mode> {
+    let key = guest.to_string();
+    let found = site.catalogue.find::<Protection>(Table::Protections, &key);
+    found
+        .ok()
+        .flatten()
+        .map(|protection| protection.policy.mode)
+}
 
 impl Site {
     /// Protects a member by its group's policy, or tells its driver what changed.
@@ -38,6 +49,19 @@ impl Site {
             return Err(format!(
                 "'{name}' is protected to '{}', and the group goes to '{}'; run: farhaven unprotect {name}, and it is protected there",
                 protection.to, group.peer
+            ));
+        }
+        if protection.policy.mode != owed.policy.mode {
+            return Err(format!(
+                "'{name}' is protected {}, and the policy asks for mode {} now: its points would be of another kind. Run: farhaven unprotect {name} --discard, and it is protected so from its first copy on",
+                match protection.policy.mode {
+                    Mode::Memory => "with its memory",
+                    Mode::DiskOnly => "by its disks alone",
+                },
+                match owed.policy.mode {
+                    Mode::Memory => "memory",
+                    Mode::DiskOnly => "disk-only",
+                }
             ));
         }
         if protection.owed() == owed {
@@ -139,8 +163,10 @@ impl Site {
             return Ok(());
         };
         let named = files.groups.get(&group.name);
+        let other = protection_mode(self, record.id).is_some_and(|mode| mode != group.owed.mode);
         let asks =
             named.is_some_and(|g| g.guests.contains_key(&record.name) && g.peer == group.peer);
+        let asks = asks && !other;
         if !asks {
             return Ok(());
         }

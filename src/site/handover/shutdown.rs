@@ -1,0 +1,71 @@
+//! Guests whose disks alone are copied: at the peer they boot, so before a planned
+//! move they are shut down here, and nothing that they wrote is lost.
+
+use std::time::Duration;
+
+use farhaven_policies::files::Mode;
+
+use crate::site::driver::{Attached, DriveError, Driver};
+use crate::site::steps::{blocking, take};
+use crate::site::view::Phase;
+
+/// A guest has so long to shut down before a move.
+pub(in crate::site) const SHUT_DOWN: Duration = Duration::from_secs(120);
+
+impl Driver {
+    /// Does it boot at the peer?
+    pub(in crate::site) fn boots_there(&self) -> bool {
+        self.protection.policy.mode == Mode::DiskOnly
+    }
+
+    /// Before the last cut: a guest that boots at the peer is shut down.
+    pub(in crate::site) async fn shut_down_first(
+        &mut self,
+        attached: &mut Attached,
+    ) -> Result<(), DriveError> {
+        if !self.boots_there() {
+            return Ok(());
+        }
+        let name = self.record.name.clone();
+        // It is not held for anybody's word yet.
+        self.phase(Phase::Moving);
+        self.view.send_modify(|v| {
+            v.trouble = format!("'{name}' shuts down here, to boot at the peer");
+        });
+        let mut guest = take(&mut attached.guest)?;
+        let hard = self.accept_hard_stop;
+        let work = blocking(move || {
+            let down = guest.shut_down(SHUT_DOWN, hard);
+            (guest, down)
+        });
+        let (guest, down) = self.finishing(work).await?;
+        attached.guest = Some(guest);
+        self.phase(Phase::Held);
+        match down {
+            Ok(true) => {
+                tracing::info!(guest = %name, "it has shut down, and boots at the peer");
+                Ok(())
+            }
+            Ok(false) if hard => {
+                tracing::warn!(guest = %name, "it did not shut down, and is stopped hard, as was accepted");
+                Ok(())
+            }
+            Ok(false) => Err(DriveError::TooLong(format!(
+                "it was asked to shut down, to boot at the peer, and had not within {SHUT_DOWN:?}: neither by its agent nor by its power button (it may do so still, and its QEMU ends here then). With --accept-pause it is stopped hard after that time, and boots there as after a power failure"
+            ))),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// For a move's report.
+    pub(in crate::site) fn told_of_boot(&self, note: String) -> String {
+        if !self.boots_there() {
+            return note;
+        }
+        let boots = "it was shut down here, and boots there";
+        match note.is_empty() {
+            true => boots.to_owned(),
+            false => format!("{note}; {boots}"),
+        }
+    }
+}
