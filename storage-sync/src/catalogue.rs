@@ -86,6 +86,8 @@ pub struct CatalogueReport {
 }
 
 type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+/// Its key, and what it holds.
+type Row = (Vec<u8>, Vec<u8>);
 
 /// An open catalogue. All methods may be called from any thread.
 pub struct Catalogue {
@@ -133,7 +135,7 @@ impl Database {
     }
 
     /// Rows that begin with this, in order.
-    fn scan(&self, first: u8) -> Result<Vec<(Vec<u8>, Vec<u8>)>, sled::Error> {
+    fn scan(&self, first: u8) -> Result<Vec<Row>, sled::Error> {
         let copied = |(row, value): (sled::IVec, sled::IVec)| (row.to_vec(), value.to_vec());
         match self {
             Database::Sled(sled) => sled
