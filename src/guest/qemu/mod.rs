@@ -315,7 +315,10 @@ impl Guest for QemuGuest {
     fn resume(&mut self) -> Result<(), GuestError> {
         // A connection that broke meanwhile must not keep the guest stopped.
         if !matches!(attach::status(&mut self.qmp).as_deref(), Ok("running")) {
-            self.boot_again()?;
+            // A guest with its memory goes on where it stood, and by any connection.
+            if self.options.disk_only {
+                self.boot_again()?;
+            }
             self.go_on()?;
         }
         for mark in [HELD_MARK, CUT_MARK] {
