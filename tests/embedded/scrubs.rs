@@ -298,6 +298,11 @@ async fn without_its_source_a_damaged_point_is_refused_and_a_whole_one_named() {
 async fn damage_that_is_met_when_a_point_is_restored_is_told() {
     let stage = Stage::protected().await;
     stage.east.pause("web").await.unwrap();
+    // A point that was under way would be sealed after the rot, and be whole.
+    until("it is paused", || {
+        (source(&stage.east, "web").phase == Phase::Paused).then_some(())
+    })
+    .await;
     let west = stage.west.clone();
     scrubbed(&west).await;
     assert!(damage_alert(&west).is_none());
