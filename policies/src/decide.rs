@@ -288,7 +288,7 @@ pub fn next_move_step(policy: &Policy, facts: &MoveFacts, accept_pause: bool) ->
     let shrinks = facts
         .remaining_before
         .is_none_or(|before| shrunk(before, facts.remaining_bytes));
-    let easily = expected_blackout <= policy.max_blackout.duration() * EASILY / 100;
+    let easily = expected_blackout <= policy.max_blackout.duration() / 100 * EASILY;
     let fits = within && (easily || !shrinks);
     if fits || too_long_anyway || facts.rounds >= MOST_ROUNDS {
         return end;
