@@ -123,12 +123,10 @@ fn what_runs_here_is_not_discarded_when_nothing_is_left_at_the_source() {
 #[test]
 fn a_held_guest_hears_what_it_is_told_while_its_source_asks() {
     let (pair, console) = stage();
-    let agree = "[[steps]]\nname = \"sync\"\ndo = \"final-sync\"\n[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n";
-    let file = runbook(
-        &pair,
-        "planned",
-        &format!("{agree}[[steps]]\nname = \"ready\"\ndo = \"promote\"\n"),
-    );
+    let promote = "[[steps]]\nname = \"promote\"";
+    let agree = "[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n";
+    let steps = MOVED.replace(promote, &format!("{agree}{promote}"));
+    let file = runbook(&pair, "planned", &steps);
     let run = begin(&pair.west, &file, "planned", &[]);
     at(&pair.west, &run, "agree");
     let last = console.last_beat().unwrap();
