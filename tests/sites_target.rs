@@ -13,6 +13,8 @@ mod drills;
 mod groups;
 #[path = "sites_target/moves.rs"]
 mod moves;
+#[path = "sites_target/networks.rs"]
+mod networks;
 #[path = "sites_target/runs.rs"]
 mod runs;
 #[path = "sites_target/stores.rs"]

@@ -41,6 +41,7 @@ mod fencing;
 mod guests;
 mod handover;
 pub mod limits;
+mod networks;
 mod operate;
 mod pairing;
 mod promote;

@@ -73,6 +73,9 @@ pub enum ActivateError {
         /// The newest point that is whole.
         whole: Option<u64>,
     },
+    /// A bridge that its networks are mapped to is not here.
+    #[error("'{0}' cannot be run at this site: {1}. Nothing was stopped for it; then do it again")]
+    Networks(String, String),
     /// A step panicked.
     #[error("a step ended early: {0}")]
     Step(String),
@@ -156,6 +159,7 @@ impl Standby {
         };
         // Before a term is taken: there may be another point to run.
         self.refuse_damaged(point)?;
+        self.refuse_missing_networks().await?;
         let site = self.site()?;
         let raise = {
             let (site, guest) = (site.clone(), self.guest);

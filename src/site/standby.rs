@@ -21,7 +21,6 @@ use super::turn::view::CommitView;
 use super::view::{ActiveView, ConsolePaths, TargetView};
 use super::{Site, age};
 use crate::activate::fence::Term;
-use crate::activate::launch::Launched;
 use crate::activate::place::{Ground, Ready};
 use crate::activate::point::boots;
 use crate::activate::warm::Warm;
@@ -343,29 +342,6 @@ impl Standby {
     /// one left there is evidence, and may be all that is left of its disks.
     pub(super) async fn launch(&self, point: u64, number: u64) -> Result<Ready, ActivateError> {
         self.launch_on(point, number, BTreeMap::new()).await
-    }
-
-    /// As [`Standby::launch`], with networks that go before those of this site.
-    pub(super) async fn launch_on(
-        &self,
-        point: u64,
-        number: u64,
-        networks: BTreeMap<String, String>,
-    ) -> Result<Ready, ActivateError> {
-        let site = self.site()?;
-        let (replica, context) = self.open(point)?;
-        let guest = self.guest;
-        step(move || {
-            // Made ready for a hand-over, by a daemon that ended before it.
-            let before = ground(&site, guest, number.saturating_sub(1)).run;
-            Launched::end_left(&before.join("qmp.sock"), &before);
-            let mut all = site.config.networks.clone();
-            all.extend(networks);
-            let mut ground = ground(&site, guest, number);
-            ground.networks = &all;
-            Ready::launch(&ground, &replica, &context.definition)
-        })
-        .await?
     }
 
     /// Gets ready for a planned move.

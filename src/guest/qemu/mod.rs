@@ -42,6 +42,7 @@ mod lost;
 mod mapping;
 pub mod nbd_client;
 mod nbd_wire;
+pub mod network;
 pub mod options;
 pub mod peer;
 pub mod qmp;

@@ -266,6 +266,7 @@ impl Standby {
             return Err(ActivateError::Active(self.name(), active.term.number));
         }
         self.refuse_damaged(point)?;
+        self.refuse_missing_networks().await?;
         self.end_evidence(&mut state).await;
         if self.remote().alive() && state.ready.is_none() {
             let site = self.site()?;

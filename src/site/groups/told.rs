@@ -8,6 +8,7 @@ use farhaven_storage_sync::catalogue::CatalogueError;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::{GroupRecord, MAX_MEMBERS};
+use crate::guest::qemu::network::is_bridge_name;
 use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
 use crate::site::answer::{refused, unknown_guest};
 use crate::site::operate::OperateError;
@@ -240,12 +241,18 @@ fn unsound(group: &GroupRecord) -> Option<&'static str> {
             && terms.after.len() <= MOST_TERMS
             && terms.health.len() <= MOST_TERMS
             && terms.networks.len() <= MOST_TERMS
+            && terms.networks.values().all(|networks| {
+                // A bridge's name goes into QEMU's command line here.
+                networks.len() <= MOST_TERMS && networks.values().all(|n| is_bridge_name(&n.bridge))
+            })
     };
     (!group.members.iter().all(sound)).then_some("a guest of the group is told unsoundly")
 }
 
 #[cfg(test)]
 mod tests {
+    use farhaven_policies::files::Network;
+
     use super::super::GroupMember;
     use super::*;
 
@@ -272,6 +279,20 @@ mod tests {
         };
         assert!(change(&|g| g.name = "../etc".to_owned()).is_some());
         assert!(change(&|g| g.members.clear()).is_some());
+        let bridge = |bridge: &str| {
+            let network = Network {
+                bridge: bridge.to_owned(),
+                ..Default::default()
+            };
+            change(&|g| {
+                let member = g.members.get_mut("db").unwrap();
+                let of_west = [("lan".to_owned(), network.clone())].into();
+                member.terms.networks = [("west".to_owned(), of_west)].into();
+            })
+        };
+        assert_eq!(bridge("br0"), None);
+        // QEMU would run it as root, here.
+        assert!(bridge("tap,script=/tmp/evil").is_some());
         assert!(change(&|g| drop(g.members.insert("web".to_owned(), member.clone()))).is_some());
         let many = |g: &mut GroupRecord| {
             for n in 0..=MAX_MEMBERS {

@@ -7,11 +7,12 @@ use farhaven_policies::runbook::PointChoice;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::facts::now_ms;
+use super::health;
 use super::perform::{AtSite, fault, named};
 use super::targets::Target;
-use super::{health, readiness};
 use crate::activate::fence::Term;
 use crate::runbook::perform::{Ended, Failure, Fenced, Guests, Promoted, Scope};
+use crate::site::networks;
 
 impl AtSite {
     /// The terms of all guests are this site's, and durable, before anything
@@ -177,12 +178,8 @@ impl AtSite {
         let site = self.site()?;
         let own = site.config.site.name.clone();
         for target in self.targets(&scope)? {
-            let mut networks = readiness::networks_of(&target, &own);
-            networks.extend(
-                wanted
-                    .iter()
-                    .map(|(k, v)| (k.clone(), readiness::netdev(v))),
-            );
+            let mut networks = networks::of_policy(&target.terms, &own);
+            networks.extend(wanted.iter().map(|(k, v)| (k.clone(), networks::netdev(v))));
             let known = self.facts.of(&target.name);
             if networks == known.networks || known.started_at.is_some() {
                 continue;

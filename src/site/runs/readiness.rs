@@ -11,6 +11,7 @@ use super::facts::{Seen, now_ms};
 use super::perform::AtSite;
 use super::points::{by_group, whole_point};
 use super::targets::Target;
+use crate::activate::point::boots;
 use crate::activate::warm::ram_file;
 use crate::guest::Definition;
 use crate::guest::qemu::check::{Finding, Severity};
@@ -212,31 +213,19 @@ async fn room(site: &Arc<Site>, target: &Target, mode: Mode) -> Result<String, S
     }
 }
 
-/// Networks that policy files give a guest at this site, as netdevs.
-pub(super) fn networks_of(target: &Target, site: &str) -> BTreeMap<String, String> {
-    let here = target.terms.networks.get(site).into_iter().flatten();
-    here.map(|(name, network)| (name.clone(), netdev(&network.bridge)))
-        .collect()
-}
-
-/// A bridge's name as a netdev; a whole netdev stays what it is.
-pub(super) fn netdev(value: &str) -> String {
-    match value.contains(',') {
-        true => value.to_owned(),
-        false => format!("bridge,br={value}"),
-    }
-}
-
 fn networks(run: &AtSite, site: &Site, target: &Target, named: bool) -> Result<String, String> {
-    let Definition::Qemu(definition) = target.standby.opening().definition else {
+    let opening = target.standby.opening();
+    let definition = opening.definition;
+    let networks = site.networks_of(target.standby.guest, run.facts.of(&target.name).networks);
+    if let Some(lack) = networks.lack(&target.name, &definition, boots(&opening.volumes)) {
+        return Err(format!("cannot be run here: {lack}"));
+    }
+    let Definition::Qemu(definition) = definition else {
         return Ok("has no networks of its host".to_owned());
     };
-    let mut mapped: BTreeMap<String, String> = site.config.networks.clone();
-    mapped.extend(networks_of(target, &site.config.site.name));
-    mapped.extend(run.facts.of(&target.name).networks);
     let unmapped = definition.nets.iter().filter(|net| {
         let of_its_own = net.value.starts_with("user");
-        !of_its_own && !mapped.contains_key(&net.id)
+        !of_its_own && !networks.all.contains_key(&net.id)
     });
     let unmapped: Vec<&str> = unmapped.map(|net| net.id.as_str()).collect();
     match (unmapped.as_slice(), named) {

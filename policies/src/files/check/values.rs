@@ -182,7 +182,8 @@ impl Found {
         let bridge = &network.bridge;
         let plain = bridge
             .bytes()
-            .all(|byte| byte.is_ascii_graphic() && byte != b'/');
+            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte))
+            && !bridge.starts_with(['-', '.']);
         self.require(
             !bridge.is_empty(),
             &format!("{key}.bridge"),
@@ -191,7 +192,7 @@ impl Found {
         self.require(
             plain && bridge.len() <= 15,
             &format!("{key}.bridge"),
-            format!("is {bridge:?}; Linux takes up to 15 letters without blanks and slashes"),
+            format!("is {bridge:?}; the name of a bridge is up to 15 letters, digits, -, _ and . of them; a whole QEMU netdev goes under [networks] in the peer's configuration"),
         );
         if !network.mac.is_empty() {
             let pairs: Vec<_> = network
