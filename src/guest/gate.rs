@@ -4,8 +4,10 @@
 //! All waits are bounded. Whoever does not come in time ends the cut for all:
 //! they go on, nothing of it counts, and the reason is told.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::work::Bell;
 
 /// What a cut passes on its way, if others are cut with it.
 pub trait CutGate: Send + Sync {
@@ -89,7 +91,7 @@ pub struct Rendezvous {
     members: usize,
     patience: Patience,
     state: Mutex<State>,
-    turned: Condvar,
+    turned: Bell,
 }
 
 #[derive(Debug, Default)]
@@ -107,7 +109,7 @@ impl Rendezvous {
             members,
             patience,
             state: Mutex::default(),
-            turned: Condvar::new(),
+            turned: Bell::default(),
         }
     }
 
@@ -121,7 +123,7 @@ impl Rendezvous {
         state
             .given_up
             .get_or_insert_with(|| GateError(why.to_owned()));
-        self.turned.notify_all();
+        self.turned.ring();
     }
 
     /// From the first stop to the last, once all have stopped.
@@ -135,9 +137,9 @@ impl Rendezvous {
     }
 
     /// Waits until so many have come; whoever waits in vain gives the cut up for all.
-    fn wait(
-        &self,
-        mut state: MutexGuard<'_, State>,
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
         patience: Duration,
         come: impl Fn(&State) -> usize,
         what: &str,
@@ -159,14 +161,10 @@ impl Rendezvous {
                     self.members
                 ));
                 state.given_up = Some(why.clone());
-                self.turned.notify_all();
+                self.turned.ring();
                 return Err(why);
             }
-            state = self
-                .turned
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.turned.wait(&self.state, state, left);
         }
     }
 }
@@ -179,7 +177,7 @@ impl CutGate for Rendezvous {
             return Err(why.clone());
         }
         state.gathered += 1;
-        self.turned.notify_all();
+        self.turned.ring();
         self.wait(state, self.patience.ready, |s| s.gathered, "ready")
     }
 
@@ -189,7 +187,7 @@ impl CutGate for Rendezvous {
             return Err(why.clone());
         }
         state.ready += 1;
-        self.turned.notify_all();
+        self.turned.ring();
         let patience = self.patience.freeze + self.patience.ready.min(AT_ONCE);
         self.wait(state, patience, |s| s.ready, "ready")
     }
@@ -201,7 +199,7 @@ impl CutGate for Rendezvous {
         if state.given_up.is_none() {
             state.stops.push(now);
         }
-        self.turned.notify_all();
+        self.turned.ring();
     }
 
     fn may_go_on(&self) -> Result<(), GateError> {
