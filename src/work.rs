@@ -39,7 +39,9 @@ pub fn set_labour(labour: Option<Arc<dyn Labour>>) {
 }
 
 fn labour() -> Option<Arc<dyn Labour>> {
-    LABOUR.with(|kept| kept.borrow().clone())
+    // A thread that ends has none any more.
+    let kept = LABOUR.try_with(|kept| kept.borrow().clone());
+    kept.ok().flatten()
 }
 
 /// Begins work that may block; within a Tokio runtime. It goes on when the

@@ -99,6 +99,11 @@ fn a_disk_that_does_not_sync_is_found() {
 }
 
 #[test]
+fn terms_that_do_not_last_are_found() {
+    found(Fault::Terms, &[3]);
+}
+
+#[test]
 fn a_dirty_log_that_forgets_a_page_is_found() {
     found(Fault::Dirty, &[1]);
 }

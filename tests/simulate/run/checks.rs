@@ -17,7 +17,8 @@ use super::Broken;
 use super::guest::number_of;
 use super::operators::Operators;
 use super::room::differs;
-use super::world::{Host, SECOND, World, shown};
+use super::terms::Terms;
+use super::world::{Host, SECOND, World, number_in, shown};
 
 /// Longest that a cut may stop a guest: bounded waits, and a slow disk.
 const STALL: u64 = 5 * SECOND;
@@ -41,6 +42,7 @@ pub struct Seen {
     /// Machines of a guest that ran at both sites, which a person's decision
     /// against a site that was not heard explains.
     pub excused: BTreeSet<(u64, u64)>,
+    pub terms: Terms,
     pub points: u64,
     pub read: u64,
     pub digest: blake3::Hasher,
@@ -85,6 +87,9 @@ impl Seen {
             }
             self.bytes
                 .insert((number, guest.name.clone()), guest.wan_bytes);
+            if let (Some(number), Ok(id)) = (number_in(&guest.name), guest.id.parse()) {
+                self.terms.is(number, id);
+            }
             let peer = guest.peer.as_deref().and_then(|peer| world.side(peer));
             let over = matches!(
                 guest.phase,
@@ -115,6 +120,7 @@ impl Seen {
 
     /// Promise 3, of the turn that is over.
     pub fn once(&mut self, world: &World, operators: &Operators) -> Result<(), Broken> {
+        self.terms.started(world, &world.room.begun())?;
         for (guest, one, other) in world.room.overlaps(world.now) {
             if operators.overrode(world, guest) {
                 self.excused
@@ -268,7 +274,7 @@ impl Seen {
                 phase,
                 Phase::Paused | Phase::Moved | Phase::Fenced | Phase::Unprotected | Phase::Lost
             );
-            let number: u32 = name.trim_start_matches('g').parse().unwrap_or(0);
+            let number = number_in(name).unwrap_or(0);
             let runs = world.room.runs_at(number).contains(side);
             let fresh = guest.rpo_ms.is_some_and(|age| age * 1_000_000 < RPO);
             if !waits && runs && !fresh {
@@ -288,7 +294,7 @@ impl World {
     /// Is this machine the newest of a guest that is the site's own?
     fn runs_own(&self, side: usize, name: &str, machine: u64) -> bool {
         let standing = self.room.standing();
-        let guest: u32 = name.trim_start_matches('g').parse().unwrap_or(0);
+        let guest = number_in(name).unwrap_or(0);
         let of_it = standing
             .iter()
             .filter(|(p, _)| p.side == side && p.guest == guest && !p.test);

@@ -19,6 +19,7 @@ mod orders;
 mod room;
 mod story;
 mod system;
+mod terms;
 mod world;
 
 use serde::{Deserialize, Serialize};

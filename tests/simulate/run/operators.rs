@@ -7,6 +7,7 @@ use farhaven::site::view::Phase;
 use rand::Rng;
 
 use super::orders::{Order, perform};
+use super::terms::Terms;
 use super::world::{GROUPED, GUESTS, SECOND, World};
 
 /// After an operator decided against what the other site may do, that site may
@@ -83,13 +84,19 @@ impl Operators {
     }
 
     /// Takes in what came of orders; each in words.
-    pub fn listen(&mut self, world: &World) -> Vec<String> {
+    pub fn listen(&mut self, world: &World, terms: &mut Terms) -> Vec<String> {
         let mut words = Vec::new();
         while let Ok((at, outcome)) = self.answers.try_recv() {
             let given = &mut self.given[at];
             given.done = Some(world.now);
             self.succeeded += u64::from(outcome.is_ok());
             let (guest, order) = (given.guest, given.order);
+            if outcome.is_err() && given.overrides {
+                // Unless it was refused only after its term was taken.
+                terms.look(world, given.side);
+                let mut guests = (0..GUESTS).filter(|guest| given.concerns(*guest));
+                given.overrides = guests.any(|guest| terms.owns(world, given.side, guest));
+            }
             words.push(match outcome {
                 Ok(done) => format!("g{guest}: {order:?}: done {done}"),
                 Err(why) => format!("g{guest}: {order:?}: refused: {why}"),
@@ -132,7 +139,7 @@ impl Operators {
 
     /// Forgets decisions that both sites have heard of: from then on nothing
     /// explains that a guest runs twice.
-    pub fn settle(&mut self, world: &World) {
+    pub fn settle(&mut self, world: &World, terms: &Terms) {
         let mut stopped = BTreeSet::new();
         for side in 0..world.hosts.len() {
             let guests = world.view(side).map(|view| view.guests);
@@ -146,7 +153,11 @@ impl Operators {
         for given in self.given.iter_mut().filter(|given| given.overrides) {
             let Some(done) = given.done else { continue };
             let mut guests = (0..GUESTS).filter(|guest| given.concerns(*guest));
-            let told = guests.all(|guest| stopped.contains(&(1 - given.side, format!("g{guest}"))));
+            let other = 1 - given.side;
+            let told = guests.all(|guest| {
+                stopped.contains(&(other, format!("g{guest}")))
+                    || terms.gave_up(world, other, guest)
+            });
             if told || whole && done + HEARS_WITHIN <= world.now {
                 given.overrides = false;
             }

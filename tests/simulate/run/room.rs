@@ -31,6 +31,13 @@ pub struct Span {
     pub until: Option<u64>,
 }
 
+/// A machine began to run for the first time.
+#[derive(Debug, Clone)]
+pub struct Start {
+    pub place: Place,
+    pub at: u64,
+}
+
 /// A guest as it stood still once.
 #[derive(Debug, Clone)]
 struct Instant {
@@ -55,6 +62,9 @@ struct State {
     stopped: BTreeMap<u64, (Place, u64)>,
     restored: u64,
     starts: u64,
+    /// Machines that ran once, and the first starts that were not looked at yet.
+    ran: BTreeSet<u64>,
+    begun: Vec<Start>,
 }
 
 /// The observer.
@@ -83,6 +93,8 @@ impl Room {
                 stopped: BTreeMap::new(),
                 restored: 0,
                 starts: 0,
+                ran: BTreeSet::new(),
+                begun: Vec::new(),
             }),
         })
     }
@@ -199,6 +211,12 @@ impl Room {
                     until: None,
                 });
                 state.starts += 1;
+                if state.ran.insert(place.machine) {
+                    state.begun.push(Start {
+                        place: place.clone(),
+                        at: now,
+                    });
+                }
             }
             _ => end(spans, now, |span| span.place.machine == place.machine),
         }
@@ -235,6 +253,11 @@ impl Room {
             spans.retain(|span| span.until.is_none_or(|until| until > now));
         }
         found
+    }
+
+    /// Machines that ran for the first time since this was asked last.
+    pub fn begun(&self) -> Vec<Start> {
+        std::mem::take(&mut self.state.lock().unwrap().begun)
     }
 
     /// Where a guest runs now.

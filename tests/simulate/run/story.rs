@@ -200,6 +200,8 @@ impl Story {
         } else if draw < kinds[3] {
             let power = draw >= kinds[2];
             let time = self.world.random.random_range(1..150) * 100 * MS;
+            // What it knows now it may not know again.
+            self.seen.terms.look(&self.world, side);
             self.world.kill(side, power);
             self.world.hosts[side]
                 .starts_at
@@ -241,7 +243,7 @@ impl Story {
     /// One turn of all sites, and what must hold after it.
     fn turn(&mut self) -> Result<(), Broken> {
         self.world.turn();
-        for words in self.operators.listen(&self.world) {
+        for words in self.operators.listen(&self.world, &mut self.seen.terms) {
             self.say(&words);
         }
         // What of this turn was before a site heard of a decision is explained by it.
@@ -251,8 +253,9 @@ impl Story {
             for words in self.seen.look(&self.world) {
                 self.say(&words);
             }
+            self.seen.terms.stops(&self.world)?;
             self.seen.stalled(&self.world)?;
-            self.operators.settle(&self.world);
+            self.operators.settle(&self.world, &self.seen.terms);
         }
         if self.world.now >= self.stores_looked + LOOK_INTO_STORES && keys_known(&self.world.hosts)
         {

@@ -16,6 +16,7 @@ use farhaven_policies::policy::Retention;
 use farhaven_policies::site::SiteConfig;
 use farhaven_policies::units::{ByteSize, Period, RateLimit};
 use farhaven_storage_sync::disk::simulated::SimulatedDisk;
+use farhaven_wan::SiteKey;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::runtime::{Builder, Runtime};
@@ -197,12 +198,7 @@ impl World {
             why: format!("site {} does not start: {error}", host.name),
         })?;
         let host = &mut self.hosts[side];
-        host.key = site
-            .key()
-            .as_bytes()
-            .iter()
-            .map(|b| format!("{b:02x}"))
-            .collect();
+        host.key = key_of(&site.key());
         host.starts_at = None;
         host.process = Some(Process {
             number,
@@ -219,7 +215,7 @@ impl World {
 
     /// The program of a guest starts it, unless its site says that it may not.
     pub fn embed(&mut self, side: usize, name: &str) -> bool {
-        let Some(guest) = name.strip_prefix('g').and_then(|n| n.parse().ok()) else {
+        let Some(guest) = number_in(name) else {
             return false;
         };
         let host = &self.hosts[side];
@@ -351,6 +347,11 @@ impl Host {
     }
 }
 
+/// A key as directories are named by it.
+pub fn key_of(key: &SiteKey) -> String {
+    key.as_bytes().iter().map(|b| format!("{b:02x}")).collect()
+}
+
 /// A site's key, of the run's seed: ring draws the one that a site would make by
 /// a call of the system that is not answered here, and which of two keys is
 /// greater decides things. What else ring draws has the same length always.
@@ -380,6 +381,11 @@ fn forget_terms(directory: &Path) {
     for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
         let _ = std::fs::remove_file(entry.path());
     }
+}
+
+/// The number of a guest of this name.
+pub fn number_in(name: &str) -> Option<u32> {
+    name.strip_prefix('g')?.parse().ok()
 }
 
 /// What a virtual time is, for people.
