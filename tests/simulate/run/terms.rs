@@ -42,12 +42,12 @@ impl Terms {
         let directory = world.hosts[side].directory.join("terms");
         for term in written_in(&directory) {
             let known = self.newest.get(&(side, term.group)).copied();
-            let newer =
-                |k: Known| (term.number, term.owner) > (k.term.number, k.term.owner);
+            let newer = |k: Known| (term.number, term.owner) > (k.term.number, k.term.owner);
             if known.is_none_or(newer) {
                 let before = known.filter(|known| known.term.owner == term.owner);
                 let since = before.map_or(world.now, |known| known.since);
-                self.newest.insert((side, term.group), Known { term, since });
+                self.newest
+                    .insert((side, term.group), Known { term, since });
             }
         }
     }
