@@ -136,18 +136,34 @@ impl Rendezvous {
         Some(last.duration_since(*first))
     }
 
+    /// Comes to where all meet while they run, and waits for the others there.
+    fn meet(
+        &self,
+        patience: Duration,
+        come: impl Fn(&mut State) -> &mut usize,
+    ) -> Result<(), GateError> {
+        let mut state = self.lock();
+        // Whoever comes late is not frozen, nor stopped, for nothing.
+        if let Some(why) = &state.given_up {
+            return Err(why.clone());
+        }
+        *come(&mut state) += 1;
+        self.turned.ring();
+        self.wait(state, patience, |s| *come(s), "ready")
+    }
+
     /// Waits until so many have come; whoever waits in vain gives the cut up for all.
     fn wait<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         patience: Duration,
-        come: impl Fn(&State) -> usize,
+        come: impl Fn(&mut State) -> usize,
         what: &str,
     ) -> Result<(), GateError> {
         let deadline = Instant::now() + patience;
         loop {
             // First: what all have passed cannot be given up any more.
-            if come(&state) >= self.members {
+            if come(&mut state) >= self.members {
                 return Ok(());
             }
             if let Some(why) = &state.given_up {
@@ -157,7 +173,7 @@ impl Rendezvous {
             if left.is_zero() {
                 let why = GateError(format!(
                     "{} of {} guests were {what} within {patience:?}",
-                    come(&state),
+                    come(&mut state),
                     self.members
                 ));
                 state.given_up = Some(why.clone());
@@ -171,25 +187,12 @@ impl Rendezvous {
 
 impl CutGate for Rendezvous {
     fn gather(&self) -> Result<(), GateError> {
-        let mut state = self.lock();
-        // Whoever comes late is not frozen, nor stopped, for nothing.
-        if let Some(why) = &state.given_up {
-            return Err(why.clone());
-        }
-        state.gathered += 1;
-        self.turned.ring();
-        self.wait(state, self.patience.ready, |s| s.gathered, "ready")
+        self.meet(self.patience.ready, |s| &mut s.gathered)
     }
 
     fn ready(&self) -> Result<(), GateError> {
-        let mut state = self.lock();
-        if let Some(why) = &state.given_up {
-            return Err(why.clone());
-        }
-        state.ready += 1;
-        self.turned.ring();
         let patience = self.patience.freeze + self.patience.ready.min(AT_ONCE);
-        self.wait(state, patience, |s| s.ready, "ready")
+        self.meet(patience, |s| &mut s.ready)
     }
 
     fn stopped(&self) {

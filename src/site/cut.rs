@@ -285,7 +285,7 @@ pub(super) async fn seal(
             Ok(_) => return Err(AskError::Unfitting(driver.protection.to.clone()).into()),
             // Whoever asked for a move is told at once; the point comes with the next attempt.
             Err(error @ AskError::Unreachable(_)) if driver.moves() => return Err(error.into()),
-            Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
+            Err(AskError::Unreachable(_) | AskError::TimedOut(..)) => {
                 driver.view.send_modify(|v| {
                     v.trouble = format!(
                         "site '{}' cannot be reached; point {} waits for it",

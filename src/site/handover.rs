@@ -274,7 +274,7 @@ pub(super) async fn how_it_ended(
             answer if hold::is_undecided(&answer) => {
                 hold::undecided(driver, &mut guest).await?;
             }
-            Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => {
+            Err(AskError::Unreachable(_) | AskError::TimedOut(..)) => {
                 let name = driver.record.name.clone();
                 driver.view.send_modify(|v| {
                     v.phase = Phase::Held;

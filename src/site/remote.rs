@@ -38,8 +38,8 @@ pub enum AskError {
     )]
     Unreachable(String),
     /// The peer thinks too long.
-    #[error("site '{0}' did not answer within {ANSWER:?}; see its log")]
-    TimedOut(String),
+    #[error("site '{0}' did not answer within {1:?}; see its log")]
+    TimedOut(String, Duration),
     /// The peer said no.
     #[error("site '{site}' refused: {why}")]
     Refused {
@@ -182,7 +182,7 @@ impl Remote {
             }),
             Ok(Ok(message)) => Ok(message),
             Ok(Err(_)) => Err(AskError::Unreachable(site())),
-            Err(_) => Err(AskError::TimedOut(site())),
+            Err(_) => Err(AskError::TimedOut(site(), patience)),
         }
     }
 

@@ -191,25 +191,21 @@ fn images() -> Result<PathBuf, String> {
                 ));
             }
         }
-        let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-        let output = Command::new(root.join("tests/guest/make"))
-            .output()
-            .map_err(|e| e.to_string())?;
-        match output.status.success() {
-            true => Ok(PathBuf::from(
-                String::from_utf8_lossy(&output.stdout).trim(),
-            )),
-            false => Err(String::from_utf8_lossy(&output.stderr).trim().to_owned()),
-        }
+        made_by("tests/guest/make", None)
     })
     .clone()
 }
 
 /// The guest's initrd with a guest agent in it, or why there is none.
 fn with_agent(images: &Path) -> Result<PathBuf, String> {
+    made_by("tests/guest/agent", Some(images))
+}
+
+/// What a script of this project makes, and says where; or its words.
+fn made_by(script: &str, argument: Option<&Path>) -> Result<PathBuf, String> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let output = Command::new(root.join("tests/guest/agent"))
-        .arg(images)
+    let output = Command::new(root.join(script))
+        .args(argument)
         .output()
         .map_err(|e| e.to_string())?;
     match output.status.success() {

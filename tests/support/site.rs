@@ -143,6 +143,21 @@ impl TestSite {
         }
     }
 
+    /// The daemon does nothing until it is woken: SIGSTOP.
+    pub fn freeze(&self) {
+        self.signal(rustix::process::Signal::STOP);
+    }
+
+    /// SIGCONT.
+    pub fn wake(&self) {
+        self.signal(rustix::process::Signal::CONT);
+    }
+
+    fn signal(&self, signal: rustix::process::Signal) {
+        let pid = rustix::process::Pid::from_child(self.child.as_ref().unwrap());
+        rustix::process::kill_process(pid, signal).unwrap();
+    }
+
     /// SIGTERM; its exit status was good.
     pub fn terminate(&mut self) -> bool {
         let Some(mut child) = self.child.take() else {

@@ -1,7 +1,8 @@
 //! The cut: one instant of memory, device state and disks.
 //!
 //! While the guest runs: empty fleece images are made, a mark is left in the work
-//! directory, and its agent freezes its filesystems if that is asked (`quiesce`).
+//! directory, and its agent freezes its filesystems if that is asked (`quiesce`). A
+//! guest that is throttled stays so until all that can be made ready is.
 //! Then, with the guest stopped, two things at once:
 //!
 //! - this thread scans RAM and hands changed pages to the sink;
@@ -56,7 +57,13 @@ impl QemuGuest {
         gate: &dyn CutGate,
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError> {
-        self.settle()?;
+        let inlet = self.get_ready(after)?;
+        gate.gather()?;
+        // A throttled guest runs freely from here to its stop, and writes as fast: the
+        // less is between, the less is left to a move's last cut.
+        if let Some(throttle) = &self.throttle {
+            throttle.rest()?;
+        }
         let was_running = match status(&mut self.qmp)?.as_str() {
             "running" => true,
             "paused" | "prelaunch" | "suspended" => false,
@@ -68,35 +75,17 @@ impl QemuGuest {
                 )));
             }
         };
-        if !self.options.disk_only {
-            idle(&mut self.qmp)?;
-            // Memory may have been plugged in since the last point.
-            same_ram(&mut self.qmp, &self.ram)?;
-        }
-        self.begin_tracking()?;
-        if after == After::Continue && !self.disks.is_empty() {
-            self.view.room()?;
-            for disk in &self.disks {
-                prepare_fleece(&mut self.qmp, disk, &self.work_dir)
-                    .inspect_err(|_| self.must_sweep = true)?;
+        let quiesced = match was_running {
+            true => {
+                // A mark of an earlier hold would keep the next attach from resuming the guest.
+                let _ = std::fs::remove_file(self.work_dir.join(HELD_MARK));
+                self.mark(CUT_MARK, point, false)?;
+                self.quiesce.freeze()
             }
-        }
-        let inlet = Inlet::open(&self.work_dir.join("state.sock"))?;
-        if was_running {
-            // A mark of an earlier hold would keep the next attach from resuming the guest.
-            let _ = std::fs::remove_file(self.work_dir.join(HELD_MARK));
-            self.mark(CUT_MARK, point, false)?;
-        }
-        self.must_sweep = true;
-        let together = gate.gather().and_then(|()| {
-            let quiesced = match was_running {
-                true => self.quiesce.freeze(),
-                // Whether that was asked is known where it is told.
-                false => Quiesced::NotAsked,
-            };
-            gate.ready().map(|()| quiesced)
-        });
-        let quiesced = together.inspect_err(|_| {
+            // Whether that was asked is known where it is told.
+            false => Quiesced::NotAsked,
+        };
+        gate.ready().inspect_err(|_| {
             let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
         })?;
         let at = SystemTime::now();
@@ -169,6 +158,26 @@ impl QemuGuest {
             disks,
             quiesced,
         })
+    }
+
+    /// All that a cut needs and that can be done beside a guest that runs, throttled
+    /// or not. What it leaves behind is swept away with the cut, or before the next.
+    fn get_ready(&mut self, after: After) -> Result<Inlet, GuestError> {
+        self.settle()?;
+        if !self.options.disk_only {
+            idle(&mut self.qmp)?;
+            // Memory may have been plugged in since the last point.
+            same_ram(&mut self.qmp, &self.ram)?;
+        }
+        self.begin_tracking()?;
+        self.must_sweep = true;
+        if after == After::Continue && !self.disks.is_empty() {
+            self.view.room()?;
+            for disk in &self.disks {
+                prepare_fleece(&mut self.qmp, disk, &self.work_dir)?;
+            }
+        }
+        Inlet::open(&self.work_dir.join("state.sock"))
     }
 
     /// From `stop` until everything is fixed.

@@ -245,9 +245,7 @@ impl Guest for QemuGuest {
         gate: &dyn CutGate,
         sink: &mut dyn Sink,
     ) -> Result<Cut, GuestError> {
-        // What is not cut from a running guest would stay stopped with it.
-        let rested = self.throttle.as_ref().map_or(Ok(()), Throttle::rest);
-        let made = rested.and_then(|()| self.make_cut(point, after, gate, sink));
+        let made = self.make_cut(point, after, gate, sink);
         if after == After::Continue || made.is_err() {
             // However it ended, it ended: nothing stays frozen for it.
             self.quiesce.thaw();

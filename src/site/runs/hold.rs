@@ -292,13 +292,17 @@ pub(in crate::site) async fn undecided(
     });
     // What it is asked meanwhile is answered without giving up the wait.
     loop {
-        let next = tokio::time::timeout(ASK_AGAIN, driver.commands.recv()).await;
+        let next = match driver.waiting.pop_front() {
+            // It came while the target was asked.
+            Some(command) => Ok(Some(command)),
+            None => tokio::time::timeout(ASK_AGAIN, driver.commands.recv()).await,
+        };
         match next {
             Err(_) | Ok(Some(Command::Ask)) => return Ok(()),
             Ok(Some(Command::Hold(_, reply))) => driver.held_already(reply),
             Ok(Some(Command::IsHeld(reply))) => driver.is_held(reply, guest).await,
             Ok(Some(other)) => {
-                driver.waiting.push_back(other);
+                driver.waiting.push_front(other);
                 return Err(DriveError::Interrupted);
             }
             Ok(None) => return Err(DriveError::Interrupted),

@@ -28,7 +28,9 @@ const LOOK: Duration = Duration::from_millis(100);
 /// A question to the source failed.
 pub(super) fn asked(error: AskError) -> Failure {
     match error {
-        AskError::Unreachable(_) | AskError::TimedOut(_) => Failure::source_lost(error.to_string()),
+        AskError::Unreachable(_) | AskError::TimedOut(..) => {
+            Failure::source_lost(error.to_string())
+        }
         error => Failure::fault(error.to_string()),
     }
 }

@@ -247,7 +247,7 @@ impl Site {
                     )));
                 }
                 // It goes on there, and is asked again.
-                Err(AskError::Unreachable(_) | AskError::TimedOut(_)) => remote.reachable().await,
+                Err(AskError::Unreachable(_) | AskError::TimedOut(..)) => remote.reachable().await,
                 Err(error) => return Err(failed(error)),
             }
             tokio::time::sleep(POLL).await;

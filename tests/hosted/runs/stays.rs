@@ -118,6 +118,41 @@ fn what_runs_here_is_not_discarded_when_nothing_is_left_at_the_source() {
     assert!(pair.west.target("web").active.is_some());
 }
 
+/// The source asks what became of its guest while an operator's word comes in: that
+/// is heard when the answer is here.
+#[test]
+fn a_held_guest_hears_what_it_is_told_while_its_source_asks() {
+    let (pair, console) = stage();
+    let promote = "[[steps]]\nname = \"promote\"";
+    let agree = "[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n";
+    let steps = MOVED.replace(promote, &format!("{agree}{promote}"));
+    let file = runbook(&pair, "planned", &steps);
+    let run = begin(&pair.west, &file, "planned", &[]);
+    at(&pair.west, &run, "agree");
+    let last = console.last_beat().unwrap();
+    pair.west.freeze();
+    // By then its question is under way; and the link is not given up yet.
+    std::thread::sleep(Duration::from_secs(1));
+    let told = std::thread::scope(|scope| {
+        let told = scope.spawn(|| pair.east.cli(&["take-back", "web", "--force"]));
+        std::thread::sleep(Duration::from_millis(700));
+        pair.west.wake();
+        let deadline = Instant::now() + LONG / 2;
+        while !told.is_finished() && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        if !told.is_finished() {
+            // No answer any more: the wait of the source ends.
+            pair.west.freeze();
+            panic!("the source does not hear its operator\n{}", pair.east.log());
+        }
+        told.join().unwrap()
+    });
+    told.good();
+    console.await_beat(last.number + 2, LONG);
+    sound(&console);
+}
+
 #[test]
 fn what_only_an_agent_could_do_is_refused_before_anything_is_begun() {
     let (pair, console) = stage();
