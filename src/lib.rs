@@ -82,3 +82,4 @@ mod program;
 pub mod replicate;
 pub mod runbook;
 pub mod site;
+pub mod work;

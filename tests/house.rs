@@ -29,7 +29,7 @@ const CONFINED: [(&str, &str, &[&str]); 6] = [
 ];
 
 /// Files that may hold `unsafe`: KVM's calls and guest RAM, as the design allows.
-const UNSAFE: [&str; 5] = [
+const UNSAFE: [&str; 6] = [
     // Gets a vCPU out of KVM_RUN: a flag in KVM's mapping, a signal to a thread.
     "src/guest/kvm/place.rs",
     // Gives a mapping of guest memory to KVM.
@@ -40,6 +40,8 @@ const UNSAFE: [&str; 5] = [
     "src/guest/kvm/proof/mod.rs",
     // The benchmark's emulated link: TUN devices in two network namespaces.
     "benches/wan/wanlink/src/main.rs",
+    // The simulation's clock and randomness, which libc is asked for.
+    "tests/simulate/run/system.rs",
 ];
 
 /// Longest source file, in lines.
@@ -238,6 +240,22 @@ fn unsafe_code_stands_where_it_may() {
         "only the files that tests/house.rs lists hold unsafe code",
         wrong,
     );
+}
+
+/// What a daemon does goes through the seams that a simulation replaces.
+#[test]
+fn work_that_blocks_goes_through_its_seam() {
+    // The demo and the seam itself are no part of what is simulated.
+    let others = ["src/demo/", "src/work.rs"];
+    let mut wrong = Vec::new();
+    for (path, text) in sources() {
+        if path.starts_with("src/") && !others.iter().any(|place| path.starts_with(place)) {
+            let code = without_tests(&code_of(&text));
+            let found = lines_with(&code, "task::spawn_blocking");
+            wrong.extend(found.map(|line| format!("{path}:{line}: use crate::work")));
+        }
+    }
+    none("work that blocks is begun by src/work.rs", wrong);
 }
 
 #[test]

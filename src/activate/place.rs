@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use farhaven_storage_sync::replica::Replica;
@@ -229,7 +229,7 @@ impl Ready {
             if disks.iter().all(|d| d.state == HydrationState::Done) {
                 return Ok(());
             }
-            std::thread::sleep(WATCH);
+            crate::work::sleep(WATCH);
         }
     }
 
@@ -287,7 +287,7 @@ impl Ready {
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, Option<Box<dyn Machine>>> {
-        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+        crate::work::lock(&self.machine)
     }
 
     fn with<T>(

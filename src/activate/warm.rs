@@ -188,7 +188,7 @@ fn open(path: &Path) -> io::Result<File> {
 }
 
 fn whole(file: &File, volume: VolumeIndex, replica: &Replica) -> Result<u64, FillError> {
-    let threads = std::thread::available_parallelism().map_or(2, usize::from);
+    let threads = crate::work::threads();
     let written = AtomicU64::new(0);
     let failed = Mutex::new(None);
     let write = |unit: u64, bytes: &[u8]| {

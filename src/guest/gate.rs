@@ -4,8 +4,10 @@
 //! All waits are bounded. Whoever does not come in time ends the cut for all:
 //! they go on, nothing of it counts, and the reason is told.
 
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
+
+use crate::work::Bell;
 
 /// What a cut passes on its way, if others are cut with it.
 pub trait CutGate: Send + Sync {
@@ -89,7 +91,7 @@ pub struct Rendezvous {
     members: usize,
     patience: Patience,
     state: Mutex<State>,
-    turned: Condvar,
+    turned: Bell,
 }
 
 #[derive(Debug, Default)]
@@ -107,7 +109,7 @@ impl Rendezvous {
             members,
             patience,
             state: Mutex::default(),
-            turned: Condvar::new(),
+            turned: Bell::default(),
         }
     }
 
@@ -121,7 +123,7 @@ impl Rendezvous {
         state
             .given_up
             .get_or_insert_with(|| GateError(why.to_owned()));
-        self.turned.notify_all();
+        self.turned.ring();
     }
 
     /// From the first stop to the last, once all have stopped.
@@ -146,14 +148,14 @@ impl Rendezvous {
             return Err(why.clone());
         }
         *come(&mut state) += 1;
-        self.turned.notify_all();
+        self.turned.ring();
         self.wait(state, patience, |s| *come(s), "ready")
     }
 
     /// Waits until so many have come; whoever waits in vain gives the cut up for all.
-    fn wait(
-        &self,
-        mut state: MutexGuard<'_, State>,
+    fn wait<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
         patience: Duration,
         come: impl Fn(&mut State) -> usize,
         what: &str,
@@ -175,14 +177,10 @@ impl Rendezvous {
                     self.members
                 ));
                 state.given_up = Some(why.clone());
-                self.turned.notify_all();
+                self.turned.ring();
                 return Err(why);
             }
-            state = self
-                .turned
-                .wait_timeout(state, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            state = self.turned.wait(&self.state, state, left);
         }
     }
 }
@@ -204,7 +202,7 @@ impl CutGate for Rendezvous {
         if state.given_up.is_none() {
             state.stops.push(now);
         }
-        self.turned.notify_all();
+        self.turned.ring();
     }
 
     fn may_go_on(&self) -> Result<(), GateError> {

@@ -64,10 +64,13 @@ pub struct Outgoing {
 impl Outgoing {
     /// `first` is the first batch number to use; `index_bytes` bounds the dedup index.
     pub fn new(peer: Peer, first: u64, index_bytes: usize, key: DigestKey) -> Self {
-        let crew = Crew::new().inspect_err(|error| {
-            tracing::warn!(%error, "every guest's data is compressed on one thread");
+        let crew = (!crate::work::in_place()).then(Crew::new).and_then(|crew| {
+            crew.inspect_err(|error| {
+                tracing::warn!(%error, "every guest's data is compressed on one thread");
+            })
+            .ok()
+            .map(Arc::new)
         });
-        let crew = crew.ok().map(Arc::new);
         let threads = crew.as_ref().map_or(1, |crew| crew.size());
         let level = LevelControl::new().with_threads(threads);
         Self {

@@ -71,7 +71,7 @@ impl Incoming {
             directory,
             min_free,
         };
-        tokio::task::spawn_blocking(move || appending.run(batches));
+        crate::work::spawn_blocking(move || appending.run(batches));
         let (hints, asked) = watch::channel(1);
         tokio::spawn(make_hints(store.clone(), asked));
         Self {
@@ -123,7 +123,7 @@ impl Incoming {
         loop {
             appended.mark_unchanged();
             let (store, attempt) = (self.store.clone(), seal.clone());
-            let sealed = tokio::task::spawn_blocking(move || store.seal(attempt))
+            let sealed = crate::work::spawn_blocking(move || store.seal(attempt))
                 .await
                 .map_err(|e| SealStep::Failed(e.to_string()))?;
             match sealed {
@@ -266,7 +266,7 @@ async fn make_hints(store: Store, mut asked: watch::Receiver<u64>) {
     while asked.changed().await.is_ok() {
         loop {
             let (store, begun) = (store.clone(), Instant::now());
-            let more = tokio::task::spawn_blocking(move || store.fill_hints()).await;
+            let more = crate::work::spawn_blocking(move || store.fill_hints()).await;
             if !more.unwrap_or(false) || asked.has_changed().is_err() {
                 break;
             }
@@ -329,7 +329,7 @@ impl Appending {
 
     fn run(self, mut queue: mpsc::UnboundedReceiver<(u64, Bytes)>) {
         let mut batches = Vec::new();
-        while let Some((_, first)) = queue.blocking_recv() {
+        while let Some((_, first)) = crate::work::receive(&mut queue) {
             batches.clear();
             batches.push(first);
             while batches.len() < BATCHES_A_SYNC
@@ -379,7 +379,7 @@ impl Appending {
                     if queue.is_closed() {
                         return false;
                     }
-                    std::thread::sleep(RETRY);
+                    crate::work::sleep(RETRY);
                 }
             }
         }

@@ -160,7 +160,7 @@ impl Shipment {
         let begun = Instant::now();
         let sent = self.hand_over(batch);
         let (compressing, waiting) = (self.encoder.compressing(), begun.elapsed());
-        let took = compressing.saturating_sub(self.compressed);
+        let took = crate::work::cpu_time(compressing.saturating_sub(self.compressed));
         self.compressed = compressing;
         self.encoder
             .level(self.outgoing.level_after(bytes, took, waiting));
@@ -179,7 +179,7 @@ impl Shipment {
     fn hand_over(&mut self, batch: Batch) -> Result<(), SinkError> {
         let (peer, stop) = (&self.outgoing.peer, &mut self.stop);
         let (patience, flow, rank) = (self.patience, self.flow.clone(), self.rank);
-        self.runtime.block_on(async {
+        crate::work::block_on(&self.runtime, async {
             let sent = async {
                 let Some(flow) = flow else {
                     return peer.send_data(batch.seq, batch.bytes).await;
@@ -228,7 +228,7 @@ impl Shipment {
     ) -> Result<(), SinkError> {
         let (link, begun) = (self.outgoing.link(), Instant::now());
         let stop = &mut self.stop;
-        let came = self.runtime.block_on(async {
+        let came = crate::work::block_on(&self.runtime, async {
             tokio::select! {
                 // One that went away without an answer counts as answered.
                 _ = answered.wait_for(Option::is_some) => Ok(true),

@@ -93,7 +93,7 @@ impl Host for Process {
         &self,
         work: impl FnOnce() -> T + Send + 'static,
     ) -> Result<T, String> {
-        let done = tokio::task::spawn_blocking(work).await;
+        let done = crate::work::spawn_blocking(work).await;
         done.map_err(|error| error.to_string())
     }
 }

@@ -329,7 +329,7 @@ pub(super) fn unknown_guest() -> Message {
 }
 
 async fn blocking(work: impl FnOnce() -> Message + Send + 'static) -> Message {
-    tokio::task::spawn_blocking(work)
+    crate::work::spawn_blocking(work)
         .await
         .unwrap_or_else(|e| refused(Refusal::Unable, format!("the work ended early: {e}")))
 }

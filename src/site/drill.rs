@@ -424,7 +424,7 @@ impl Standby {
         // Taken before anybody can ask for a new test.
         let held = self.drill.clone().lock_owned().await;
         let name = self.name();
-        tokio::task::spawn_blocking(move || {
+        crate::work::spawn_blocking(move || {
             Launched::end(&places.run.join("qmp.sock"), &places.run);
             let removed = remove(&places);
             tracing::warn!(

@@ -279,7 +279,7 @@ impl Driver {
         if let Some(guest) = attached.guest.take() {
             // Dropping a guest talks to QEMU; End removes our traces from it.
             let leave = matches!(ended, Ok(Next::Ended));
-            let _ = tokio::task::spawn_blocking(move || {
+            let _ = crate::work::spawn_blocking(move || {
                 let mut guest = guest;
                 if leave {
                     guest.detach();
@@ -429,7 +429,7 @@ impl Driver {
     /// Writes the protection down, durably. What fails is told in the status, too.
     pub(super) async fn keep_protection(&self) -> Result<(), String> {
         let (site, protection) = (self.site.clone(), self.protection.clone());
-        let kept = tokio::task::spawn_blocking(move || site.keep_protection(&protection)).await;
+        let kept = crate::work::spawn_blocking(move || site.keep_protection(&protection)).await;
         let kept = match kept {
             Ok(kept) => kept.map_err(|e| e.to_string()),
             Err(error) => Err(error.to_string()),

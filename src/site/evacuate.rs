@@ -131,7 +131,7 @@ impl Site {
             Ok(record)
         };
         // Its task needs the runtime that a blocking thread has, too.
-        tokio::task::spawn_blocking(begin).await.map_err(failed)?
+        crate::work::spawn_blocking(begin).await.map_err(failed)?
     }
 
     /// Goes on with an evacuation that a daemon before this one left.
@@ -309,7 +309,7 @@ impl Site {
         let moved: BTreeSet<String> = selected.moved.clone();
         let (facts, basis) =
             facts::facts(self, remote, order, &selected.candidates, moved, deadline);
-        let planned = tokio::task::spawn_blocking(move || evacuate::plan(&facts)).await;
+        let planned = crate::work::spawn_blocking(move || evacuate::plan(&facts)).await;
         let plan = planned.map_err(failed)?;
         let plan = plan.map_err(|error| OperateError::Conflict(error.to_string()))?;
         let mut remarks = remarks(order, &plan);

@@ -170,7 +170,7 @@ impl Site {
         let name = record.name.clone();
         let site = self.clone();
         let stop = move || super::guests::stop_guest(&site, &record);
-        let stopped = tokio::task::spawn_blocking(stop).await;
+        let stopped = crate::work::spawn_blocking(stop).await;
         let stopped = stopped.map_err(|e| e.to_string())?;
         tracing::warn!(
             guest = name,
@@ -193,7 +193,7 @@ impl Driver {
         let owner = self.site.name_of(&term.owner);
         let (site, record) = (self.site.clone(), self.record.clone());
         let gone = record.definition.is_embedded() && site.hosted(record.id).is_none();
-        let stopped = tokio::task::spawn_blocking(move || match guest {
+        let stopped = crate::work::spawn_blocking(move || match guest {
             Some(mut guest) => guest.stop().map_err(|e| e.to_string()),
             None => super::guests::stop_guest(&site, &record).map_err(|e| e.to_string()),
         })

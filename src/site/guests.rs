@@ -249,7 +249,7 @@ impl Site {
     /// What is here for a guest of a peer.
     pub(super) async fn peer_facts(self: &Arc<Self>, definition: &Definition) -> PeerFacts {
         let (site, definition) = (self.clone(), definition.clone());
-        tokio::task::spawn_blocking(move || {
+        crate::work::spawn_blocking(move || {
             let (ram, store) = (site.config.ram_dir(), site.config.store_dir());
             match &definition {
                 Definition::Qemu(definition) => {

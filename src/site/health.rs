@@ -170,7 +170,7 @@ pub(super) async fn agent(standby: &Standby, tested: bool) -> Seen {
         Ok(None) => return Seen::NotLookedAt(NO_AGENT.to_owned()),
         Err(why) => return Seen::NotYet(why),
     };
-    let asked = tokio::task::spawn_blocking(move || {
+    let asked = crate::work::spawn_blocking(move || {
         Agent::connect(&channel, LOOK).and_then(|mut agent| agent.ping())
     });
     match asked.await {

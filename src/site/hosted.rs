@@ -278,7 +278,7 @@ impl Site {
             )));
         }
         let (site, id) = (self.clone(), record.id);
-        let ended = tokio::task::spawn_blocking(move || site.end_hosted(id)).await;
+        let ended = crate::work::spawn_blocking(move || site.end_hosted(id)).await;
         ended.map_err(failed)?;
         self.remove_guest(name)
     }
@@ -374,5 +374,5 @@ impl Standby {
 }
 
 pub(super) fn lock(vmm: &SharedVmm) -> MutexGuard<'_, dyn Vmm + 'static> {
-    vmm.lock().unwrap_or_else(PoisonError::into_inner)
+    crate::work::lock(vmm)
 }

@@ -116,7 +116,7 @@ impl Site {
             let (path, name) = (path.to_owned(), name.to_owned());
             let progress = noted.1.clone();
             let work = move || store.add_image(&path, &name, &progress);
-            let added = tokio::task::spawn_blocking(work).await.map_err(failed)?;
+            let added = crate::work::spawn_blocking(work).await.map_err(failed)?;
             drop(noted);
             let image = added.map_err(|error| match error {
                 ImageError::Local(_) => failed(error),

@@ -92,7 +92,7 @@ impl Standby {
             self.guest,
             name.to_owned(),
         );
-        let kept = tokio::task::spawn_blocking(move || store.keep_point(guest, point, &name));
+        let kept = crate::work::spawn_blocking(move || store.keep_point(guest, point, &name));
         kept.await
             .map_err(failed)?
             .map_err(|error| OperateError::Conflict(error.to_string()))?;
@@ -108,7 +108,7 @@ impl Standby {
                 self.name()
             )));
         }
-        let released = tokio::task::spawn_blocking(move || store.release_point(guest, point));
+        let released = crate::work::spawn_blocking(move || store.release_point(guest, point));
         released.await.map_err(failed)?.map_err(failed)?;
         Ok(point)
     }

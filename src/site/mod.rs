@@ -54,6 +54,7 @@ mod standby;
 mod start;
 mod status;
 mod steps;
+mod surroundings;
 mod takeover;
 mod watch;
 
@@ -66,6 +67,7 @@ use farhaven_policies::site::SiteConfig;
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
+use farhaven_storage_sync::disk::Disk;
 use farhaven_storage_sync::store::Store;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::rate::RateOptions;
@@ -76,7 +78,6 @@ use crate::activate::machine::Builders;
 use crate::activate::nbd::NbdServer;
 use crate::guest::embedded::SharedVmm;
 use crate::replicate::message::PointContext;
-use crate::replicate::receive::Incoming;
 use driver::{Driver, DriverHandle};
 pub use error::SiteError;
 use events::EventKind;
@@ -86,6 +87,7 @@ use remote::Remote;
 use sealed::SealedTimes;
 use seed::announced::Announced;
 use standby::Standby;
+pub use surroundings::Surroundings;
 
 /// A running site.
 pub struct Site {
@@ -115,6 +117,8 @@ pub struct Site {
     policies: groups::InForce,
     /// Who builds embedded guests here, by their kind.
     builders: Builders,
+    /// What the stores are on.
+    disk: Arc<dyn Disk>,
     /// Images that are being stored.
     adding: Mutex<Vec<images::Adding>>,
     /// Held while a new guest is put into the catalogue: names are given once.
@@ -153,6 +157,17 @@ impl Site {
         config: SiteConfig,
         builders: Builders,
     ) -> Result<Arc<Self>, SiteError> {
+        Self::start_in(config, Surroundings::of_system(builders)).await
+    }
+
+    /// As [`Site::start_with`], on another disk and network than the system's.
+    ///
+    /// # Errors
+    /// See [`SiteError`]; nothing runs then.
+    pub async fn start_in(
+        config: SiteConfig,
+        surroundings: Surroundings,
+    ) -> Result<Arc<Self>, SiteError> {
         let state = config.site.state_dir.clone();
         for (directory, key) in [
             (&state, "site.state_dir"),
@@ -169,7 +184,7 @@ impl Site {
         start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let tracking_key = files::digest_key(&state.join("identity").join("digest-key"));
-        let (catalogue, report) = Catalogue::open(&state.join("catalogue"))?;
+        let (catalogue, report) = surroundings.catalogue(&state.join("catalogue"))?;
         if report.rebuilt || report.journal_rebuilt {
             tracing::warn!(set_aside = ?report.set_aside, "the catalogue was damaged or missing, and was rebuilt");
         }
@@ -188,12 +203,12 @@ impl Site {
         })?;
         let exports = Arc::new(NbdServer::bind(config.run_dir().join("nbd.sock"))?);
         let limits = limits::Limits::open(&config)?;
-        let node = Arc::new(Node::start(&identity, node_options(&config, &limits))?);
+        let node = surroundings.node(&identity, node_options(&config, &limits))?;
         let site = Arc::new(Self {
             config,
             fence,
             identity,
-            node,
+            node: Arc::new(node),
             catalogue: Arc::new(catalogue),
             tracking_key,
             remotes: RwLock::default(),
@@ -206,7 +221,8 @@ impl Site {
             exports,
             limits,
             policies: groups::InForce::default(),
-            builders,
+            builders: surroundings.builders,
+            disk: surroundings.disk,
             adding: Mutex::default(),
             naming: Mutex::default(),
             turns: turn::Turns::default(),
@@ -298,7 +314,7 @@ impl Site {
             standby.end_with_daemon().await;
         }
         let catalogue = self.catalogue.clone();
-        let _ = tokio::task::spawn_blocking(move || catalogue.flush()).await;
+        let _ = crate::work::spawn_blocking(move || catalogue.flush()).await;
     }
 
     /// This site's key.
@@ -333,33 +349,6 @@ impl Site {
 
     fn store_directory(&self, key: &SiteKey) -> PathBuf {
         self.config.store_dir().join(hex(key.as_bytes()))
-    }
-
-    /// Opens what a paired site sent, and its session; [`Remote::serve`] begins to speak.
-    fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
-        let before = self
-            .removed
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .remove(&record.key);
-        let store = match before {
-            Some(store) => store,
-            None => self.open_store(&record)?,
-        };
-        self.note_peer(&record);
-        let peer = self.node.trust(record.clone());
-        let incoming = Incoming::start(
-            store,
-            peer.clone(),
-            self.store_directory(&record.key),
-            self.config.store.min_free.bytes(),
-        );
-        let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
-        self.remotes
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(record.site, remote.clone());
-        Ok(remote)
     }
 
     fn note_sealed(&self, guest: GuestId, cut_at: SystemTime) {
@@ -433,7 +422,7 @@ impl Site {
             quiesced: context.quiesced,
         };
         let catalogue = self.catalogue.clone();
-        tokio::task::spawn_blocking(move || {
+        crate::work::spawn_blocking(move || {
             catalogue.put(Table::Points, &key, &record)?;
             catalogue.flush()
         })

@@ -7,6 +7,8 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::store::{Store, StoreOptions};
 use farhaven_wan::{Introduction, Invitation, PeerRecord};
 
+use crate::replicate::receive::Incoming;
+
 use super::operate::{OperateError, failed};
 use super::remote::Remote;
 use super::standby::Standby;
@@ -161,15 +163,43 @@ impl Site {
         Ok(())
     }
 
+    /// Opens what a paired site sent, and its session; [`Remote::serve`] begins to speak.
+    pub(super) fn trust(self: &Arc<Self>, record: PeerRecord) -> Result<Arc<Remote>, SiteError> {
+        let before = self
+            .removed
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&record.key);
+        let store = match before {
+            Some(store) => store,
+            None => self.open_store(&record)?,
+        };
+        self.note_peer(&record);
+        let peer = self.node.trust(record.clone());
+        let incoming = Incoming::start(
+            store,
+            peer.clone(),
+            self.store_directory(&record.key),
+            self.config.store.min_free.bytes(),
+        );
+        let remote = Arc::new(Remote::new(record.clone(), peer, incoming));
+        self.remotes
+            .write()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(record.site, remote.clone());
+        Ok(remote)
+    }
+
     /// Opens what a site sent.
-    pub(super) fn open_store(&self, record: &PeerRecord) -> Result<Store, SiteError> {
+    fn open_store(&self, record: &PeerRecord) -> Result<Store, SiteError> {
         let options = StoreOptions {
             segment_bytes: self.config.store.segment_bytes.bytes(),
             hint_bytes: usize::try_from(self.config.store.index_bytes.bytes())
                 .unwrap_or(usize::MAX),
             ..StoreOptions::default()
         };
-        let (store, report) = Store::open(&self.store_directory(&record.key), options)?;
+        let directory = self.store_directory(&record.key);
+        let (store, report) = Store::open_on(self.disk.clone(), &directory, options)?;
         for damaged in &report.damaged {
             tracing::error!(peer = %record.site, path = %damaged.path.display(), why = damaged.why, "a point cannot be restored");
         }

@@ -321,7 +321,7 @@ impl Standby {
             .upgrade()
             .and_then(|s| s.config.activate.hydrate_rate.rate());
         let rate = rate.map_or(0, |rate| rate.bytes_per_second());
-        let done = tokio::task::spawn_blocking(move || {
+        let done = crate::work::spawn_blocking(move || {
             ready.announce();
             ready.hydrate(rate, |done, total| {
                 standby.see(|s| s.hydration = Some((done, total)))

@@ -99,7 +99,7 @@ impl Site {
             )));
         }
         let path = qmp.to_owned();
-        let definition = tokio::task::spawn_blocking(move || super::guests::define(&path))
+        let definition = crate::work::spawn_blocking(move || super::guests::define(&path))
             .await
             .map_err(failed)?
             .map_err(failed)?;

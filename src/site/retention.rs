@@ -221,7 +221,7 @@ async fn perform(
     let store = remote.incoming.store.clone();
     let planned = {
         let store = store.clone();
-        tokio::task::spawn_blocking(move || store.plan_prune(&keep)).await
+        crate::work::spawn_blocking(move || store.plan_prune(&keep)).await
     };
     let plan = planned
         .map_err(|e| e.to_string())?
@@ -247,7 +247,7 @@ async fn perform(
         store.give_up_prune(&plan);
         return Ok(PruneReport::default());
     }
-    let done = tokio::task::spawn_blocking(move || store.perform_prune(&plan)).await;
+    let done = crate::work::spawn_blocking(move || store.perform_prune(&plan)).await;
     let report = done
         .map_err(|e| e.to_string())?
         .map_err(|e| e.to_string())?;
@@ -293,7 +293,7 @@ impl Site {
         let judged = judged(&standby, &groups::fates_of(self, &standby));
         let keep = Keep::from([(standby.guest, keep_of(&standby, &judged))]);
         let store = standby.remote().incoming.store.clone();
-        let planned = tokio::task::spawn_blocking(move || {
+        let planned = crate::work::spawn_blocking(move || {
             let plan = store.plan_prune(&keep)?;
             store.give_up_prune(&plan);
             Ok::<_, farhaven_storage_sync::prune::PruneError>(plan)

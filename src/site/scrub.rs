@@ -160,7 +160,7 @@ pub(super) async fn keep_scrubbing(site: Weak<Site>) {
                 let site = site.clone();
                 let remote = remote.clone();
                 // Reads the store: not on a thread that serves others.
-                tokio::task::spawn_blocking(move || look(&site, &remote)).await
+                crate::work::spawn_blocking(move || look(&site, &remote)).await
             };
             if let Err(error) = begun {
                 tracing::error!(%error, "looking at what is damaged ended early");
@@ -249,8 +249,7 @@ impl Site {
             bytes_per_second: rate,
             from,
         };
-        let thread = std::thread::Builder::new().name("scrub".to_owned());
-        let spawned = thread.spawn(move || {
+        let spawned = crate::work::spawn_beside("scrub", move || {
             let mut noted = 0;
             let report = store.scrub(options, &mut |progress| scrub.goes_on(progress, &mut noted));
             scrub.ended(&report, &store);

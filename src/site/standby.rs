@@ -371,7 +371,7 @@ impl Standby {
     /// Ends a machine that was made ready and never ran.
     pub(super) async fn discard(&self, state: &mut State) {
         if let Some(ready) = state.ready.take() {
-            let _ = tokio::task::spawn_blocking(move || ready.discard()).await;
+            let _ = crate::work::spawn_blocking(move || ready.discard()).await;
         }
     }
 
@@ -467,7 +467,7 @@ pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
 pub(super) async fn step<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ActivateError> {
-    tokio::task::spawn_blocking(work)
+    crate::work::spawn_blocking(work)
         .await
         .map_err(|e| ActivateError::Step(e.to_string()))
 }

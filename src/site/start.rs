@@ -174,7 +174,7 @@ impl Site {
     ) -> Result<GuestRecord, OperateError> {
         self.free_name(name)?;
         let (site, name, start) = (self.clone(), name.to_owned(), start.clone());
-        let started = tokio::task::spawn_blocking(move || site.start_here(&name, &start)).await;
+        let started = crate::work::spawn_blocking(move || site.start_here(&name, &start)).await;
         started.map_err(failed)?
     }
 

@@ -19,7 +19,7 @@ impl Driver {
     pub(super) async fn attach(&mut self) -> Result<Box<dyn Guest>, DriveError> {
         let (site, record) = (self.site.clone(), self.record.clone());
         let key = site.tracking_key.clone();
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let threads = crate::work::threads();
         let attached = blocking(move || site.attach(&record, key, threads)).await?;
         Ok(attached?)
     }
@@ -360,7 +360,7 @@ impl Driver {
 pub(super) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, DriveError> {
-    tokio::task::spawn_blocking(work)
+    crate::work::spawn_blocking(work)
         .await
         .map_err(|e| DriveError::Other(format!("a step ended early: {e}")))
 }

@@ -176,7 +176,7 @@ impl Watch {
         }
         let (directory, reserve) = (site.config.store_dir(), site.config.store.min_free.bytes());
         // A disk that hangs must not keep other alerts.
-        let looked = tokio::task::spawn_blocking(move || {
+        let looked = crate::work::spawn_blocking(move || {
             let room = rustix::fs::statvfs(&directory).ok()?;
             Some(StoreFacts {
                 path: directory.display().to_string(),

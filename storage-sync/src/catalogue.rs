@@ -10,6 +10,7 @@
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) mod fuzzing;
 mod journal;
+mod table;
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -23,58 +24,10 @@ use crate::disk::{Disk, OpenFile, SystemDisk};
 use crate::files::{FileError, LockError, lock, make_dir, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 use journal::Journal;
+pub use table::Table;
 
 /// Memory that sled may use for its cache.
 const CACHE: u64 = 8 << 20;
-
-/// What rows are about.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-#[repr(u8)]
-pub enum Table {
-    /// This site itself.
-    Site = 1,
-    /// Sites this one is paired with.
-    Peers = 2,
-    /// Guests that run or ran here.
-    Guests = 3,
-    /// Protection groups.
-    Groups = 4,
-    /// What is protected to where, and how.
-    Protections = 5,
-    /// Headers of recovery points.
-    Points = 6,
-    /// Points that were brought to life here.
-    Activations = 7,
-    /// What peers tell of their guests.
-    Remote = 8,
-    /// Copies of guests that were stopped for good, and are kept.
-    Evidence = 9,
-}
-
-impl Table {
-    /// All of them.
-    pub const ALL: [Table; 9] = [
-        Table::Site,
-        Table::Peers,
-        Table::Guests,
-        Table::Groups,
-        Table::Protections,
-        Table::Points,
-        Table::Activations,
-        Table::Remote,
-        Table::Evidence,
-    ];
-
-    fn from_number(number: u8) -> Option<Table> {
-        Table::ALL.into_iter().find(|&table| table as u8 == number)
-    }
-
-    fn row(self, key: &str) -> Vec<u8> {
-        let mut row = vec![self as u8];
-        row.extend_from_slice(key.as_bytes());
-        row
-    }
-}
 
 /// Why the catalogue refused.
 #[derive(Debug, thiserror::Error)]
@@ -133,11 +86,13 @@ pub struct CatalogueReport {
 }
 
 type Rows = BTreeMap<Vec<u8>, Vec<u8>>;
+/// Its key, and what it holds.
+type Row = (Vec<u8>, Vec<u8>);
 
 /// An open catalogue. All methods may be called from any thread.
 pub struct Catalogue {
     sled_dir: PathBuf,
-    database: sled::Db,
+    database: Database,
     journal: Mutex<Journal>,
     _lock: OpenFile,
 }
@@ -146,6 +101,73 @@ impl std::fmt::Debug for Catalogue {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "Catalogue({})", self.sled_dir.display())
     }
+}
+
+/// Where rows are looked up.
+enum Database {
+    Sled(sled::Db),
+    Memory(Mutex<Rows>),
+}
+
+impl Database {
+    fn insert(&self, row: Vec<u8>, value: Vec<u8>) -> Result<(), sled::Error> {
+        match self {
+            Database::Sled(sled) => sled.insert(row, value).map(drop),
+            Database::Memory(rows) => {
+                held(rows).insert(row, value);
+                Ok(())
+            }
+        }
+    }
+
+    fn remove(&self, row: &[u8]) -> Result<bool, sled::Error> {
+        match self {
+            Database::Sled(sled) => sled.remove(row).map(|old| old.is_some()),
+            Database::Memory(rows) => Ok(held(rows).remove(row).is_some()),
+        }
+    }
+
+    fn get(&self, row: &[u8]) -> Result<Option<Vec<u8>>, sled::Error> {
+        match self {
+            Database::Sled(sled) => sled.get(row).map(|found| found.map(|v| v.to_vec())),
+            Database::Memory(rows) => Ok(held(rows).get(row).cloned()),
+        }
+    }
+
+    /// Rows that begin with this, in order.
+    fn scan(&self, first: u8) -> Result<Vec<Row>, sled::Error> {
+        let copied = |(row, value): (sled::IVec, sled::IVec)| (row.to_vec(), value.to_vec());
+        match self {
+            Database::Sled(sled) => sled
+                .scan_prefix([first])
+                .map(|row| row.map(copied))
+                .collect(),
+            Database::Memory(rows) => {
+                let rows = held(rows);
+                let found = rows.range(vec![first]..);
+                let found = found.take_while(|(row, _)| row.first() == Some(&first));
+                Ok(found.map(|(k, v)| (k.clone(), v.clone())).collect())
+            }
+        }
+    }
+
+    fn rows(&self) -> Result<Rows, sled::Error> {
+        match self {
+            Database::Sled(sled) => rows_of(sled),
+            Database::Memory(rows) => Ok(held(rows).clone()),
+        }
+    }
+
+    fn flush(&self) -> Result<(), sled::Error> {
+        match self {
+            Database::Sled(sled) => sled.flush().map(drop),
+            Database::Memory(_) => Ok(()),
+        }
+    }
+}
+
+fn held(rows: &Mutex<Rows>) -> MutexGuard<'_, Rows> {
+    rows.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Catalogue {
@@ -238,8 +260,35 @@ impl Catalogue {
         let journal = Mutex::new(journal);
         let catalogue = Catalogue {
             sled_dir: sled_dir.to_path_buf(),
-            database,
+            database: Database::Sled(database),
             journal,
+            _lock: lock,
+        };
+        catalogue.flush()?;
+        Ok((catalogue, report))
+    }
+
+    /// [`Catalogue::open_on`] without sled: rows are in memory, and the journal
+    /// is all that lasts. For simulations, whose disks sled cannot use.
+    ///
+    /// # Errors
+    /// When it is taken, its journal is damaged, or cannot be read or written.
+    pub fn open_in_memory(
+        disk: Arc<dyn Disk>,
+        dir: &Path,
+    ) -> Result<(Catalogue, CatalogueReport), CatalogueError> {
+        make_dir(&*disk, dir)?;
+        let lock = lock(&*disk, dir)?;
+        let opened = Journal::open(disk, &dir.join("catalogue.journal"));
+        let (journal, rows, tail) = opened.map_err(journal::OpenError::file)?;
+        let report = CatalogueReport {
+            torn_bytes: tail.bytes,
+            ..CatalogueReport::default()
+        };
+        let catalogue = Catalogue {
+            sled_dir: dir.to_path_buf(),
+            database: Database::Memory(Mutex::new(rows)),
+            journal: Mutex::new(journal),
             _lock: lock,
         };
         catalogue.flush()?;
@@ -274,9 +323,7 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.put(&row, Some(&value))?;
         let written = self.database.insert(row, value);
-        written
-            .map(drop)
-            .map_err(|error| failed(&self.sled_dir, &error))
+        written.map_err(|error| failed(&self.sled_dir, &error))
     }
 
     /// Removes a row; `false` when there was none.
@@ -287,10 +334,8 @@ impl Catalogue {
         let row = table.row(key);
         let mut journal = self.journal();
         journal.put(&row, None)?;
-        let removed = self.database.remove(row);
-        removed
-            .map(|old| old.is_some())
-            .map_err(|error| failed(&self.sled_dir, &error))
+        let removed = self.database.remove(&row);
+        removed.map_err(|error| failed(&self.sled_dir, &error))
     }
 
     /// Reads a row.
@@ -302,7 +347,7 @@ impl Catalogue {
         table: Table,
         key: &str,
     ) -> Result<Option<T>, CatalogueError> {
-        let found = self.database.get(table.row(key));
+        let found = self.database.get(&table.row(key));
         let found = found.map_err(|error| failed(&self.sled_dir, &error))?;
         found.map(|value| parse(table, key, &value)).transpose()
     }
@@ -316,8 +361,8 @@ impl Catalogue {
         table: Table,
     ) -> Result<Vec<(String, T)>, CatalogueError> {
         let mut rows = Vec::new();
-        for row in self.database.scan_prefix([table as u8]) {
-            let (row, value) = row.map_err(|error| failed(&self.sled_dir, &error))?;
+        let found = self.database.scan(table as u8);
+        for (row, value) in found.map_err(|error| failed(&self.sled_dir, &error))? {
             let key = String::from_utf8_lossy(row.get(1..).unwrap_or_default()).into_owned();
             let value = parse(table, &key, &value)?;
             rows.push((key, value));
@@ -333,12 +378,12 @@ impl Catalogue {
         let mut journal = self.journal();
         journal.sync()?;
         if journal.is_long() {
-            let rows = rows_of(&self.database).map_err(|error| failed(&self.sled_dir, &error))?;
+            let rows = self.database.rows();
+            let rows = rows.map_err(|error| failed(&self.sled_dir, &error))?;
             journal.rewrite(&rows)?;
         }
         self.database
             .flush()
-            .map(drop)
             .map_err(|error| failed(&self.sled_dir, &error))
     }
 }

@@ -53,7 +53,7 @@ impl Reading {
             left: 0..0,
             extents: None,
         };
-        match tokio::task::spawn_blocking(move || self.next_blocking()).await {
+        match crate::work::spawn_blocking(move || self.next_blocking()).await {
             Ok(next) => next,
             // The source panicked: this read fails, the daemon goes on.
             Err(error) => (gone(), Err(io::Error::other(error))),

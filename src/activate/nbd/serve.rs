@@ -259,7 +259,7 @@ impl Connection {
         } else {
             MOST_EXTENTS
         };
-        let extents = tokio::task::spawn_blocking(move || extents(&*source, range, most)).await;
+        let extents = crate::work::spawn_blocking(move || extents(&*source, range, most)).await;
         let extents = match extents {
             Ok(extents) => extents,
             Err(error) => return self.source_failed(request, &io::Error::other(error)).await,

@@ -7,7 +7,7 @@
 //! still. Only then is it hashed and handed to the sink. So a cut costs what
 //! changed, not what exists.
 
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 
 use farhaven_storage_sync::digest::{DigestKey, is_zero};
 use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeIndex, VolumeKind};
@@ -427,7 +427,7 @@ fn volumes(vmm: &dyn Vmm) -> Result<Vec<Volume>, GuestError> {
 }
 
 fn lock(vmm: &SharedVmm) -> MutexGuard<'_, dyn Vmm + 'static> {
-    vmm.lock().unwrap_or_else(PoisonError::into_inner)
+    crate::work::lock(vmm)
 }
 
 fn explain(error: VmmError) -> GuestError {

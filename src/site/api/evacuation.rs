@@ -28,7 +28,7 @@ pub(super) fn routes() -> Router<Arc<Site>> {
 async fn reading<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, OperateError> + Send + 'static,
 ) -> Answer<T> {
-    let read = tokio::task::spawn_blocking(read).await;
+    let read = crate::work::spawn_blocking(read).await;
     read.unwrap_or_else(|error| Err(OperateError::Failed(error.to_string())))
         .map(Json)
 }

@@ -99,7 +99,7 @@ async fn reprotect(
 
 async fn list(State(site): Here) -> Answer<Vec<crate::site::turn::view::EvidenceView>> {
     whole(async move {
-        let listed = tokio::task::spawn_blocking(move || site.evidence()).await;
+        let listed = crate::work::spawn_blocking(move || site.evidence()).await;
         listed.map_err(crate::site::operate::failed)
     })
     .await

@@ -406,7 +406,7 @@ impl Conductor {
             return;
         }
         let (records, record) = (self.records.clone(), self.record.clone());
-        let kept = tokio::task::spawn_blocking(move || records.keep(&record)).await;
+        let kept = crate::work::spawn_blocking(move || records.keep(&record)).await;
         if let Ok(Err(error)) = kept {
             // Moving on matters more; what the next step writes has this in it, too.
             tracing::error!(evacuation = self.record.id, %error, "the evacuation's record cannot be written; it goes on, and a restart would know less of it");

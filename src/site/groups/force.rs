@@ -166,7 +166,7 @@ impl Site {
             return;
         };
         let before = self.policies.state().seen;
-        let looked = tokio::task::spawn_blocking({
+        let looked = crate::work::spawn_blocking({
             let path = path.clone();
             move || read(&path, before)
         });

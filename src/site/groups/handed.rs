@@ -221,7 +221,7 @@ impl Site {
             hand_over.clone()
         };
         let site = self.clone();
-        let written = tokio::task::spawn_blocking(move || site.write_down(&ran)).await;
+        let written = crate::work::spawn_blocking(move || site.write_down(&ran)).await;
         self.is_kept(
             group,
             written.unwrap_or_else(|e| Err(std::io::Error::other(e))),

@@ -43,7 +43,7 @@ impl Site {
         };
         let local = {
             let (site, record, attached) = (self.clone(), record.clone(), protected_to.is_some());
-            tokio::task::spawn_blocking(move || check(&site, &record, attached))
+            crate::work::spawn_blocking(move || check(&site, &record, attached))
                 .await
                 .map_err(failed)?
                 .map_err(failed)?
@@ -52,7 +52,7 @@ impl Site {
         if let Some(peer) = to.map(str::to_owned).or(protected_to).or(only) {
             let remote = self.remote(&peer).ok_or_else(|| self.no_peer(&peer))?;
             let site = self.clone();
-            let record = tokio::task::spawn_blocking(move || site.as_it_is(record))
+            let record = crate::work::spawn_blocking(move || site.as_it_is(record))
                 .await
                 .map_err(failed)?;
             findings.extend(check_at_peer(&record, &remote).await);

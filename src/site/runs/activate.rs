@@ -33,7 +33,7 @@ impl AtSite {
             let guests: Vec<GuestId> = untaken.iter().map(|t| t.standby.guest).collect();
             let fence = site.clone();
             let taken =
-                tokio::task::spawn_blocking(move || fence.fence.overrule_all(&guests, fence.key()));
+                crate::work::spawn_blocking(move || fence.fence.overrule_all(&guests, fence.key()));
             let terms = taken.await.map_err(fault)?.map_err(fault)?;
             let known: Vec<(String, String, Option<Term>)> = untaken
                 .iter()
@@ -43,7 +43,7 @@ impl AtSite {
                 })
                 .collect();
             let facts = self.facts.clone();
-            let noted = tokio::task::spawn_blocking(move || {
+            let noted = crate::work::spawn_blocking(move || {
                 facts.change(|facts| {
                     for (name, group, term) in known {
                         let guest = facts.guests.entry(name).or_default();

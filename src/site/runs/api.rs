@@ -109,7 +109,7 @@ async fn whole<T: Send + 'static>(
 async fn reading<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, OperateError> + Send + 'static,
 ) -> Answered<T> {
-    let read = tokio::task::spawn_blocking(work).await;
+    let read = crate::work::spawn_blocking(work).await;
     let read = read.unwrap_or_else(|e| Err(OperateError::Failed(e.to_string())));
     read.map(Json)
 }

@@ -78,7 +78,7 @@ async fn saw(run: &AtSite, step: &str, guest: &str, said: &Result<String, String
         return Ok(());
     }
     let facts = run.facts.clone();
-    let kept = tokio::task::spawn_blocking(move || facts.saw(seen)).await;
+    let kept = crate::work::spawn_blocking(move || facts.saw(seen)).await;
     kept.map_err(|e| Failure::fault(e.to_string()))?
 }
 
@@ -133,7 +133,7 @@ async fn runs(run: &AtSite, target: &Target) -> Result<String, String> {
     let standby = &target.standby;
     let runs = match standby.tested_by(&run.run).await {
         Some(ready) => {
-            let asked = tokio::task::spawn_blocking(move || ready.runs()).await;
+            let asked = crate::work::spawn_blocking(move || ready.runs()).await;
             asked.map_err(|e| e.to_string())?.map_err(|e| e.to_string())
         }
         None => standby.runs_here().await.map_err(|e| e.to_string()),

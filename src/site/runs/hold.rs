@@ -247,7 +247,7 @@ impl Driver {
             return self.held_already(reply);
         }
         let (site, record, attached) = (self.site.clone(), self.record.clone(), guest.take());
-        let looked = tokio::task::spawn_blocking(move || match attached {
+        let looked = crate::work::spawn_blocking(move || match attached {
             Some(mut attached) => {
                 let lives = attached.running().is_some();
                 (Some(attached), Ok(lives))

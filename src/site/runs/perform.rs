@@ -74,7 +74,7 @@ impl AtSite {
         change: impl FnOnce(&mut super::facts::GuestFacts) + Send + 'static,
     ) -> Ended<()> {
         let (facts, guest) = (self.facts.clone(), guest.to_owned());
-        let noted = tokio::task::spawn_blocking(move || facts.note(&guest, change)).await;
+        let noted = crate::work::spawn_blocking(move || facts.note(&guest, change)).await;
         noted.map_err(|e| Failure::fault(e.to_string()))?
     }
 

@@ -50,7 +50,7 @@ async fn look(run: &AtSite, target: &Target) {
         (Some(ready), _) => {
             let directory = ready.run_directory().to_owned();
             let (ready, file) = (ready.clone(), directory.join(SCREEN));
-            let drawn = tokio::task::spawn_blocking(move || ready.draw(&file)).await;
+            let drawn = crate::work::spawn_blocking(move || ready.draw(&file)).await;
             (directory, drawn.is_ok_and(|drawn| drawn.is_ok()))
         }
         (None, Some(active)) => {
@@ -62,7 +62,7 @@ async fn look(run: &AtSite, target: &Target) {
     };
     let (facts, id, guest) = (run.facts.clone(), run.run.clone(), target.name.clone());
     let Ok(site) = run.site() else { return };
-    let kept = tokio::task::spawn_blocking(move || {
+    let kept = crate::work::spawn_blocking(move || {
         let screen = drawn.then(|| keep_screen(&directory.join(SCREEN), &site, &id, &guest));
         let picture = screen
             .flatten()

@@ -147,7 +147,7 @@ async fn handed_over(
     run.keep_points(std::slice::from_ref(target), &points)
         .await?;
     let fence = site.clone();
-    let adopted = tokio::task::spawn_blocking(move || fence.fence.adopt(term)).await;
+    let adopted = crate::work::spawn_blocking(move || fence.fence.adopt(term)).await;
     let in_force = adopted.map_err(fault)?.map_err(fault)?;
     match in_force == term {
         true => Ok(()),
@@ -333,7 +333,7 @@ async fn hand_term_back(run: &AtSite, target: &Target, ours: Term) -> Ended<()> 
         true => current,
         false if current == ours => {
             let fence = site.clone();
-            let adopted = tokio::task::spawn_blocking(move || fence.fence.adopt(theirs)).await;
+            let adopted = crate::work::spawn_blocking(move || fence.fence.adopt(theirs)).await;
             adopted.map_err(fault)?.map_err(fault)?
         }
         false => {

@@ -126,7 +126,7 @@ impl AtSite {
             kept.push((target.name.clone(), target.group.clone(), number, cut_at));
         }
         let (facts, declared) = (self.facts.clone(), self.declared);
-        let noted = tokio::task::spawn_blocking(move || {
+        let noted = crate::work::spawn_blocking(move || {
             let mut promoted = Promoted {
                 point: 0,
                 rpo_ms: 0,

@@ -27,7 +27,7 @@ fn not_kept(error: &dyn std::fmt::Display) {
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
-    tokio::task::spawn_blocking(work).await.ok()
+    crate::work::spawn_blocking(work).await.ok()
 }
 
 impl Site {

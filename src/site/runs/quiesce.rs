@@ -112,7 +112,7 @@ async fn saw(run: &AtSite, step: &str, target: &Target, good: bool, seen: String
         seen,
     };
     let facts = run.facts.clone();
-    let kept = tokio::task::spawn_blocking(move || facts.saw(seen)).await;
+    let kept = crate::work::spawn_blocking(move || facts.saw(seen)).await;
     kept.map_err(|e| Failure::fault(e.to_string()))?
 }
 

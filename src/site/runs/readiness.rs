@@ -86,7 +86,7 @@ pub(super) async fn check(run: &AtSite, scope: &Scope, checks: &[Readiness]) -> 
                 good,
                 seen: words,
             };
-            let kept = tokio::task::spawn_blocking(move || facts.saw(kept)).await;
+            let kept = crate::work::spawn_blocking(move || facts.saw(kept)).await;
             kept.map_err(|e| Failure::fault(e.to_string()))??;
         }
     }
@@ -185,7 +185,7 @@ async fn findings(site: &Arc<Site>, definition: &Definition) -> Vec<Finding> {
 async fn room(site: &Arc<Site>, target: &Target, mode: Mode) -> Result<String, String> {
     let (site, guest) = (site.clone(), target.standby.guest);
     let definition = target.standby.opening().definition;
-    let looked = tokio::task::spawn_blocking(move || {
+    let looked = crate::work::spawn_blocking(move || {
         let directory = site.config.ram_dir().join(guest.to_string());
         let has = |(name, bytes): (&str, u64)| {
             let file = std::fs::metadata(ram_file(&directory, name));

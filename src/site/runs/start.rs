@@ -88,7 +88,7 @@ impl Site {
         let id = run_id(start.mode);
         let (site, text) = (self.clone(), start.text);
         let kept_id = id.clone();
-        let kept = tokio::task::spawn_blocking(move || {
+        let kept = crate::work::spawn_blocking(move || {
             let directory = site.runs.directory();
             crate::site::files::replace(
                 &directory.join(format!("{kept_id}.toml")),

@@ -231,7 +231,7 @@ pub(in crate::site) async fn announce(
         announced_at: unix_ns(SystemTime::now()),
     };
     let site = site.clone();
-    let kept = tokio::task::spawn_blocking(move || site.seeds.keep(seed)).await;
+    let kept = crate::work::spawn_blocking(move || site.seeds.keep(seed)).await;
     match kept {
         Ok(Ok(())) => Message::Done,
         Ok(Err(error)) => refused(

@@ -80,7 +80,7 @@ impl Site {
 
         let (site, asked) = (self.clone(), record.clone());
         let guest = blocking(move || {
-            let threads = std::thread::available_parallelism().map_or(2, usize::from);
+            let threads = crate::work::threads();
             site.attach(&asked, site.tracking_key.clone(), threads)
         });
         let guest = guest.await?.map_err(failed)?;
@@ -424,7 +424,7 @@ fn not_begun(error: &AskError) -> OperateError {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, OperateError> {
-    tokio::task::spawn_blocking(work)
+    crate::work::spawn_blocking(work)
         .await
         .map_err(|e| OperateError::Failed(format!("a step ended early: {e}")))
 }

@@ -327,7 +327,7 @@ fn told(path: &str, error: &SeedError) -> OperateError {
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, OperateError> {
-    tokio::task::spawn_blocking(work)
+    crate::work::spawn_blocking(work)
         .await
         .map_err(|e| OperateError::Failed(format!("a step ended early: {e}")))
 }

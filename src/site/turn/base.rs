@@ -132,7 +132,7 @@ impl Site {
                 let (site, remote) = (self.clone(), remote.clone());
                 let (record, work) = (record.clone(), work.clone());
                 let opening = standby.opening();
-                let made = tokio::task::spawn_blocking(move || {
+                let made = crate::work::spawn_blocking(move || {
                     read(&site, &remote, &record, &opening, &work)
                 });
                 made.await.map_err(|e| e.to_string())??

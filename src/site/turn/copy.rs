@@ -20,7 +20,7 @@ impl Site {
         if !record.definition.is_embedded() {
             keep_held(&self.run_directory(record.id))?;
         }
-        let threads = std::thread::available_parallelism().map_or(2, usize::from);
+        let threads = crate::work::threads();
         self.attach(record, self.tracking_key.clone(), threads)
     }
 }

@@ -222,7 +222,7 @@ impl Site {
         force: bool,
     ) -> Result<Discarded, OperateError> {
         let (site, asked, copy) = (self.clone(), name.to_owned(), copy.map(str::to_owned));
-        let pieces = tokio::task::spawn_blocking(move || site.pieces_of(&asked, copy.as_deref()));
+        let pieces = crate::work::spawn_blocking(move || site.pieces_of(&asked, copy.as_deref()));
         let pieces = pieces.await.map_err(failed)??;
         if let Some(needed) = pieces.iter().find(|p| p.view.needed).filter(|_| !force) {
             return Err(OperateError::Conflict(format!(
@@ -259,7 +259,7 @@ impl Site {
                 let Some(record) = record else { return Ok(()) };
                 self.end_driver(record.id).await;
                 let (site, ending) = (self.clone(), record.clone());
-                let ended = tokio::task::spawn_blocking(move || {
+                let ended = crate::work::spawn_blocking(move || {
                     site.end_copy(&ending)?;
                     site.clear_hosted(&ending);
                     site.clear_home(&ending)
@@ -279,7 +279,7 @@ impl Site {
                 self.end_left_in_process(&view).await;
                 if let Some(qmp) = &view.qmp {
                     let qmp = qmp.clone();
-                    let ended = tokio::task::spawn_blocking(move || end_qemu(&qmp));
+                    let ended = crate::work::spawn_blocking(move || end_qemu(&qmp));
                     ended.await.map_err(failed)?.map_err(failed)?;
                 }
             }
@@ -344,7 +344,7 @@ impl Site {
         let qmp = kept.record.qmp.clone();
         let directory = kept.directory.clone();
         let (site, record) = (self.clone(), kept.record.clone());
-        let ended = tokio::task::spawn_blocking(move || {
+        let ended = crate::work::spawn_blocking(move || {
             if let Some(vmm) = vmm {
                 lock(&vmm).end();
             }

@@ -73,7 +73,7 @@ impl Site {
             }
             Ok(manifests)
         };
-        tokio::task::spawn_blocking(work).await.map_err(failed)?
+        crate::work::spawn_blocking(work).await.map_err(failed)?
     }
 
     fn export_piece(&self, piece: &Piece, below: &Path) -> Result<EvidenceManifest, OperateError> {

@@ -67,7 +67,7 @@ impl Site {
             return Ok(state);
         }
         let site = self.clone();
-        let runs = tokio::task::spawn_blocking(move || guests::copy_runs(&site, &record)).await;
+        let runs = crate::work::spawn_blocking(move || guests::copy_runs(&site, &record)).await;
         state.runs = runs
             .map_err(|e| e.to_string())?
             .map_err(|e| e.to_string())?;

@@ -17,6 +17,7 @@ mod messages;
 mod node;
 mod options;
 mod pair;
+mod port;
 mod remote;
 mod reset;
 mod socket;
@@ -29,6 +30,7 @@ pub use handle::{AcknowledgeError, Closed, Peer, SendDataError, SendMessageError
 pub use node::{Node, NodeOptions, Pairing, StartError};
 pub use options::LinkOptions;
 pub use pair::PairError;
+pub use port::Port;
 pub use remote::PeerEvent;
 pub use socket::SocketBuffers;
 pub use status::LinkStatus;

@@ -6,7 +6,9 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use quinn::{Endpoint, Incoming, ServerConfig, TokioRuntime, TransportConfig};
+use quinn::{
+    AsyncUdpSocket, Endpoint, Incoming, Runtime, ServerConfig, TokioRuntime, TransportConfig,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::timeout;
 
@@ -15,6 +17,7 @@ use super::gate::Gate;
 use super::handle::Peer;
 use super::options::LinkOptions;
 use super::pair::{PairError, accept_invitation, answer, now_unix};
+use super::port::{Port, PortSocket};
 use super::remote::Remote;
 use super::reset::endpoint_config;
 use super::socket::{SocketBuffers, bind};
@@ -139,6 +142,38 @@ impl Node {
         };
         let (socket, buffers) =
             bind(options.listen, options.link.socket_buffer_bytes).map_err(listen)?;
+        let socket = TokioRuntime.wrap_udp_socket(socket).map_err(listen)?;
+        Node::start_over(identity, options, socket, buffers)
+    }
+
+    /// As [`Node::start`], through a port in place of a UDP socket.
+    ///
+    /// # Errors
+    /// When the identity cannot be used.
+    pub fn start_on(
+        identity: &Identity,
+        options: NodeOptions,
+        port: Arc<dyn Port>,
+    ) -> Result<Node, StartError> {
+        let bytes = options.link.socket_buffer_bytes;
+        let buffers = SocketBuffers {
+            requested: bytes,
+            receive: bytes,
+            send: bytes,
+        };
+        Node::start_over(identity, options, Arc::new(PortSocket(port)), buffers)
+    }
+
+    fn start_over(
+        identity: &Identity,
+        options: NodeOptions,
+        socket: Arc<dyn AsyncUdpSocket>,
+        buffers: SocketBuffers,
+    ) -> Result<Node, StartError> {
+        let listen = |source| StartError::Listen {
+            address: options.listen,
+            source,
+        };
         let tls = Tls::new(identity);
         let admission = Arc::new(Admission::default());
         let crypto = tls
@@ -151,7 +186,7 @@ impl Node {
             .max_incoming(2 * limits::MAX_HANDSHAKES)
             .incoming_buffer_size(64 << 10)
             .incoming_buffer_size_total(1 << 20);
-        let endpoint = Endpoint::new(
+        let endpoint = Endpoint::new_with_abstract_socket(
             endpoint_config(identity),
             Some(server),
             socket,

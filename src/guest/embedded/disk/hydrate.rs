@@ -52,9 +52,7 @@ impl TrackedDisk {
             return Ok(());
         }
         let disk = Arc::downgrade(self);
-        std::thread::Builder::new()
-            .name("hydrate".to_owned())
-            .spawn(move || copy(&disk))?;
+        crate::work::spawn_beside("hydrate", move || copy(&disk))?;
         state.copying.state = Some(HydrationState::Running);
         state.copying.done = 0;
         Ok(())
@@ -174,7 +172,7 @@ fn pace(disk: &Weak<TrackedDisk>, bytes: u64) {
         }
         let nap = Duration::from_secs_f64((left / rate as f64).min(NAP.as_secs_f64()));
         let begun = Instant::now();
-        std::thread::sleep(nap);
+        crate::work::sleep(nap);
         left -= begun.elapsed().as_secs_f64() * rate as f64;
     }
 }

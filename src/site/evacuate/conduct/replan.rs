@@ -51,7 +51,7 @@ impl Conductor {
         let deadline = self.record.left().filter(|left| !left.is_zero());
         let order = &self.record.order;
         let (facts, basis) = facts::facts(site, remote, order, &here, gone, deadline);
-        let planned = tokio::task::spawn_blocking(move || evacuate::plan(&facts)).await;
+        let planned = crate::work::spawn_blocking(move || evacuate::plan(&facts)).await;
         match planned {
             Ok(Ok(plan)) => self.take_over(plan, basis),
             Ok(Err(error)) => self.keep_old(&error.to_string()),

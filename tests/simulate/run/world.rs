@@ -1,0 +1,394 @@
+//! The sites of a run: processes in runtimes of their own, which take turns and
+//! are killed and started; their disks, clocks and guests.
+
+use std::io::Write;
+use std::net::SocketAddr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use base64::Engine;
+use farhaven::guest::embedded::Vmm;
+use farhaven::site::view::SiteView;
+use farhaven::site::{Site, Surroundings};
+use farhaven_policies::policy::Retention;
+use farhaven_policies::site::SiteConfig;
+use farhaven_policies::units::{ByteSize, Period, RateLimit};
+use farhaven_storage_sync::disk::simulated::SimulatedDisk;
+use farhaven_wan::SiteKey;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use tokio::runtime::{Builder, Runtime};
+
+use super::fibers::Fibers;
+use super::guest::{self, Monitor};
+use super::network::{Network, Shape};
+use super::room::{Place, Room};
+use super::system::System;
+use super::{Broken, Fault, Options};
+
+pub const MS: u64 = 1_000_000;
+pub const SECOND: u64 = 1_000 * MS;
+
+/// One site, whether its daemon runs or not.
+pub struct Host {
+    pub name: String,
+    pub address: SocketAddr,
+    pub directory: PathBuf,
+    pub disk: SimulatedDisk,
+    pub process: Option<Process>,
+    /// Its clock runs so many parts in a million too fast.
+    drift: i64,
+    /// What its clock was set by, in nanoseconds.
+    set: i64,
+    /// When the daemon is started again.
+    pub starts_at: Option<u64>,
+    /// Its key, in hexadecimal, once it was started.
+    pub key: String,
+    /// The disk of up to 8 seconds ago, and of 8 more, for [`Fault::Sync`].
+    recent: SimulatedDisk,
+    older: SimulatedDisk,
+}
+
+/// A daemon.
+pub struct Process {
+    pub number: u64,
+    pub runtime: Runtime,
+    pub site: Arc<Site>,
+}
+
+pub struct World {
+    pub options: Options,
+    pub system: Arc<System>,
+    pub network: Network,
+    pub room: Arc<Room>,
+    pub hosts: Vec<Host>,
+    /// Virtual time that all sites have come to.
+    pub now: u64,
+    /// How far they come in one turn: less than a datagram is on its way.
+    turn: u64,
+    pub random: StdRng,
+    pub shape: Shape,
+    processes: u64,
+    /// Since when both sites run and the link carries.
+    pub whole_since: u64,
+    pub kills: u64,
+    pub power_cuts: u64,
+    retention: Retention,
+    segment: u64,
+    /// Guests 0 and 2 are a protection group, by a policy file at their home.
+    pub grouped: bool,
+}
+
+/// Most guests of a run.
+pub const GUESTS: u32 = 3;
+/// The group, and the numbers of its guests.
+pub const GROUP: &str = "pair";
+pub const GROUPED: [u32; 2] = [0, 2];
+
+/// The policy file of the group.
+const POLICIES: &str = "[sites.west]\n[policies.gold]\nrpo = \"1s\"\n\
+    [groups.pair]\npolicy = \"gold\"\npeer = \"west\"\n\
+    [groups.pair.guests.g0]\n[groups.pair.guests.g2]\n";
+
+impl World {
+    pub fn new(options: &Options, system: &Arc<System>, directory: &Path) -> World {
+        let seed = options.seed;
+        let mut random = StdRng::seed_from_u64(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15));
+        let delay = [5, 10, 25, 60][random.random_range(0..4)] * MS;
+        let shape = Shape {
+            delay,
+            jitter: [0, 2 * MS, 30 * MS][random.random_range(0..3)],
+            lost: [0, 0, 5, 30][random.random_range(0..4)],
+            twice: [0, 0, 10][random.random_range(0..3)],
+            rate: [250_000, 1_250_000, 12_500_000][random.random_range(0..3)],
+        };
+        let network = Network::new(system, random.random(), shape);
+        let busy = [12, 40, 150][random.random_range(0..3)];
+        let room = Room::new(system, random.random(), options.fault, busy);
+        let fibers = Fibers::new(system, random.random());
+        farhaven::work::set_labour(Some(fibers));
+        let hosts = ["east", "west"].into_iter().enumerate();
+        let hosts = hosts.map(|(at, name)| Host {
+            name: name.to_owned(),
+            address: format!("10.0.0.{}:4747", at + 1).parse().unwrap(),
+            directory: directory.join(name),
+            disk: SimulatedDisk::new(),
+            process: None,
+            drift: random.random_range(-200..200),
+            set: random.random_range(-2_000..2_000) * MS as i64,
+            starts_at: None,
+            key: String::new(),
+            recent: SimulatedDisk::new(),
+            older: SimulatedDisk::new(),
+        });
+        let hosts = hosts.collect();
+        let all = random.random_range(10..60);
+        World {
+            options: options.clone(),
+            system: system.clone(),
+            network,
+            room,
+            hosts,
+            now: 0,
+            turn: delay,
+            shape,
+            processes: 0,
+            whole_since: 0,
+            kills: 0,
+            power_cuts: 0,
+            retention: Retention {
+                all: Period::from_secs(all),
+                then_every: Period::from_secs(10),
+                until: Period::from_secs(4 * all),
+                newest: 3,
+            },
+            grouped: seed % 6 == 5,
+            segment: [128 << 10, 1 << 20][random.random_range(0..2)],
+            random,
+        }
+    }
+
+    fn config(&self, side: usize) -> SiteConfig {
+        let host = &self.hosts[side];
+        let mut config = SiteConfig::default();
+        config.site.name.clone_from(&host.name);
+        config.site.state_dir.clone_from(&host.directory);
+        config.activate.ram_dir = host.directory.join("ram");
+        config.activate.run_dir = host.directory.join("run");
+        config.store.dir = host.directory.join("store");
+        config.store.min_free = ByteSize::from_mib(1);
+        // A scrub's pace is kept by the system's clock.
+        config.store.scrub_rate = RateLimit::NONE;
+        config.store.segment_bytes = ByteSize::from_bytes(self.segment);
+        config.store.index_bytes = ByteSize::from_mib(1);
+        config.listen.address = host.address;
+        config.listen.advertise = vec![host.address.to_string()];
+        config.protect.retention = self.retention.clone();
+        if self.grouped && side == 0 {
+            config.site.policy_files = host.directory.join("policies.toml");
+            std::fs::create_dir_all(&host.directory).unwrap();
+            std::fs::write(&config.site.policy_files, POLICIES).unwrap();
+        }
+        config
+    }
+
+    /// Starts a site's daemon, and the programs of its guests.
+    pub fn start(&mut self, side: usize) -> Result<(), Broken> {
+        self.processes += 1;
+        let number = self.processes;
+        let config = self.config(side);
+        let host = &self.hosts[side];
+        if host.key.is_empty() {
+            place_identity(&config.site.state_dir.join("identity"), &mut self.random);
+        }
+        self.system.set_wall(host.wall(self.now));
+        let mut runtime = Builder::new_current_thread();
+        let runtime = runtime.enable_all().start_paused(true).build().unwrap();
+        let surroundings = Surroundings {
+            builders: guest::builders(&self.room, side, number),
+            disk: Arc::new(host.disk.clone()),
+            port: Some(self.network.open(host.address, number)),
+            sled: false,
+        };
+        let started = runtime.block_on(Site::start_in(config, surroundings));
+        let site = started.map_err(|error| Broken {
+            promise: 5,
+            why: format!("site {} does not start: {error}", host.name),
+        })?;
+        let host = &mut self.hosts[side];
+        host.key = key_of(&site.key());
+        host.starts_at = None;
+        host.process = Some(Process {
+            number,
+            runtime,
+            site,
+        });
+        self.whole_since = self.now;
+        let names = self.view(side).map(|view| view.guests).unwrap_or_default();
+        for name in names {
+            self.embed(side, &name.name);
+        }
+        Ok(())
+    }
+
+    /// The program of a guest starts it, unless its site says that it may not.
+    pub fn embed(&mut self, side: usize, name: &str) -> bool {
+        let Some(guest) = number_in(name) else {
+            return false;
+        };
+        let host = &self.hosts[side];
+        let Some(process) = &host.process else {
+            return false;
+        };
+        let place = Place {
+            guest,
+            side,
+            process: process.number,
+            test: false,
+            machine: self.room.machine(),
+        };
+        let directory = host.directory.join("programs").join(name);
+        let _within = process.runtime.enter();
+        let monitor = Monitor::start(place, self.room.clone(), &directory);
+        let monitor = Arc::new(Mutex::new(monitor));
+        let definition = guest::definition(guest);
+        let embedded = process.site.embed(name, monitor.clone(), definition);
+        if embedded.is_ok() {
+            monitor.lock().unwrap().resume().unwrap();
+        }
+        embedded.is_ok()
+    }
+
+    /// Kills a site's daemon, or cuts the power of its machine.
+    pub fn kill(&mut self, side: usize, power: bool) {
+        let seed = self.random.random();
+        let chance = [0.0, 0.5, 0.9][self.random.random_range(0..3)];
+        let host = &mut self.hosts[side];
+        let Some(process) = host.process.take() else {
+            return;
+        };
+        self.network.close(host.address);
+        self.room.kill(process.number);
+        // As it is now: what is unwound below comes too late.
+        host.disk = match power {
+            true if self.options.fault == Some(Fault::Sync) => host.older.copy(),
+            true => host.disk.power_cut(seed, chance),
+            false => host.disk.copy(),
+        };
+        let Process { runtime, site, .. } = process;
+        drop(site);
+        drop(runtime);
+        self.kills += u64::from(!power);
+        self.power_cuts += u64::from(power);
+        if power {
+            let _ = std::fs::remove_dir_all(host.directory.join("ram"));
+        }
+        if self.options.fault == Some(Fault::Terms) {
+            forget_terms(&host.directory.join("terms"));
+        }
+        self.whole_since = u64::MAX;
+    }
+
+    /// Nothing from this site is carried, or all is again.
+    pub fn cut(&mut self, side: usize, cut: bool) {
+        self.network.cut(self.hosts[side].address, cut);
+        self.whole_since = self.now;
+    }
+
+    /// Whether both sites run and the link carries both ways, for so long.
+    pub fn whole_for(&self, time: u64) -> bool {
+        let up = self.hosts.iter().all(|host| host.process.is_some());
+        let carried = self
+            .hosts
+            .iter()
+            .all(|host| !self.network.is_cut(host.address));
+        up && carried && self.whole_since.saturating_add(time) <= self.now
+    }
+
+    /// Sets a site's clock by so much.
+    pub fn set_clock(&mut self, side: usize, by: i64) {
+        self.hosts[side].set += by;
+    }
+
+    /// Every site comes to the end of the next turn.
+    pub fn turn(&mut self) {
+        let end = self.now + self.turn;
+        let until = tokio::time::Instant::from_std(self.system.instant(end));
+        for host in &self.hosts {
+            if let Some(process) = &host.process {
+                self.system.set_wall(host.wall(self.now));
+                self.network.rouse(host.address);
+                process
+                    .runtime
+                    .block_on(async { tokio::time::sleep_until(until).await });
+            }
+        }
+        self.now = end;
+        self.system.set_now(end);
+        if self.options.fault == Some(Fault::Sync)
+            && end / (8 * SECOND) != (end - self.turn) / (8 * SECOND)
+        {
+            for host in &mut self.hosts {
+                let before = std::mem::replace(&mut host.recent, host.disk.copy());
+                host.older = before;
+            }
+        }
+    }
+
+    /// What a site tells of itself.
+    pub fn view(&self, side: usize) -> Option<SiteView> {
+        let process = self.hosts[side].process.as_ref()?;
+        self.system.set_wall(self.hosts[side].wall(self.now));
+        let _within = process.runtime.enter();
+        Some(process.site.view())
+    }
+
+    /// The site of a name.
+    pub fn side(&self, name: &str) -> Option<usize> {
+        self.hosts.iter().position(|host| host.name == name)
+    }
+
+    /// Ends all daemons.
+    pub fn end(&mut self) {
+        let kills = self.kills;
+        for side in 0..self.hosts.len() {
+            self.kill(side, false);
+        }
+        self.kills = kills;
+        farhaven::work::set_labour(None);
+    }
+}
+
+impl Host {
+    fn wall(&self, now: u64) -> i64 {
+        self.set + (now / 1_000_000) as i64 * self.drift
+    }
+}
+
+/// A key as directories are named by it.
+pub fn key_of(key: &SiteKey) -> String {
+    key.as_bytes().iter().map(|b| format!("{b:02x}")).collect()
+}
+
+/// A site's key, of the run's seed: ring draws the one that a site would make by
+/// a call of the system that is not answered here, and which of two keys is
+/// greater decides things. What else ring draws has the same length always.
+fn place_identity(directory: &Path, random: &mut StdRng) {
+    // PKCS#8 of an Ed25519 key: RFC 8410, section 7.
+    let mut key = b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20".to_vec();
+    key.extend_from_slice(&random.random::<[u8; 32]>());
+    let text = base64::engine::general_purpose::STANDARD.encode(key);
+    let pem = format!("-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n");
+    let mut private = std::fs::DirBuilder::new();
+    private
+        .recursive(true)
+        .mode(0o700)
+        .create(directory)
+        .unwrap();
+    let mut options = std::fs::File::options();
+    let file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(directory.join("site-key.pem"));
+    file.unwrap().write_all(pem.as_bytes()).unwrap();
+}
+
+/// A deliberate fault: a disk that had said that terms were durable loses them.
+fn forget_terms(directory: &Path) {
+    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
+        let _ = std::fs::remove_file(entry.path());
+    }
+}
+
+/// The number of a guest of this name.
+pub fn number_in(name: &str) -> Option<u32> {
+    name.strip_prefix('g')?.parse().ok()
+}
+
+/// What a virtual time is, for people.
+pub fn shown(now: u64) -> String {
+    format!("{:.3} s", Duration::from_nanos(now).as_secs_f64())
+}
