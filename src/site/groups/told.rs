@@ -285,9 +285,10 @@ mod tests {
                 ..Default::default()
             };
             change(&|g| {
-                let member = g.members.get_mut("db").unwrap();
-                let of_west = [("lan".to_owned(), network.clone())].into();
-                member.terms.networks = [("west".to_owned(), of_west)].into();
+                for member in g.members.values_mut() {
+                    let of_west = [("lan".to_owned(), network.clone())].into();
+                    member.terms.networks = [("west".to_owned(), of_west)].into();
+                }
             })
         };
         assert_eq!(bridge("br0"), None);
