@@ -14,6 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::operate::OperateError;
+use super::view::Phase;
 use crate::replicate::seed::SeedProgress;
 
 /// What a seed is at, at this site.
@@ -148,10 +149,16 @@ impl Site {
         if let Some(driver) = drivers.get(&guest)
             && state == SeedState::Exporting
         {
-            let peer = driver.view.borrow().peer.clone().unwrap_or_default();
-            return Err(OperateError::Conflict(format!(
-                "'{name}' is protected to '{peer}' already: its first copy goes over the link. To seed it instead, run first: farhaven unprotect {name} --discard"
-            )));
+            let view = driver.view.borrow();
+            let peer = view.peer.clone().unwrap_or_default();
+            return Err(OperateError::Conflict(match view.phase {
+                Phase::AwaitingSeed => format!(
+                    "'{name}' is protected to '{peer}' already, and waits for a seed that was to be written before. To write one, run first: farhaven unprotect {name}"
+                ),
+                _ => format!(
+                    "'{name}' is protected to '{peer}' already: its first copy goes over the link. To seed it instead, run first: farhaven unprotect {name} --discard"
+                ),
+            }));
         }
         let progress = Arc::new(SeedProgress::default());
         let entry = Working {

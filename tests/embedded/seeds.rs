@@ -127,7 +127,7 @@ async fn after_a_seed_the_link_carries_what_changed_since() {
         .export_seed("web", "west", &sites.medium("again"))
         .await;
     let again = again.unwrap_err().to_string();
-    assert!(again.contains("is protected to 'west' already"), "{again}");
+    assert!(again.contains("waits for a seed that was"), "{again}");
 
     let imported = west.import_seed(&path).await.unwrap();
     assert_eq!((imported.point, imported.guest.as_str()), (1, "web"));
@@ -215,7 +215,7 @@ async fn a_parcel_that_is_of_no_use_is_named_and_leaves_nothing() {
     put(&changed);
     sites.refused(&damaged, "upgrade this site").await;
     sites
-        .refused(&sites.medium("nothing"), "No such file")
+        .refused(&sites.medium("nothing"), "is not there; name the file")
         .await;
 
     // At the wrong site.

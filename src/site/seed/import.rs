@@ -1,7 +1,7 @@
 //! A seed from a medium into the store: find its key, verify, append, seal.
 
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{self, BufReader};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -319,6 +319,11 @@ impl Work {
 fn told(path: &str, error: &SeedError) -> OperateError {
     let why = format!("{path}: {error}");
     match error {
+        SeedError::Io(error) if error.kind() == io::ErrorKind::NotFound => {
+            OperateError::Conflict(format!(
+                "{path} is not there; name the file that `farhaven seed export` wrote, where this site's daemon sees it"
+            ))
+        }
         SeedError::Io(_) => OperateError::Failed(why),
         _ => OperateError::Conflict(why),
     }
