@@ -1,5 +1,5 @@
 //! Whole sites in virtual time, from seeds: `cargo run --release --example
-//! simulate` runs as many as are asked for, this some dozens.
+//! simulate` runs as many as are asked for, this five hundred.
 
 #![allow(missing_docs, unreachable_pub, clippy::unwrap_used)]
 
@@ -46,19 +46,19 @@ fn sound(first: u64, count: u64, options: impl Fn(u64) -> Options + Sync) -> Cou
 
 #[test]
 fn runs_with_faults_keep_every_promise() {
-    let counts = sound(1, 24, options);
+    let counts = sound(1, 340, options);
     // They went through what they are for.
-    assert!(counts.kills > 30 && counts.power_cuts > 15 && counts.link_cuts > 50);
+    assert!(counts.kills > 400 && counts.power_cuts > 200 && counts.link_cuts > 700);
     assert!(
-        counts.orders_done > 50 && counts.restored > 20,
+        counts.orders_done > 700 && counts.restored > 280,
         "{counts:?}"
     );
-    assert!(counts.points_read > 1_500, "{counts:?}");
+    assert!(counts.points_read > 20_000, "{counts:?}");
 }
 
 #[test]
 fn schedules_of_partitions_and_promotions_run_nothing_twice() {
-    let counts = sound(1, 12, |seed| Options {
+    let counts = sound(1, 160, |seed| Options {
         partitions: true,
         ..options(seed)
     });
