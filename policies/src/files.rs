@@ -184,6 +184,18 @@ pub struct Network {
     pub addresses: Vec<String>,
 }
 
+/// Most bytes of an interface's name in Linux.
+const LONGEST_INTERFACE: usize = 15;
+
+/// May this be the name of a bridge, and nothing but that? What is put into a
+/// netdev's value must not bring options of its own.
+pub fn is_bridge_name(name: &str) -> bool {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte);
+    (1..=LONGEST_INTERFACE).contains(&name.len())
+        && name.bytes().all(plain)
+        && !name.starts_with(['-', '.'])
+}
+
 /// A site that groups go to.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize, JsonSchema)]
 #[serde(default, deny_unknown_fields)]
@@ -282,5 +294,29 @@ impl PolicyFiles {
         let mut schema = schema_for!(PolicyFiles);
         schema.insert("title".into(), "Farhaven policy files".into());
         schema
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bridge_name_brings_no_options() {
+        for good in ["br0", "vlan.12", "lan-a_b"] {
+            assert!(is_bridge_name(good), "{good}");
+        }
+        for bad in [
+            "",
+            "br0,helper=/x",
+            "a/b",
+            "-br",
+            "..",
+            "sixteen-letters-",
+            "a b",
+            "a=b",
+        ] {
+            assert!(!is_bridge_name(bad), "{bad}");
+        }
     }
 }

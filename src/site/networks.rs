@@ -6,7 +6,7 @@
 
 use std::collections::BTreeMap;
 
-use farhaven_policies::files::Member;
+use farhaven_policies::files::{Member, is_bridge_name};
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
@@ -16,7 +16,7 @@ use crate::activate::launch::Launched;
 use crate::activate::place::Ready;
 use crate::activate::point::boots;
 use crate::guest::Definition;
-use crate::guest::qemu::network::{is_bridge_name, missing};
+use crate::guest::qemu::network::missing;
 
 /// Networks that a group's policy gives a guest at a site, as netdevs. The map
 /// may come from a peer: it names bridges, and nothing else.

@@ -4,11 +4,11 @@
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
+use farhaven_policies::files::is_bridge_name;
 use farhaven_storage_sync::catalogue::CatalogueError;
 use farhaven_storage_sync::unit::GuestId;
 
 use super::{GroupRecord, MAX_MEMBERS};
-use crate::guest::qemu::network::is_bridge_name;
 use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
 use crate::site::answer::{refused, unknown_guest};
 use crate::site::operate::OperateError;

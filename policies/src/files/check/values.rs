@@ -7,7 +7,7 @@ use crate::policy::{SHORTEST_RPO, SMALLEST_CAPTURE_BUFFER, STRONGEST_THROTTLE};
 use crate::units::Period;
 use crate::week::{minute_of_week, overlap, spans};
 
-use super::super::{Alerts, Health, Mode, NamedPolicy, Network, Quiesce, Standby};
+use super::super::{Alerts, Health, Mode, NamedPolicy, Network, Quiesce, Standby, is_bridge_name};
 use super::Found;
 
 impl Found {
@@ -180,17 +180,13 @@ impl Found {
 
     pub(super) fn network(&mut self, key: &str, network: &Network) {
         let bridge = &network.bridge;
-        let plain = bridge
-            .bytes()
-            .all(|byte| byte.is_ascii_alphanumeric() || b"-_.@".contains(&byte))
-            && !bridge.starts_with(['-', '.']);
         self.require(
             !bridge.is_empty(),
             &format!("{key}.bridge"),
             "is missing; name a bridge of the peer, like br0",
         );
         self.require(
-            plain && bridge.len() <= 15,
+            bridge.is_empty() || is_bridge_name(bridge),
             &format!("{key}.bridge"),
             format!("is {bridge:?}; the name of a bridge is up to 15 letters, digits, -, _ and . of them; a whole QEMU netdev goes under [networks] in the peer's configuration"),
         );
