@@ -130,6 +130,7 @@ class Cell:
         self.floors: str = options.floors
         self.patience: float = options.patience
         self.steady: float = options.steady
+        self.turn: float = options.turn
         self.held: list[Ends] = []
         self.before = 0
 

@@ -95,6 +95,16 @@ def steadily(where: str, mine: Row) -> Iterator[Verdict]:
                 mine["steady_wire_bytes"], floor)
 
 
+def turned(where: str, mine: Row) -> Iterator[Verdict]:
+    """Protected back after it ran at the other site: all on the wire over what it
+    changed there."""
+    if changed := mine.get("turn_new_bytes"):
+        wire, floor = mine["turn_wire_bytes"], mine["turn_floor_bytes"]
+        yield ratio(where, "reprotect", "reprotect: all on the wire over what changed "
+                    f"({changed / 1e6:.1f} MB, by zstd-3 {floor / 1e6:.1f}; "
+                    f"sent {wire / 1e6:.1f})", 1.5, wire, changed)
+
+
 def noisily(where: str, mine: Row, rival: Row | None) -> Verdict:
     """A guest that changes about as fast as the link carries, or faster: does
     a move end, and is the guest stopped no longer than the policy wants?"""
@@ -122,6 +132,7 @@ def judge(rows: list[Row]) -> list[Verdict]:
             verdicts += beside(where, mine, rival)
         if done(mine):
             verdicts += steadily(where, mine)
+            verdicts += turned(where, mine)
             verdicts.append(Verdict(where, "the guest", "the guest goes on, whole", "ok",
                                     mine.get("guest", "ok"), whole(mine)))
         else:

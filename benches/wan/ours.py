@@ -139,11 +139,43 @@ def move(cell: Cell, east: Site, west: Site, here: Console) -> Figures:
             "stopped_s": report["blackout_ms"] / 1e3, **silence(here, there)}
 
 
+def turn_round(cell: Cell, west: Site) -> Figures:
+    """Protection the other way, after the guest has run there for a while: from the
+    command until a point is sealed where the guest came from."""
+    time.sleep(cell.turn)
+    west.run("commit", "bench")
+    cell.weigh()
+    begun = time.monotonic()
+    west.run("reprotect", "bench", "--rpo", "5s")
+    while True:
+        guests = west.ask("status")["guests"]
+        if guests and guests[0]["points_sealed"] > 0:
+            return {"turn_s": time.monotonic() - begun, "turn_wire_bytes": cell.weigh(),
+                    "turn_batch_bytes": guests[0]["wan_bytes"],
+                    "turn_point": guests[0]["newest_point"]}
+        if time.monotonic() > begun + cell.patience:
+            return {"turn": f"no point was sealed: {guests}"}
+        time.sleep(0.05)
+
+
+def points_of(cell: Cell, site: Site) -> list[Figures]:
+    """Each point in a site's store, with its floor; the site has ended."""
+    told = subprocess.run([cell.floors, f"{site.directory}/store"], check=True,
+                          capture_output=True, text=True).stdout
+    return [json.loads(line) for line in told.splitlines()]
+
+
+def turned_floor(cell: Cell, east: Site, point: int) -> Figures:
+    """What the guest changed while it ran there, and what zstd-3 makes of that: in the
+    store of the site that it came from, its stopped copy is the point before."""
+    since = [p for p in points_of(cell, east)[1:] if p["point"] <= point]
+    return {"turn_new_bytes": sum(p["new_bytes"] for p in since),
+            "turn_floor_bytes": sum(p["floor_bytes"] for p in since)}
+
+
 def floors(cell: Cell, west: Site, first: int, last: int | None) -> Figures:
     """What zstd-3 over groups of 64 makes of what was never sent before."""
-    told = subprocess.run([cell.floors, f"{west.directory}/store"], check=True,
-                          capture_output=True, text=True).stdout
-    points = [json.loads(line) for line in told.splitlines()]
+    points = points_of(cell, west)
     figures: Figures = {
         "floor_bytes": sum(p["floor_bytes"] for p in points if p["point"] <= first)}
     if last is not None:
@@ -153,7 +185,7 @@ def floors(cell: Cell, west: Site, first: int, last: int | None) -> Figures:
 
 
 def protect_and_move(cell: Cell, load: str) -> Figures:
-    """First copy, points while it runs, then a planned move."""
+    """First copy, points while it runs, a planned move; and back, if that is asked."""
     source = cell.guest("source", "a", load)
     source.warm()
     west = cell.keep(Site(cell, "west", "b", "10.99.0.2"))
@@ -165,8 +197,12 @@ def protect_and_move(cell: Cell, load: str) -> Figures:
         return figures
     last, more = steady(cell, east, first)
     figures |= more | move(cell, east, west, source.console)
+    if cell.turn:
+        figures |= turn_round(cell, west)
     east.end()
     cell.sweep("qemu-system")  # the guest there, which leaves the store with its disks
     west.end()
     figures |= floors(cell, west, first["newest_point"], last and last["newest_point"])
+    if "turn_point" in figures:
+        figures |= turned_floor(cell, east, figures["turn_point"])
     return {"outcome": "done", **figures}

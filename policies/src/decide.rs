@@ -36,6 +36,8 @@ const EASILY: u32 = 80;
 /// Rounds go on while what is left is more than this share (in percent) of what they
 /// come down to, however slowly.
 const NEAR: u64 = 125;
+/// A round that left more than this share (in percent) of the one before won nothing.
+const WON: u128 = 98;
 /// Where a round takes so long, no throttle is tried out: what a guest writes
 /// again within the round counts once, so the rate is at least what was measured,
 /// and each guess that is too low costs such a round.
@@ -330,10 +332,14 @@ fn more_rounds_serve(policy: &Policy, facts: &MoveFacts) -> bool {
         remaining_bytes: end,
         ..*facts
     };
-    let left = u128::from(facts.remaining_bytes);
+    let (left, before) = (u128::from(facts.remaining_bytes), u128::from(before));
     let far = left * 100 > u128::from(end) * u128::from(NEAR);
-    expected_blackout(&at_the_end) <= policy.max_blackout.duration()
-        || (far && facts.remaining_bytes < before)
+    // Far from where the figures say that rounds end, one that won nothing shows the
+    // figures wrong.
+    match far {
+        true => left * 100 <= before * WON,
+        false => expected_blackout(&at_the_end) <= policy.max_blackout.duration(),
+    }
 }
 
 /// Does the guest write so fast that rounds shrink slowly, or not at all? Not

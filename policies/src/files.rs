@@ -8,6 +8,7 @@
 //! later file, a variable and a mistake can name exactly one of them.
 
 use std::collections::BTreeMap;
+use std::net::IpAddr;
 use std::path::Path;
 
 use schemars::{JsonSchema, Schema, schema_for};
@@ -178,9 +179,11 @@ pub struct Health {
 pub struct Network {
     /// The peer's bridge.
     pub bridge: String,
-    /// Another MAC address there; empty: the same as here.
+    /// Another MAC address there, for a guest that boots there (mode `disk-only`); one
+    /// that goes on in the midst of its work keeps the one that it knows. Empty: the
+    /// same as here.
     pub mac: String,
-    /// Its addresses there, like 10.8.0.5/24.
+    /// Its addresses there, like 10.8.0.5/24: told to the programs of its health checks.
     pub addresses: Vec<String>,
 }
 
@@ -194,6 +197,36 @@ pub fn is_bridge_name(name: &str) -> bool {
     (1..=LONGEST_INTERFACE).contains(&name.len())
         && name.bytes().all(plain)
         && !name.starts_with(['-', '.'])
+}
+
+/// The bytes of a MAC address like 52:54:00:12:34:56.
+pub fn mac_bytes(text: &str) -> Option<[u8; 6]> {
+    let mut bytes = [0; 6];
+    let mut pairs = text.split(':');
+    for byte in &mut bytes {
+        let pair = pairs.next()?;
+        let hexadecimal = pair.len() == 2 && pair.bytes().all(|digit| digit.is_ascii_hexdigit());
+        *byte = hexadecimal
+            .then(|| u8::from_str_radix(pair, 16).ok())
+            .flatten()?;
+    }
+    pairs.next().is_none().then_some(bytes)
+}
+
+/// May a network card have this MAC address? Not one of many.
+pub fn is_card_address(mac: [u8; 6]) -> bool {
+    mac[0] & 1 == 0
+}
+
+/// Is this an address with the bits of its network, like 10.8.0.5/24?
+pub fn is_network_address(text: &str) -> bool {
+    text.split_once('/').is_some_and(|(ip, bits)| {
+        let most = ip
+            .parse::<IpAddr>()
+            .map(|ip| if ip.is_ipv4() { 32 } else { 128 });
+        let plain = bits.bytes().all(|digit| digit.is_ascii_digit());
+        most.is_ok_and(|most| plain && bits.parse::<u8>().is_ok_and(|bits| bits <= most))
+    })
 }
 
 /// A site that groups go to.

@@ -246,6 +246,21 @@ fn values_that_cannot_be_kept_are_told() {
             "{wanted}: {told:#?}"
         );
     }
+    // The card of a guest that goes on from its memory has the address that it had.
+    let mac =
+        "[groups.bank.guests.db.networks.munich.lan]\nbridge = 'br0'\nmac = '52:54:00:12:34:56'\n";
+    let told = mistakes(&[("g.toml", SOUND), ("n.toml", mac)], &[]);
+    assert_eq!(told.len(), 1, "{told:?}");
+    assert!(
+        told[0].starts_with("n.toml:3: ") && told[0].contains("mode = \"disk-only\""),
+        "{told:?}"
+    );
+    let boots = "policies.gold.mode = 'disk-only'\n";
+    read(
+        &[("g.toml", SOUND), ("m.toml", boots), ("n.toml", mac)],
+        &[],
+    )
+    .unwrap();
     // A policy of which nothing is right is there all the same.
     let told = mistakes(
         &[

@@ -40,6 +40,8 @@ pub struct Ground<'a> {
     pub exports: &'a Arc<NbdServer>,
     /// Networks of this site by the guest's own name for them.
     pub networks: &'a BTreeMap<String, String>,
+    /// MAC addresses that it has here if it boots, by the same names.
+    pub macs: &'a BTreeMap<String, String>,
     /// QEMU's binary.
     pub qemu: &'a Path,
     /// Who builds embedded guests here.

@@ -170,6 +170,7 @@ fn place(
         run: ground.run.clone(),
         qmp: ground.run.join("qmp.sock"),
         nets: ground.networks.clone(),
+        macs: ground.macs.clone(),
         ..Placement::default()
     };
     for block in &definition.ram {

@@ -17,7 +17,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::commands::Convoy;
 use super::driver::{Attached, DriveError, Driver, Sealed};
 use super::remote::AskError;
-use super::rounds::Rounds;
+use super::rounds::{Rounds, left_after, per_second};
 use super::steps::blocking;
 use super::view::{MoveOutlook, bytes};
 use crate::guest::After;
@@ -29,8 +29,9 @@ pub(super) const HAND_OVER: Duration = Duration::from_millis(150);
 /// How often a move looks whether its turn for the last cut has come.
 const TURN: Duration = Duration::from_millis(200);
 
-/// A round that took less is cheap enough to look again.
+/// A round that took less is cheap enough to look again, so often in all.
 const SHORT_LOOK: Duration = Duration::from_secs(2);
+const LOOKS: usize = 4;
 
 /// Bytes of a cut or a round from which on the time they took tells the link's rate.
 const TELLING_BYTES: u64 = 1 << 20;
@@ -62,7 +63,7 @@ pub(super) async fn converge(
     };
     let mut rounds = Rounds::after(driver, sealed);
     // What the rounds before left, the newest last.
-    let mut before: [Option<u64>; 2] = [None; 2];
+    let mut before: [Option<u64>; LOOKS] = [None; LOOKS];
     let (mut throttled, mut done) = (0, 0);
     // The newest point tells already whether the guest writes too fast for this link.
     let known = rounds.before_the_next(driver);
@@ -77,9 +78,13 @@ pub(super) async fn converge(
         let began = Instant::now();
         let found = rounds.next(driver, attached).await?;
         done += 1;
-        // A throttled guest runs in turns, so one short look may find twice what
-        // the one before found: two of them that win nothing are needed to end.
-        let looks = if began.elapsed() < SHORT_LOOK { 2 } else { 1 };
+        // A throttled guest runs in turns, so one short look may find three times what
+        // the one before found: some of them that win nothing are needed to end.
+        let looks = if began.elapsed() < SHORT_LOOK {
+            LOOKS
+        } else {
+            1
+        };
         let facts = MoveFacts {
             rounds: done,
             remaining_before: before.into_iter().rev().take(looks).flatten().max(),
@@ -89,7 +94,8 @@ pub(super) async fn converge(
         let outlook = outlook(&policy, &facts);
         tracing::info!(guest = %driver.record.name, ?outlook, "a round of the move");
         driver.view.send_modify(|v| v.outlook = Some(outlook));
-        before = [before[1], Some(facts.remaining_bytes)];
+        before.rotate_left(1);
+        before[LOOKS - 1] = Some(facts.remaining_bytes);
         match next_move_step(&policy, &facts, accept_pause) {
             MoveStep::Round => {}
             MoveStep::LastCut {
@@ -125,7 +131,7 @@ pub(super) async fn converge(
                 hold_back(driver, attached, percent).await?;
                 throttled = percent;
                 // Part of what the next round finds was written before now.
-                before = [None; 2];
+                before = [None; LOOKS];
             }
             MoveStep::LinkDown => {
                 return Err(AskError::Unreachable(driver.protection.to.clone()).into());
@@ -151,16 +157,11 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     let shown = outright(driver, sealed.final_bytes, sealed.took);
     let rate = link_rate(told_rate(driver), shown);
     let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
-    // A guest that writes as before leaves as much to a last cut as this one
-    // found, or more if sealing took longer than its changes took to be made.
-    // Not less: what it writes again and again counts once, however long.
-    let share = sealed.took.as_secs_f64() / sealed.since_before.as_secs_f64().max(1e-3);
     MoveFacts {
         rounds: 0,
-        remaining_bytes: (sealed.sent_bytes as f64 * share.max(1.0)) as u64,
+        remaining_bytes: left_after(sealed.sent_bytes, sealed.since_before, sealed.took),
         remaining_before: None,
-        dirty_bytes_per_second: (sealed.sent_bytes as f64
-            / sealed.since_before.as_secs_f64().max(1e-3)) as u64,
+        dirty_bytes_per_second: per_second(sealed.sent_bytes, sealed.since_before),
         link_bytes_per_second: rate,
         fixed: HAND_OVER + rtt,
         overhead: sealed.took.saturating_sub(carried.unwrap_or_default()),
@@ -168,27 +169,36 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     }
 }
 
-/// What the transport tells of the link, bytes a second; 0 while it knows nothing.
+/// What the transport tells of the link, bytes a second, and no more than the site's
+/// limit lets through; 0 while it knows nothing.
 pub(super) fn told_rate(driver: &Driver) -> u64 {
     let link = driver.remote.peer.status();
     let rtt = link.rtt.unwrap_or_default().as_secs_f64().max(1e-4);
     let by_window = link.congestion_window_bytes.unwrap_or(0) as f64 / rtt;
     // The window has room for more than the path carries.
-    match link.path.map(|path| path.bandwidth as f64 / 8.0) {
+    let told = match link.path.map(|path| path.bandwidth as f64 / 8.0) {
         Some(told) if told > 0.0 => told.min(by_window) as u64,
         _ => by_window as u64,
-    }
+    };
+    within_limit(driver, told)
+}
+
+/// The last cut of a move heeds the site's limit, which may be another by now than
+/// when a rate was measured.
+fn within_limit(driver: &Driver, rate: u64) -> u64 {
+    rate.min(driver.site.limits.together().unwrap_or(u64::MAX))
 }
 
 /// Bytes a second that a round or a cut showed outright, if it was large enough
 /// to show anything. A policy's cap holds both back, but not the last cut.
 pub(super) fn outright(driver: &Driver, bytes: u64, took: Duration) -> Option<u64> {
     let told = bytes >= TELLING_BYTES && !driver.site.limits.holds_back(driver.record.id);
-    told.then(|| (bytes as f64 / took.as_secs_f64().max(1e-3)) as u64)
+    let rate = bytes as f64 / took.as_secs_f64().max(1e-3);
+    told.then(|| within_limit(driver, rate as u64))
 }
 
 /// What the transport tells, held against what a cut showed: at least that, and
-/// hardly more.
+/// twice as much at most.
 fn link_rate(told: u64, shown: Option<u64>) -> u64 {
     match shown.filter(|_| told > 0) {
         Some(shown) => told.clamp(shown, shown.saturating_mul(2)),

@@ -58,6 +58,8 @@ pub(super) struct About {
     pub(super) group: String,
     /// `failover`, `test`, `move`, `rollback`, or a run's mode: programs are told.
     pub(super) mode: &'static str,
+    /// Its addresses here by the policy of its group, with spaces between them.
+    pub(super) addresses: String,
     /// It is on no network.
     pub(super) isolated: bool,
     /// The checks whose program this site's own policy files name.
@@ -212,6 +214,7 @@ async fn ends_well(about: &About, run: &[String]) -> Result<(), ProgramError> {
         ("FARHAVEN_GUEST", about.guest.as_str()),
         ("FARHAVEN_GROUP", &about.group),
         ("FARHAVEN_MODE", about.mode),
+        ("FARHAVEN_ADDRESSES", &about.addresses),
     ];
     program::run(run, &told, LeftBehind::Ends, KEPT)
         .await
@@ -268,7 +271,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let file = dir.path().join("tries");
         let script = format!(
-            "echo \"$FARHAVEN_GUEST $FARHAVEN_MODE\" >> {0}; test $(wc -l < {0}) -ge 3",
+            "echo \"$FARHAVEN_GUEST $FARHAVEN_MODE $FARHAVEN_ADDRESSES\" >> {0}; test $(wc -l < {0}) -ge 3",
             file.display()
         );
         let third_time = check(|h| {
@@ -278,6 +281,7 @@ mod tests {
         let mut about = About {
             guest: "db".to_owned(),
             mode: "failover",
+            addresses: "10.8.0.5/24 fd00::5/64".to_owned(),
             ..About::default()
         };
         let (failed, seen) = outcome(&about, &third_time).await;
@@ -287,7 +291,7 @@ mod tests {
         about.own_programs.push("it".to_owned());
         assert_eq!(outcome(&about, &third_time).await.0, CheckOutcome::Passed);
         let tries = std::fs::read_to_string(&file).unwrap();
-        assert_eq!(tries, "db failover\n".repeat(3));
+        assert_eq!(tries, "db failover 10.8.0.5/24 fd00::5/64\n".repeat(3));
         let fails = check(|h| h.script = shell("echo no database >&2; exit 3"));
         let (failed, seen) = outcome(&about, &fails).await;
         assert_eq!(failed, CheckOutcome::Failed);

@@ -6,6 +6,8 @@
 //! minute, by the configured time zone. What holds goes to [`Shares`], which every shipment
 //! passes, at once: also for batches that wait already.
 
+mod view;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,6 +23,8 @@ use farhaven_wan::pace::{Flow, Shares};
 use jiff::Timestamp;
 use jiff::tz::TimeZone;
 use serde::{Deserialize, Serialize};
+
+pub use view::{GuestLink, LinkView, SetLimit};
 
 use super::operate::{OperateError, failed};
 use super::records::{GroupShare, Protection};
@@ -104,47 +108,6 @@ struct State {
     favoured: BTreeSet<GuestId>,
     /// What the policies of groups say.
     owed: BTreeMap<GuestId, (LinkTerms, Option<GroupShare>)>,
-}
-
-/// `GET /v1/link`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct LinkView {
-    /// What holds now for all guests together.
-    pub limit: RateLimit,
-    /// By whose word: `configuration`, a window's name, or `operator`.
-    pub by: String,
-    /// The time zone of windows.
-    pub time_zone: String,
-    /// The guests that are protected from here.
-    pub guests: Vec<GuestLink>,
-}
-
-/// A guest's part of the link.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct GuestLink {
-    /// Its name.
-    pub name: String,
-    /// What holds now for it.
-    pub limit: RateLimit,
-    /// By whose word: `configuration`, a window's name, `policy` (of its group), `share`
-    /// (of its group, of the link), or `operator`.
-    pub by: String,
-    /// Its share beside others; that of its group, which its guests divide.
-    pub priority: u8,
-}
-
-/// Body of `POST /v1/link/limit`. What is absent stays as it is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct SetLimit {
-    /// One guest; all together when absent.
-    pub guest: Option<String>,
-    /// The limit, all week.
-    pub limit: Option<RateLimit>,
-    /// The guest's share.
-    pub priority: Option<u8>,
-    /// Back to what the configuration says.
-    pub configured: bool,
 }
 
 impl Limits {
@@ -248,8 +211,15 @@ impl Limits {
     /// the last cut of a move is not.
     pub(super) fn holds_back(&self, guest: GuestId) -> bool {
         let state = self.state();
-        let minute = minute_of_week(Timestamp::now(), &state.configured.zone);
-        bits(state.guest(guest, minute).0) != 0
+        bits(state.guest(guest, state.minute()).0) != 0
+    }
+
+    /// The limit of all guests together that holds now, bytes a second: the last
+    /// cut of a move heeds it, too.
+    pub(super) fn together(&self) -> Option<u64> {
+        let state = self.state();
+        let bits = bits(state.site(state.minute()).0);
+        (bits > 0).then_some(bits / 8)
     }
 
     /// Lets a guest go before others on the link, or ends that: at once, and for no longer
@@ -269,7 +239,7 @@ impl Limits {
     /// What holds now, and by whose word.
     pub(super) fn view(&self) -> LinkView {
         let state = self.state();
-        let minute = minute_of_week(Timestamp::now(), &state.configured.zone);
+        let minute = state.minute();
         let (limit, by) = state.site(minute);
         let guests = state.flows.iter().map(|(guest, (name, _))| {
             let (limit, by, priority) = state.guest(*guest, minute);
@@ -327,6 +297,10 @@ impl Limits {
 }
 
 impl State {
+    fn minute(&self) -> u32 {
+        minute_of_week(Timestamp::now(), &self.configured.zone)
+    }
+
     fn site(&self, minute: u32) -> (RateLimit, String) {
         match self.set.site {
             Some(limit) => (limit, "operator".to_owned()),

@@ -6,7 +6,9 @@
 
 use std::collections::BTreeMap;
 
-use farhaven_policies::files::{Member, is_bridge_name};
+use farhaven_policies::files::{
+    Member, is_bridge_name, is_card_address, is_network_address, mac_bytes,
+};
 use farhaven_storage_sync::unit::GuestId;
 
 use super::Site;
@@ -27,6 +29,23 @@ pub(super) fn of_policy(terms: &Member, site: &str) -> BTreeMap<String, String> 
         .collect()
 }
 
+/// MAC addresses that a group's policy gives a guest at a site.
+fn macs_of_policy(terms: &Member, site: &str) -> BTreeMap<String, String> {
+    let here = terms.networks.get(site).into_iter().flatten();
+    here.filter(|(_, network)| mac_bytes(&network.mac).is_some_and(is_card_address))
+        .map(|(name, network)| (name.clone(), network.mac.clone()))
+        .collect()
+}
+
+/// A guest's addresses at a site, of all its networks there, by the policy of its group:
+/// as programs are told them, with a space between two.
+pub(super) fn addresses(terms: &Member, site: &str) -> String {
+    let here = terms.networks.get(site).into_iter().flatten();
+    let addresses = here.flat_map(|(_, network)| &network.addresses);
+    let sound = addresses.filter(|address| is_network_address(address));
+    sound.cloned().collect::<Vec<_>>().join(" ")
+}
+
 /// A bridge's name as a netdev; a whole netdev stays what it is.
 pub(super) fn netdev(value: &str) -> String {
     match value.contains(',') {
@@ -39,6 +58,8 @@ pub(super) fn netdev(value: &str) -> String {
 pub(super) struct Networks {
     /// As netdevs, by the guest's own names for them.
     pub(super) all: BTreeMap<String, String>,
+    /// MAC addresses of its cards, if it boots, by the same names.
+    macs: BTreeMap<String, String>,
     of_policy: BTreeMap<String, String>,
     of_run: BTreeMap<String, String>,
     /// The group whose policy it is.
@@ -91,11 +112,15 @@ impl Site {
         let of_policy = member
             .map(|m| of_policy(&m.terms, &site))
             .unwrap_or_default();
+        let macs = member
+            .map(|m| macs_of_policy(&m.terms, &site))
+            .unwrap_or_default();
         let mut all = self.config.networks.clone();
         all.extend(of_policy.clone());
         all.extend(of_run.clone());
         Networks {
             all,
+            macs,
             of_policy,
             of_run,
             group: group.map(|group| group.name),
@@ -126,6 +151,7 @@ impl Standby {
             Launched::end_left(&before.join("qmp.sock"), &before);
             let mut ground = ground(&site, guest, number);
             ground.networks = &networks.all;
+            ground.macs = &networks.macs;
             Ready::launch(&ground, &replica, &context.definition)
         })
         .await?

@@ -102,17 +102,26 @@ impl Rounds {
         driver: &mut Driver,
         attached: &mut Attached,
     ) -> Result<MoveFacts, DriveError> {
+        let short_before = attached.shipment.is_some();
+        let looked = self.looked;
         let sealed = driver.point(attached, After::Continue).await?;
-        let facts = measured(driver, &sealed);
         let shown = outright(driver, sealed.final_bytes, sealed.took);
         *self = Self {
             overhead: self.overhead,
             shown: shown.or(self.shown),
             ..Self::after(driver, sealed)
         };
+        if short_before {
+            // The point holds what they brought, too; a last cut would find what it did.
+            let between = sealed.stopped.saturating_duration_since(looked);
+            self.dirty = per_second(sealed.final_bytes, between);
+            self.remaining = left_after(sealed.final_bytes, between, sealed.took);
+        }
         Ok(MoveFacts {
+            remaining_bytes: self.remaining,
+            dirty_bytes_per_second: self.dirty,
             overhead: self.overhead,
-            ..facts
+            ..measured(driver, &sealed)
         })
     }
 
@@ -181,6 +190,14 @@ impl Rounds {
     }
 }
 
+/// What a cut leaves to the next one that found `sent` bytes, changed in the time
+/// `between` it and the look before, and was sealed after `took`: as much again, or more
+/// if sealing took longer. Not less: what is written again and again counts once.
+pub(super) fn left_after(sent: u64, between: Duration, took: Duration) -> u64 {
+    let share = took.as_secs_f64() / between.as_secs_f64().max(1e-3);
+    (sent as f64 * share.max(1.0)) as u64
+}
+
 /// What a guest that changed `sent` bytes in the time `between` two looks leaves after
 /// the round took so long. What it writes again and again it may write faster than that.
 fn written_on(sent: u64, between: Duration, took: Duration) -> u64 {
@@ -188,7 +205,7 @@ fn written_on(sent: u64, between: Duration, took: Duration) -> u64 {
     (sent as f64 * share.max(AT_LEAST)) as u64
 }
 
-fn per_second(bytes: u64, time: Duration) -> u64 {
+pub(super) fn per_second(bytes: u64, time: Duration) -> u64 {
     (bytes as f64 / time.as_secs_f64().max(1e-3)) as u64
 }
 
@@ -228,5 +245,8 @@ mod tests {
         assert_eq!(written_on(900, s(10), s(1)), 300);
         assert_eq!(written_on(0, Duration::ZERO, s(1)), 0);
         assert_eq!(per_second(500, s(2)), 250);
+        // A cut finds no less than the one before did; more, if that was sealed slowly.
+        assert_eq!(left_after(1000, s(4), s(2)), 1000);
+        assert_eq!(left_after(1000, s(1), s(3)), 3000);
     }
 }

@@ -446,6 +446,8 @@ impl Standby {
     }
 }
 
+static NO_MACS: BTreeMap<String, String> = BTreeMap::new();
+
 /// Where a guest is put on this host under a term.
 pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
     Ground {
@@ -458,6 +460,7 @@ pub(super) fn ground(site: &Site, guest: GuestId, term: u64) -> Ground<'_> {
         ram: site.config.ram_dir().join(guest.to_string()),
         exports: &site.exports,
         networks: &site.config.networks,
+        macs: &NO_MACS,
         qemu: &site.config.activate.qemu,
         builders: &site.builders,
         isolated: false,

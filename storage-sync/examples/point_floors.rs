@@ -2,7 +2,8 @@
 //! `cargo run --release --example point_floors -- STORE_DIR`
 //!
 //! One line of JSON for each point of the first guest: what zstd-3 makes of
-//! its distinct non-zero units, in groups of 64, that no point before it held.
+//! its distinct non-zero units, in groups of 64, that no point before it held,
+//! and their bytes as they are.
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -47,7 +48,7 @@ fn measure(directory: &Path) -> Result<(), Failure> {
     let mut before: Option<Replica> = None;
     for header in store.points(guest) {
         let point = store.open_point(guest, header.point)?;
-        let so_far = floor.bytes()?;
+        let (so_far, units) = (floor.bytes()?, floor.distinct());
         match &before {
             Some(before) => {
                 for run in point.changes_since(before) {
@@ -57,7 +58,11 @@ fn measure(directory: &Path) -> Result<(), Failure> {
             None => add_all(&mut floor, &point)?,
         }
         let bytes = floor.bytes()? - so_far;
-        println!("{{\"point\":{},\"floor_bytes\":{bytes}}}", header.point);
+        let new = (floor.distinct() - units) * UNIT as u64;
+        println!(
+            "{{\"point\":{},\"new_bytes\":{new},\"floor_bytes\":{bytes}}}",
+            header.point
+        );
         before = Some(point);
     }
     Ok(())

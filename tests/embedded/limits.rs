@@ -1,6 +1,8 @@
 //! Monitors at their limits: slow to stop, not able to isolate, asking for more
 //! of a host than at their start.
 
+use farhaven::site::limits::SetLimit;
+
 use super::*;
 
 #[tokio::test(flavor = "multi_thread")]
@@ -71,5 +73,32 @@ async fn a_move_asks_by_what_the_guest_is_by_now() {
     .await;
     stage.east.move_guest("web", true).await.unwrap();
     counts_on(&stage.at_west.newest()).await;
+    stage.end().await;
+}
+
+/// What a loopback carries is nothing to reckon with where the site's limit holds the
+/// last cut back.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_reckons_with_the_limit_that_its_last_cut_heeds() {
+    let stage = Stage::protected().await;
+    let east = stage.east.clone();
+    let free = east.move_outlook("web").unwrap();
+    assert!(free.link_bytes_per_s > 125_000, "{free:?}");
+    let limit = |limit: &str| SetLimit {
+        limit: Some(limit.parse().unwrap()),
+        ..SetLimit::default()
+    };
+    east.set_limit(&limit("1mbit")).unwrap();
+    until("an outlook under the limit", || {
+        let outlook = east.move_outlook("web").unwrap();
+        (outlook.link_bytes_per_s <= 125_000).then_some(())
+    })
+    .await;
+    east.set_limit(&limit("none")).unwrap();
+    until("one without", || {
+        let outlook = east.move_outlook("web").unwrap();
+        (outlook.link_bytes_per_s > 125_000).then_some(())
+    })
+    .await;
     stage.end().await;
 }

@@ -14,7 +14,14 @@ use tokio::net::TcpListener;
 
 use super::*;
 
+/// A scrub from its begin to its end: one that runs already may have passed by what is
+/// to be found.
 async fn scrubbed(site: &Arc<Site>) -> ScrubView {
+    until("no scrub", || {
+        let view = site.scrubs().pop().unwrap();
+        (!view.running).then_some(())
+    })
+    .await;
     let begun = site.scrub(None, None).unwrap();
     assert_eq!(begun.len(), 1);
     until("a scrub to its end", || {

@@ -1,6 +1,7 @@
 //! Two QEMU guests of a group: tested, moved as one, rolled back, and home again.
 
-use farhaven::site::groups::{GroupDone, GroupMove, GroupTest};
+use farhaven::site::groups::{GroupDone, GroupFailover, GroupMove, GroupTest};
+use farhaven::site::health::CheckOutcome;
 use farhaven::site::turn::view::RollbackReport;
 
 use super::*;
@@ -19,26 +20,24 @@ fn goes_on(console: &Console) {
     assert_eq!(words, ("ok", "ok"), "{beat:?}");
 }
 
-#[test]
-fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
-    let dir = tempfile::tempdir().unwrap();
-    let mut guests = Vec::new();
-    for name in ["db", "web"] {
-        let Some(guest) = small(&dir.path().join(name)) else {
-            return;
-        };
-        guests.push((name, guest));
-    }
-    let mut pair = Pair::start(LINK, "", "");
-    let files = dir.path().join("policies.toml");
-    std::fs::write(&files, FILES).unwrap();
-    assert!(pair.east.terminate());
-    let config = pair.east.dir.join("site.toml");
+fn two_guests(directory: &Path) -> Option<[(&'static str, GuestVm); 2]> {
+    let db = small(&directory.join("db"))?;
+    Some([("db", db), ("web", small(&directory.join("web"))?)])
+}
+
+/// The site goes on with these policy files.
+fn follows(site: &mut TestSite, files: &Path) {
+    assert!(site.terminate());
+    let config = site.dir.join("site.toml");
     let text = std::fs::read_to_string(&config).unwrap();
     let named = format!("[site]\npolicy_files = \"{}\"", files.display());
     std::fs::write(&config, text.replacen("[site]", &named, 1)).unwrap();
-    pair.east.start();
-    for (name, guest) in &guests {
+    site.start();
+}
+
+/// Both are known at east, and protected to west as one.
+fn protected(pair: &Pair, guests: &[(&str, GuestVm)]) {
+    for (name, guest) in guests {
         guest.console.await_beat(5, PATIENCE);
         let qmp = guest.qmp.to_str().unwrap();
         pair.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
@@ -46,6 +45,19 @@ fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
     pair.west.until("a whole point", PATIENCE * 4, |view| {
         view.groups.first()?.rpo_ms
     });
+}
+
+#[test]
+fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guests) = two_guests(dir.path()) else {
+        return;
+    };
+    let mut pair = Pair::start(LINK, "", "");
+    let files = dir.path().join("policies.toml");
+    std::fs::write(&files, FILES).unwrap();
+    follows(&mut pair.east, &files);
+    protected(&pair, &guests);
 
     let test: GroupTest = told(&pair.west, &["test", "bank", "--json"]);
     assert_eq!(test.remains, "", "{test:?}");
@@ -83,5 +95,61 @@ fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
     assert_eq!(back.remains, "", "{back:?}");
     for (_, guest) in &guests {
         goes_on(&guest.console);
+    }
+}
+
+/// The guest that is started as number `place` is healthy when so many beat at west.
+fn beats_there(west: &TestSite, guest: &str, place: usize) -> String {
+    let run = west.dir.join("run");
+    let program = format!(
+        "test $(find {} -name console.log -exec grep -lE '^HB [0-9]+ ' {{}} + | wc -l) -ge {place}",
+        run.display()
+    );
+    format!(
+        "[groups.bank.guests.{guest}.health.beats]\nscript = [\"/bin/sh\", \"-c\", \"{program}\"]\nevery = \"100ms\"\ntimeout = \"80s\"\n"
+    )
+}
+
+#[test]
+fn a_group_of_two_qemus_whose_site_is_lost_runs_at_the_other_and_is_healthy() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(mut guests) = two_guests(dir.path()) else {
+        return;
+    };
+    let mut pair = Pair::start(LINK, "", "");
+    let files = dir.path().join("policies.toml");
+    let checks = ["db", "web"].into_iter().zip(1..);
+    let checks = checks.map(|(guest, place)| beats_there(&pair.west, guest, place));
+    std::fs::write(&files, FILES.to_owned() + &checks.collect::<String>()).unwrap();
+    follows(&mut pair.east, &files);
+    // A program that only the lost site names would not be run.
+    follows(&mut pair.west, &files);
+    protected(&pair, &guests);
+    pair.west.cli(&["failover", "bank"]).bad("is alive");
+
+    pair.east.kill();
+    for (_, guest) in &mut guests {
+        guest.kill();
+    }
+    pair.west.until("the site's silence", PATIENCE, |view| {
+        (!view.peers[0].connected).then_some(())
+    });
+    let done: GroupFailover = told(&pair.west, &["failover", "bank", "--json"]);
+    println!(
+        "failover: the last guest ran after {:.0} ms, all were healthy after {:.0} ms",
+        done.rto_ms, done.checked_ms
+    );
+    let order: Vec<_> = done.members.iter().map(|m| m.guest.as_str()).collect();
+    assert_eq!(order, ["db", "web"]);
+    for member in &done.members {
+        assert_eq!(member.error, "", "{done:?}");
+        let outcomes: Vec<_> = member.checks.iter().map(|check| check.outcome).collect();
+        assert_eq!(outcomes, [CheckOutcome::Passed], "{done:?}");
+        println!(
+            "{}: healthy {} ms after it ran",
+            member.guest, member.checks[0].took_ms
+        );
+        let active = pair.west.target(&member.guest).active.unwrap();
+        goes_on(&TestSite::console_of(&active));
     }
 }

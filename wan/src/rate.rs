@@ -36,6 +36,8 @@ use compete::Competition;
 use estimate::{BaseRtt, RateFilter, Recent, Round, RoundSummary};
 use loss::LossJudge;
 
+use crate::limits::PACKETS_AN_ACK;
+
 /// What a controller is told when it is made.
 #[derive(Debug, Clone, Default)]
 pub struct RateOptions {
@@ -56,6 +58,10 @@ const SMALL_WINDOW: f64 = 256.0 * 1024.0;
 const SMALL_WINDOW_GROWTH: f64 = 2.0;
 const INITIAL_PACKETS: u64 = 32;
 const MINIMUM_PACKETS: u64 = 6;
+/// Seconds for which a receiver of fewer packets than it acknowledges at once may wait
+/// for more: QUIC's usual `max_ack_delay`.
+const ACK_PUT_OFF: f64 = 0.025;
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Phase {
     /// The window grows until the path answers with a queue.
@@ -250,11 +256,18 @@ impl RateController {
         }
     }
 
-    /// The window that sends at exactly the cap, whatever the round trip now is.
+    /// The window that sends at exactly the cap, whatever the round trip now is. Where
+    /// so few packets are on the way that their acknowledgement is put off, it has room
+    /// for what leaves meanwhile.
     fn cap_window(&self) -> Option<f64> {
         let cap = self.options.cap.as_ref()?.load(Ordering::Relaxed);
         let known = cap > 0 && self.smoothed_rtt > 0.0;
-        known.then(|| cap as f64 / 8.0 * self.smoothed_rtt)
+        let rate = cap as f64 / 8.0;
+        let enough = (2 * u64::from(PACKETS_AN_ACK) * self.mtu) as f64;
+        known.then(|| {
+            let window = rate * self.smoothed_rtt;
+            window.max(enough.min(rate * (self.smoothed_rtt + ACK_PUT_OFF)))
+        })
     }
 
     fn capped(&self) -> bool {

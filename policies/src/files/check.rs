@@ -9,7 +9,7 @@ use crate::mistake::nearest_of;
 use crate::shape::Shape;
 use crate::site::SiteConfig;
 
-use super::{Group, PolicyFiles};
+use super::{Group, Mode, PolicyFiles};
 
 mod values;
 
@@ -143,7 +143,15 @@ impl PolicyFiles {
                     found.unknown(&key, "is for a site that is not in [sites]", peer, known);
                 }
                 for (network, mapped) in networks {
-                    found.network(&format!("{key}.{network}"), mapped);
+                    let key = format!("{key}.{network}");
+                    found.network(&key, mapped);
+                    let policy = self.policies.get(&group.policy);
+                    found.require(
+                        mapped.mac.is_empty()
+                            || policy.is_none_or(|policy| policy.mode == Mode::DiskOnly),
+                        &format!("{key}.mac"),
+                        format!("cannot hold: a guest of policy '{}' goes on in the midst of its work there, and its network card with it; take it out, or have the guest boot there (mode = \"disk-only\")", group.policy),
+                    );
                 }
             }
         }

@@ -161,6 +161,24 @@ fn a_last_cut_that_only_just_fits_waits_while_rounds_still_win() {
     }
 }
 
+/// A link that was measured to carry twice what it does: by the figures rounds come down
+/// to nothing, and each leaves as much as the one before.
+#[test]
+fn rounds_that_win_nothing_end_whatever_the_figures_say() {
+    let after = |before, remaining| MoveFacts {
+        rounds: 3,
+        remaining_before: Some(before),
+        dirty_bytes_per_second: 750_000,
+        throttle: 80,
+        ..begin(remaining, 1_500_000, MS(150), MS(150))
+    };
+    let policy = Policy::default();
+    let step = next_move_step(&policy, &after(33_620_000, 33_590_000), false);
+    assert!(matches!(step, MoveStep::TooLong { .. }), "{step:?}");
+    let step = next_move_step(&policy, &after(33_590_000, 30_000_000), false);
+    assert_eq!(step, MoveStep::Round);
+}
+
 proptest! {
     /// A guest that dirties `rate` bytes a second in a working set: every move
     /// ends, throttled no more than the policy allows, and within the blackout

@@ -26,6 +26,9 @@ pub struct Placement {
     pub disks: BTreeMap<String, DiskPlacement>,
     /// `-netdev` values by id, without the id; others stay as they were.
     pub nets: BTreeMap<String, String>,
+    /// MAC addresses by the id of the network that the card is on, for a guest that
+    /// boots: one that goes on knows its own.
+    pub macs: BTreeMap<String, String>,
     /// It boots from its disks: no state comes for it.
     pub boots: bool,
     /// Other places of files that QEMU only reads.
@@ -157,6 +160,14 @@ impl Definition {
                 value.map_or(net.value.clone(), |value| format!("{value},id={}", net.id)),
             ));
         }
+        if option == "device"
+            && placement.boots
+            && let mut keys = argument.keys(implied(option))
+            && let Some(mac) = keys.value("netdev").and_then(|id| placement.macs.get(id))
+        {
+            keys.set("mac", mac);
+            return Ok(Argument::new(option, keys.text(implied(option))));
+        }
         if let Some(place) = placement.files.get(Path::new(text)) {
             return Ok(Argument::new(option, utf8(place)?));
         }
@@ -282,6 +293,7 @@ fn place_disk(disk: &Disk, placement: &Placement) -> Result<Argument, Instantiat
 #[allow(clippy::unwrap_used, reason = "a test may panic")]
 mod tests {
     use super::*;
+    use crate::guest::qemu::definition::Net;
 
     fn disk(keep: &[(&str, &str)]) -> Disk {
         let keep = keep
@@ -296,6 +308,53 @@ mod tests {
             option: "blockdev".to_owned(),
             keep: keep.collect(),
         }
+    }
+
+    #[test]
+    fn a_card_has_another_address_only_where_the_guest_boots() {
+        let net = |id: &str| Net {
+            id: id.to_owned(),
+            kind: "bridge".to_owned(),
+            value: format!("bridge,br=br0,id={id}"),
+        };
+        let definition = Definition {
+            nets: vec![net("lan"), net("dmz")],
+            arguments: vec![
+                Argument::new("netdev", "{net:lan}"),
+                Argument::new("device", "virtio-net-pci,netdev=lan,mac=52:54:00:00:00:01"),
+                Argument::new("device", r#"{"driver":"e1000","netdev":"dmz"}"#),
+                Argument::new("device", "virtio-balloon"),
+            ],
+            program: "qemu-system-x86_64".to_owned(),
+            qemu: (7, 2, 0),
+            machine: "pc-q35-7.2".to_owned(),
+            machine_alias: None,
+            kvm: false,
+            cpu: None,
+            vcpus: 1,
+            ram_bytes: 1 << 20,
+            ram: Vec::new(),
+            disks: Vec::new(),
+            files: Vec::new(),
+        };
+        let mac = |id: &str| (id.to_owned(), format!("52:54:00:00:00:{}", id.len()));
+        let mut placement = Placement {
+            macs: [
+                ("lan".to_owned(), "52:54:00:aa:00:01".to_owned()),
+                mac("dmz"),
+            ]
+            .into(),
+            boots: true,
+            ..Placement::default()
+        };
+        let line = definition.instantiate(&placement).unwrap().join(" ");
+        assert!(line.contains("netdev=lan,mac=52:54:00:aa:00:01"), "{line}");
+        assert!(line.contains(r#""mac":"52:54:00:00:00:3""#), "{line}");
+        assert!(line.contains("virtio-balloon -S"), "{line}");
+        placement.boots = false;
+        let line = definition.instantiate(&placement).unwrap().join(" ");
+        assert!(line.contains("mac=52:54:00:00:00:01"), "{line}");
+        assert!(!line.contains("52:54:00:00:00:3"), "{line}");
     }
 
     /// A peer tells what is kept of a disk's option: it may be any nonsense.

@@ -9,8 +9,8 @@ use std::sync::Arc;
 use farhaven_policies::files::OnError;
 
 use super::{GroupRecord, NamedMember};
-use crate::site::Site;
 use crate::site::health::{self, About, CheckView};
+use crate::site::{Site, networks};
 
 /// What starts a guest.
 pub(super) type Start<T> = Pin<Box<dyn Future<Output = Result<T, String>> + Send>>;
@@ -69,6 +69,10 @@ impl Waves<'_> {
                     guest: member.name.clone(),
                     group: self.group.name.clone(),
                     mode: self.mode,
+                    addresses: match self.isolated {
+                        true => String::new(),
+                        false => networks::addresses(&member.terms, &site.config.site.name),
+                    },
                     isolated: self.isolated,
                     own_programs: site.own_programs(self.group, &named),
                     standby: site.standby_named(&member.name),

@@ -10,6 +10,7 @@ use super::pictures;
 use super::targets::Target;
 use crate::runbook::perform::{Ended, Failure, Guests, Probe, Scope};
 use crate::site::health::{self, About, LOOK, Seen as Look, fault, healthy, http, tcp};
+use crate::site::networks;
 
 /// Looks once; what is seen goes into the report.
 pub(super) async fn look(run: &AtSite, scope: &Scope, probe: &Probe) -> Ended<Guests> {
@@ -105,6 +106,10 @@ fn about(run: &AtSite, target: &Target, mode: Mode) -> About {
         .as_ref()
         .zip(target.of.as_ref())
         .and_then(|(site, of)| site.group(of).ok());
+    let addresses = site
+        .as_ref()
+        .filter(|_| mode != Mode::Test)
+        .map(|site| networks::addresses(&target.terms, &site.config.site.name));
     let own = site.zip(group).and_then(|(site, group)| {
         let mut members = group.members.iter();
         let named = members.find(|(_, member)| member.guest == target.standby.guest);
@@ -114,6 +119,7 @@ fn about(run: &AtSite, target: &Target, mode: Mode) -> About {
         guest: target.name.clone(),
         group: target.group.clone(),
         mode: mode.word(),
+        addresses: addresses.unwrap_or_default(),
         isolated: mode == Mode::Test,
         own_programs: own.unwrap_or_default(),
         standby: Some(target.standby.clone()),

@@ -103,3 +103,27 @@ fn a_cap_does_not_store_up_a_burst() {
     cap.store(0, Ordering::Relaxed);
     assert!(controller.window() < 200_000, "{}", controller.window());
 }
+
+/// A window of fewer packets than one acknowledgement is for waits for each of them, and
+/// sends less than the cap allows.
+#[test]
+fn a_cap_is_reached_over_a_short_path_too() {
+    let cap = Arc::new(AtomicU64::new(8_000_000));
+    let options = RateOptions {
+        cap: Some(cap.clone()),
+        initial: None,
+    };
+    let mut now = Instant::now();
+    let mut controller = RateController::new(options, now, 1452);
+    for _ in 0..200 {
+        let sent = now;
+        now += Duration::from_micros(600);
+        controller.on_ack(now, sent, 600, false);
+        controller.on_end_acks(now);
+    }
+    let at_once = u64::from(PACKETS_AN_ACK) * 1452;
+    assert!(controller.window() > at_once, "{}", controller.window());
+    // No more than the cap lets through while the receiver waits.
+    cap.store(1_000_000, Ordering::Relaxed);
+    assert_eq!(controller.window(), MINIMUM_PACKETS * 1452);
+}

@@ -1,13 +1,14 @@
 //! Single values that cannot be kept, whatever the rest says.
 
-use std::net::IpAddr;
-
 use crate::load::Origins;
 use crate::policy::{SHORTEST_RPO, SMALLEST_CAPTURE_BUFFER, STRONGEST_THROTTLE};
 use crate::units::Period;
 use crate::week::{minute_of_week, overlap, spans};
 
-use super::super::{Alerts, Health, Mode, NamedPolicy, Network, Quiesce, Standby, is_bridge_name};
+use super::super::{
+    Alerts, Health, Mode, NamedPolicy, Network, Quiesce, Standby, is_bridge_name, is_card_address,
+    is_network_address, mac_bytes,
+};
 use super::Found;
 
 impl Found {
@@ -191,19 +192,9 @@ impl Found {
             format!("is {bridge:?}; the name of a bridge is up to 15 letters, digits, -, _ and . of them; a whole QEMU netdev goes under [networks] in the peer's configuration"),
         );
         if !network.mac.is_empty() {
-            let pairs: Vec<_> = network
-                .mac
-                .split(':')
-                .map(|pair| {
-                    (pair.len() == 2)
-                        .then(|| u8::from_str_radix(pair, 16).ok())
-                        .flatten()
-                })
-                .collect();
-            let first = pairs.first().copied().flatten();
-            let whole = pairs.len() == 6 && pairs.iter().all(Option::is_some);
+            let mac = mac_bytes(&network.mac);
             self.require(
-                whole,
+                mac.is_some(),
                 &format!("{key}.mac"),
                 format!(
                     "is {:?}; expected an address like 52:54:00:12:34:56",
@@ -211,18 +202,13 @@ impl Found {
                 ),
             );
             self.require(
-                !whole || first.is_some_and(|first| first & 1 == 0),
+                mac.is_none_or(is_card_address),
                 &format!("{key}.mac"),
                 "is a multicast address; make the second digit even",
             );
         }
         for address in &network.addresses {
-            let sound = address.split_once('/').is_some_and(|(ip, bits)| {
-                let most = ip
-                    .parse::<IpAddr>()
-                    .map(|ip| if ip.is_ipv4() { 32 } else { 128 });
-                most.is_ok_and(|most| bits.parse::<u8>().is_ok_and(|bits| bits <= most))
-            });
+            let sound = is_network_address(address);
             self.require(
                 sound,
                 &format!("{key}.addresses"),
