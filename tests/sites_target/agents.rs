@@ -244,12 +244,11 @@ fn a_run_shuts_its_guest_down_first_and_boots_it_at_one_site_or_the_other() {
     let stood = guest.console.last_beat().unwrap().number;
     pair.east.kill();
     pair.east.start();
-    sealed(&pair.east, "web");
-    let source = pair.east.source("web");
-    assert!(
-        source.shut_down && source.trouble.contains("shut down here for a run"),
-        "{source:?}"
-    );
+    pair.east.until("points of what is down", PATIENCE, |view| {
+        let source = view.guests.into_iter().find(|g| g.name == "web")?;
+        let told = source.trouble.contains("shut down here for a run");
+        (source.shut_down && told && source.points_sealed > 1).then_some(())
+    });
     pair.east
         .cli(&["unprotect", "web"])
         .bad("is shut down here");
