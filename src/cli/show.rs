@@ -172,6 +172,9 @@ pub(super) fn guests(guests: &[SourceView]) {
         if guest.disks_only {
             phase.push_str(", disks only");
         }
+        if guest.shut_down {
+            phase.push_str(", SHUT DOWN");
+        }
         let phase = Cell::new(phase).fg(match guest.phase {
             Phase::Protected | Phase::Shipping | Phase::Moved => Color::Green,
             Phase::Held | Phase::Fenced | Phase::Lost => Color::Red,

@@ -320,6 +320,7 @@ impl<P: Perform, H: Host> Conductor<P, H> {
             groups: groups(self.run.plan(), &attempt),
             key: attempt.key.clone(),
             attempt: attempt.attempt,
+            timeout: attempt.step.limit().map(|limit| limit.duration()),
         };
         let (perform, host) = (self.perform.clone(), self.host.clone());
         Some(Box::pin(async move {

@@ -20,6 +20,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 use std::future::Future;
+use std::time::Duration;
 
 use farhaven_policies::runbook::run::Cause;
 use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
@@ -40,6 +41,8 @@ pub struct Scope {
     pub key: String,
     /// How often it was begun.
     pub attempt: u32,
+    /// How long it may take; `None` for what ends by itself.
+    pub timeout: Option<Duration>,
 }
 
 /// Why a step was not done.

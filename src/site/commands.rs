@@ -13,6 +13,7 @@ use super::groups::Place;
 use super::handover;
 use super::records::Owed;
 use super::runs::hold::HoldReply;
+use super::runs::power::PowerOrder;
 use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
@@ -111,6 +112,8 @@ pub(super) enum Command {
     /// Ask its agent whether it answers, and have it freeze filesystems for the next
     /// cuts if that is asked, too.
     Quiesce(bool, oneshot::Sender<Result<(), String>>),
+    /// Shut it down for a run at the peer, or boot what is shut down.
+    Power(PowerOrder),
     /// Is it held, and could it go on?
     IsHeld(HoldReply),
     /// Ask the peer now what became of it, if it is held.
@@ -164,6 +167,7 @@ impl Driver {
                     let _ = reply.send(Err(NotMoved::Failed(self.not_attached())));
                 }
                 Command::Hold(_, reply) => self.held_already(reply),
+                Command::Power(order) => self.power_alone(order).await,
                 Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
                 Command::Quiesce(_, reply) => {
                     let _ = reply.send(Err(self.not_attached()));
@@ -171,6 +175,11 @@ impl Driver {
                 Command::Ask => {}
                 Command::Owe(owed) => self.owe(*owed).await,
                 Command::Lost(_) => {}
+                Command::TakeBack(reply)
+                    if self.protection.shut_down && self.protection.moving.is_none() =>
+                {
+                    self.power_alone(PowerOrder::On(reply)).await;
+                }
                 Command::TakeBack(reply) => {
                     let answer = self.take_back().await;
                     let _ = reply.send(answer);
@@ -181,7 +190,7 @@ impl Driver {
         false
     }
 
-    fn not_attached(&self) -> String {
+    pub(super) fn not_attached(&self) -> String {
         let trouble = self.view.borrow().trouble.clone();
         format!(
             "'{}' is not protected at this moment{}{trouble}; see farhaven status",

@@ -299,19 +299,20 @@ pub(super) async fn seal(
     }
     let took = made.stopped.elapsed();
     attached.shipment = None;
-    let mut stands = false;
+    let mut running = None;
     if let Some(mut guest) = attached.guest.take() {
         // Its clearing up talks to QEMU.
         let point = made.point;
-        let (guest, running) = blocking(move || {
+        let (guest, stood) = blocking(move || {
             guest.sealed(point);
-            let running = guest.running();
-            (guest, running)
+            let stood = guest.running();
+            (guest, stood)
         })
         .await?;
         attached.guest = Some(guest);
-        stands = running == Some(false);
+        running = stood;
     }
+    let stands = driver.why_it_stands(running).await;
     attached.newest = made.point;
     attached.next = made.point + 1;
     let before = driver.last_cut.replace(made.stopped);
@@ -325,13 +326,11 @@ pub(super) async fn seal(
             );
         }
         if let Quiesced::Failed(why) = &made.quiesced {
-            v.trouble = format!("its last point is crash-consistent, not application-consistent: {why}");
+            v.trouble =
+                format!("its last point is crash-consistent, not application-consistent: {why}");
         }
-        if stands {
-            v.trouble = format!(
-                "'{}' is stopped here, and was before its last cut; its points go on, all of the instant at which it stopped. If it should run, let it go on where it was stopped",
-                driver.record.name
-            );
+        if let Some(why) = stands {
+            v.trouble = why;
         }
         v.points_sealed += 1;
         v.newest_point = made.point;

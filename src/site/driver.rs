@@ -19,6 +19,7 @@ use tokio::sync::{mpsc, watch};
 pub(super) use super::commands::{Command, NotMoved};
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
+use super::runs::power::PowerOrder;
 use super::view::{Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
@@ -121,6 +122,7 @@ impl Driver {
             rpo_target_ms: Some(protection.policy.rpo.duration().as_millis() as u64),
             policy_of: protection.group.clone(),
             disks_only: protection.policy.mode == Mode::DiskOnly,
+            shut_down: protection.shut_down,
             ..SourceView::default()
         };
         let (view, watched) = watch::channel(view);
@@ -370,6 +372,10 @@ impl Driver {
                 Some(Command::Resume | Command::Ask) => {}
                 Some(Command::Quiesce(next_points, reply)) => {
                     self.ask_agent(attached, next_points, reply).await?;
+                }
+                Some(Command::Power(order)) => self.power(attached, order).await?,
+                Some(Command::TakeBack(reply)) if self.protection.shut_down => {
+                    self.power(attached, PowerOrder::On(reply)).await?;
                 }
                 Some(Command::Owe(owed)) => self.owe(*owed).await,
                 Some(Command::Lost(units)) => self.lost_at_peer(attached, &units),

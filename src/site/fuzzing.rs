@@ -198,6 +198,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         paused: false,
         seeded: false,
         moving: Some(term),
+        shut_down: false,
         held: None,
         moved: None,
         stopped: false,

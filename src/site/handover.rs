@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 pub(super) mod shutdown;
 
+use self::shutdown::stays_down;
+
 use super::commands::Convoy;
 use super::converge::{Converged, converge, throttle};
 use super::cut;
@@ -311,7 +313,10 @@ pub(super) async fn how_it_ended(
                 owner: driver.site.key(),
                 ..term
             };
-            run_here(driver, guest, own).await?;
+            match driver.protection.shut_down {
+                true => stays_down(driver, guest, own).await?,
+                false => run_here(driver, guest, own).await?,
+            }
             Ok(None)
         }
         _ => Err(AskError::Unfitting(driver.protection.to.clone()).into()),
@@ -341,11 +346,8 @@ pub(super) async fn take_back(driver: &mut Driver) -> Result<(), DriveError> {
     run_here(driver, None, own).await
 }
 
-async fn run_here(
-    driver: &mut Driver,
-    guest: Option<Box<dyn Guest>>,
-    own: Term,
-) -> Result<(), DriveError> {
+/// This site owns a guest that it had offered: under the next term.
+fn own_again(driver: &Driver, own: Term) -> Result<(), DriveError> {
     let now = driver.site.fence.adopt(own)?;
     if now != own {
         return Err(DriveError::Other(
@@ -353,6 +355,15 @@ async fn run_here(
         ));
     }
     driver.site.tell_terms();
+    Ok(())
+}
+
+async fn run_here(
+    driver: &mut Driver,
+    guest: Option<Box<dyn Guest>>,
+    own: Term,
+) -> Result<(), DriveError> {
+    own_again(driver, own)?;
     let (site, record) = (driver.site.clone(), driver.record.clone());
     let resumed = blocking(move || match guest {
         Some(mut guest) => guest.resume(),
@@ -368,6 +379,7 @@ async fn run_here(
     resumed?;
     driver.protection.moving = None;
     driver.protection.held = None;
+    driver.is_shut_down(false);
     // Heard while it was held: it is not stopped for good any more.
     driver.protection.stopped = false;
     let _ = driver.keep_protection().await;
@@ -386,6 +398,7 @@ pub(super) async fn end(
     blocking(move || drop(guest)).await?;
     driver.protection.moving = None;
     driver.protection.held = None;
+    driver.is_shut_down(false);
     driver.protection.moved = Some(term);
     driver.protection.committed = false;
     let _ = driver.keep_protection().await;
@@ -399,6 +412,10 @@ pub(super) async fn end(
 }
 
 pub(super) async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
+    if driver.protection.shut_down {
+        // It stood before, and its run decides when it boots.
+        return Ok(());
+    }
     let mut guest = take(&mut attached.guest)?;
     let name = driver.record.name.clone();
     let (guest, resumed) = blocking(move || {

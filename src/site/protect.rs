@@ -248,6 +248,7 @@ impl Site {
             paused: false,
             seeded,
             moving: None,
+            shut_down: false,
             held: None,
             moved: None,
             stopped: false,
@@ -309,6 +310,11 @@ impl Site {
         if view.phase == Phase::Held {
             return Err(OperateError::Conflict(format!(
                 "'{name}' is held for a move whose end is not known; see farhaven status"
+            )));
+        }
+        if view.shut_down {
+            return Err(OperateError::Conflict(format!(
+                "'{name}' is shut down here for a run at its peer, which is to start it again (there: farhaven run abort RUN --rollback). If no run has it any more: farhaven take-back {name} --force, then unprotect it"
             )));
         }
         self.command(name, Command::End).await?;

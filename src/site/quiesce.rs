@@ -28,6 +28,10 @@ impl Driver {
     /// A guest that is handed over goes on from its memory: its last cut is one
     /// of frozen filesystems only where a runbook says so.
     pub(super) fn quiesces(&self, after: After) -> Option<Duration> {
+        if self.protection.shut_down {
+            // It has written everything, and nobody is there to freeze.
+            return None;
+        }
         let policy = &self.protection.policy;
         let by_policy = policy.quiesce == Quiesce::Agent && after == After::Continue;
         let asked = by_policy || self.quiesce_next > 0;

@@ -90,6 +90,10 @@ pub struct Protection {
     /// It stands still for a run at the peer, and this point is sealed there.
     #[serde(default)]
     pub held: Option<super::runs::hold::HeldPoint>,
+    /// A run at the peer has it shut down here, and nothing but that run or an
+    /// operator starts it again.
+    #[serde(default)]
+    pub shut_down: bool,
     /// It was moved: it runs at the peer under this term. Its copy here is kept
     /// stopped, as it was at its last instruction.
     #[serde(default)]

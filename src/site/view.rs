@@ -86,6 +86,9 @@ pub struct SourceView {
     /// Its disks alone are copied: at the peer it boots.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub disks_only: bool,
+    /// A run at the peer has it shut down here.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shut_down: bool,
     /// Where it stands.
     pub phase: Phase,
     /// In the pass under way: bytes looked at and to look at.

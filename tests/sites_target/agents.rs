@@ -189,6 +189,109 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
     sealed(&pair.east, "web");
 }
 
+#[test]
+fn a_run_shuts_its_guest_down_first_and_boots_it_at_one_site_or_the_other() {
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::create_dir_all(dir.path().join("g")).unwrap();
+    let options = GuestOptions {
+        memory: 192,
+        cmdline: "farhaven.cold farhaven.load=database farhaven.fill=8 farhaven.pages=2048"
+            .to_owned(),
+        extra: Vec::new(),
+    };
+    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+        return;
+    };
+    thawed(&dir.path().join("g/agent.sock"));
+    let mut pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
+    protect(&pair, "web", &guest);
+    sealed(&pair.east, "web");
+    let text = "name = \"book\"\nmodes = [\"planned\"]\n[groups]\nweb = []\n\
+        [[steps]]\nname = \"down\"\ndo = \"shutdown-source\"\n\
+        [[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"1h\"\n\
+        [[steps]]\nname = \"sync\"\ndo = \"final-sync\"\n\
+        [[steps]]\nname = \"agree-too\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"1h\"\n\
+        [[steps]]\nname = \"promote\"\ndo = \"promote\"\n\
+        [[steps]]\nname = \"start\"\ndo = \"start-group\"\n";
+    let file = dir.path().join("book.toml");
+    std::fs::write(&file, text).unwrap();
+    let begin = |pair: &Pair| {
+        let told = pair.west.cli(&[
+            "runbook",
+            "run",
+            file.to_str().unwrap(),
+            "--mode",
+            "planned",
+            "--as",
+            "anna",
+            "--json",
+        ]);
+        let run: farhaven::site::runs::view::RunView =
+            serde_json::from_str(&told.good().out).unwrap();
+        run.id
+    };
+    let at = |pair: &Pair, run: &str, step: &str| {
+        runs::until(&pair.west, run, step, |view| {
+            let awaits = view.awaits.as_ref()?;
+            (awaits.step == step).then_some(())
+        });
+    };
+
+    // Shut down, and it stays so while its daemon is killed and comes back.
+    let run = begin(&pair);
+    at(&pair, &run, "agree");
+    assert!(pair.east.source("web").shut_down);
+    let stood = guest.console.last_beat().unwrap().number;
+    pair.east.kill();
+    pair.east.start();
+    pair.east.until("points of what is down", PATIENCE, |view| {
+        let source = view.guests.into_iter().find(|g| g.name == "web")?;
+        let told = source.trouble.contains("shut down here for a run");
+        (source.shut_down && told && source.points_sealed > 1).then_some(())
+    });
+    pair.east
+        .cli(&["unprotect", "web"])
+        .bad("is shut down here");
+    pair.west
+        .cli(&["approve", &run, "agree", "--as", "anna"])
+        .good();
+    at(&pair, &run, "agree-too");
+    assert!(newest(&pair.west).disks_only);
+    assert_eq!(guest.console.last_beat().unwrap().number, stood);
+
+    // Rolled back: it boots where it was.
+    pair.west
+        .cli(&["run", "abort", &run, "--rollback", "--as", "anna"])
+        .good();
+    let outcome = runs::until(&pair.west, &run, "its end", |view| view.outcome);
+    assert_eq!(outcome, Outcome::RolledBack);
+    let deadline = std::time::Instant::now() + PATIENCE;
+    while sums(&guest.console).len() < 2 || guest.console.last_beat().unwrap().number >= stood {
+        assert!(std::time::Instant::now() < deadline, "{}", pair.east.log());
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(beats(&guest.console));
+    assert!(!pair.east.source("web").shut_down);
+    sealed(&pair.east, "web");
+    thawed(&dir.path().join("g/agent.sock"));
+
+    // To its end: it boots there, from the last byte that it had written.
+    let run = begin(&pair);
+    for step in ["agree", "agree-too"] {
+        at(&pair, &run, step);
+        pair.west
+            .cli(&["approve", &run, step, "--as", "anna"])
+            .good();
+    }
+    let outcome = runs::until(&pair.west, &run, "its end", |view| view.outcome);
+    assert_eq!(outcome, Outcome::Succeeded);
+    let there = TestSite::console_of(&pair.west.target("web").active.unwrap());
+    booted(&there);
+    assert_eq!(sums(&there), [sum(&guest.data_disk)]);
+    phase(&pair.east, "web", Phase::Moved);
+    assert!(!pair.east.source("web").shut_down);
+}
+
 /// The sum of its raw disk, boot by boot, as its console tells it.
 fn sums(console: &Console) -> Vec<String> {
     let log = std::fs::read(&console.log).unwrap_or_default();

@@ -26,6 +26,23 @@ pub enum RunMessage {
         /// And it is to freeze filesystems for the guest's next points.
         next_points: bool,
     },
+    /// Target: a run has this guest shut down where it is, cleanly, before its
+    /// last changes are taken; it stays down until [`StartAgain`](Self::StartAgain).
+    /// Answered with [`Done`](super::Message::Done) when it is down, or refused with
+    /// the reason. Asked again, the answer is the same.
+    ShutDown {
+        /// Who.
+        guest: GuestId,
+        /// Longest that it has for that, in milliseconds. `None`: could it be done?
+        /// Then nothing is changed.
+        within_ms: Option<u64>,
+    },
+    /// Target: what a run had shut down is to boot again where it is. Answered with
+    /// [`Done`](super::Message::Done) when it runs, also if it ran already.
+    StartAgain {
+        /// Who.
+        guest: GuestId,
+    },
     /// Source: it is stopped, and its last point is sealed at your place.
     Held {
         /// That point.

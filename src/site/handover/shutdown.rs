@@ -5,6 +5,9 @@ use std::time::Duration;
 
 use farhaven_policies::files::Mode;
 
+use super::own_again;
+use crate::activate::fence::Term;
+use crate::guest::Guest;
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::steps::{blocking, take};
 use crate::site::view::Phase;
@@ -68,4 +71,22 @@ impl Driver {
             false => format!("{note}; {boots}"),
         }
     }
+}
+
+/// A hand-over came to nothing, of a guest that a run had shut down before: it is
+/// this site's again and stays down, until that run or an operator starts it. Guests
+/// of a run come back in start order that way.
+pub(super) async fn stays_down(
+    driver: &mut Driver,
+    guest: Option<Box<dyn Guest>>,
+    own: Term,
+) -> Result<(), DriveError> {
+    own_again(driver, own)?;
+    blocking(move || drop(guest)).await?;
+    driver.protection.moving = None;
+    driver.protection.held = None;
+    driver.protection.stopped = false;
+    driver.keep_protection().await.map_err(DriveError::Other)?;
+    tracing::warn!(guest = %driver.record.name, term = own.number, "taken back: it stays shut down here");
+    Ok(())
 }

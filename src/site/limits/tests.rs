@@ -139,6 +139,7 @@ async fn a_groups_share_is_of_the_link_and_of_all_its_guests_together() {
         paused: false,
         seeded: false,
         moving: None,
+        shut_down: false,
         held: None,
         moved: None,
         stopped: false,

@@ -55,6 +55,8 @@ pub struct GuestFacts {
     pub networks: BTreeMap<String, String>,
     /// The source said that its guest is stopped.
     pub source_stopped: bool,
+    /// The run asked its source to shut it down, and has not started it again.
+    pub shut_down: bool,
     /// Its agent freezes filesystems for its last cut.
     pub quiesce: bool,
     /// Whether it did so, once that is known.

@@ -23,6 +23,7 @@ use crate::site::cut;
 use crate::site::driver::{Attached, Command, DriveError, Driver};
 use crate::site::handover;
 use crate::site::remote::{AskError, Remote};
+use crate::site::runs::power;
 use crate::site::view::Phase;
 use crate::site::{Site, guests};
 
@@ -63,6 +64,10 @@ pub(in crate::site) async fn answer(
         RunMessage::Quiesce { guest, next_points } => {
             ask_agent(site, remote, guest, next_points).await
         }
+        RunMessage::ShutDown { guest, within_ms } => {
+            power::shut_down(site, remote, guest, within_ms).await
+        }
+        RunMessage::StartAgain { guest } => power::start_again(site, remote, guest).await,
         RunMessage::StillHeld { guest } => held(site, remote, guest, Command::IsHeld).await,
         RunMessage::Release { guest } => {
             if let Some(commands) = driver_of(site, remote, guest) {
@@ -76,7 +81,7 @@ pub(in crate::site) async fn answer(
     }
 }
 
-fn driver_of(
+pub(super) fn driver_of(
     site: &Site,
     remote: &Remote,
     guest: GuestId,
@@ -87,7 +92,7 @@ fn driver_of(
     (to.as_ref() == Some(&remote.record.site)).then(|| driver.commands.clone())
 }
 
-fn not_protected() -> Message {
+pub(super) fn not_protected() -> Message {
     refused(
         Refusal::Unable,
         "this guest is not protected from that site to here any more",

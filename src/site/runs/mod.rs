@@ -9,6 +9,7 @@
 pub mod api;
 pub mod facts;
 pub mod hold;
+pub(in crate::site) mod power;
 pub mod view;
 
 mod activate;
@@ -23,6 +24,7 @@ mod quick;
 mod quiesce;
 mod readiness;
 mod reports;
+mod shutdown;
 pub(in crate::site) mod stage;
 pub mod start;
 mod stays;

@@ -78,6 +78,7 @@ mod tests {
             groups: Default::default(),
             key: "r/dns".to_owned(),
             attempt: 1,
+            timeout: None,
         }
     }
 

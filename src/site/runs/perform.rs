@@ -10,7 +10,7 @@ use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
 
 use super::facts::FactsFile;
 use super::targets::{Target, targets};
-use super::{health, outside, planned, quiesce, readiness, stays, trial};
+use super::{health, outside, planned, quiesce, readiness, shutdown, stays, trial};
 use crate::runbook::perform::{
     Called, Checked, Ended, Executed, Failure, Fenced, Guests, Perform, Probe, Promoted, Removed,
     Reprotected, Scope, Synced,
@@ -112,11 +112,6 @@ pub(super) fn named(targets: &[Target]) -> Guests {
     }
 }
 
-/// What this version cannot do says so, and changes nothing.
-fn not_here(what: &str) -> Failure {
-    Failure::clean(what.to_owned())
-}
-
 impl Perform for AtSite {
     async fn check(&self, scope: &Scope, checks: &[Readiness]) -> Ended<Checked> {
         readiness::check(self, scope, checks).await
@@ -126,10 +121,8 @@ impl Perform for AtSite {
         quiesce::quiesce(&self.begin(), scope).await
     }
 
-    async fn shutdown_source(&self, _: &Scope) -> Ended<Guests> {
-        Err(not_here(
-            "this version moves guests running, and shuts none down before; take the shutdown-source step out of the runbook, or take it as done",
-        ))
+    async fn shutdown_source(&self, scope: &Scope) -> Ended<Guests> {
+        shutdown::shut_down(&self.begin(), scope).await
     }
 
     async fn final_sync(&self, scope: &Scope) -> Ended<Synced> {
@@ -223,6 +216,7 @@ impl Perform for AtSite {
             (Action::StartGroup, _) => run.whole(|run| planned::take_back(run, scope)).await,
             (Action::Promote { .. }, _) => run.whole(|run| run.unready(scope)).await,
             (Action::Fence, _) => run.whole(|run| planned::give_back(run, scope)).await,
+            (Action::ShutdownSource, _) => run.whole(|run| shutdown::start_again(run, scope)).await,
             (Action::Quiesce, Mode::Planned) => quiesce::forget(&run, &scope).await,
             (Action::FinalSync, _) => run.whole(|run| planned::let_go_on(run, scope)).await,
             // Nothing of it is left, or it was never done.

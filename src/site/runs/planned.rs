@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 use farhaven_policies::runbook::Mode;
 
 use super::perform::{AtSite, fault, named};
-use super::quiesce;
 use super::targets::Target;
+use super::{quiesce, shutdown};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, RunMessage, TurnMessage};
 use crate::runbook::perform::{Ended, Failure, Guests, Scope, Synced};
@@ -209,7 +209,10 @@ pub(super) async fn roll_back(run: AtSite, scope: Scope) -> Ended<Guests> {
     let guests = named(&run.targets(&scope)?);
     match scope.mode {
         Mode::Unplanned => give_back(run, scope).await?,
-        _ => let_go_on(run, scope).await?,
+        _ => {
+            let_go_on(run.clone(), scope.clone()).await?;
+            shutdown::start_again(run, scope).await?;
+        }
     }
     Ok(guests)
 }

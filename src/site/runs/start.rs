@@ -10,7 +10,7 @@ use super::facts::{FactsFile, now_ms};
 use super::points::{by_group, whole_point};
 use super::targets::{Target, of_group};
 use super::view::{RunView, run_view};
-use super::{MOST_OPEN, quiesce, readiness};
+use super::{MOST_OPEN, quiesce, readiness, shutdown};
 use crate::runbook::perform::Failure;
 use crate::site::Site;
 use crate::site::operate::{OperateError, failed};
@@ -76,6 +76,7 @@ impl Site {
             choose(&mut planned, point)?;
         }
         self.may_begin(&targets, &planned, start.force)?;
+        shutdown::may_begin(&targets, &planned).await?;
         if start.mode != Mode::Planned && planned.has(Kind::Promote) {
             for (group, guests) in by_group(&targets) {
                 if guests.len() > 1 {
@@ -138,12 +139,6 @@ impl Site {
         let mode = plan.mode;
         // Known before anything is begun, not in the midst of it.
         for step in plan.to_do() {
-            if matches!(step.action, Action::ShutdownSource) {
-                return conflict(format!(
-                    "step '{}' has the guests shut down, and this version moves them running; nothing was begun. Take the step out of the runbook, or out of this mode",
-                    step.name
-                ));
-            }
             let Some(what) = needs_agent(&step.action) else {
                 continue;
             };

@@ -134,6 +134,7 @@ impl Site {
             paused: false,
             seeded: false,
             moving: None,
+            shut_down: false,
             held: None,
             moved: None,
             stopped: false,

@@ -170,7 +170,7 @@ fn what_only_an_agent_could_do_is_refused_before_anything_is_begun() {
         let file = runbook(&pair, "planned", &steps);
         let start = ["runbook", "run", &file, "--mode", "planned", "--as", "anna"];
         let told = match step.contains("shutdown") {
-            true => "moves them running",
+            true => "runs inside of the daemon",
             false => "'web' has no channel to a guest agent",
         };
         pair.west.cli(&start).bad(told);
