@@ -61,7 +61,7 @@ async fn a_cut_link_mends_and_sends_only_what_is_missing() {
                         assert_eq!(bytes, payload(seq, 50_000));
                         assert!(seen.insert(seq), "{seq} twice");
                         // Slow to make durable, so that cuts find batches in hand.
-                        tokio::time::sleep(Duration::from_millis(10)).await;
+                        tokio::time::sleep(Duration::from_millis(50)).await;
                         at_east.durable(&[seq]);
                     }
                     PeerEvent::Disconnected { .. } => cuts += 1,
