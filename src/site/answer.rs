@@ -9,6 +9,7 @@ use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
 
 use super::breach::MOST_TERMS;
+use super::fencing::NotObeyed;
 use super::remote::Remote;
 use super::runs::hold;
 use super::runs::stage::HeldAnswer;
@@ -148,23 +149,19 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
         return Ok(());
     }
     let before = site.fence.current(term.group);
-    match site.adopt_heard(term) {
-        Ok(Some(now)) => {
-            site.fenced(now).await?;
-            site.has_stopped(now);
-            Ok(())
-        }
-        Ok(None) => {
+    match site.obey(term).await {
+        Ok(()) => {
             if term.owner == own && before.is_none_or(|b| b.number < term.number) {
                 site.look_again(term.group);
             }
             Ok(())
         }
-        Err(error @ FenceError::Absurd(_)) => {
+        Err(NotObeyed::Runs(why)) => Err(why),
+        Err(NotObeyed::Kept(error @ FenceError::Absurd(_))) => {
             remote.breach(&error.to_string());
             Err(error.to_string())
         }
-        Err(error) => {
+        Err(NotObeyed::Kept(error)) => {
             // Not durable, but heard: obey it all the same.
             tracing::error!(%error, "a newer term cannot be kept");
             if before.is_none_or(|b| b.number < term.number) && term.owner != own {
@@ -188,25 +185,8 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         remote.complain(&format!("it opens guest {guest}, and {why}"));
         return refused(Refusal::Unable, why);
     }
-    match site.fence.adopt(opening.term) {
-        Ok(term) if term == opening.term => {}
-        Ok(term) => {
-            return refused(
-                Refusal::Fenced,
-                format!(
-                    "term {} of this guest belongs to {}; the source's is {}",
-                    term.number,
-                    site.name_of(&term.owner),
-                    opening.term.number
-                ),
-            );
-        }
-        Err(error) => {
-            if matches!(error, FenceError::Absurd(_)) {
-                remote.breach(&error.to_string());
-            }
-            return refused(Refusal::Unable, error);
-        }
+    if let Err(answer) = site.obey_offered(remote, opening.term).await {
+        return answer;
     }
     let standby = match site.standby(remote, opening) {
         Ok(standby) => standby,

@@ -9,6 +9,7 @@ use farhaven_policies::alert::Severity;
 
 use super::Site;
 use super::alerts::{Alert, Kind};
+use super::answer::refused;
 use super::driver::{Command, Driver};
 use super::records::GuestRecord;
 use super::remote::Remote;
@@ -16,6 +17,18 @@ use super::standby::{Standby, State, step};
 use super::view::Phase;
 use crate::activate::fence::{FenceError, Term};
 use crate::guest::Guest;
+use crate::replicate::message::{Message, Refusal};
+
+/// Why a term that a peer told is not obeyed.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum NotObeyed {
+    /// It is not durable, and not in force.
+    #[error(transparent)]
+    Kept(#[from] FenceError),
+    /// Something of the group runs on here against it.
+    #[error("{0}")]
+    Runs(String),
+}
 
 impl Site {
     /// The terms of all groups shared with a peer.
@@ -75,9 +88,7 @@ impl Site {
         for remote in remotes.into_iter().filter(|r| r.connected()) {
             let terms = self.terms_with(&remote.record.site);
             tokio::spawn(async move {
-                remote
-                    .tell(crate::replicate::message::Message::Terms { terms })
-                    .await;
+                remote.tell(Message::Terms { terms }).await;
             });
         }
     }
@@ -91,13 +102,54 @@ impl Site {
         found.is_ok_and(|record| record.is_some())
     }
 
+    /// Takes over a term heard from a peer, in whatever message: when this returns,
+    /// nothing of the group runs here against it. Who adopted it only would leave
+    /// what runs here running, as the term is no news when it is heard again.
+    ///
+    /// # Errors
+    /// When it could not be made durable, or something runs on here.
+    pub(super) async fn obey(self: &Arc<Self>, term: Term) -> Result<(), NotObeyed> {
+        if let Some(now) = self.adopt_heard(term)? {
+            self.fenced(now).await.map_err(NotObeyed::Runs)?;
+            self.has_stopped(now);
+        }
+        Ok(())
+    }
+
+    /// As [`Site::obey`], of a term that a question is asked under: it must be the one
+    /// in force. `Err` is the answer to give.
+    pub(super) async fn obey_offered(
+        self: &Arc<Self>,
+        remote: &Remote,
+        offered: Term,
+    ) -> Result<(), Message> {
+        if let Err(error) = self.obey(offered).await {
+            if matches!(error, NotObeyed::Kept(FenceError::Absurd(_))) {
+                remote.breach(&error.to_string());
+            }
+            return Err(refused(Refusal::Unable, error));
+        }
+        match self.fence.current(offered.group) {
+            Some(now) if now != offered => Err(refused(
+                Refusal::Fenced,
+                format!(
+                    "term {} of this guest belongs to {}; the source's is {}",
+                    now.number,
+                    self.name_of(&now.owner),
+                    offered.number
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes over a term heard from a peer. Answers the one in force when
     /// something may run here against it: because it is new, or because the
     /// stop that it asked for before is under way, or failed.
     ///
     /// # Errors
     /// When it could not be made durable.
-    pub(super) fn adopt_heard(&self, term: Term) -> Result<Option<Term>, FenceError> {
+    fn adopt_heard(&self, term: Term) -> Result<Option<Term>, FenceError> {
         // Held over both: whoever hears the same term at once must find it here.
         let mut unstopped = self
             .unstopped
@@ -116,7 +168,7 @@ impl Site {
     }
 
     /// What that term owns runs here no more.
-    pub(super) fn has_stopped(&self, term: Term) {
+    fn has_stopped(&self, term: Term) {
         let mut unstopped = self
             .unstopped
             .lock()

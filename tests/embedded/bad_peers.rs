@@ -22,6 +22,36 @@ fn id(stage: &Stage) -> GuestId {
     source(&stage.east, "web").id.parse().unwrap()
 }
 
+/// A source's newer term may come with its opening, before it is told as a term.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_term_that_comes_with_an_opening_stops_what_runs_here() {
+    let stage = Stage::protected().await;
+    let web = id(&stage);
+    let west_at = stage.east.view().peers[0].addresses.clone();
+    stage.east.shutdown().await;
+    stage.guest.lock().unwrap().end();
+    let west = stage.west.clone();
+    until("the link is down", || {
+        (!west.view().peers[0].connected).then_some(())
+    })
+    .await;
+    stage.west.fail_over("web", None, false).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    let taken = stage.west.fence.current(web).unwrap().number;
+
+    // East, with all it has, comes back as one that took the guest back by force.
+    let mut east = Hostile::instead_of_east(&stage, west_at).await;
+    let told = east.opening(web, "web", taken + 1);
+    let answer = east.ask(Message::Open(Box::new(told))).await;
+    assert!(matches!(answer, Ok(Message::Opened(_))), "{answer:?}");
+    assert_eq!(there.lock().unwrap().running(), Some(false));
+    let view = target(&stage.west, "web");
+    assert!(view.active.is_none(), "{view:?}");
+    assert!(view.trouble.contains("fenced"), "{view:?}");
+    stage.west.shutdown().await;
+}
+
 /// Points go on to be sealed, by the honest site.
 async fn protected_on(stage: &Stage) {
     let before = source(&stage.east, "web").points_sealed;

@@ -13,7 +13,6 @@ use farhaven_storage_sync::store::{SealError, StoreError};
 
 use super::announced::Seed;
 use super::{Busy, SeedImported, SeedState, StopWhenDropped};
-use crate::activate::fence::Term;
 use crate::replicate::message::{PointContext, SealRequest, sound_volume};
 use crate::replicate::receive::seal_of;
 use crate::replicate::seed::{
@@ -87,7 +86,7 @@ impl Site {
         progress.total.store(bytes, Ordering::Relaxed);
         let reader = blocking(move || SeedReader::begin(file, &header, &key));
         let reader = reader.await?.map_err(|e| told(&at.to_string(), &e))?;
-        self.fits(&seed, &remote, &reader)?;
+        self.fits(&seed, &remote, &reader).await?;
         let opening = reader.about().opening.clone();
         let known = self.standby_of(&remote, seed.guest);
         let is_new = known.is_none();
@@ -175,8 +174,8 @@ impl Site {
     }
 
     /// Does what it says of itself fit what was announced, and what is here?
-    fn fits(
-        &self,
+    async fn fits(
+        self: &Arc<Self>,
         seed: &Seed,
         remote: &Arc<Remote>,
         reader: &SeedReader<BufReader<File>>,
@@ -204,15 +203,15 @@ impl Site {
                 seed.name, newest.point
             ));
         }
-        let term = self.fence.adopt(opening.term).map_err(failed)?;
-        match term {
-            Term { owner, .. } if owner == seed.from => Ok(()),
-            term => conflict(format!(
+        self.obey(opening.term).await.map_err(failed)?;
+        match self.fence.current(seed.guest) {
+            Some(term) if term.owner != seed.from => conflict(format!(
                 "'{}' belongs to {} by now (term {}): a copy of its earlier life is of no use",
                 seed.name,
                 self.name_of(&term.owner),
                 term.number
             )),
+            _ => Ok(()),
         }
     }
 }

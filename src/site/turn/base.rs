@@ -60,10 +60,8 @@ impl Site {
         if opening.term.owner != remote.record.key || opening.term.group != guest {
             return refused(Refusal::Fenced, "the term offered is not that site's own");
         }
-        match self.fence.adopt(opening.term) {
-            Ok(now) if now == opening.term => {}
-            Ok(_) => return refused(Refusal::Fenced, "a newer term of this guest is known here"),
-            Err(error) => return refused(Refusal::Unable, error),
+        if let Err(answer) = self.obey_offered(remote, opening.term).await {
+            return answer;
         }
         let mut reading = self
             .turns

@@ -8,7 +8,7 @@ use farhaven::replicate::message::{
 use farhaven_policies::policy::Policy;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::{
-    Identity, Introduction, LinkOptions, Node, NodeOptions, Peer, PeerEvent, SiteKey,
+    Identity, Introduction, LinkOptions, Node, NodeOptions, Peer, PeerEvent, PeerRecord, SiteKey,
 };
 
 use super::*;
@@ -24,19 +24,47 @@ pub struct Hostile {
     answers: Vec<(u64, Message)>,
 }
 
+fn node(identity: &Identity) -> Node {
+    let link = LinkOptions {
+        redial: (Duration::from_millis(50), Duration::from_millis(300)),
+        ..LinkOptions::default()
+    };
+    let listen = "127.0.0.1:0".parse().unwrap();
+    Node::start(identity, NodeOptions { listen, link }).unwrap()
+}
+
 impl Hostile {
     /// Paired with west, by an invitation as any site.
     pub async fn pair(stage: &Stage, name: &str) -> Self {
         let identity = Identity::load_or_create(&stage.dir.path().join(name), name).unwrap();
-        let link = LinkOptions {
-            redial: (Duration::from_millis(50), Duration::from_millis(300)),
-            ..LinkOptions::default()
-        };
-        let listen = "127.0.0.1:0".parse().unwrap();
-        let node = Node::start(&identity, NodeOptions { listen, link }).unwrap();
+        let node = node(&identity);
         let invitation = stage.west.invite(Duration::from_secs(60)).unwrap();
         let own = Introduction::new(name, Vec::new()).unwrap();
         let record = node.accept_invitation(&invitation, &own).await.unwrap();
+        Self::connect(stage, identity, node, record, name).await
+    }
+
+    /// In the place of east, which has ended.
+    pub async fn instead_of_east(stage: &Stage, west: Vec<String>) -> Self {
+        let directory = stage.dir.path().join("east").join("identity");
+        let identity = Identity::load_or_create(&directory, "east").unwrap();
+        let node = node(&identity);
+        let record = PeerRecord {
+            site: "west".to_owned(),
+            key: stage.west.key(),
+            addresses: west,
+            dial: true,
+        };
+        Self::connect(stage, identity, node, record, "east").await
+    }
+
+    async fn connect(
+        stage: &Stage,
+        identity: Identity,
+        node: Node,
+        record: PeerRecord,
+        name: &str,
+    ) -> Self {
         let peer = node.trust(record);
         let mut hostile = Self {
             node,
