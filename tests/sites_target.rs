@@ -54,6 +54,32 @@ fn protect(pair: &Pair, name: &str, guest: &GuestVm) {
     sealed(&pair.east, name);
 }
 
+/// The site goes on with these policy files.
+fn follows(site: &mut TestSite, files: &Path) {
+    assert!(site.terminate());
+    let config = site.dir.join("site.toml");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let named = format!("[site]\npolicy_files = \"{}\"", files.display());
+    std::fs::write(&config, text.replacen("[site]", &named, 1)).unwrap();
+    site.start();
+}
+
+/// All are known at east, and protected to west as one by its policy files.
+fn protected_as_one(pair: &Pair, guests: &[(&str, GuestVm)]) {
+    for (name, guest) in guests {
+        guest.console.await_beat(5, PATIENCE);
+        let qmp = guest.qmp.to_str().unwrap();
+        pair.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
+    }
+    whole_point(pair);
+}
+
+fn whole_point(pair: &Pair) {
+    pair.west.until("a whole point", PATIENCE * 4, |view| {
+        view.groups.first()?.rpo_ms
+    });
+}
+
 /// Waits for one more sealed point.
 #[track_caller]
 fn sealed(east: &TestSite, name: &str) {

@@ -203,27 +203,12 @@ mod tests {
         }
     }
 
-    fn qemu() -> qemu::definition::Definition {
-        qemu::definition::Definition {
-            program: "qemu-system-x86_64".to_owned(),
-            qemu: (7, 2, 0),
-            machine: "pc-q35-7.2".to_owned(),
-            machine_alias: None,
-            kvm: false,
-            cpu: None,
-            vcpus: 1,
-            ram_bytes: 1 << 20,
-            ram: Vec::new(),
-            disks: Vec::new(),
-            nets: Vec::new(),
-            files: Vec::new(),
-            arguments: Vec::new(),
-        }
-    }
-
     #[test]
     fn both_kinds_come_back_from_json_and_cbor() {
-        for definition in [Definition::from(embedded()), Definition::from(qemu())] {
+        for definition in [
+            Definition::from(embedded()),
+            Definition::from(qemu::definition::Definition::sample()),
+        ] {
             let json = serde_json::to_string(&definition).unwrap();
             let back: Definition = serde_json::from_str(&json).unwrap();
             assert_eq!(back, definition);
@@ -237,11 +222,16 @@ mod tests {
     #[test]
     fn what_was_written_without_a_tag_is_qemu_s() {
         let mut cbor = Vec::new();
-        ciborium::into_writer(&qemu(), &mut cbor).unwrap();
+        ciborium::into_writer(&qemu::definition::Definition::sample(), &mut cbor).unwrap();
         let back: Definition = ciborium::from_reader(cbor.as_slice()).unwrap();
-        assert_eq!(back, Definition::from(qemu()));
-        let back: Definition =
-            serde_json::from_str(&serde_json::to_string(&qemu()).unwrap()).unwrap();
+        assert_eq!(
+            back,
+            Definition::from(qemu::definition::Definition::sample())
+        );
+        let back: Definition = serde_json::from_str(
+            &serde_json::to_string(&qemu::definition::Definition::sample()).unwrap(),
+        )
+        .unwrap();
         assert_eq!(back.kind(), "qemu");
         assert!(serde_json::from_str::<Definition>("{\"xen\": {}}").is_err());
     }

@@ -58,7 +58,8 @@ pub(super) struct About {
     pub(super) group: String,
     /// `failover`, `test`, `move`, `rollback`, or a run's mode: programs are told.
     pub(super) mode: &'static str,
-    /// Its addresses here by the policy of its group, with spaces between them.
+    /// Its addresses here by the policy of its group, with spaces between them: told
+    /// to programs unless it is on no network.
     pub(super) addresses: String,
     /// It is on no network.
     pub(super) isolated: bool,
@@ -210,11 +211,15 @@ pub(super) async fn http(url: &str) -> Result<String, String> {
 
 /// Runs a program of this site to its end; well when that is status 0.
 async fn ends_well(about: &About, run: &[String]) -> Result<(), ProgramError> {
+    let addresses = match about.isolated {
+        true => "",
+        false => &about.addresses,
+    };
     let told = [
         ("FARHAVEN_GUEST", about.guest.as_str()),
         ("FARHAVEN_GROUP", &about.group),
         ("FARHAVEN_MODE", about.mode),
-        ("FARHAVEN_ADDRESSES", &about.addresses),
+        ("FARHAVEN_ADDRESSES", addresses),
     ];
     program::run(run, &told, LeftBehind::Ends, KEPT)
         .await

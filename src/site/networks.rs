@@ -7,7 +7,7 @@
 use std::collections::BTreeMap;
 
 use farhaven_policies::files::{
-    Member, is_bridge_name, is_card_address, is_network_address, mac_bytes,
+    Member, Network, is_bridge_name, is_card_address, is_network_address, mac_bytes,
 };
 use farhaven_storage_sync::unit::GuestId;
 
@@ -20,19 +20,24 @@ use crate::activate::point::boots;
 use crate::guest::Definition;
 use crate::guest::qemu::network::missing;
 
+/// What a group's policy says of a guest's networks at a site.
+fn mapped<'a>(terms: &'a Member, site: &str) -> impl Iterator<Item = (&'a String, &'a Network)> {
+    terms.networks.get(site).into_iter().flatten()
+}
+
 /// Networks that a group's policy gives a guest at a site, as netdevs. The map
 /// may come from a peer: it names bridges, and nothing else.
 pub(super) fn of_policy(terms: &Member, site: &str) -> BTreeMap<String, String> {
-    let here = terms.networks.get(site).into_iter().flatten();
-    here.filter(|(_, network)| is_bridge_name(&network.bridge))
+    mapped(terms, site)
+        .filter(|(_, network)| is_bridge_name(&network.bridge))
         .map(|(name, network)| (name.clone(), netdev(&network.bridge)))
         .collect()
 }
 
 /// MAC addresses that a group's policy gives a guest at a site.
 fn macs_of_policy(terms: &Member, site: &str) -> BTreeMap<String, String> {
-    let here = terms.networks.get(site).into_iter().flatten();
-    here.filter(|(_, network)| mac_bytes(&network.mac).is_some_and(is_card_address))
+    mapped(terms, site)
+        .filter(|(_, network)| mac_bytes(&network.mac).is_some_and(is_card_address))
         .map(|(name, network)| (name.clone(), network.mac.clone()))
         .collect()
 }
@@ -40,8 +45,7 @@ fn macs_of_policy(terms: &Member, site: &str) -> BTreeMap<String, String> {
 /// A guest's addresses at a site, of all its networks there, by the policy of its group:
 /// as programs are told them, with a space between two.
 pub(super) fn addresses(terms: &Member, site: &str) -> String {
-    let here = terms.networks.get(site).into_iter().flatten();
-    let addresses = here.flat_map(|(_, network)| &network.addresses);
+    let addresses = mapped(terms, site).flat_map(|(_, network)| &network.addresses);
     let sound = addresses.filter(|address| is_network_address(address));
     sound.cloned().collect::<Vec<_>>().join(" ")
 }

@@ -127,20 +127,26 @@ fn points_are_frozen_by_the_agent_and_thawed_wherever_the_guest_runs() {
     whole(&there);
 }
 
-#[test]
-fn disks_alone_are_protected_and_the_guest_boots_from_them() {
-    let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir_all(dir.path().join("g")).unwrap();
+/// A guest whose disks alone are to be protected, with an agent that answers.
+fn one_that_boots(directory: &Path) -> Option<GuestVm> {
+    std::fs::create_dir_all(directory).unwrap();
     let options = GuestOptions {
         memory: 192,
         cmdline: "farhaven.cold farhaven.load=database farhaven.fill=8 farhaven.pages=2048"
             .to_owned(),
         extra: Vec::new(),
     };
-    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+    let guest = GuestVm::start_with_agent(directory, &options)?;
+    thawed(&directory.join("agent.sock"));
+    Some(guest)
+}
+
+#[test]
+fn disks_alone_are_protected_and_the_guest_boots_from_them() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = one_that_boots(&dir.path().join("g")) else {
         return;
     };
-    thawed(&dir.path().join("g/agent.sock"));
     let pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
     protect(&pair, "web", &guest);
     sealed(&pair.east, "web");
@@ -192,17 +198,9 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
 #[test]
 fn a_run_shuts_its_guest_down_first_and_boots_it_at_one_site_or_the_other() {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::create_dir_all(dir.path().join("g")).unwrap();
-    let options = GuestOptions {
-        memory: 192,
-        cmdline: "farhaven.cold farhaven.load=database farhaven.fill=8 farhaven.pages=2048"
-            .to_owned(),
-        extra: Vec::new(),
-    };
-    let Some(guest) = GuestVm::start_with_agent(&dir.path().join("g"), &options) else {
+    let Some(guest) = one_that_boots(&dir.path().join("g")) else {
         return;
     };
-    thawed(&dir.path().join("g/agent.sock"));
     let mut pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
     protect(&pair, "web", &guest);
     sealed(&pair.east, "web");

@@ -25,28 +25,6 @@ fn two_guests(directory: &Path) -> Option<[(&'static str, GuestVm); 2]> {
     Some([("db", db), ("web", small(&directory.join("web"))?)])
 }
 
-/// The site goes on with these policy files.
-fn follows(site: &mut TestSite, files: &Path) {
-    assert!(site.terminate());
-    let config = site.dir.join("site.toml");
-    let text = std::fs::read_to_string(&config).unwrap();
-    let named = format!("[site]\npolicy_files = \"{}\"", files.display());
-    std::fs::write(&config, text.replacen("[site]", &named, 1)).unwrap();
-    site.start();
-}
-
-/// Both are known at east, and protected to west as one.
-fn protected(pair: &Pair, guests: &[(&str, GuestVm)]) {
-    for (name, guest) in guests {
-        guest.console.await_beat(5, PATIENCE);
-        let qmp = guest.qmp.to_str().unwrap();
-        pair.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
-    }
-    pair.west.until("a whole point", PATIENCE * 4, |view| {
-        view.groups.first()?.rpo_ms
-    });
-}
-
 #[test]
 fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
     let dir = tempfile::tempdir().unwrap();
@@ -57,7 +35,7 @@ fn a_group_of_two_qemus_is_tested_moved_as_one_and_rolled_back() {
     let files = dir.path().join("policies.toml");
     std::fs::write(&files, FILES).unwrap();
     follows(&mut pair.east, &files);
-    protected(&pair, &guests);
+    protected_as_one(&pair, &guests);
 
     let test: GroupTest = told(&pair.west, &["test", "bank", "--json"]);
     assert_eq!(test.remains, "", "{test:?}");
@@ -124,7 +102,7 @@ fn a_group_of_two_qemus_whose_site_is_lost_runs_at_the_other_and_is_healthy() {
     follows(&mut pair.east, &files);
     // A program that only the lost site names would not be run.
     follows(&mut pair.west, &files);
-    protected(&pair, &guests);
+    protected_as_one(&pair, &guests);
     pair.west.cli(&["failover", "bank"]).bad("is alive");
 
     pair.east.kill();

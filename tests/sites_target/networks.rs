@@ -118,23 +118,8 @@ fn inside() {
     let mut pair = Pair::start(LINK, "", "[networks]\nlan = \"bridge,br=fhnone\"");
     let files = dir.path().join("policies.toml");
     std::fs::write(&files, policies("fhgone")).unwrap();
-    assert!(pair.east.terminate());
-    let config = pair.east.dir.join("site.toml");
-    let text = std::fs::read_to_string(&config).unwrap();
-    let named = format!("[site]\npolicy_files = \"{}\"", files.display());
-    std::fs::write(&config, text.replacen("[site]", &named, 1)).unwrap();
-    pair.east.start();
-    for (name, guest) in &guests {
-        guest.console.await_beat(5, PATIENCE);
-        let qmp = guest.qmp.to_str().unwrap();
-        pair.east.cli(&["guest", "add", name, "--qmp", qmp]).good();
-    }
-    let whole_point = || {
-        pair.west.until("a whole point", PATIENCE * 4, |view| {
-            view.groups.first()?.rpo_ms
-        })
-    };
-    whole_point();
+    follows(&mut pair.east, &files);
+    protected_as_one(&pair, &guests);
 
     // A bridge that is not here: said, with what to do, and nothing was stopped.
     let missing = "there is no bridge fhgone here: make it (ip link add fhgone type bridge)";

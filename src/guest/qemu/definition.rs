@@ -286,3 +286,25 @@ impl HostFile {
         })
     }
 }
+
+#[cfg(test)]
+impl Definition {
+    /// The least of one.
+    pub(crate) fn sample() -> Self {
+        Self {
+            program: "qemu-system-x86_64".to_owned(),
+            qemu: (7, 2, 0),
+            machine: "pc-q35-7.2".to_owned(),
+            machine_alias: None,
+            kvm: false,
+            cpu: None,
+            vcpus: 1,
+            ram_bytes: 1 << 20,
+            ram: Vec::new(),
+            disks: Vec::new(),
+            nets: Vec::new(),
+            files: Vec::new(),
+            arguments: Vec::new(),
+        }
+    }
+}

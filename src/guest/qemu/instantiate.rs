@@ -325,17 +325,7 @@ mod tests {
                 Argument::new("device", r#"{"driver":"e1000","netdev":"dmz"}"#),
                 Argument::new("device", "virtio-balloon"),
             ],
-            program: "qemu-system-x86_64".to_owned(),
-            qemu: (7, 2, 0),
-            machine: "pc-q35-7.2".to_owned(),
-            machine_alias: None,
-            kvm: false,
-            cpu: None,
-            vcpus: 1,
-            ram_bytes: 1 << 20,
-            ram: Vec::new(),
-            disks: Vec::new(),
-            files: Vec::new(),
+            ..Definition::sample()
         };
         let mac = |id: &str| (id.to_owned(), format!("52:54:00:00:00:{}", id.len()));
         let mut placement = Placement {

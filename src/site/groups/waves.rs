@@ -69,10 +69,7 @@ impl Waves<'_> {
                     guest: member.name.clone(),
                     group: self.group.name.clone(),
                     mode: self.mode,
-                    addresses: match self.isolated {
-                        true => String::new(),
-                        false => networks::addresses(&member.terms, &site.config.site.name),
-                    },
+                    addresses: networks::addresses(&member.terms, &site.config.site.name),
                     isolated: self.isolated,
                     own_programs: site.own_programs(self.group, &named),
                     standby: site.standby_named(&member.name),

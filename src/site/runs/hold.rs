@@ -62,7 +62,8 @@ pub(in crate::site) async fn answer(
             held(site, remote, guest, |reply| Command::Hold(quiesce, reply)).await
         }
         RunMessage::Quiesce { guest, next_points } => {
-            ask_agent(site, remote, guest, next_points).await
+            let ask = |reply| Command::Quiesce(next_points, reply);
+            have_driver_do(site, remote, guest, ask).await
         }
         RunMessage::ShutDown { guest, within_ms } => {
             power::shut_down(site, remote, guest, within_ms).await
@@ -99,45 +100,54 @@ pub(super) fn not_protected() -> Message {
     )
 }
 
+/// What the driver of a guest answers a peer that it is protected to; `Err` is what to
+/// answer instead.
+pub(super) async fn ask_driver<T>(
+    site: &Site,
+    remote: &Remote,
+    guest: GuestId,
+    command: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Command,
+) -> Result<T, Message> {
+    let Some(commands) = driver_of(site, remote, guest) else {
+        return Err(not_protected());
+    };
+    let (reply, answer) = oneshot::channel();
+    let _ = commands.send(command(reply)).await;
+    match answer.await {
+        Ok(Ok(done)) => Ok(done),
+        Ok(Err(why)) => Err(refused(Refusal::Unable, why)),
+        Err(_) => Err(refused(Refusal::Unable, "that site's daemon is stopping")),
+    }
+}
+
+/// As [`ask_driver`], where being done is all there is to answer.
+pub(super) async fn have_driver_do(
+    site: &Site,
+    remote: &Remote,
+    guest: GuestId,
+    command: impl FnOnce(oneshot::Sender<Result<(), String>>) -> Command,
+) -> Message {
+    match ask_driver(site, remote, guest, command).await {
+        Ok(()) => Message::Done,
+        Err(answer) => answer,
+    }
+}
+
 async fn held(
-    site: &Arc<Site>,
-    remote: &Arc<Remote>,
+    site: &Site,
+    remote: &Remote,
     guest: GuestId,
     command: impl FnOnce(HoldReply) -> Command,
 ) -> Message {
-    let Some(commands) = driver_of(site, remote, guest) else {
-        return not_protected();
-    };
-    let (reply, held) = oneshot::channel();
-    let _ = commands.send(command(reply)).await;
-    match held.await {
-        Ok(Ok((held, term))) => Message::Run(RunMessage::Held {
+    match ask_driver(site, remote, guest, command).await {
+        Ok((held, term)) => Message::Run(RunMessage::Held {
             point: held.point,
             bytes: held.bytes,
             stopped_at: held.stopped_at,
             term,
             quiesced: held.quiesced,
         }),
-        Ok(Err(why)) => refused(Refusal::Unable, why),
-        Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
-    }
-}
-
-async fn ask_agent(
-    site: &Arc<Site>,
-    remote: &Arc<Remote>,
-    guest: GuestId,
-    next_points: bool,
-) -> Message {
-    let Some(commands) = driver_of(site, remote, guest) else {
-        return not_protected();
-    };
-    let (reply, answer) = oneshot::channel();
-    let _ = commands.send(Command::Quiesce(next_points, reply)).await;
-    match answer.await {
-        Ok(Ok(())) => Message::Done,
-        Ok(Err(why)) => refused(Refusal::Unable, why),
-        Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
+        Err(answer) => answer,
     }
 }
 

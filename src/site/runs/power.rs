@@ -12,7 +12,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::oneshot;
 
-use super::hold::{driver_of, not_protected};
+use super::hold::{driver_of, have_driver_do, not_protected};
 use crate::guest::Guest;
 use crate::replicate::message::{Message, Refusal};
 use crate::site::Site;
@@ -55,32 +55,16 @@ pub(super) async fn shut_down(
         None => Message::Done,
         Some(ms) => {
             let within = Duration::from_millis(ms).min(LONGEST);
-            order(site, remote, guest, |reply| PowerOrder::Off(within, reply)).await
+            let off = |reply| Command::Power(PowerOrder::Off(within, reply));
+            have_driver_do(site, remote, guest, off).await
         }
     }
 }
 
 /// Answers a target that has a guest started again.
 pub(super) async fn start_again(site: &Arc<Site>, remote: &Arc<Remote>, guest: GuestId) -> Message {
-    order(site, remote, guest, PowerOrder::On).await
-}
-
-async fn order(
-    site: &Arc<Site>,
-    remote: &Arc<Remote>,
-    guest: GuestId,
-    order: impl FnOnce(Reply) -> PowerOrder,
-) -> Message {
-    let Some(commands) = driver_of(site, remote, guest) else {
-        return not_protected();
-    };
-    let (reply, done) = oneshot::channel();
-    let _ = commands.send(Command::Power(order(reply))).await;
-    match done.await {
-        Ok(Ok(())) => Message::Done,
-        Ok(Err(why)) => refused(Refusal::Unable, why),
-        Err(_) => refused(Refusal::Unable, "that site's daemon is stopping"),
-    }
+    let on = |reply| Command::Power(PowerOrder::On(reply));
+    have_driver_do(site, remote, guest, on).await
 }
 
 /// Why a guest is not shut down for a run, as far as that is known beforehand.

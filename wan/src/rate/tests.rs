@@ -83,22 +83,29 @@ proptest! {
     }
 }
 
-#[test]
-fn a_cap_does_not_store_up_a_burst() {
+/// A controller that had one acknowledgement of `bytes` after each round trip, 200 times,
+/// under a cap of 8 Mbit/s; and its cap.
+fn capped(mtu: u16, rtt: Duration, bytes: u64) -> (RateController, Arc<AtomicU64>) {
     let cap = Arc::new(AtomicU64::new(8_000_000));
     let options = RateOptions {
         cap: Some(cap.clone()),
         initial: None,
     };
     let mut now = Instant::now();
-    let mut controller = RateController::new(options, now, 1200);
-    // Ten seconds at the cap of 1 MB/s and a round trip of 50 ms.
+    let mut controller = RateController::new(options, now, mtu);
     for _ in 0..200 {
         let sent = now;
-        now += Duration::from_millis(50);
-        controller.on_ack(now, sent, 50_000, false);
+        now += rtt;
+        controller.on_ack(now, sent, bytes, false);
         controller.on_end_acks(now);
     }
+    (controller, cap)
+}
+
+#[test]
+fn a_cap_does_not_store_up_a_burst() {
+    // Ten seconds at the cap of 1 MB/s and a round trip of 50 ms.
+    let (controller, cap) = capped(1200, Duration::from_millis(50), 50_000);
     assert!((45_000..=50_000).contains(&controller.window()));
     cap.store(0, Ordering::Relaxed);
     assert!(controller.window() < 200_000, "{}", controller.window());
@@ -108,19 +115,7 @@ fn a_cap_does_not_store_up_a_burst() {
 /// sends less than the cap allows.
 #[test]
 fn a_cap_is_reached_over_a_short_path_too() {
-    let cap = Arc::new(AtomicU64::new(8_000_000));
-    let options = RateOptions {
-        cap: Some(cap.clone()),
-        initial: None,
-    };
-    let mut now = Instant::now();
-    let mut controller = RateController::new(options, now, 1452);
-    for _ in 0..200 {
-        let sent = now;
-        now += Duration::from_micros(600);
-        controller.on_ack(now, sent, 600, false);
-        controller.on_end_acks(now);
-    }
+    let (controller, cap) = capped(1452, Duration::from_micros(600), 600);
     let at_once = u64::from(PACKETS_AN_ACK) * 1452;
     assert!(controller.window() > at_once, "{}", controller.window());
     // No more than the cap lets through while the receiver waits.
