@@ -42,7 +42,7 @@ impl Problem {
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// The file cannot be read.
-    #[error("cannot read the configuration {}: {source}; {help}", path.display())]
+    #[error("cannot read {}: {source}; {help}", path.display())]
     Read {
         /// What to do.
         help: &'static str,
@@ -53,7 +53,7 @@ pub enum LoadError {
         source: std::io::Error,
     },
     /// The file is far larger than a configuration.
-    #[error("{} has {bytes} bytes; a configuration has at most {LARGEST_FILE}: is this the right file?", path.display())]
+    #[error("{} has {bytes} bytes; such a file has at most {LARGEST_FILE}: is this the right file?", path.display())]
     TooLarge {
         /// Which file.
         path: PathBuf,

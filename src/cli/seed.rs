@@ -98,9 +98,10 @@ pub(super) async fn run(client: &Client, verb: SeedVerb) -> Outcome {
                 millis(report.took_ms)
             );
             say!(
-                "Its key is destroyed, and the medium of no use any more. If '{0}' is not protected yet, at '{1}': farhaven protect {0} --to THIS-SITE",
+                "Its key is destroyed, and the medium of no use any more. If '{0}' is not protected yet, at '{1}': farhaven protect {0} --to {2}",
                 report.guest,
-                report.from
+                report.from,
+                report.to
             );
         }
         SeedVerb::List(json) => {

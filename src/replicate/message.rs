@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::envelope::{Envelope, MessageError, Unknown};
 pub use self::lost::{LOST_BATCHES, LOST_RUNS, LostContent};
-pub use self::run::RunMessage;
+pub use self::run::{HeldGuest, RunMessage, ToHold};
 pub use self::turn::{CopyState, TurnMessage};
 
 use crate::activate::fence::Term;

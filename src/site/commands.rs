@@ -12,7 +12,7 @@ use super::driver::{Attached, DriveError, Driver, Next};
 use super::groups::Place;
 use super::handover;
 use super::records::Owed;
-use super::runs::hold::HoldReply;
+use super::runs::hold::{HoldOrder, HoldReply};
 use super::runs::power::PowerOrder;
 use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
@@ -107,8 +107,7 @@ pub(super) enum Command {
         reply: oneshot::Sender<Result<MoveReport, NotMoved>>,
     },
     /// Bring it to stand still for a run at the peer, and hold it.
-    /// Its agent freezes filesystems for its last cut if that is asked.
-    Hold(bool, HoldReply),
+    Hold(HoldOrder),
     /// Ask its agent whether it answers, and have it freeze filesystems for the next
     /// cuts if that is asked, too.
     Quiesce(bool, oneshot::Sender<Result<(), String>>),
@@ -166,7 +165,7 @@ impl Driver {
                 Command::Move { reply, .. } => {
                     let _ = reply.send(Err(NotMoved::Failed(self.not_attached())));
                 }
-                Command::Hold(_, reply) => self.held_already(reply),
+                Command::Hold(order) => self.hold_again(order),
                 Command::Power(order) => self.power_alone(order).await,
                 Command::IsHeld(reply) => self.is_held(reply, &mut None).await,
                 Command::Quiesce(_, reply) => {

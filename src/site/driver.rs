@@ -352,14 +352,15 @@ impl Driver {
                         }
                     }
                 }
-                Some(Command::Hold(quiesce, reply)) => {
+                Some(Command::Hold(order)) => {
                     seat = None;
-                    match self.hold(attached, quiesce, reply).await {
+                    match self.hold(attached, order).await {
                         Ok(()) => return Ok(Next::Again(Duration::ZERO)),
                         // Nothing was done: protection goes on in this very attempt.
                         Err(DriveError::TooLong(why)) => {
                             self.view.send_modify(|v| v.trouble.clone_from(&why));
                         }
+                        Err(DriveError::GivenUp(_)) => {}
                         Err(error) => return Err(error),
                     }
                 }

@@ -24,7 +24,7 @@ pub(super) use self::cuts::{GroupCut, Seat};
 pub use self::failover::{FailOverGroup, GroupFailover, MemberFailover};
 pub(super) use self::force::{InForce, keep};
 pub use self::moving::{GroupMove, GroupOutlook, MemberMove};
-pub(super) use self::party::Place;
+pub(super) use self::party::{Party, Place};
 pub use self::points::GroupPointView;
 pub(super) use self::points::{Fates, fates, fates_of};
 pub use self::rollback::GroupRollBack;

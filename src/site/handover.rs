@@ -67,20 +67,12 @@ async fn hand_over(
     let declared = Instant::now();
     driver.phase(Phase::Moving);
     let (term, mut converged) = get_ready(driver, attached, accept_pause, convoy).await?;
-    let id = driver.record.id;
     keep_moving(driver, term).await?;
     driver.phase(Phase::Held);
     let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
         Err(error) => {
-            // The peer was not asked to run it yet; but an operator may have
-            // had it taken over there.
-            driver.site.fence.may_run(id, driver.site.key())?;
-            resume(driver, attached).await?;
-            driver.protection.moving = None;
-            driver.protection.held = None;
-            // Should this fail: the peer has given up by then, and says so.
-            let _ = driver.keep_protection().await;
+            runs_on(driver, attached).await?;
             give_up(driver);
             return Err(not_begun(driver, error));
         }
@@ -408,6 +400,22 @@ pub(super) async fn end(
         v.term = Some(term.number);
         v.trouble = format!("it runs at '{to}'; its copy here is kept stopped");
     });
+    Ok(())
+}
+
+/// The peer was not asked to run it yet: it goes on here, unless an operator has
+/// had it taken over there.
+pub(super) async fn runs_on(
+    driver: &mut Driver,
+    attached: &mut Attached,
+) -> Result<(), DriveError> {
+    let (site, id) = (&driver.site, driver.record.id);
+    site.fence.may_run(id, site.key())?;
+    resume(driver, attached).await?;
+    driver.protection.moving = None;
+    driver.protection.held = None;
+    // Should this fail: the peer has given up by then, and says so.
+    let _ = driver.keep_protection().await;
     Ok(())
 }
 

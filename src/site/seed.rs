@@ -75,6 +75,9 @@ pub struct SeedImported {
     pub guest: String,
     /// The site that it comes from.
     pub from: String,
+    /// This site, which it is protected to.
+    #[serde(default)]
+    pub to: String,
     /// The point that is sealed now.
     pub point: u64,
     /// When the guest was stopped for it.

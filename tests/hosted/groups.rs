@@ -6,14 +6,14 @@ use farhaven::site::view::PointView;
 
 use super::*;
 
-const FILES: &str = "[sites.west]\n[policies.gold]\nrpo = \"1s\"\n[groups.bank]\npolicy = \"gold\"\npeer = \"west\"\n[groups.bank.guests.db]\n[groups.bank.guests.web]\nafter = [\"db\"]\n";
+pub(crate) const FILES: &str = "[sites.west]\n[policies.gold]\nrpo = \"1s\"\n[groups.bank]\npolicy = \"gold\"\npeer = \"west\"\n[groups.bank.guests.db]\n[groups.bank.guests.web]\nafter = [\"db\"]\n";
 
 /// The pair, with a bank of two small guests at east that is protected.
 fn bank() -> (Pair, [Console; 2]) {
     bank_by(FILES)
 }
 
-fn bank_by(policies: &str) -> (Pair, [Console; 2]) {
+pub(crate) fn bank_by(policies: &str) -> (Pair, [Console; 2]) {
     let mut pair = Pair::start(LINK, "", "");
     let files = pair.dir.path().join("policies.toml");
     std::fs::write(&files, policies).unwrap();

@@ -1,8 +1,11 @@
 //! Two QEMU guests of a group: tested, moved as one, rolled back, and home again.
 
-use farhaven::site::groups::{GroupDone, GroupFailover, GroupMove, GroupTest};
+use farhaven::runbook::report::Report;
+use farhaven::site::groups::{GroupDone, GroupFailover, GroupMove, GroupPointView, GroupTest};
 use farhaven::site::health::CheckOutcome;
+use farhaven::site::runs::view::RunView;
 use farhaven::site::turn::view::RollbackReport;
+use farhaven_policies::runbook::run::Outcome;
 
 use super::*;
 
@@ -129,5 +132,109 @@ fn a_group_of_two_qemus_whose_site_is_lost_runs_at_the_other_and_is_healthy() {
         );
         let active = pair.west.target(&member.guest).active.unwrap();
         goes_on(&TestSite::console_of(&active));
+    }
+}
+
+const BOOK: &str = r#"
+name = "book"
+modes = ["planned"]
+[groups]
+bank = []
+[[steps]]
+name = "sync"
+do = "final-sync"
+on-error = "stop"
+[[steps]]
+name = "agree"
+do = "approve"
+by = ["*"]
+timeout = "1h"
+[[steps]]
+name = "promote"
+do = "promote"
+[[steps]]
+name = "start"
+do = "start-group"
+[[steps]]
+name = "healthy"
+do = "wait-healthy"
+"#;
+
+/// Waits until the run wants its approval; what failed meanwhile is done again.
+#[track_caller]
+fn wants_approval(site: &TestSite, run: &str) {
+    let deadline = std::time::Instant::now() + PATIENCE * 2;
+    loop {
+        let view: RunView = told(site, &["run", "show", run, "--json"]);
+        if view.awaits.is_some() {
+            return;
+        }
+        if let Some(question) = &view.question {
+            println!("asked: {}", question.why);
+            site.cli(&["run", "decide", run, "repeat", "--as", "anna"])
+                .good();
+        }
+        let over = view.outcome.is_some() || std::time::Instant::now() > deadline;
+        assert!(!over, "{view:#?}\n{}", site.log());
+        std::thread::sleep(Duration::from_millis(200));
+    }
+}
+
+/// Both daemons are killed while the guests of the group come to stand still, and
+/// when they do: what they run from is one point of the group all the same.
+#[test]
+fn a_run_holds_a_group_of_two_qemus_at_one_instant() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guests) = two_guests(dir.path()) else {
+        return;
+    };
+    let mut pair = Pair::start(LINK, "", "");
+    let files = dir.path().join("policies.toml");
+    let patient = FILES.replace("rpo = \"2s\"", "rpo = \"2s\"\nmax_blackout = \"10s\"");
+    std::fs::write(&files, patient).unwrap();
+    follows(&mut pair.east, &files);
+    protected_as_one(&pair, &guests);
+    let book = dir.path().join("book.toml");
+    std::fs::write(&book, BOOK).unwrap();
+    let book = book.to_str().unwrap();
+    let start = ["runbook", "run", book, "--mode", "planned", "--as", "anna"];
+    let run: RunView = told(&pair.west, &[&start[..], &["--json"]].concat());
+    let run = run.id;
+    for (site, wait) in [("east", 900), ("west", 2500), ("east", 300), ("west", 700)] {
+        std::thread::sleep(Duration::from_millis(wait));
+        let site = match site {
+            "east" => &mut pair.east,
+            _ => &mut pair.west,
+        };
+        site.kill();
+        site.start();
+    }
+    wants_approval(&pair.west, &run);
+    let stood = guests
+        .each_ref()
+        .map(|(_, guest)| guest.console.last_beat().unwrap().number);
+    pair.west.kill();
+    pair.east.kill();
+    pair.east.start();
+    pair.west.start();
+    pair.west
+        .cli(&["approve", &run, "agree", "--as", "anna"])
+        .good();
+    let outcome = super::runs::until(&pair.west, &run, "its end", |view| view.outcome);
+    assert_eq!(outcome, Outcome::Succeeded);
+    let report: Report = told(&pair.west, &["report", &run, "--json"]);
+    let whole: Vec<GroupPointView> = told(&pair.west, &["points", "bank", "--json"]);
+    let newest = whole.last().unwrap();
+    println!("stopped within {} ms", newest.skew_ms);
+    assert_eq!(report.guests.len(), 2);
+    for guest in &report.guests {
+        let of = (guest.point, newest.points.get(&guest.guest).copied());
+        assert!(of.0.is_some() && of.0 == of.1, "{of:?} {whole:?}");
+    }
+    for ((name, guest), stood) in guests.iter().zip(stood) {
+        let there = TestSite::console_of(&pair.west.target(name).active.unwrap());
+        there.await_beat(stood + 1, PATIENCE);
+        goes_on(&there);
+        assert_eq!(guest.console.last_beat().unwrap().number, stood);
     }
 }

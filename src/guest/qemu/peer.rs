@@ -267,7 +267,7 @@ pub fn check_peer(definition: &Definition, peer: &PeerFacts, stored: u64) -> Vec
             "user" | "socket" | "stream" | "dgram" | "hubport"
         )
     }) {
-        found.push(Finding::warns("peer-net", format!("network {} is {}: the peer must have the like", net.id, net.value), format!("name the peer's network for it: net.{} = \"tap,ifname=…,script=no\" in the peer's configuration", net.id)));
+        found.push(Finding::warns("peer-net", format!("network {} is {}: the peer must have the like", net.id, net.value), format!("if it is another there, say so in the peer's configuration: {} = \"tap,ifname=…,script=no\" under [networks]; or in its group's policy, networks.SITE.{0}.bridge", net.id)));
     }
     found.sort_by_key(|finding| finding.severity);
     found

@@ -44,19 +44,7 @@ pub enum RunMessage {
         guest: GuestId,
     },
     /// Source: it is stopped, and its last point is sealed at your place.
-    Held {
-        /// That point.
-        point: u64,
-        /// Bytes sent while it stood still.
-        bytes: u64,
-        /// When it was stopped, nanoseconds since 1970.
-        stopped_at: u64,
-        /// The term of the hand-over, which you may take now.
-        term: Term,
-        /// Whether its filesystems were frozen, if that was asked.
-        #[serde(default, skip_serializing_if = "Option::is_none")]
-        quiesced: Option<bool>,
-    },
+    Held(HeldGuest),
     /// Target, to [`GiveUp`](super::Message::GiveUp): a run has the guest and
     /// has not ended. The source holds it on, and asks again.
     Undecided,
@@ -72,4 +60,47 @@ pub enum RunMessage {
         /// Who.
         guest: GuestId,
     },
+    /// Target: a run moves these guests, which are all of a group. As
+    /// [`Hold`](Self::Hold) for each of them, but they stop at one instant, and
+    /// either all of them are held or none is. Refused as out of step when some
+    /// were held before, and not all at one instant: ask again once they go on.
+    HoldGroup {
+        /// Which group.
+        group: GuestId,
+        /// All of its guests.
+        guests: Vec<ToHold>,
+    },
+    /// Source: all of them are held, and what each has to tell.
+    GroupHeld {
+        /// From the first guest's stop to the last one's, nanoseconds.
+        skew_ns: u64,
+        /// Each guest.
+        guests: Vec<(GuestId, HeldGuest)>,
+    },
+}
+
+/// A guest that is to be held with all of its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ToHold {
+    /// Who.
+    pub guest: GuestId,
+    /// Its agent freezes filesystems for its last point.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub quiesce: bool,
+}
+
+/// A guest that stands still for a run, its last point sealed at the target.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HeldGuest {
+    /// That point.
+    pub point: u64,
+    /// Bytes sent while it stood still.
+    pub bytes: u64,
+    /// When it was stopped, nanoseconds since 1970.
+    pub stopped_at: u64,
+    /// The term of the hand-over, which the target may take now.
+    pub term: Term,
+    /// Whether its filesystems were frozen, if that was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quiesced: Option<bool>,
 }

@@ -11,7 +11,7 @@ use crate::site::commands::Convoy;
 use crate::site::cut;
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::handover::{
-    end, get_ready, give_up, how_it_ended, join, keep_moving, not_begun, report, resume,
+    end, get_ready, give_up, how_it_ended, join, keep_moving, not_begun, report, runs_on,
 };
 use crate::site::view::{MoveReport, Phase};
 
@@ -106,15 +106,7 @@ async fn goes_on(
     let name = &driver.record.name;
     let party = place.party();
     party.give_up(&format!("'{name}' was not moved: {error}"));
-    // Somebody may have had it taken over there.
-    driver
-        .site
-        .fence
-        .may_run(driver.record.id, driver.site.key())?;
-    resume(driver, attached).await?;
-    driver.protection.moving = None;
-    // Should this fail: the peer has given up by then, and says so.
-    let _ = driver.keep_protection().await;
+    runs_on(driver, attached).await?;
     give_up(driver);
     Ok(not_begun(driver, error))
 }

@@ -16,16 +16,20 @@ use tokio::sync::oneshot;
 
 use crate::activate::fence::Term;
 use crate::guest::{After, Guest};
-use crate::replicate::message::{Message, Refusal, RunMessage};
+use crate::replicate::message::{Handed, HeldGuest, Message, Refusal, RunMessage};
 use crate::site::answer::refused;
+use crate::site::commands::Convoy;
 use crate::site::converge::{converge, throttle};
 use crate::site::cut;
 use crate::site::driver::{Attached, Command, DriveError, Driver};
+use crate::site::groups::Place;
 use crate::site::handover;
 use crate::site::remote::{AskError, Remote};
 use crate::site::runs::power;
 use crate::site::view::Phase;
 use crate::site::{Site, guests};
+
+mod group;
 
 /// How often the target is asked what became of a held guest.
 pub(in crate::site) const ASK_AGAIN: Duration = Duration::from_millis(500);
@@ -46,10 +50,45 @@ pub struct HeldPoint {
     /// Whether its filesystems were frozen for it, if that was asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub quiesced: Option<bool>,
+    /// Its group's instant, if all of that were stopped with it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub together: Option<Together>,
+}
+
+/// The instant at which all guests of a group were stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Together {
+    /// The cut's number.
+    pub cut: u64,
+    /// From the first guest's stop to the last one's, nanoseconds.
+    pub skew_ns: u64,
+}
+
+impl HeldPoint {
+    /// As a target is told of it, with the term of the hand-over.
+    fn told(self, term: Term) -> HeldGuest {
+        HeldGuest {
+            point: self.point,
+            bytes: self.bytes,
+            stopped_at: self.stopped_at,
+            term,
+            quiesced: self.quiesced,
+        }
+    }
 }
 
 /// To whom the hold of a guest is told.
 pub(in crate::site) type HoldReply = oneshot::Sender<Result<(HeldPoint, Term), String>>;
+
+/// A guest is to come to stand still.
+#[derive(Debug)]
+pub(in crate::site) struct HoldOrder {
+    /// Its agent freezes filesystems for its last cut.
+    pub(in crate::site) quiesce: bool,
+    /// Its place among those of its group, who stop at one instant.
+    pub(in crate::site) place: Option<Place>,
+    pub(in crate::site) reply: HoldReply,
+}
 
 /// Answers a target's message about a run.
 pub(in crate::site) async fn answer(
@@ -59,8 +98,16 @@ pub(in crate::site) async fn answer(
 ) -> Message {
     match asked {
         RunMessage::Hold { guest, quiesce } => {
-            held(site, remote, guest, |reply| Command::Hold(quiesce, reply)).await
+            let order = |reply| {
+                Command::Hold(HoldOrder {
+                    quiesce,
+                    place: None,
+                    reply,
+                })
+            };
+            held(site, remote, guest, order).await
         }
+        RunMessage::HoldGroup { group, guests } => group::hold(site, remote, group, guests).await,
         RunMessage::Quiesce { guest, next_points } => {
             let ask = |reply| Command::Quiesce(next_points, reply);
             have_driver_do(site, remote, guest, ask).await
@@ -76,7 +123,7 @@ pub(in crate::site) async fn answer(
             }
             Message::Done
         }
-        RunMessage::Held { .. } | RunMessage::Undecided => {
+        RunMessage::Held(_) | RunMessage::GroupHeld { .. } | RunMessage::Undecided => {
             refused(Refusal::Unknown, "that is an answer, not a question")
         }
     }
@@ -140,13 +187,7 @@ async fn held(
     command: impl FnOnce(HoldReply) -> Command,
 ) -> Message {
     match ask_driver(site, remote, guest, command).await {
-        Ok((held, term)) => Message::Run(RunMessage::Held {
-            point: held.point,
-            bytes: held.bytes,
-            stopped_at: held.stopped_at,
-            term,
-            quiesced: held.quiesced,
-        }),
+        Ok((held, term)) => Message::Run(RunMessage::Held(held.told(term))),
         Err(answer) => answer,
     }
 }
@@ -157,17 +198,33 @@ impl Driver {
     pub(in crate::site) async fn hold(
         &mut self,
         attached: &mut Attached,
-        quiesce: bool,
-        reply: HoldReply,
+        order: HoldOrder,
     ) -> Result<(), DriveError> {
-        let (held, term) = match self.come_to_stand(attached, quiesce).await {
-            Ok(held) => held,
+        let HoldOrder {
+            quiesce,
+            place,
+            reply,
+        } = order;
+        self.phase(Phase::Moving);
+        if let Some(guest) = attached.guest.as_mut() {
+            guest.leave_to_the_cut(false);
+        }
+        let held = self.come_to_stand(attached, quiesce, place.as_ref()).await;
+        if let Some(guest) = attached.guest.as_mut() {
+            guest.leave_to_the_cut(true);
+        }
+        match held {
+            Ok(held) => {
+                let _ = reply.send(Ok(held));
+            }
             Err(error) => {
+                if let Some(place) = place {
+                    place.party().give_up(&error.to_string());
+                }
                 let _ = reply.send(Err(error.to_string()));
                 return Err(error);
             }
-        };
-        let _ = reply.send(Ok((held, term)));
+        }
         let ended = handover::how_it_ended(self, attached.guest.take()).await;
         ended.map(|_| ())
     }
@@ -176,9 +233,10 @@ impl Driver {
         &mut self,
         attached: &mut Attached,
         quiesce: bool,
+        place: Option<&Place>,
     ) -> Result<(HeldPoint, Term), DriveError> {
-        self.phase(Phase::Moving);
-        let converged = converge(self, attached, false, None).await;
+        let convoy = place.cloned().map(Convoy::of_group);
+        let converged = converge(self, attached, false, convoy.as_ref()).await;
         throttle(attached, 0).await.unwrap_or_else(|error| {
             tracing::warn!(guest = %self.record.name, %error, "the guest may still be throttled; it is let free with the next attach");
         });
@@ -201,43 +259,66 @@ impl Driver {
         }
         self.phase(Phase::Held);
         self.quiesce_next = u8::from(quiesce);
-        let made = match cut::make(self, attached, After::Hold, None).await {
+        let made = match self.seal_the_last(attached, term, place).await {
             Ok(made) => made,
             Err(error) => {
-                // The peer has no word of it yet; but it may have been taken over there.
-                self.site.fence.may_run(self.record.id, self.site.key())?;
-                handover::resume(self, attached).await?;
-                self.protection.moving = None;
-                let _ = self.keep_protection().await;
+                // The peer may not run it: it has no word of the term.
+                handover::runs_on(self, attached).await?;
                 return Err(handover::not_begun(self, error));
             }
         };
-        match cut::seal_held(self, attached, &made, SEALED).await {
-            Ok(()) => {
-                self.site.note_sealed(self.record.id, made.cut_at);
-                let held = HeldPoint {
-                    point: made.point,
-                    bytes: made.final_bytes,
-                    stopped_at: crate::site::unix_ns(made.cut_at),
-                    quiesced: made.quiesced.told(),
-                };
-                self.protection.held = Some(held);
-                let kept = self.keep_protection().await;
-                kept.map_err(DriveError::Other)?;
-                self.view.send_modify(|v| v.newest_point = held.point);
-                Ok((held, term))
-            }
-            Err(error) => {
-                // It goes on, unless it is found to run there.
-                handover::how_it_ended(self, attached.guest.take()).await?;
-                Err(handover::not_begun(self, error))
-            }
-        }
+        self.site.note_sealed(self.record.id, made.cut_at);
+        let held = HeldPoint {
+            point: made.point,
+            bytes: made.final_bytes,
+            stopped_at: crate::site::unix_ns(made.cut_at),
+            quiesced: made.quiesced.told(),
+            together: made.group.map(|mark| Together {
+                cut: mark.cut,
+                skew_ns: mark.skew_ns,
+            }),
+        };
+        self.protection.held = Some(held);
+        let kept = self.keep_protection().await;
+        kept.map_err(DriveError::Other)?;
+        self.view.send_modify(|v| v.newest_point = held.point);
+        Ok((held, term))
     }
 
-    /// Answers who wants a guest held that is held already.
-    pub(in crate::site) fn held_already(&self, reply: HoldReply) {
-        let _ = reply.send(match (self.protection.held, self.protection.moving) {
+    /// The guest is stopped, and its last point sealed; of a group, those of all.
+    async fn seal_the_last(
+        &mut self,
+        attached: &mut Attached,
+        term: Term,
+        place: Option<&Place>,
+    ) -> Result<cut::Made, DriveError> {
+        let with = place.map(|place| place.party().cut.clone());
+        let made = cut::make(self, attached, After::Hold, with).await?;
+        cut::seal_held(self, attached, &made, SEALED).await?;
+        if let Some(place) = place {
+            place.sealed(Handed {
+                guest: self.record.id,
+                point: made.point,
+                term,
+            });
+            let all = self.interruptible(place.party().all_sealed()).await?;
+            all.map_err(DriveError::GivenUp)?;
+        }
+        Ok(made)
+    }
+
+    /// Answers who wants a guest held that cannot be now, or is already.
+    pub(in crate::site) fn hold_again(&self, order: HoldOrder) {
+        let held = self.as_held();
+        if let (Some(place), Err(why)) = (&order.place, &held) {
+            place.party().give_up(why);
+        }
+        let _ = order.reply.send(held);
+    }
+
+    /// As what it is held; the words say why it is not.
+    fn as_held(&self) -> Result<(HeldPoint, Term), String> {
+        match (self.protection.held, self.protection.moving) {
             (Some(held), Some(term)) => Ok((held, term)),
             (None, Some(_)) => Err(format!(
                 "how an earlier move of '{}' ended is not known yet; see farhaven status there",
@@ -248,10 +329,10 @@ impl Driver {
                 self.record.name,
                 self.view.borrow().trouble
             )),
-        });
+        }
     }
 
-    /// As [`Driver::held_already`], when its stopped copy could go on. `guest` is
+    /// As it is held, when its stopped copy could go on. `guest` is
     /// what is attached to it, if anything is.
     pub(in crate::site) async fn is_held(
         &self,
@@ -259,7 +340,8 @@ impl Driver {
         guest: &mut Option<Box<dyn Guest>>,
     ) {
         if self.protection.held.is_none() {
-            return self.held_already(reply);
+            let _ = reply.send(self.as_held());
+            return;
         }
         let (site, record, attached) = (self.site.clone(), self.record.clone(), guest.take());
         let looked = crate::work::spawn_blocking(move || match attached {
@@ -278,18 +360,14 @@ impl Driver {
             Err(error) => (None, Err(error.to_string())),
         };
         *guest = attached;
-        match lives {
-            Ok(true) => self.held_already(reply),
-            Ok(false) => {
-                let _ = reply.send(Err(format!(
-                    "the stopped copy of '{}' has ended there",
-                    self.record.name
-                )));
-            }
-            Err(why) => {
-                let _ = reply.send(Err(why));
-            }
-        }
+        let _ = reply.send(match lives {
+            Ok(true) => self.as_held(),
+            Ok(false) => Err(format!(
+                "the stopped copy of '{}' has ended there",
+                self.record.name
+            )),
+            Err(why) => Err(why),
+        });
     }
 }
 
@@ -314,7 +392,7 @@ pub(in crate::site) async fn undecided(
         };
         match next {
             Err(_) | Ok(Some(Command::Ask)) => return Ok(()),
-            Ok(Some(Command::Hold(_, reply))) => driver.held_already(reply),
+            Ok(Some(Command::Hold(order))) => driver.hold_again(order),
             Ok(Some(Command::IsHeld(reply))) => driver.is_held(reply, guest).await,
             Ok(Some(other)) => {
                 driver.waiting.push_front(other);

@@ -28,6 +28,7 @@ mod shutdown;
 pub(in crate::site) mod stage;
 pub mod start;
 mod stays;
+mod sync;
 mod targets;
 mod trial;
 

@@ -10,7 +10,7 @@ use farhaven_policies::runbook::{Action, Mode, PointChoice, Readiness};
 
 use super::facts::FactsFile;
 use super::targets::{Target, targets};
-use super::{health, outside, planned, quiesce, readiness, shutdown, stays, trial};
+use super::{health, outside, planned, quiesce, readiness, shutdown, stays, sync, trial};
 use crate::runbook::perform::{
     Called, Checked, Ended, Executed, Failure, Fenced, Guests, Perform, Probe, Promoted, Removed,
     Reprotected, Scope, Synced,
@@ -78,6 +78,13 @@ impl AtSite {
         noted.map_err(|e| Failure::fault(e.to_string()))?
     }
 
+    /// Keeps what was seen, for the report.
+    pub(super) async fn saw(&self, seen: super::facts::Seen) -> Ended<()> {
+        let facts = self.facts.clone();
+        let kept = crate::work::spawn_blocking(move || facts.saw(seen)).await;
+        kept.map_err(|e| Failure::fault(e.to_string()))?
+    }
+
     /// Does something to its end even if who waits for it does not: half a
     /// step would leave machines that nobody knows of. Whatever was begun before
     /// has come to its end by then.
@@ -126,7 +133,7 @@ impl Perform for AtSite {
     }
 
     async fn final_sync(&self, scope: &Scope) -> Ended<Synced> {
-        planned::final_sync(&self.begin(), scope).await
+        sync::final_sync(&self.begin(), scope).await
     }
 
     async fn fence(&self, scope: &Scope) -> Ended<Fenced> {

@@ -1,23 +1,18 @@
-//! The steps of a run that the source has a part in: its guests come to stand
-//! still, are handed over, or go on there.
+//! The steps of a run by which its source's guests go on there: what a final sync,
+//! a start or a fence did is undone, or the group rolls back.
 
 use std::time::{Duration, Instant};
 
 use farhaven_policies::runbook::Mode;
 
 use super::perform::{AtSite, fault, named};
+use super::shutdown;
 use super::targets::Target;
-use super::{quiesce, shutdown};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, RunMessage, TurnMessage};
-use crate::runbook::perform::{Ended, Failure, Guests, Scope, Synced};
+use crate::runbook::perform::{Ended, Failure, Guests, Scope};
 use crate::site::remote::AskError;
-use crate::site::standby::Standby;
 use crate::site::turn::RollBack;
-
-/// Longest that a source is waited for while it converges; the step's own
-/// timeout is what counts.
-const HOLD: Duration = Duration::from_secs(24 * 3600);
 
 /// A source acts on a word at once; it may have to attach to a guest for it.
 const GOES_ON: Duration = Duration::from_secs(60);
@@ -35,129 +30,6 @@ pub(super) fn asked(error: AskError) -> Failure {
     }
 }
 
-/// Every guest stands still at its source, and its last changes are sealed here.
-pub(super) async fn final_sync(run: &AtSite, scope: &Scope) -> Ended<Synced> {
-    let site = run.site()?;
-    let mut synced = Synced { point: 0, bytes: 0 };
-    for target in run.targets(scope)? {
-        run.goes_on()?;
-        let known = run.facts.of(&target.name);
-        // All of it, or it is asked again: the answer is the same while it is held.
-        let taken = known.held
-            && known.point.is_some()
-            && known.term == site.fence.current(target.standby.guest)
-            && target.standby.is_staged(known.term).await;
-        if !taken {
-            take(run, &target).await?;
-        }
-        let known = run.facts.of(&target.name);
-        synced.point = synced.point.max(known.point.unwrap_or(0));
-        synced.bytes += known.final_bytes.unwrap_or(0);
-    }
-    Ok(synced)
-}
-
-/// Ends when the source is not heard of any more: a connection that died is
-/// closed much later.
-async fn falls_silent(standby: &Standby) {
-    while standby.remote().alive() {
-        tokio::time::sleep(LOOK).await;
-    }
-}
-
-async fn take(run: &AtSite, target: &Target) -> Ended<()> {
-    let standby = &target.standby;
-    let group = target.group.clone();
-    run.note(&target.name, move |guest| guest.group = group)
-        .await?;
-    if !standby.remote().alive() {
-        return Err(Failure::source_lost(format!(
-            "site '{}' cannot be reached now",
-            standby.from()
-        )));
-    }
-    // What can fail here is done while the guest still runs there.
-    let ready = target.clone();
-    run.whole(move |run| async move {
-        let (standby, known) = (&ready.standby, run.facts.of(&ready.name));
-        let number = standby.next_term(true).map_err(fault)?;
-        let newest = ready.newest()?;
-        let made = standby.make_ready(newest, number, &known.networks, false);
-        made.await.map_err(fault)
-    })
-    .await?;
-    // From here on, a source that asks is not told that the move was given up.
-    let expecting = standby.expect();
-    let question = Message::Run(RunMessage::Hold {
-        guest: standby.guest,
-        quiesce: run.facts.of(&target.name).quiesce,
-    });
-    let answer = tokio::select! {
-        answer = standby.remote().ask_within(question, HOLD) => answer,
-        () = falls_silent(&target.standby) => Err(AskError::Unreachable(standby.from())),
-    };
-    let Message::Run(RunMessage::Held {
-        point,
-        bytes,
-        stopped_at,
-        term,
-        quiesced,
-    }) = answer.map_err(asked)?
-    else {
-        return Err(asked(AskError::Unfitting(standby.from())));
-    };
-    let target = target.clone();
-    // To its end: what is held is written down, or the source goes on.
-    run.whole(move |run| async move {
-        let _expecting = expecting;
-        quiesce::tell(&run, &target, quiesced).await?;
-        handed_over(&run, &target, (point, bytes, stopped_at), term).await
-    })
-    .await
-}
-
-async fn handed_over(
-    run: &AtSite,
-    target: &Target,
-    (point, bytes, stopped_at): (u64, u64, u64),
-    term: Term,
-) -> Ended<()> {
-    let site = run.site()?;
-    let standby = &target.standby;
-    let known = site.fence.current(standby.guest).map_or(0, |t| t.number);
-    let sound = term.group == standby.guest && term.owner == site.key();
-    if !sound || term.number > known.saturating_add(1 << 16) {
-        return Err(Failure::fault(format!(
-            "site '{}' hands '{}' over under a term that is none of this site's; do both run the same version?",
-            standby.from(),
-            target.name
-        )));
-    }
-    // In this order: see `State::staged`.
-    standby.stage(Some(term)).await;
-    run.note(&target.name, move |guest| {
-        guest.held = true;
-        guest.term = Some(term);
-        guest.final_bytes = Some(bytes);
-        guest.stopped_at = Some(stopped_at / 1_000_000);
-        guest.source_stopped = true;
-    })
-    .await?;
-    let points = [(target.name.clone(), point)].into();
-    run.keep_points(std::slice::from_ref(target), &points)
-        .await?;
-    let fence = site.clone();
-    let adopted = crate::work::spawn_blocking(move || fence.fence.adopt(term)).await;
-    let in_force = adopted.map_err(fault)?.map_err(fault)?;
-    match in_force == term {
-        true => Ok(()),
-        false => Err(Failure::fault(format!(
-            "a newer term of '{}' is known here: {}",
-            target.name, in_force.number
-        ))),
-    }
-}
-
 /// The source still holds its guest, alive. What runs here is discarded only
 /// then: else nothing would be left of it.
 async fn still_held(target: &Target) -> Ended<()> {
@@ -165,7 +37,7 @@ async fn still_held(target: &Target) -> Ended<()> {
     let guest = standby.guest;
     let question = Message::Run(RunMessage::StillHeld { guest });
     match standby.remote().ask_within(question, GOES_ON).await {
-        Ok(Message::Run(RunMessage::Held { .. })) => Ok(()),
+        Ok(Message::Run(RunMessage::Held(_))) => Ok(()),
         Ok(_) => Err(asked(AskError::Unfitting(standby.from()))),
         Err(AskError::Refused { why, .. }) => Err(Failure::fault(format!(
             "'{}' runs on here, since it could not go on at '{}': {why}",
@@ -219,17 +91,24 @@ pub(super) async fn roll_back(run: AtSite, scope: Scope) -> Ended<Guests> {
 
 /// Undoes a final sync: the source's guests go on there.
 pub(super) async fn let_go_on(run: AtSite, scope: Scope) -> Ended<()> {
-    let site = run.site()?;
     let targets = run.targets(&scope)?;
+    let_these_go_on(&run, &targets).await?;
+    tracing::info!(run = run.run, guests = ?named(&targets).guests, "they go on at their source");
+    Ok(())
+}
+
+/// As [`let_go_on`], these guests; ends when the source has said so of those it held.
+pub(super) async fn let_these_go_on(run: &AtSite, targets: &[Target]) -> Ended<()> {
+    let site = run.site()?;
     let mut held = Vec::new();
     for target in targets.iter().rev() {
         run.goes_on()?;
-        end_here(&run, target).await?;
+        end_here(run, target).await?;
         target.standby.unready().await;
         if run.facts.of(&target.name).held {
             held.push(target);
         }
-        release(&run, target).await?;
+        release(run, target).await?;
     }
     for target in held {
         let released = RunMessage::Release {
@@ -254,7 +133,6 @@ pub(super) async fn let_go_on(run: AtSite, scope: Scope) -> Ended<()> {
             tokio::time::sleep(LOOK).await;
         }
     }
-    tracing::info!(run = run.run, guests = ?named(&targets).guests, "they go on at their source");
     Ok(())
 }
 

@@ -103,17 +103,15 @@ pub(super) async fn tell(run: &AtSite, target: &Target, quiesced: Option<bool>) 
 }
 
 async fn saw(run: &AtSite, step: &str, target: &Target, good: bool, seen: String) -> Ended<()> {
-    let seen = Seen {
+    run.saw(Seen {
         at: now_ms(),
         step: step.to_owned(),
         guest: target.name.clone(),
         what: "quiesced".to_owned(),
         good,
         seen,
-    };
-    let facts = run.facts.clone();
-    let kept = crate::work::spawn_blocking(move || facts.saw(seen)).await;
-    kept.map_err(|e| Failure::fault(e.to_string()))?
+    })
+    .await
 }
 
 /// Waits for a point of all these guests that was cut with frozen filesystems

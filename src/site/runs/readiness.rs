@@ -77,17 +77,15 @@ pub(super) async fn check(run: &AtSite, scope: &Scope, checks: &[Readiness]) -> 
                 wrong.push(format!("{}: {told}", check.word()));
             }
             seen.push((*check, told));
-            let facts = run.facts.clone();
-            let kept = Seen {
+            run.saw(Seen {
                 at: now_ms(),
                 step: scope.step.clone(),
                 guest: target.name.clone(),
                 what: check.word().to_owned(),
                 good,
                 seen: words,
-            };
-            let kept = crate::work::spawn_blocking(move || facts.saw(kept)).await;
-            kept.map_err(|e| Failure::fault(e.to_string()))??;
+            })
+            .await?;
         }
     }
     match wrong.as_slice() {

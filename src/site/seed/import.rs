@@ -124,6 +124,7 @@ impl Site {
         Ok(SeedImported {
             guest: seed.name,
             from: remote.record.site.clone(),
+            to: self.config.site.name.clone(),
             point: taken.header.point,
             cut_at: jiff::Timestamp::from_nanosecond(i128::from(cut_at))
                 .unwrap_or_default()

@@ -4,6 +4,7 @@
 mod faults;
 mod kills;
 mod stays;
+mod together;
 mod verbs;
 
 use std::time::{Duration, Instant};

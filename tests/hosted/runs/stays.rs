@@ -4,7 +4,7 @@
 use super::*;
 use farhaven::site::view::Phase;
 
-const MOVED: &str = r#"
+pub(super) const MOVED: &str = r#"
 [[steps]]
 name = "sync"
 do = "final-sync"

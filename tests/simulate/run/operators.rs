@@ -16,6 +16,10 @@ const HEARS_WITHIN: u64 = 30 * SECOND;
 /// A link that carried for so long has a connection, and both know so.
 const SETTLED: u64 = 15 * SECOND;
 
+/// How often an operator who looks at a guest that is held for a move, and whose
+/// fate is not known, has it taken back by force.
+const TAKEN_BACK: f64 = 0.3;
+
 /// An order under way, or done.
 #[derive(Debug)]
 struct Given {
@@ -167,6 +171,16 @@ impl Operators {
     /// Some order by chance.
     pub fn by_chance(&mut self, world: &mut World, guests: u32) -> String {
         let guest = world.random.random_range(0..guests);
+        if let Some(side) = held_at(world, guest)
+            && world.random.random_bool(TAKEN_BACK)
+        {
+            self.order(world, side, guest, Order::TakeBack);
+            return format!(
+                "{}: g{guest}: {:?}",
+                world.hosts[side].name,
+                Order::TakeBack
+            );
+        }
         let order = match world.grouped && world.random.random_bool(0.4) {
             true => Order::of_group_by_chance(&mut world.random),
             false => Order::by_chance(&mut world.random),
@@ -180,4 +194,14 @@ impl Operators {
         self.order(world, side, guest, order);
         format!("{}: g{guest}: {order:?}", world.hosts[side].name)
     }
+}
+
+/// The site where this guest stands still for a move, by that site's word.
+fn held_at(world: &World, guest: u32) -> Option<usize> {
+    let name = format!("g{guest}");
+    (0..world.hosts.len()).find(|side| {
+        let guests = world.view(*side).map(|view| view.guests);
+        let mut guests = guests.unwrap_or_default().into_iter();
+        guests.any(|guest| guest.name == name && guest.phase == Phase::Held)
+    })
 }

@@ -1,0 +1,169 @@
+//! Runs over a protection group: its guests are held at one instant, or none is.
+
+use farhaven::site::groups::GroupPointView;
+use farhaven::site::view::Phase;
+
+use super::stays::MOVED;
+use super::*;
+use crate::groups::{FILES, bank_by};
+
+const AGREE: &str =
+    "[[steps]]\nname = \"agree\"\ndo = \"approve\"\nby = [\"*\"]\ntimeout = \"10m\"\n";
+
+/// A planned runbook of these steps for the bank.
+fn of_bank(pair: &Pair, steps: &str) -> String {
+    let file = runbook(pair, "planned", steps);
+    let text = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, text.replace("web = []", "bank = []")).unwrap();
+    file
+}
+
+/// The bank, with a point of all of it.
+fn protected() -> (Pair, [Console; 2]) {
+    protected_by(FILES)
+}
+
+fn protected_by(policies: &str) -> (Pair, [Console; 2]) {
+    let (pair, consoles) = bank_by(policies);
+    pair.west
+        .until("a whole point", LONG, |view| view.groups.first()?.rpo_ms);
+    (pair, consoles)
+}
+
+fn there(pair: &Pair, guest: &str) -> Console {
+    TestSite::console_of(&pair.west.target(guest).active.unwrap())
+}
+
+/// The points that the guests of the run run from are one point of the group.
+fn are_of_one_instant(pair: &Pair, report: &Report) {
+    let told = pair.west.cli(&["points", "bank", "--json"]).good();
+    let whole: Vec<GroupPointView> = serde_json::from_str(&told.out).unwrap();
+    let used: std::collections::BTreeMap<String, u64> = report
+        .guests
+        .iter()
+        .map(|guest| (guest.guest.clone(), guest.point.unwrap()))
+        .collect();
+    assert_eq!(used.len(), 2, "{report:?}");
+    let newest = whole.last().unwrap();
+    assert_eq!(newest.points, used, "{whole:?}");
+}
+
+fn go_on_at_home(pair: &Pair, consoles: &[Console; 2]) {
+    for console in consoles {
+        let seen = console.last_beat().map_or(0, |beat| beat.number);
+        console.await_beat(seen + 3, LONG);
+        sound(console);
+    }
+    pair.east.until("all are protected", LONG, |view| {
+        let mut phases = view.guests.iter().map(|guest| guest.phase);
+        phases
+            .all(|phase| matches!(phase, Phase::Protected | Phase::Shipping))
+            .then_some(())
+    });
+}
+
+#[test]
+fn a_group_is_held_at_one_instant_and_runs_from_it() {
+    let (pair, consoles) = protected();
+    let file = of_bank(&pair, &format!("{MOVED}{AGREE}"));
+    let run = begin(&pair.west, &file, "planned", &[]);
+    at(&pair.west, &run, "agree");
+    are_of_one_instant(&pair, &report(&pair.west, &run));
+    let last = consoles
+        .each_ref()
+        .map(|console| console.last_beat().unwrap().number);
+    agree(&pair.west, &run, "agree");
+    assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
+    let report = report(&pair.west, &run);
+    let instant = report
+        .checks
+        .iter()
+        .find(|check| check.what == "one instant");
+    let instant = instant.unwrap_or_else(|| panic!("{:?}", report.checks));
+    assert_eq!(instant.guest, "bank");
+    assert!(instant.good && instant.seen.starts_with("its 2 guests were stopped within"));
+    for (guest, last) in ["db", "web"].into_iter().zip(last) {
+        let console = there(&pair, guest);
+        console.await_beat(last + 1, LONG);
+        sound(&console);
+    }
+}
+
+#[test]
+fn none_of_a_group_is_held_when_one_would_stand_too_long() {
+    let files = FILES.replace("rpo = \"1s\"", "rpo = \"1s\"\nmax_blackout = \"10ms\"");
+    let (pair, consoles) = protected_by(&files);
+    let file = of_bank(&pair, MOVED);
+    let run = begin(&pair.west, &file, "planned", &[]);
+    assert_eq!(over(&pair.west, &run), Outcome::RolledBack);
+    let report = report(&pair.west, &run);
+    assert!(report.guests.iter().all(|guest| !guest.source_stopped));
+    let told = format!("{:?}", report.events);
+    let mend = "there: farhaven move bank --accept-pause";
+    assert!(told.contains(mend), "{told}");
+    go_on_at_home(&pair, &consoles);
+}
+
+/// What is held for a run that gave up waiting goes on by itself.
+#[test]
+fn a_group_whose_run_gave_up_goes_on() {
+    let (pair, consoles) = protected();
+    // What web has to send takes minutes from here on.
+    let limit = |rate| {
+        let told = pair.east.cli(&["link", "limit", rate, "--guest", "web"]);
+        told.good();
+    };
+    limit("1kbit");
+    let timeout = "do = \"final-sync\"\ntimeout = \"8s\"";
+    let stop = MOVED.replace("on-error = \"rollback\"", "on-error = \"stop\"");
+    let file = of_bank(&pair, &stop.replace("do = \"final-sync\"", timeout));
+    let run = begin(&pair.west, &file, "planned", &[]);
+    until(&pair.west, &run, "a question", |view| view.question.clone());
+    pair.west
+        .cli(&["run", "decide", &run, "end", "--as", "anna"])
+        .good();
+    assert_eq!(over(&pair.west, &run), Outcome::Stopped);
+    let report = report(&pair.west, &run);
+    assert!(report.guests.iter().all(|guest| !guest.source_stopped));
+    limit("none");
+    go_on_at_home(&pair, &consoles);
+}
+
+#[test]
+fn none_of_a_group_is_held_when_one_is_paused() {
+    let (pair, consoles) = protected();
+    pair.east.cli(&["pause", "web"]).good();
+    let file = of_bank(&pair, MOVED);
+    let run = begin(&pair.west, &file, "planned", &[]);
+    assert_eq!(over(&pair.west, &run), Outcome::RolledBack);
+    let why = report(&pair.west, &run);
+    let told = format!("{:?}", why.events);
+    assert!(
+        told.contains("no guest of group 'bank' is held: 'web' is not protected"),
+        "{told}"
+    );
+    pair.east.cli(&["resume", "web"]).good();
+    go_on_at_home(&pair, &consoles);
+}
+
+#[test]
+fn a_group_s_run_whose_conductor_is_killed_at_any_time() {
+    let (mut pair, consoles) = protected();
+    let file = of_bank(&pair, &format!("{MOVED}{AGREE}"));
+    let run = begin(&pair.west, &file, "planned", &[]);
+    for pause in [50, 200, 400, 30, 600, 100, 10, 60] {
+        std::thread::sleep(Duration::from_millis(pause));
+        pair.west.kill();
+        pair.west.start();
+    }
+    at(&pair.west, &run, "agree");
+    are_of_one_instant(&pair, &report(&pair.west, &run));
+    agree(&pair.west, &run, "agree");
+    assert_eq!(over(&pair.west, &run), Outcome::Succeeded);
+    for (guest, console) in ["db", "web"].into_iter().zip(&consoles) {
+        let last = console.last_beat().unwrap();
+        let there = there(&pair, guest);
+        there.await_beat(last.number + 1, LONG);
+        sound(&there);
+    }
+}
