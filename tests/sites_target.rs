@@ -15,6 +15,8 @@ mod groups;
 mod moves;
 #[path = "sites_target/networks.rs"]
 mod networks;
+#[path = "sites_target/powers.rs"]
+mod powers;
 #[path = "sites_target/runs.rs"]
 mod runs;
 #[path = "sites_target/stores.rs"]

@@ -6,8 +6,9 @@ use comfy_table::{Cell, Color};
 use super::show::{self, consistency, millis, table};
 use super::{Json, Outcome, escaped, print_json, told};
 use crate::client::Client;
+use crate::site::api::{KeepPoint, ReleasePoint};
 use crate::site::groups::{
-    FailOverGroup, GroupFailover, GroupPointView, GroupView, PolicyFilesView,
+    FailOverGroup, GroupFailover, GroupPointView, GroupView, KeptGroupPoint, PolicyFilesView,
 };
 use crate::site::kept::PointChoice;
 
@@ -58,8 +59,55 @@ pub(super) async fn run(client: &Client, verb: GroupVerb) -> Outcome {
 /// Does this name stand for a group? A daemon that cannot be asked is told of
 /// by what is asked next.
 pub(super) async fn is_group(client: &Client, name: &str) -> bool {
+    members(client, name).await.is_some()
+}
+
+/// The guests of the group of this name, if there is one.
+pub(super) async fn members(client: &Client, name: &str) -> Option<Vec<String>> {
     let path = format!("/v1/groups/{}", escaped(name));
-    client.get::<GroupView>(&path).await.is_ok()
+    let group = client.get::<GroupView>(&path).await.ok()?;
+    Some(
+        group
+            .members
+            .into_iter()
+            .map(|member| member.name)
+            .collect(),
+    )
+}
+
+pub(super) async fn keep(client: &Client, name: &str, body: &KeepPoint, json: bool) -> Outcome {
+    let path = format!("/v1/groups/{}/points/keep", escaped(name));
+    let kept: KeptGroupPoint = client.post(&path, body).await.map_err(told)?;
+    if json {
+        return print_json(&kept);
+    }
+    let called = kept.name.unwrap_or_default();
+    say!(
+        "Point {} of group '{name}' is kept as \"{called}\".",
+        kept.cut
+    );
+    say!(
+        "Run it one day: farhaven failover {name} --point \"{called}\"; let it go: farhaven point release {name} --point \"{called}\""
+    );
+    Ok(())
+}
+
+pub(super) async fn release(
+    client: &Client,
+    name: &str,
+    body: &ReleasePoint,
+    json: bool,
+) -> Outcome {
+    let path = format!("/v1/groups/{}/points/release", escaped(name));
+    let kept: KeptGroupPoint = client.post(&path, body).await.map_err(told)?;
+    if json {
+        return print_json(&kept);
+    }
+    say!(
+        "Point {} of group '{name}' stays as long as any other.",
+        kept.cut
+    );
+    Ok(())
 }
 
 pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
@@ -82,6 +130,7 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
         "Pause",
         "Consistent",
         "Points",
+        "Name",
     ]);
     for point in &points {
         let of: Vec<_> = point
@@ -97,19 +146,30 @@ pub(super) async fn points(client: &Client, name: &str, json: bool) -> Outcome {
             format!("{:.1} ms", point.pause_ms),
             consistency(point.quiesced).to_owned(),
             of.join(", "),
+            point.name.clone().unwrap_or_default(),
         ]);
     }
     say!("{rows}");
     Ok(())
 }
 
-/// The number of a group's cut.
-pub(super) fn cut_of(name: &str, point: Option<PointChoice>) -> Result<Option<u64>, String> {
-    match point {
-        None => Ok(None),
-        Some(PointChoice::Number(cut)) => Ok(Some(cut)),
-        Some(PointChoice::Name(_)) => Err(format!(
-            "the point of a group is named by its cut's number; see farhaven points {name}"
+/// The number of a group's cut, which may be given by the name of its point.
+pub(super) async fn cut_of(
+    client: &Client,
+    name: &str,
+    point: Option<PointChoice>,
+) -> Result<Option<u64>, String> {
+    let choice = match point {
+        None => return Ok(None),
+        Some(PointChoice::Number(cut)) => return Ok(Some(cut)),
+        Some(choice) => choice,
+    };
+    let path = format!("/v1/groups/{}/points", escaped(name));
+    let points: Vec<GroupPointView> = client.get(&path).await.map_err(|e| e.to_string())?;
+    match points.iter().find(|point| point.is(&choice)) {
+        Some(point) => Ok(Some(point.cut)),
+        None => Err(format!(
+            "there is no whole point {choice} of group '{name}'; see farhaven points {name}"
         )),
     }
 }

@@ -338,7 +338,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
             json,
         } if group::is_group(&client, &name).await => {
             let how = FailOverGroup {
-                cut: group::cut_of(&name, point)?,
+                cut: group::cut_of(&client, &name, point).await?,
                 force,
                 no_checks,
             };
@@ -382,7 +382,7 @@ async fn run(cli: Cli) -> Result<(), Failure> {
         Verb::Evidence(verb) => turn::evidence(&client, verb).await,
         Verb::Link(verb) => link::run(&client, verb).await,
         Verb::Image(verb) => image::run(&client, verb).await,
-        Verb::Policy(verb) => policy::run(verb),
+        Verb::Policy(verb) => policy::run(&client, verb).await,
         Verb::Runbook(verb) => return runbook::run(&client, verb).await,
         Verb::Run(verb) => return run::run(&client, verb).await,
         Verb::Approve(approve) => run::approve(&client, approve).await,

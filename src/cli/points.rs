@@ -4,7 +4,7 @@ use clap::Subcommand;
 use comfy_table::{Cell, Color};
 
 use super::show::{bytes, millis, table};
-use super::{Outcome, guest_path, print_json, told};
+use super::{Outcome, group, guest_path, print_json, told};
 use crate::client::Client;
 use crate::site::api::{KeepPoint, ReleasePoint};
 use crate::site::kept::{KeptPoint, PointChoice};
@@ -14,9 +14,9 @@ use crate::site::retention::PruneView;
 pub(super) enum PointVerb {
     /// Give a point a name: it stays until it is released.
     Keep {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
-        /// Its number, or the name it has; the newest if not given.
+        /// Its number (of a group: its cut's), or the name it has; the newest if not given.
         #[arg(long, value_name = "NUMBER|NAME")]
         point: Option<PointChoice>,
         /// How it shall be called, like "before upgrade".
@@ -28,7 +28,7 @@ pub(super) enum PointVerb {
     },
     /// Take a point's name from it: it stays as long as any other.
     Release {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// Its name, or its number.
         #[arg(long, value_name = "NAME|NUMBER")]
@@ -43,7 +43,7 @@ pub(super) enum PointVerb {
 pub(super) enum PruneVerb {
     /// Show which points would be dropped and kept, and why; run it where they are kept.
     Plan {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -51,7 +51,7 @@ pub(super) enum PruneVerb {
     },
     /// Drop the points past their time now; the daemon does it by itself, too.
     Run {
-        /// The guest.
+        /// The guest, or the group.
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -67,11 +67,14 @@ pub(super) async fn point(client: &Client, verb: PointVerb) -> Outcome {
             called,
             json,
         } => {
-            let path = guest_path(&name, "/points/keep");
             let body = KeepPoint {
                 point,
                 name: called,
             };
+            if group::is_group(client, &name).await {
+                return group::keep(client, &name, &body, json).await;
+            }
+            let path = guest_path(&name, "/points/keep");
             let kept: KeptPoint = client.post(&path, &body).await.map_err(told)?;
             if json {
                 return print_json(&kept);
@@ -84,8 +87,11 @@ pub(super) async fn point(client: &Client, verb: PointVerb) -> Outcome {
             Ok(())
         }
         PointVerb::Release { name, point, json } => {
-            let path = guest_path(&name, "/points/release");
             let body = ReleasePoint { point };
+            if group::is_group(client, &name).await {
+                return group::release(client, &name, &body, json).await;
+            }
+            let path = guest_path(&name, "/points/release");
             let kept: KeptPoint = client.post(&path, &body).await.map_err(told)?;
             if json {
                 return print_json(&kept);
@@ -104,15 +110,39 @@ pub(super) async fn prune(client: &Client, verb: PruneVerb) -> Outcome {
         PruneVerb::Plan { name, json } => (name, json, false),
         PruneVerb::Run { name, json } => (name, json, true),
     };
-    let path = guest_path(&name, "/prune");
-    let view: PruneView = match run {
+    let Some(members) = group::members(client, &name).await else {
+        let view = prune_of(client, &name, run).await?;
+        if json {
+            return print_json(&view);
+        }
+        shown(&view, run);
+        return Ok(());
+    };
+    // They are judged as one: a point of the group stays, or goes, with all of its parts.
+    let mut views = Vec::new();
+    for guest in members {
+        views.push(prune_of(client, &guest, run).await?);
+    }
+    if json {
+        return print_json(&views);
+    }
+    for view in &views {
+        shown(view, run);
+    }
+    Ok(())
+}
+
+async fn prune_of(client: &Client, guest: &str, run: bool) -> Result<PruneView, String> {
+    let path = guest_path(guest, "/prune");
+    let asked = match run {
         true => client.post(&path, &serde_json::json!({})).await,
         false => client.get(&path).await,
-    }
-    .map_err(told)?;
-    if json {
-        return print_json(&view);
-    }
+    };
+    asked.map_err(told)
+}
+
+fn shown(view: &PruneView, run: bool) {
+    let name = &view.guest;
     say!("Points of '{name}' are kept: {}", view.retention);
     let mut rows = table(&["Point", "Age", "", "Why", "Name"]);
     for point in &view.points {
@@ -137,5 +167,4 @@ pub(super) async fn prune(client: &Client, verb: PruneVerb) -> Outcome {
             view.dropped
         ),
     }
-    Ok(())
 }

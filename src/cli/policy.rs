@@ -1,5 +1,5 @@
 //! `farhaven policy`: checks policy files, shows what is in force, describes them
-//! to editors. No daemon is asked.
+//! to editors.
 
 use std::path::PathBuf;
 
@@ -8,7 +8,8 @@ use farhaven_policies::files::{PolicyFiles, show};
 use farhaven_policies::load::{LoadError, Mistake, Origin};
 use serde::Serialize;
 
-use super::{Outcome, print_json, told};
+use super::{Outcome, escaped, print_json, told};
+use crate::client::Client;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum PolicyVerb {
@@ -25,9 +26,9 @@ pub(super) enum PolicyVerb {
     Show {
         /// The group.
         group: String,
-        /// A file, or a directory of them.
+        /// What a file, or a directory of them, says; else what the site's daemon goes by.
         #[arg(long, value_name = "FILE|DIR")]
-        policies: PathBuf,
+        policies: Option<PathBuf>,
         /// As JSON.
         #[arg(long)]
         json: bool,
@@ -73,7 +74,7 @@ impl From<Mistake> for MistakeView {
     }
 }
 
-pub(super) fn run(verb: PolicyVerb) -> Outcome {
+pub(super) async fn run(client: &Client, verb: PolicyVerb) -> Outcome {
     match verb {
         PolicyVerb::Check { path, json } => check(&path, json),
         PolicyVerb::Show {
@@ -81,8 +82,16 @@ pub(super) fn run(verb: PolicyVerb) -> Outcome {
             policies,
             json,
         } => {
-            let loaded = PolicyFiles::read(&policies).map_err(told)?;
-            let shown = show::show(&loaded, &group).map_err(told)?;
+            let shown = match policies {
+                Some(path) => {
+                    let loaded = PolicyFiles::read(&path).map_err(told)?;
+                    show::show(&loaded, &group).map_err(told)?
+                }
+                None => {
+                    let path = format!("/v1/groups/{}/policy", escaped(&group));
+                    client.get(&path).await.map_err(told)?
+                }
+            };
             if json {
                 return print_json(&shown);
             }
@@ -112,7 +121,7 @@ fn check(path: &std::path::Path, json: bool) -> Outcome {
     match count {
         0 if json => Ok(()),
         0 => {
-            say!("no mistakes: {groups} groups");
+            say!("no mistakes; groups: {groups}");
             Ok(())
         }
         1 => Err("1 mistake; nothing of this would be used".into()),

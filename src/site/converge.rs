@@ -300,6 +300,14 @@ mod tests {
         let outlook = outlook(&policy, &facts);
         assert_eq!(outlook.expected_blackout_ms, 710.0);
         assert!(!outlook.within && outlook.max_blackout_ms == 500.0);
+        let limited = outlook.clone().under(Some(1_000_000));
+        assert_eq!(
+            (limited.link_bytes_per_s, limited.expected_blackout_ms),
+            (1_000_000, 1310.0)
+        );
+        for wider in [None, Some(2_500_000)] {
+            assert_eq!(outlook.clone().under(wider), outlook);
+        }
         let told = outlook.to_string();
         for words in [
             "1.0 MB",

@@ -402,11 +402,12 @@ impl Site {
     /// When the guest is not protected, or nothing was measured yet.
     pub fn move_outlook(&self, name: &str) -> Result<MoveOutlook, OperateError> {
         let view = self.source_view(&self.guest(name)?);
-        view.outlook.ok_or_else(|| {
+        let measured = view.outlook.ok_or_else(|| {
             OperateError::Conflict(format!(
                 "nothing was measured of '{name}' yet: that takes a point that was sealed since this daemon started (see farhaven status)"
             ))
-        })
+        })?;
+        Ok(measured.under(self.limits.together()))
     }
 
     /// Runs a held guest here again, by an operator's decision.

@@ -158,6 +158,21 @@ pub struct MoveOutlook {
     pub at: u64,
 }
 
+impl MoveOutlook {
+    /// The same by the site's limit of now, bytes a second: it may be another than
+    /// when this was measured, and the last cut heeds it.
+    pub(super) fn under(mut self, limit: Option<u64>) -> Self {
+        let Some(limit) = limit.filter(|limit| *limit < self.link_bytes_per_s) else {
+            return self;
+        };
+        let takes = |rate: u64| self.remaining_bytes as f64 / rate.max(1) as f64 * 1e3;
+        self.expected_blackout_ms += takes(limit) - takes(self.link_bytes_per_s);
+        self.link_bytes_per_s = limit;
+        self.within = self.expected_blackout_ms <= self.max_blackout_ms;
+        self
+    }
+}
+
 impl std::fmt::Display for MoveOutlook {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(

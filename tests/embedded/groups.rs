@@ -159,6 +159,15 @@ async fn policy_files_govern_the_daemon_also_when_they_change() {
     );
     assert_eq!(source(&east, "db").rpo_target_ms, Some(2000));
     assert_eq!(bank.group(&east).unwrap().members.len(), 2);
+    let shown = east.group_policy("bank").unwrap();
+    let rpo = shown.iter().find(|shown| shown.key.ends_with(".rpo"));
+    let rpo = rpo.unwrap_or_else(|| panic!("{shown:?}"));
+    assert!(
+        rpo.value.contains("2s") && rpo.from.contains("policies.toml:"),
+        "{rpo:?}"
+    );
+    let unknown = east.group_policy("bnk").unwrap_err().to_string();
+    assert!(unknown.contains("did you mean 'bank'"), "{unknown}");
 
     // Two groups that share a guest are refused as a whole.
     let shared = BANK.replace("groups.bank", "groups.copy");

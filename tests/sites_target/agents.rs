@@ -36,7 +36,7 @@ fn until_quiesced(site: &TestSite, after: u64, wanted: bool) -> PointView {
 
 /// Waits until the agent says that nothing is frozen.
 #[track_caller]
-fn thawed(channel: &Path) {
+pub(super) fn thawed(channel: &Path) {
     let deadline = std::time::Instant::now() + PATIENCE;
     loop {
         let asked =
@@ -128,7 +128,7 @@ fn points_are_frozen_by_the_agent_and_thawed_wherever_the_guest_runs() {
 }
 
 /// A guest whose disks alone are to be protected, with an agent that answers.
-fn one_that_boots(directory: &Path) -> Option<GuestVm> {
+pub(super) fn one_that_boots(directory: &Path) -> Option<GuestVm> {
     std::fs::create_dir_all(directory).unwrap();
     let options = GuestOptions {
         memory: 192,
@@ -291,7 +291,7 @@ fn a_run_shuts_its_guest_down_first_and_boots_it_at_one_site_or_the_other() {
 }
 
 /// The sum of its raw disk, boot by boot, as its console tells it.
-fn sums(console: &Console) -> Vec<String> {
+pub(super) fn sums(console: &Console) -> Vec<String> {
     let log = std::fs::read(&console.log).unwrap_or_default();
     let log = String::from_utf8_lossy(&log);
     let told = log.lines().filter_map(|line| {
@@ -302,7 +302,7 @@ fn sums(console: &Console) -> Vec<String> {
 }
 
 /// The same of an image, as far as the guest's ledger goes.
-fn sum(image: &Path) -> String {
+pub(super) fn sum(image: &Path) -> String {
     let ledger = std::process::Command::new("sh")
         .args(["-c", "head -c 16777216 \"$0\" | md5sum"])
         .arg(image)
@@ -314,7 +314,7 @@ fn sum(image: &Path) -> String {
 
 /// It beats from its first beat on, and its memory and disks are as they should be.
 #[track_caller]
-fn booted(console: &Console) {
+pub(super) fn booted(console: &Console) {
     console.await_beat(5, PATIENCE);
     assert_eq!(sums(console).len(), 1);
     whole(console);

@@ -376,7 +376,7 @@ fn of_store(thresholds: &Alerts, of: &StoreFacts, board: &Board) -> Option<Findi
                 of.path,
                 of.free >> 20
             ),
-            "make room there, keep fewer points (retention), or drop some now: farhaven prune plan",
+            "make room there, keep fewer points (retention), or drop some now: farhaven prune plan NAME",
         )
         .clears_after(CALM_BOUNDS.0),
     )

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::load::{Loaded, Origin};
 use crate::mistake::nearest_of;
@@ -10,7 +10,7 @@ use crate::mistake::nearest_of;
 use super::PolicyFiles;
 
 /// A value in force.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Shown {
     /// Its dotted key.
     pub key: String,

@@ -106,7 +106,7 @@ pub(in crate::cli) async fn test(
 ) -> Outcome {
     let path = path(name, "test");
     let body = TestGroup {
-        cut: cut_of(name, point)?,
+        cut: cut_of(client, name, point).await?,
     };
     let asked = client.post(&path, &body);
     let tested: GroupTest = waiting(format!("starting a test of '{name}'"), asked)

@@ -4,14 +4,16 @@ use std::sync::Arc;
 
 use axum::extract::Path as InPath;
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
+use farhaven_policies::files::show::Shown;
 use serde::{Deserialize, Serialize};
 
+use super::rights::Caller;
 use super::turn::{Commit, Reprotect};
-use super::{Answer, Here, Site, State, whole};
+use super::{Answer, Here, KeepPoint, ReleasePoint, Site, State, who, whole};
 use crate::site::groups::{
     FailOverGroup, GroupDone, GroupFailover, GroupMove, GroupOutlook, GroupPointView,
-    GroupRollBack, GroupTest, GroupView,
+    GroupRollBack, GroupTest, GroupView, KeptGroupPoint,
 };
 use crate::site::turn::view::{CommitReport, ReprotectReport, RollbackReport};
 use crate::site::view::TestEnded;
@@ -39,7 +41,10 @@ pub(super) fn routes() -> Router<Arc<Site>> {
             get(async |State(site): Here| Json(site.view().groups)),
         )
         .route("/v1/groups/{name}", get(show))
+        .route("/v1/groups/{name}/policy", get(policy))
         .route("/v1/groups/{name}/points", get(points))
+        .route("/v1/groups/{name}/points/keep", post(keep))
+        .route("/v1/groups/{name}/points/release", post(release))
         .route("/v1/groups/{name}/failover", post(fail_over))
         .route("/v1/groups/{name}/test", post(test).delete(end_test))
         .route("/v1/groups/{name}/move", get(outlook).post(move_group))
@@ -53,36 +58,57 @@ async fn show(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupVi
     Ok(Json(site.group_view(&group)))
 }
 
+async fn policy(State(site): Here, InPath(name): InPath<String>) -> Answer<Vec<Shown>> {
+    site.group_policy(&name).map(Json)
+}
+
+async fn keep(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<KeepPoint>,
+) -> Answer<KeptGroupPoint> {
+    whole(async move { site.keep_group_point(&name, body.point, &body.name).await }).await
+}
+
+async fn release(
+    State(site): Here,
+    InPath(name): InPath<String>,
+    Json(body): Json<ReleasePoint>,
+) -> Answer<KeptGroupPoint> {
+    whole(async move { site.release_group_point(&name, body.point).await }).await
+}
+
 async fn points(State(site): Here, InPath(name): InPath<String>) -> Answer<Vec<GroupPointView>> {
     site.group_points(&name).await.map(Json)
 }
 
 async fn fail_over(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<FailOverGroup>,
 ) -> Answer<GroupFailover> {
-    whole(async move { site.fail_over_group(&name, body).await }).await
+    let by = who(&caller, None);
+    whole(async move { site.fail_over_group_recorded(&name, body, by).await }).await
 }
 
 async fn test(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<TestGroup>,
 ) -> Answer<GroupTest> {
-    whole(async move {
-        site.not_in_a_run(&name)?;
-        site.test_group(&name, body.cut).await
-    })
-    .await
+    let by = who(&caller, None);
+    whole(async move { site.test_group_recorded(&name, body.cut, by).await }).await
 }
 
-async fn end_test(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupDone<TestEnded>> {
-    whole(async move {
-        site.not_in_a_run(&name)?;
-        site.end_group_test(&name).await
-    })
-    .await
+async fn end_test(
+    State(site): Here,
+    Extension(caller): Extension<Caller>,
+    InPath(name): InPath<String>,
+) -> Answer<GroupDone<TestEnded>> {
+    let by = who(&caller, None);
+    whole(async move { site.end_group_test_recorded(&name, by).await }).await
 }
 
 async fn outlook(State(site): Here, InPath(name): InPath<String>) -> Answer<GroupOutlook> {
@@ -91,10 +117,13 @@ async fn outlook(State(site): Here, InPath(name): InPath<String>) -> Answer<Grou
 
 async fn move_group(
     State(site): Here,
+    Extension(caller): Extension<Caller>,
     InPath(name): InPath<String>,
     Json(body): Json<MoveGroup>,
 ) -> Answer<GroupMove> {
-    whole(async move { site.move_group(&name, body.accept_pause).await }).await
+    let by = who(&caller, None);
+    let accepted = body.accept_pause;
+    whole(async move { site.move_group_recorded(&name, accepted, by).await }).await
 }
 
 async fn commit(

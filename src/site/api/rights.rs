@@ -71,6 +71,7 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("DELETE", "/v1/images/{name}", Right::Administer),
     ("GET", "/v1/groups", Right::View),
     ("GET", "/v1/groups/{name}", Right::View),
+    ("GET", "/v1/groups/{name}/policy", Right::View),
     ("GET", "/v1/groups/{name}/points", Right::View),
     ("POST", "/v1/groups/{name}/failover", Right::FailOver),
     ("POST", "/v1/groups/{name}/test", Right::Test),
@@ -87,6 +88,8 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/scrub", Right::View),
     ("POST", "/v1/scrub", Right::Operate),
     ("POST", "/v1/guests/{name}/points/keep", Right::Operate),
+    ("POST", "/v1/groups/{name}/points/keep", Right::Operate),
+    ("POST", "/v1/groups/{name}/points/release", Right::Operate),
     // What was kept may go then, with its time.
     (
         "POST",

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_policies::alert::{Finding, Kind, Severity};
 use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles, Quiesce};
-use farhaven_policies::load::files_of;
+use farhaven_policies::load::{Loaded, files_of};
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::Notify;
 
@@ -48,7 +48,7 @@ pub(in crate::site) struct InForce {
 
 #[derive(Default)]
 struct State {
-    files: Option<Arc<PolicyFiles>>,
+    files: Option<Arc<Loaded<PolicyFiles>>>,
     /// Of the texts that were read last, sound or not.
     seen: Option<blake3::Hash>,
     /// When the sound ones were read.
@@ -75,8 +75,8 @@ impl InForce {
         self.wake.notify_one();
     }
 
-    /// What the newest sound files say.
-    pub(in crate::site) fn files(&self) -> Option<Arc<PolicyFiles>> {
+    /// What the newest sound files say, and where.
+    pub(in crate::site) fn files(&self) -> Option<Arc<Loaded<PolicyFiles>>> {
         self.state().files.clone()
     }
 
@@ -103,7 +103,10 @@ impl InForce {
         let waiting = state.waiting.iter();
         PolicyFilesView {
             path: path.to_owned(),
-            groups: state.files.as_ref().map_or(0, |files| files.groups.len()),
+            groups: state
+                .files
+                .as_ref()
+                .map_or(0, |files| files.value.groups.len()),
             read_at: state.read_at.map(unix_ns),
             trouble: state.trouble.clone(),
             waiting: waiting.map(|(g, why)| (g.clone(), why.clone())).collect(),
@@ -129,7 +132,7 @@ pub(in crate::site) async fn keep(site: Weak<Site>) {
 fn read(
     path: &Path,
     before: Option<blake3::Hash>,
-) -> (blake3::Hash, Option<Result<PolicyFiles, String>>) {
+) -> (blake3::Hash, Option<Result<Loaded<PolicyFiles>, String>>) {
     let mut sum = blake3::Hasher::new();
     match files_of(path, "site.policy_files names where policy files are") {
         Ok(files) => {
@@ -154,10 +157,7 @@ fn read(
         return (sum, None);
     }
     let files = PolicyFiles::read(path);
-    (
-        sum,
-        Some(files.map(|loaded| loaded.value).map_err(|e| e.to_string())),
-    )
+    (sum, Some(files.map_err(|e| e.to_string())))
 }
 
 impl Site {
@@ -177,8 +177,8 @@ impl Site {
         state.seen = Some(sum);
         match files {
             Ok(files) => {
-                tracing::info!(path = %path.display(), groups = files.groups.len(), "policy files are in force");
-                self.heed_thresholds(files.alerts.clone());
+                tracing::info!(path = %path.display(), groups = files.value.groups.len(), "policy files are in force");
+                self.heed_thresholds(files.value.alerts.clone());
                 state.files = Some(Arc::new(files));
                 state.read_at = Some(SystemTime::now());
                 state.trouble.clear();
@@ -203,9 +203,10 @@ impl Site {
 
     /// Brings what is to what the files say.
     async fn put_in_force(self: &Arc<Self>) {
-        let Some(files) = self.policies.files() else {
+        let Some(loaded) = self.policies.files() else {
             return;
         };
+        let files = &loaded.value;
         let records = self.guest_records();
         let by_name: BTreeMap<&str, &GuestRecord> =
             records.iter().map(|r| (r.name.as_str(), r)).collect();
@@ -470,7 +471,7 @@ mod tests {
         assert!(told.unwrap().is_err());
         std::fs::write(&file, "[policies.gold]\nrpo = \"2s\"\n").unwrap();
         let (sound, told) = read(&file, Some(missing));
-        let rpo = told.unwrap().unwrap().policies["gold"].rpo;
+        let rpo = told.unwrap().unwrap().value.policies["gold"].rpo;
         assert_eq!(rpo, farhaven_policies::units::Period::from_secs(2));
         assert!(read(&file, Some(sound)).1.is_none());
         std::fs::write(&file, "[policies.gold]\nrpo = \"2x\"\n").unwrap();

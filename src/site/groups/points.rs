@@ -38,6 +38,9 @@ pub struct GroupPointView {
     pub quiesced: Option<bool>,
     /// Each guest's own point, by its name.
     pub points: BTreeMap<String, u64>,
+    /// The name that it was given, if all of those have it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
 }
 
 /// Points with one cut number.
@@ -120,6 +123,9 @@ fn view(cut: &Together<PointView>, names: &BTreeMap<GuestId, String>) -> GroupPo
         (name.unwrap_or_else(|| guest.to_string()), point.point)
     });
     let oldest = cut.of.values().max_by_key(|point| point.age_ms);
+    let mut called = cut.of.values().map(|point| point.name.as_ref());
+    let first = called.next().flatten();
+    let name = first.filter(|_| called.all(|name| name == first));
     GroupPointView {
         cut: cut.mark.cut,
         cut_at: oldest.map(|p| p.cut_at.clone()).unwrap_or_default(),
@@ -128,6 +134,7 @@ fn view(cut: &Together<PointView>, names: &BTreeMap<GuestId, String>) -> GroupPo
         pause_ms: cut.of.values().map(|p| p.pause_ms).fold(0.0, f64::max),
         quiesced: quiesced(cut.of.values().map(|point| point.quiesced)),
         points: points.collect(),
+        name: name.cloned(),
     }
 }
 

@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use farhaven_policies::files::show::{self, Shown};
 use serde::{Deserialize, Serialize};
 
 use super::GroupRecord;
 use crate::site::Site;
+use crate::site::operate::OperateError;
 use crate::site::view::Phase;
 
 /// A protection group.
@@ -104,10 +106,11 @@ impl Site {
         if group.from.is_some() {
             trouble.clear();
         } else if trouble.is_empty() && !troubled.is_empty() {
-            trouble = format!(
-                "degraded: {}; the others are protected on",
-                troubled.join("; ")
-            );
+            let others = match troubled.len() < group.members.len() {
+                true => "; the others are protected on",
+                false => "",
+            };
+            trouble = format!("degraded: {}{others}", troubled.join("; "));
         } else if trouble.is_empty() && self.is_orphan(group) {
             trouble = format!(
                 "no policy file names it any more; it goes on as it was. To end that: farhaven unprotect {}",
@@ -162,9 +165,25 @@ impl Site {
         }
     }
 
+    /// What the files that are in force say of a group, value by value.
+    ///
+    /// # Errors
+    /// When there are none, or none of them names it.
+    pub fn group_policy(&self, name: &str) -> Result<Vec<Shown>, OperateError> {
+        let Some(loaded) = self.policies.files() else {
+            return Err(OperateError::Unknown(
+                "no policy files are in force at this site: site.policy_files names where they are. To look into others: --policies FILE|DIR".to_owned(),
+            ));
+        };
+        show::show(&loaded, name).map_err(|error| {
+            OperateError::Unknown(format!("{error}. A peer's group: farhaven group show NAME"))
+        })
+    }
+
     /// Is this a group of ours that the policy files in force do not name?
     pub(in crate::site) fn is_orphan(&self, group: &GroupRecord) -> bool {
         let files = self.policies.files();
-        group.from.is_none() && files.is_some_and(|files| !files.groups.contains_key(&group.name))
+        group.from.is_none()
+            && files.is_some_and(|files| !files.value.groups.contains_key(&group.name))
     }
 }

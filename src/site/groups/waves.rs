@@ -127,7 +127,7 @@ impl Site {
         let files = self.policies.files();
         let own = files
             .as_ref()
-            .and_then(|files| files.groups.get(&group.name))
+            .and_then(|files| files.value.groups.get(&group.name))
             .and_then(|group| group.guests.get(guest));
         let Some((told, own)) = told.zip(own) else {
             return Vec::new();

@@ -167,3 +167,74 @@ fn a_group_s_run_whose_conductor_is_killed_at_any_time() {
         sound(&there);
     }
 }
+
+fn whole(site: &TestSite) -> Vec<GroupPointView> {
+    let told = site.cli(&["points", "bank", "--json"]).good();
+    serde_json::from_str(&told.out).unwrap()
+}
+
+fn runs(site: &TestSite) -> Vec<RunView> {
+    let told = site.cli(&["run", "list", "--json"]).good();
+    serde_json::from_str(&told.out).unwrap()
+}
+
+/// A point of the group is named, tested by its name, and let go; what is done with
+/// the group without a runbook is a run of the built-in one all the same.
+#[test]
+fn what_is_done_with_a_group_is_recorded_and_its_points_have_names() {
+    let (pair, consoles) = protected();
+    let (east, west) = (&pair.east, &pair.west);
+    let keep = ["point", "keep", "bank", "--name", "before upgrade"];
+    let told = east.cli(&keep).good().out;
+    assert!(told.contains("of group 'bank' is kept"), "{told}");
+    let named = |point: &&GroupPointView| point.name.is_some();
+    let kept = whole(west).iter().find(named).cloned().unwrap();
+    assert_eq!(kept.name.as_deref(), Some("before upgrade"));
+    assert_eq!(kept.points.len(), 2);
+    west.cli(&["point", "keep", "bank", "--name", "x", "--point", "none"])
+        .bad("no whole point \"none\" of group 'bank'");
+    let told = west.cli(&["prune", "plan", "bank"]).good().out;
+    assert_eq!(told.matches("before upgrade").count(), 2, "{told}");
+
+    west.cli(&["test", "bank", "--point", "before upgrade"])
+        .good();
+    let [test] = &runs(west)[..] else {
+        panic!("one run");
+    };
+    assert!(test.outcome.is_none(), "{test:?}");
+    for guest in ["db", "web"] {
+        assert_eq!(west.target(guest).test.unwrap().point, kept.points[guest]);
+    }
+    west.cli(&["test", "cleanup", "bank"]).good();
+    let told = report(west, &test.id);
+    assert_eq!(told.outcome, Some(Outcome::Succeeded), "{told:?}");
+    assert_eq!(told.guests.len(), 2);
+    for guest in &told.guests {
+        assert_eq!(guest.group, "bank");
+        assert_eq!(guest.point, Some(kept.points[&guest.guest]));
+        assert!(!guest.removed.is_empty() && guest.gone.len() == 2);
+        assert!(guest.healthy_at.is_some(), "{guest:?}");
+    }
+    let release = ["point", "release", "bank", "--point", "before upgrade"];
+    west.cli(&release).good();
+    west.cli(&release).bad("no whole point");
+    assert!(whole(west).iter().all(|point| point.name.is_none()));
+
+    west.cli(&["failover", "bank"]).bad("--force");
+    let refused = &runs(west)[0];
+    assert_eq!(refused.outcome, Some(Outcome::Stopped), "{refused:?}");
+
+    let last = consoles.each_ref().map(|console| console.last_beat());
+    east.cli(&["move", "bank", "--accept-pause"]).good();
+    let [moved] = &runs(east)[..] else {
+        panic!("one run");
+    };
+    let told = report(east, &moved.id);
+    assert_eq!(told.outcome, Some(Outcome::Succeeded), "{told:?}");
+    assert_eq!((told.rpo_ms, told.guests.len()), (Some(0), 2));
+    assert!(told.guests.iter().all(|guest| guest.healthy_at.is_some()));
+    for (guest, last) in ["db", "web"].into_iter().zip(last) {
+        let console = there(&pair, guest);
+        console.await_beat(last.map_or(0, |beat| beat.number) + 1, LONG);
+    }
+}

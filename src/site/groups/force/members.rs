@@ -104,7 +104,7 @@ impl Site {
         let files = self.policies.files();
         let site = files
             .as_ref()
-            .and_then(|files| files.sites.get(&group.peer));
+            .and_then(|files| files.value.sites.get(&group.peer));
         Owed {
             policy: group.owed.in_force(group.members.len()),
             schedule: Some(group.owed.retention.clone()),
@@ -162,7 +162,7 @@ impl Site {
         let Some(group) = self.group_of(record.id).filter(|g| g.from.is_none()) else {
             return Ok(());
         };
-        let named = files.groups.get(&group.name);
+        let named = files.value.groups.get(&group.name);
         let other = protection_mode(self, record.id).is_some_and(|mode| mode != group.owed.mode);
         let asks =
             named.is_some_and(|g| g.guests.contains_key(&record.name) && g.peer == group.peer);

@@ -13,7 +13,7 @@ use super::not_kept;
 use crate::runbook::conduct::ConductError;
 use crate::runbook::record::AuditLog;
 use crate::site::Site;
-use crate::site::runs::facts::{FactsFile, GuestFacts, Picture, now_ms};
+use crate::site::runs::facts::{FactsFile, GuestFacts, now_ms};
 use crate::site::runs::start::run_id;
 use crate::site::view::{FailoverReport, MoveReport, TestEnded, TestReport};
 
@@ -36,31 +36,92 @@ fn went(kind: Kind, took: Duration, note: impl Into<String>) -> Went {
     Went { kind, took, note }
 }
 
+/// Guests, each with what came of it.
+pub(super) type Each<R> = [(String, R)];
+
+/// Of several, each by its name.
+fn told<R>(each: &Each<R>, words: impl Fn(&R) -> String) -> String {
+    match each {
+        [(_, one)] => words(one),
+        many => {
+            let each = many
+                .iter()
+                .map(|(guest, one)| format!("{guest}: {}", words(one)));
+            each.collect::<Vec<_>>().join("; ")
+        }
+    }
+}
+
+fn names<R>(each: &Each<R>) -> String {
+    let names: Vec<&str> = each.iter().map(|(guest, _)| guest.as_str()).collect();
+    names.join(", ")
+}
+
+/// They are started side by side: the longest of them counts.
+fn longest<R>(each: &Each<R>, of: impl Fn(&R) -> Duration) -> Duration {
+    let times = each.iter().map(|(_, one)| of(one));
+    times.max().unwrap_or_default()
+}
+
+/// How far all guests of it came.
+#[derive(Clone, Debug)]
+pub(super) enum Came {
+    /// They run, and are healthy by this word.
+    Healthy(String),
+    /// They run.
+    Run,
+    /// Not all of them do.
+    NotAll,
+}
+
+impl Came {
+    /// The steps that came to pass, of those that would have.
+    fn so_far(&self, mut steps: Vec<Went>) -> Vec<Went> {
+        match self {
+            Came::Healthy(by) => steps.push(went(Kind::WaitHealthy, Duration::ZERO, by.clone())),
+            Came::Run => {}
+            Came::NotAll => steps.retain(|step| step.kind != Kind::StartGroup),
+        }
+        steps
+    }
+
+    /// By what they are healthy.
+    fn healthy_by(&self) -> Option<&str> {
+        match self {
+            Came::Healthy(by) => Some(by),
+            Came::Run | Came::NotAll => None,
+        }
+    }
+}
+
 impl Quick {
     pub(super) fn begin(
         site: &Arc<Site>,
         mode: Mode,
-        guest: &str,
+        group: &str,
+        guests: &[String],
         by: &str,
     ) -> Result<Quick, String> {
-        let told = |error: &dyn ToString| error.to_string();
-        let runbook = builtin::of_mode(mode, [(guest.to_owned(), vec![guest.to_owned()])].into());
+        let said = |error: &dyn ToString| error.to_string();
+        let runbook = builtin::of_mode(mode, [(group.to_owned(), guests.to_vec())].into());
         let facts = Default::default();
-        let planned = plan(&runbook, mode, &facts).map_err(|e| told(&e))?;
+        let planned = plan(&runbook, mode, &facts).map_err(|e| said(&e))?;
         let id = run_id(mode);
         let directory = site.runs.directory();
         let text = write(&runbook);
         crate::site::files::replace(&directory.join(format!("{id}.toml")), text.as_bytes())
-            .map_err(|e| told(&e))?;
-        let facts = FactsFile::open(directory, &id).map_err(|e| told(&e))?;
+            .map_err(|e| said(&e))?;
+        let facts = FactsFile::open(directory, &id).map_err(|e| said(&e))?;
         let noted = facts.change(|facts| {
             facts.quick = true;
-            facts.guests.entry(guest.to_owned()).or_default().group = guest.to_owned();
+            for guest in guests {
+                facts.guests.entry(guest.clone()).or_default().group = group.to_owned();
+            }
         });
-        noted.map_err(|e| told(&e))?;
-        let (run, first) = Run::new(&id, planned, by, Moment(now_ms())).map_err(|e| told(&e))?;
-        let mut log = AuditLog::create(directory, &id).map_err(|e| told(&e))?;
-        log.append(&first).map_err(|e| told(&e))?;
+        noted.map_err(|e| said(&e))?;
+        let (run, first) = Run::new(&id, planned, by, Moment(now_ms())).map_err(|e| said(&e))?;
+        let mut log = AuditLog::create(directory, &id).map_err(|e| said(&e))?;
+        log.append(&first).map_err(|e| said(&e))?;
         Ok(Quick { run, log, facts })
     }
 
@@ -154,125 +215,140 @@ fn millis(span: Duration) -> Duration {
 impl Quick {
     pub(super) fn failed_over(
         &mut self,
-        guest: &str,
-        report: &FailoverReport,
+        ran: &Each<FailoverReport>,
         declared: u64,
-        picture: Option<Picture>,
+        came: &Came,
         by: &str,
         force: bool,
     ) -> Result<(), ConductError> {
-        let times = &report.times;
         let noted = self.facts.change(|facts| {
             facts.forced = force;
-            let known = facts.guests.entry(guest.to_owned()).or_default();
-            *known = GuestFacts {
-                group: guest.to_owned(),
-                point: Some(report.point),
-                cut_at: Some(declared.saturating_sub(report.rpo_ms)),
-                rpo_ms: Some(report.rpo_ms),
-                started_at: Some(declared + report.rto_ms as u64),
-                start_ms: Some(report.rto_ms),
-                healthy_at: Some(declared + report.rto_ms as u64),
-                healthy_by: "it runs".to_owned(),
-                term: known.term,
-                picture,
-                ..known.clone()
-            };
+            for (guest, report) in ran {
+                let known = facts.guests.entry(guest.clone()).or_default();
+                let ran = declared + report.rto_ms as u64;
+                known.point = Some(report.point);
+                known.cut_at = Some(declared.saturating_sub(report.rpo_ms));
+                known.rpo_ms = Some(report.rpo_ms);
+                known.started_at = Some(ran);
+                known.start_ms = Some(report.rto_ms);
+                known.is_healthy(came, ran);
+            }
         });
         noted.unwrap_or_else(|error| not_kept(&error));
-        let ready = times.ram.max(times.launch);
-        let steps = [
+        let steps = came.so_far(vec![
             went(Kind::Check, Duration::ZERO, "a point is here"),
-            went(Kind::Fence, times.term, format!("term {}", report.term)),
+            went(
+                Kind::Fence,
+                longest(ran, |report| report.times.term),
+                told(ran, |report| format!("term {}", report.term)),
+            ),
             went(
                 Kind::Promote,
-                ready,
-                format!("point {}, {} ms old", report.point, report.rpo_ms),
+                longest(ran, |report| report.times.ram.max(report.times.launch)),
+                told(ran, |r| format!("point {}, {} ms old", r.point, r.rpo_ms)),
             ),
             went(Kind::Remap, Duration::ZERO, "as configured"),
-            went(Kind::StartGroup, times.restore, guest),
-            went(Kind::WaitHealthy, Duration::ZERO, "it runs"),
-        ];
+            went(
+                Kind::StartGroup,
+                longest(ran, |report| report.times.restore),
+                names(ran),
+            ),
+        ]);
         self.follow(self.run.started().0.max(declared), by, &steps)?;
         Ok(())
     }
 
     pub(super) fn moved(
         &mut self,
-        guest: &str,
-        report: &MoveReport,
+        moved: &Each<MoveReport>,
+        came: &Came,
         by: &str,
     ) -> Result<(), ConductError> {
         let now = now_ms();
-        let stood = Duration::from_secs_f64((report.blackout_ms / 1e3).max(0.0));
-        let total = Duration::from_secs_f64((report.total_ms / 1e3).max(0.0));
-        let times = &report.times;
-        let noted = self.facts.note(guest, |known| {
-            known.point = Some(report.point);
-            known.rpo_ms = Some(0);
-            known.final_bytes = Some(report.final_bytes);
-            known.source_stopped = true;
-            known.stopped_at = Some(now.saturating_sub(stood.as_millis() as u64));
-            known.started_at = Some(now);
-            known.start_ms = Some(times.total.as_secs_f64() * 1e3);
-            known.healthy_at = Some(now);
-            known.healthy_by = format!("site '{}' says that it runs", report.to);
+        let span = |ms: f64| Duration::from_secs_f64((ms / 1e3).max(0.0));
+        let noted = self.facts.change(|facts| {
+            for (guest, report) in moved {
+                let known = facts.guests.entry(guest.clone()).or_default();
+                let stood = span(report.blackout_ms).as_millis() as u64;
+                known.point = Some(report.point);
+                known.rpo_ms = Some(0);
+                known.final_bytes = Some(report.final_bytes);
+                known.source_stopped = true;
+                known.stopped_at = Some(now.saturating_sub(stood));
+                known.started_at = Some(now);
+                known.start_ms = Some(report.times.total.as_secs_f64() * 1e3);
+                known.is_healthy(came, now);
+            }
         });
         noted.unwrap_or_else(|error| not_kept(&error));
-        let there = times.ram + times.restore;
-        let steps = [
+        let there = longest(moved, |report| report.times.ram + report.times.restore);
+        let total = longest(moved, |report| span(report.total_ms));
+        let steps = came.so_far(vec![
             went(Kind::Check, Duration::ZERO, "it is protected"),
             went(
                 Kind::FinalSync,
                 total.saturating_sub(there),
-                format!("point {}, {} bytes", report.point, report.final_bytes),
+                told(moved, |r| {
+                    format!("point {}, {} bytes", r.point, r.final_bytes)
+                }),
             ),
-            went(Kind::Promote, times.ram, format!("point {}", report.point)),
+            went(
+                Kind::Promote,
+                longest(moved, |report| report.times.ram),
+                told(moved, |report| format!("point {}", report.point)),
+            ),
             went(Kind::Remap, Duration::ZERO, "as configured there"),
             went(
                 Kind::StartGroup,
-                times.restore,
-                format!("at '{}', term {}", report.to, report.term),
+                longest(moved, |report| report.times.restore),
+                told(moved, |r| format!("at '{}', term {}", r.to, r.term)),
             ),
-            went(Kind::WaitHealthy, Duration::ZERO, "it runs there"),
-        ];
+        ]);
         self.follow(self.run.started().0, by, &steps)?;
         Ok(())
     }
 
     pub(super) fn tested(
         &mut self,
-        guest: &str,
-        report: &TestReport,
+        ran: &Each<TestReport>,
+        came: &Came,
         by: &str,
     ) -> Result<(), ConductError> {
         let started = self.run.started().0;
-        let noted = self.facts.note(guest, |known| {
-            known.point = Some(report.point);
-            known.cut_at = Some(started.saturating_sub(report.age_ms));
-            known.rpo_ms = Some(report.age_ms);
-            known.started_at = Some(started + report.rto_ms as u64);
-            known.start_ms = Some(report.rto_ms);
+        let noted = self.facts.change(|facts| {
+            for (guest, report) in ran {
+                let known = facts.guests.entry(guest.clone()).or_default();
+                let ran = started + report.rto_ms as u64;
+                known.point = Some(report.point);
+                known.cut_at = Some(started.saturating_sub(report.age_ms));
+                known.rpo_ms = Some(report.age_ms);
+                known.started_at = Some(ran);
+                known.start_ms = Some(report.rto_ms);
+                known.is_healthy(came, ran);
+            }
         });
         noted.unwrap_or_else(|error| not_kept(&error));
-        let times = &report.times;
-        let steps = [
+        let steps = came.so_far(vec![
             went(Kind::Check, Duration::ZERO, "a point is here"),
             went(
                 Kind::Promote,
-                times.ram.max(times.launch),
-                format!("point {}, {} ms old", report.point, report.age_ms),
+                longest(ran, |report| report.times.ram.max(report.times.launch)),
+                told(ran, |r| format!("point {}, {} ms old", r.point, r.age_ms)),
             ),
             went(Kind::Remap, Duration::ZERO, "isolated"),
-            went(Kind::StartGroup, millis(times.restore), guest),
-        ];
+            went(
+                Kind::StartGroup,
+                millis(longest(ran, |report| report.times.restore)),
+                names(ran),
+            ),
+        ]);
         self.follow(started, by, &steps)?;
         Ok(())
     }
 
     pub(super) fn test_ended(
         &mut self,
-        ended: &TestEnded,
+        ended: &Each<TestEnded>,
         healthy: bool,
         gone: bool,
         by: &str,
@@ -296,9 +372,18 @@ impl Quick {
         let removed = [went(
             Kind::Cleanup,
             Duration::ZERO,
-            ended.removed.join(", "),
+            told(ended, |ended| ended.removed.join(", ")),
         )];
         self.follow(now, by, &removed)?;
         Ok(())
+    }
+}
+
+impl GuestFacts {
+    fn is_healthy(&mut self, came: &Came, at: u64) {
+        if let Some(by) = came.healthy_by() {
+            self.healthy_at = Some(at);
+            self.healthy_by = by.to_owned();
+        }
     }
 }
