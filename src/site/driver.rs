@@ -365,10 +365,8 @@ impl Driver {
                     }
                 }
                 Some(Command::IsHeld(reply)) => {
-                    let _ = reply.send(Err(format!(
-                        "'{}' runs there, and is not held",
-                        self.record.name
-                    )));
+                    let why = format!("'{}' runs there, and is not held", self.record.name);
+                    let _ = reply.send(Err(why.into()));
                 }
                 Some(Command::Resume | Command::Ask) => {}
                 Some(Command::Quiesce(next_points, reply)) => {

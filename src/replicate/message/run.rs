@@ -63,7 +63,8 @@ pub enum RunMessage {
     /// Target: a run moves these guests, which are all of a group. As
     /// [`Hold`](Self::Hold) for each of them, but they stop at one instant, and
     /// either all of them are held or none is. Refused as out of step when some
-    /// were held before, and not all at one instant: ask again once they go on.
+    /// were held before, and not all at one instant, or one is about to be copied
+    /// on after a restart: ask again.
     HoldGroup {
         /// Which group.
         group: GuestId,

@@ -176,7 +176,9 @@ impl Site {
             ));
         };
         show::show(&loaded, name).map_err(|error| {
-            OperateError::Unknown(format!("{error}. A peer's group: farhaven group show NAME"))
+            OperateError::Unknown(format!(
+                "{error} (of a peer's group: farhaven group show NAME)"
+            ))
         })
     }
 

@@ -78,7 +78,31 @@ impl HeldPoint {
 }
 
 /// To whom the hold of a guest is told.
-pub(in crate::site) type HoldReply = oneshot::Sender<Result<(HeldPoint, Term), String>>;
+pub(in crate::site) type HoldReply = oneshot::Sender<Result<(HeldPoint, Term), NotHeld>>;
+
+/// Why a guest is not held.
+#[derive(Debug)]
+pub(in crate::site) struct NotHeld {
+    pub(in crate::site) why: String,
+    /// It is about to be copied on: whoever asks again finds it so, within seconds.
+    pub(in crate::site) soon: bool,
+}
+
+impl From<String> for NotHeld {
+    fn from(why: String) -> Self {
+        Self { why, soon: false }
+    }
+}
+
+impl NotHeld {
+    fn refused(self) -> Message {
+        let code = match self.soon {
+            true => Refusal::OutOfStep,
+            false => Refusal::Unable,
+        };
+        refused(code, self.why)
+    }
+}
 
 /// A guest is to come to stand still.
 #[derive(Debug)]
@@ -149,11 +173,11 @@ pub(super) fn not_protected() -> Message {
 
 /// What the driver of a guest answers a peer that it is protected to; `Err` is what to
 /// answer instead.
-pub(super) async fn ask_driver<T>(
+pub(super) async fn ask_driver<T, E: Into<NotHeld>>(
     site: &Site,
     remote: &Remote,
     guest: GuestId,
-    command: impl FnOnce(oneshot::Sender<Result<T, String>>) -> Command,
+    command: impl FnOnce(oneshot::Sender<Result<T, E>>) -> Command,
 ) -> Result<T, Message> {
     let Some(commands) = driver_of(site, remote, guest) else {
         return Err(not_protected());
@@ -162,7 +186,7 @@ pub(super) async fn ask_driver<T>(
     let _ = commands.send(command(reply)).await;
     match answer.await {
         Ok(Ok(done)) => Ok(done),
-        Ok(Err(why)) => Err(refused(Refusal::Unable, why)),
+        Ok(Err(why)) => Err(why.into().refused()),
         Err(_) => Err(refused(Refusal::Unable, "that site's daemon is stopping")),
     }
 }
@@ -221,7 +245,7 @@ impl Driver {
                 if let Some(place) = place {
                     place.party().give_up(&error.to_string());
                 }
-                let _ = reply.send(Err(error.to_string()));
+                let _ = reply.send(Err(error.to_string().into()));
                 return Err(error);
             }
         }
@@ -310,25 +334,33 @@ impl Driver {
     /// Answers who wants a guest held that cannot be now, or is already.
     pub(in crate::site) fn hold_again(&self, order: HoldOrder) {
         let held = self.as_held();
-        if let (Some(place), Err(why)) = (&order.place, &held) {
-            place.party().give_up(why);
+        if let (Some(place), Err(not)) = (&order.place, &held) {
+            place.party().give_up(&not.why);
         }
         let _ = order.reply.send(held);
     }
 
     /// As what it is held; the words say why it is not.
-    fn as_held(&self) -> Result<(HeldPoint, Term), String> {
+    fn as_held(&self) -> Result<(HeldPoint, Term), NotHeld> {
         match (self.protection.held, self.protection.moving) {
             (Some(held), Some(term)) => Ok((held, term)),
-            (None, Some(_)) => Err(format!(
-                "how an earlier move of '{}' ended is not known yet; see farhaven status there",
-                self.record.name
-            )),
-            _ => Err(format!(
-                "'{}' is not protected at this moment: {}; see farhaven status there",
-                self.record.name,
-                self.view.borrow().trouble
-            )),
+            (None, Some(_)) => Err(NotHeld {
+                why: format!(
+                    "how an earlier move of '{}' ended is not known yet; see farhaven status there",
+                    self.record.name
+                ),
+                soon: true,
+            }),
+            _ => {
+                let view = self.view.borrow();
+                Err(NotHeld {
+                    why: format!(
+                        "'{}' is not protected at this moment: {}; see farhaven status there",
+                        self.record.name, view.trouble
+                    ),
+                    soon: can_be_held(view.phase).is_some(),
+                })
+            }
         }
     }
 
@@ -362,12 +394,20 @@ impl Driver {
         *guest = attached;
         let _ = reply.send(match lives {
             Ok(true) => self.as_held(),
-            Ok(false) => Err(format!(
-                "the stopped copy of '{}' has ended there",
-                self.record.name
-            )),
-            Err(why) => Err(why),
+            Ok(false) => {
+                Err(format!("the stopped copy of '{}' has ended there", self.record.name).into())
+            }
+            Err(why) => Err(why.into()),
         });
+    }
+}
+
+/// Can a guest of this phase be held: at once, or soon (`false`)? `None`: not by waiting.
+fn can_be_held(phase: Phase) -> Option<bool> {
+    match phase {
+        Phase::Protected | Phase::Shipping | Phase::Moving | Phase::Held => Some(true),
+        Phase::Attaching | Phase::Connecting | Phase::Resuming => Some(false),
+        _ => None,
     }
 }
 

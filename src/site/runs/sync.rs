@@ -34,8 +34,9 @@ const HOLD: Duration = Duration::from_secs(24 * 3600);
 /// How often it is looked whether the source is heard of.
 const LOOK: Duration = Duration::from_millis(100);
 
-/// A group of which some were held before is asked for so often.
-const TRIES: usize = 4;
+/// A group of which some were held before, or that its source is about to copy on, is
+/// asked for so often.
+const TRIES: usize = 8;
 
 /// Guests that were held go on within this time, or are asked for once more.
 const GOES_ON: Duration = Duration::from_secs(2);
@@ -151,13 +152,30 @@ async fn take(run: &AtSite, batch: &Batch) -> Ended<()> {
         return Ok(());
     }
     for target in &batch.targets {
-        let one = std::slice::from_ref(target);
-        get_ready(run, one).await?;
-        let expecting = expect(one);
-        let held = ask_for_one(run, target).await.map_err(asked)?;
-        write_down(run, held, expecting).await?;
+        take_one(run, target).await?;
     }
     Ok(())
+}
+
+async fn take_one(run: &AtSite, target: &Target) -> Ended<()> {
+    let one = std::slice::from_ref(target);
+    let mut tries = TRIES;
+    loop {
+        tries -= 1;
+        get_ready(run, one).await?;
+        let expecting = expect(one);
+        match ask_for_one(run, target).await {
+            Ok(held) => return write_down(run, held, expecting).await,
+            Err(AskError::Refused {
+                code: Refusal::OutOfStep,
+                ..
+            }) if tries > 0 => {
+                drop(expecting);
+                tokio::time::sleep(GOES_ON).await;
+            }
+            Err(error) => return Err(asked(error)),
+        }
+    }
 }
 
 /// All guests of a group. False when its site is of a version that cannot.
@@ -191,11 +209,7 @@ async fn take_together(run: &AtSite, group: &OfGroup, targets: &[Target]) -> End
                 why,
                 ..
             }) if tries > 0 => {
-                tracing::warn!(
-                    group = group.name,
-                    why,
-                    "its guests go on, and are asked for anew"
-                );
+                tracing::warn!(group = group.name, why, "its guests are asked for anew");
                 drop(expecting);
                 for target in targets {
                     let guest = target.standby.guest;

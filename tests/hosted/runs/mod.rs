@@ -63,6 +63,11 @@ fn view(site: &TestSite, run: &str) -> RunView {
     serde_json::from_str(&told.out).unwrap()
 }
 
+fn runs(site: &TestSite) -> Vec<RunView> {
+    let told = site.cli(&["run", "list", "--json"]).good();
+    serde_json::from_str(&told.out).unwrap()
+}
+
 fn report(site: &TestSite, run: &str) -> Report {
     let told = site.cli(&["report", run, "--json"]).good();
     serde_json::from_str(&told.out).unwrap()

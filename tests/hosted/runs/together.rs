@@ -139,7 +139,7 @@ fn none_of_a_group_is_held_when_one_is_paused() {
     let why = report(&pair.west, &run);
     let told = format!("{:?}", why.events);
     assert!(
-        told.contains("no guest of group 'bank' is held: 'web' is not protected"),
+        told.contains("no guest of group 'bank' is held: 'web' is paused"),
         "{told}"
     );
     pair.east.cli(&["resume", "web"]).good();
@@ -173,11 +173,6 @@ fn whole(site: &TestSite) -> Vec<GroupPointView> {
     serde_json::from_str(&told.out).unwrap()
 }
 
-fn runs(site: &TestSite) -> Vec<RunView> {
-    let told = site.cli(&["run", "list", "--json"]).good();
-    serde_json::from_str(&told.out).unwrap()
-}
-
 /// A point of the group is named, tested by its name, and let go; what is done with
 /// the group without a runbook is a run of the built-in one all the same.
 #[test]
@@ -194,7 +189,11 @@ fn what_is_done_with_a_group_is_recorded_and_its_points_have_names() {
     west.cli(&["point", "keep", "bank", "--name", "x", "--point", "none"])
         .bad("no whole point \"none\" of group 'bank'");
     let told = west.cli(&["prune", "plan", "bank"]).good().out;
-    assert_eq!(told.matches("before upgrade").count(), 2, "{told}");
+    assert_eq!(
+        told.matches("kept as \"before upgrade\"").count(),
+        2,
+        "{told}"
+    );
 
     west.cli(&["test", "bank", "--point", "before upgrade"])
         .good();

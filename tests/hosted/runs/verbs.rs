@@ -3,11 +3,6 @@
 
 use super::*;
 
-fn runs(site: &TestSite) -> Vec<RunView> {
-    let told = site.cli(&["run", "list", "--json"]).good();
-    serde_json::from_str(&told.out).unwrap()
-}
-
 #[test]
 fn verbs_without_a_runbook_are_recorded() {
     let (pair, _console) = stage();

@@ -13,7 +13,7 @@ use std::sync::Arc;
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::oneshot;
 
-use super::{HeldPoint, HoldOrder, driver_of, not_protected};
+use super::{HeldPoint, HoldOrder, NotHeld, can_be_held, driver_of, not_protected};
 use crate::activate::fence::Term;
 use crate::replicate::message::{Message, Refusal, RunMessage, ToHold};
 use crate::site::Site;
@@ -45,6 +45,24 @@ pub(super) async fn hold(
         );
         return refused(Refusal::Unable, why);
     }
+    for member in site.members_here(&known) {
+        let phase = match site.guest(&member.name) {
+            Ok(record) => site.source_view(&record).phase,
+            Err(error) => return refused(Refusal::Unable, error),
+        };
+        // The others would wait for it, and have no points meanwhile.
+        let soon = match can_be_held(phase) {
+            Some(true) => continue,
+            soon => soon.is_some(),
+        };
+        let why = format!(
+            "no guest of group '{}' is held: '{}' is {} there at this moment, and they are held as a whole; see farhaven status there",
+            known.name,
+            member.name,
+            phase.words()
+        );
+        return NotHeld { why, soon }.refused();
+    }
     let mut drivers = Vec::new();
     for order in guests {
         match driver_of(site, remote, order.guest) {
@@ -70,22 +88,24 @@ pub(super) async fn hold(
     let mut held = Vec::new();
     let mut unheld = None;
     for (guest, answer) in answers {
-        let stopping = |_| Err("that site's daemon is stopping".to_owned());
+        let stopping = |_| Err("that site's daemon is stopping".to_owned().into());
         match answer.await.unwrap_or_else(stopping) {
             Ok((point, term)) => held.push((guest, point, term)),
-            Err(why) => unheld = unheld.or(Some(why)),
+            Err(not) => {
+                let soon = not.soon || unheld.is_some_and(|before: NotHeld| before.soon);
+                unheld = Some(NotHeld { soon, ..not });
+            }
         }
     }
     // Why the first of them gave up tells more than what that meant for another.
-    let why = match party.all_sealed().await {
-        Err(why) if unheld.is_some() => Some(why),
-        _ => unheld,
-    };
-    answer(&known.name, held, why)
+    if let (Some(not), Err(why)) = (&mut unheld, party.all_sealed().await) {
+        not.why = why;
+    }
+    answer(&known.name, held, unheld)
 }
 
 /// All are held, at one instant; or why not.
-fn answer(group: &str, held: Vec<(GuestId, HeldPoint, Term)>, unheld: Option<String>) -> Message {
+fn answer(group: &str, held: Vec<(GuestId, HeldPoint, Term)>, unheld: Option<NotHeld>) -> Message {
     let mut instants = held.iter().map(|(_, point, _)| point.together);
     let first = instants.next().flatten();
     match (first, unheld) {
@@ -98,26 +118,27 @@ fn answer(group: &str, held: Vec<(GuestId, HeldPoint, Term)>, unheld: Option<Str
                     .collect(),
             })
         }
-        (_, why) if !held.is_empty() => {
-            let why = why.unwrap_or_else(|| "not all of them at one instant".to_owned());
+        (_, not) if !held.is_empty() => {
+            let why = not.map_or("not all of them at one instant".to_owned(), |not| not.why);
             refused(
                 Refusal::OutOfStep,
                 format!("some guests of group '{group}' are held there already: {why}"),
             )
         }
-        (_, why) => {
-            let why = why.unwrap_or_else(|| "it has no guests".to_owned());
+        (_, not) => {
+            let not = not.unwrap_or_else(|| "it has no guests".to_owned().into());
             // What it says of a move of one guest alone is none of a group's.
-            let told = match why.split_once(". To move it all the same") {
+            let told = match not.why.split_once(". To move it all the same") {
                 Some((why, _)) => format!(
                     "{why}. To move all of them all the same, there: farhaven move {group} --accept-pause"
                 ),
-                None => why,
+                None => not.why,
             };
-            refused(
-                Refusal::Unable,
-                format!("no guest of group '{group}' is held: {told}"),
-            )
+            NotHeld {
+                why: format!("no guest of group '{group}' is held: {told}"),
+                soon: not.soon,
+            }
+            .refused()
         }
     }
 }
@@ -155,7 +176,7 @@ mod tests {
             (vec![held(Some(5)), held(Some(6))], None),
             (vec![held(Some(5)), held(None)], None),
             (vec![held(None), held(None)], None),
-            (vec![held(Some(5))], Some("it runs on".to_owned())),
+            (vec![held(Some(5))], Some("it runs on".to_owned().into())),
         ];
         for (held, why) in mixed {
             let told = answer("bank", held, why);
@@ -173,7 +194,11 @@ mod tests {
         let none = answer(
             "bank",
             Vec::new(),
-            Some("too long. To move it all the same: farhaven move db --accept-pause".to_owned()),
+            Some(
+                "too long. To move it all the same: farhaven move db --accept-pause"
+                    .to_owned()
+                    .into(),
+            ),
         );
         assert!(
             matches!(&none, Message::Refused { code: Refusal::Unable, why } if why.ends_with("farhaven move bank --accept-pause")),
