@@ -124,10 +124,11 @@ fn killed_again_and_again(pair: &mut Pair, guest: &GuestVm) {
         pair.east.start();
     }
     println!("killed after {waits:?} ms");
-    let after = pair.east.until_sealed("web", 2, COPY);
-    // A busy machine stops guests longer than the policy wants, which is told.
-    let sound = after.trouble.is_empty() || after.trouble.contains("protect.max_pause");
-    assert!(sound, "{waits:?}: {after:?}");
+    pair.east.until_sealed("web", 2, COPY);
+    // A busy machine may stop it longer than the policy wants, once; a later cut clears that.
+    pair.east.until("nothing hinders it", COPY, |view| {
+        view.guests[0].trouble.is_empty().then_some(())
+    });
     beats_on(&guest.console);
 }
 
