@@ -151,6 +151,9 @@ pub struct Wave {
 pub struct Passage {
     /// Which group.
     pub group: String,
+    /// Its guests, which are cut at one instant.
+    #[serde(default)]
+    pub guests: Vec<String>,
     /// Where to.
     pub peer: String,
     /// Its place in the order of copying, from 0.

@@ -33,6 +33,10 @@ const TURN: Duration = Duration::from_millis(200);
 const SHORT_LOOK: Duration = Duration::from_secs(2);
 const LOOKS: usize = 4;
 
+/// A link that carries less than this share of what it was known for is looked at
+/// again before a last cut relies on it: until it has settled, even that is too much.
+const FELL: f64 = 0.5;
+
 /// Bytes of a cut or a round from which on the time they took tells the link's rate.
 const TELLING_BYTES: u64 = 1 << 20;
 
@@ -71,6 +75,8 @@ pub(super) async fn converge(
         hold_back(driver, attached, percent).await?;
         throttled = percent;
     }
+    let mut link = known.link_bytes_per_second;
+    let mut unsettled = 0;
     loop {
         if let Some(why) = convoy.and_then(Convoy::why_given_up) {
             return Err(DriveError::GivenUp(why));
@@ -94,6 +100,8 @@ pub(super) async fn converge(
         let outlook = outlook(&policy, &facts);
         tracing::info!(guest = %driver.record.name, ?outlook, "a round of the move");
         driver.view.send_modify(|v| v.outlook = Some(outlook));
+        let now = facts.link_bytes_per_second;
+        let fallen = fell(std::mem::replace(&mut link, now), now);
         before.rotate_left(1);
         before[LOOKS - 1] = Some(facts.remaining_bytes);
         match next_move_step(&policy, &facts, accept_pause) {
@@ -102,6 +110,10 @@ pub(super) async fn converge(
                 within,
                 expected_blackout,
             } => {
+                if within && fallen && unsettled < LOOKS {
+                    unsettled += 1;
+                    continue;
+                }
                 let turn = convoy.map(Convoy::turn);
                 if matches!(turn, Some(None)) {
                     // Another guest stands still. Rounds go on, so that the last
@@ -138,6 +150,12 @@ pub(super) async fn converge(
             }
         }
     }
+}
+
+/// Is what a link carries now so much less than what it was known for that it may
+/// still be falling?
+fn fell(before: u64, now: u64) -> bool {
+    (now as f64) < before as f64 * FELL
 }
 
 async fn hold_back(
@@ -282,6 +300,14 @@ mod tests {
             assert_eq!(link_rate(told, shown), rate, "{told}");
         }
         assert_eq!(link_rate(90_000_000, None), 90_000_000);
+    }
+
+    #[test]
+    fn a_link_that_fell_is_looked_at_again() {
+        assert!(fell(25_000_000, 4_400_000));
+        for (before, now) in [(4_400_000, 3_000_000), (3_000_000, 25_000_000), (0, 0)] {
+            assert!(!fell(before, now), "{before} {now}");
+        }
     }
 
     #[test]

@@ -126,6 +126,11 @@ impl GroupRecord {
     pub fn has(&self, guest: GuestId) -> bool {
         self.members.values().any(|member| member.guest == guest)
     }
+
+    /// Do its guests go to that site as one: cut at one instant?
+    pub fn goes_as_one(&self, to: &str) -> bool {
+        self.from.is_none() && self.members.len() > 1 && self.peer == to
+    }
 }
 
 impl Site {

@@ -19,6 +19,8 @@ const EVERY: Duration = Duration::from_secs(1);
 const STORE_EVERY: Duration = Duration::from_secs(10);
 /// From one comparison of clocks to the next.
 const CLOCKS_EVERY: Duration = Duration::from_secs(60);
+/// A last cut is over long before: who stands still for so long waits for somebody's word.
+const STANDS_STILL: Duration = Duration::from_secs(5);
 /// Questions of one comparison: the fastest answer tells best.
 const CLOCK_QUESTIONS: usize = 4;
 
@@ -78,6 +80,7 @@ impl<K: Ord + Clone> Since<K> {
 #[derive(Default)]
 struct Watch {
     unsealed: Since<String>,
+    still: Since<String>,
     silent: Since<String>,
     troubled: Since<String>,
     store: Option<(Instant, Option<StoreFacts>)>,
@@ -114,11 +117,13 @@ impl Watch {
     fn sources(&mut self, site: &Site) -> Vec<SourceFacts> {
         let records = site.guest_records();
         let views: Vec<SourceView> = records.iter().map(|r| site.source_view(r)).collect();
-        self.unsealed
-            .only(|id| views.iter().any(|view| view.id == *id));
+        let known = |id: &String| views.iter().any(|view| view.id == *id);
+        self.unsealed.only(known);
+        self.still.only(known);
         let facts = views.into_iter().map(|view| {
             let sealed_age = view.rpo_ms.map(Duration::from_millis);
             let open = sealed_age.is_none() || view.peer.is_none();
+            let still = self.still.holds(&view.id, view.phase == Phase::Held);
             let told = |phase| (view.phase == phase).then(|| view.trouble.clone());
             SourceFacts {
                 paused: view.phase == Phase::Paused,
@@ -126,7 +131,7 @@ impl Watch {
                 sealed_age,
                 known_for: self.unsealed.holds(&view.id, open).unwrap_or_default(),
                 fenced: told(Phase::Fenced),
-                held: told(Phase::Held),
+                held: still.and_then(|since| stands_still(since, &view.trouble)),
                 lost: told(Phase::Lost),
                 elsewhere: view.phase == Phase::Moved,
                 name: view.name,
@@ -192,6 +197,15 @@ impl Watch {
     }
 }
 
+/// What to tell of a guest that is held for its move or a run, once that takes longer
+/// than a last cut does.
+fn stands_still(since: Duration, trouble: &str) -> Option<String> {
+    (since >= STANDS_STILL).then(|| match trouble {
+        "" => "its last cut is on its way to the peer".to_owned(),
+        trouble => trouble.to_owned(),
+    })
+}
+
 fn standbys(site: &Site) -> Vec<StandbyFacts> {
     let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
     let protected: Vec<GuestId> = drivers.keys().copied().collect();
@@ -254,6 +268,14 @@ mod tests {
         assert_eq!(of(-960), (millis(1000), false, millis(40)));
         let far = Skew::of(0, millis(0), u64::MAX);
         assert_eq!((far.by, far.ahead), (Duration::from_nanos(u64::MAX), true));
+    }
+
+    #[test]
+    fn a_last_cut_alarms_nobody_until_it_takes_long() {
+        assert_eq!(stands_still(Duration::from_secs(4), "throttled"), None);
+        let told = |trouble| stands_still(STANDS_STILL, trouble).unwrap();
+        assert_eq!(told("waiting for its word"), "waiting for its word");
+        assert!(told("").contains("last cut"));
     }
 
     #[test]

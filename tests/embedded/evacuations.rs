@@ -107,6 +107,18 @@ async fn everything_goes_in_order_and_is_reported_against_the_plan() {
         basis.unwrap().measured
     };
     assert!(measured("db") && !measured("web"));
+    // Who goes as one is cut at one instant.
+    let waves = preview.plan.waves.iter();
+    let passages: Vec<_> = waves.flat_map(|wave| &wave.groups).collect();
+    let mut shop = passages
+        .iter()
+        .find(|of| of.group == "shop")
+        .unwrap()
+        .guests
+        .clone();
+    shop.sort();
+    assert_eq!(shop, ["app", "db"]);
+    assert_eq!(passages.len(), 3, "{passages:#?}");
     assert!(stage.east.evacuations().is_empty(), "a plan does nothing");
 
     let begun = stage.east.begin_evacuation(&order("10m")).await.unwrap();

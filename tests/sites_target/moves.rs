@@ -241,6 +241,7 @@ fn a_move_of_a_guest_that_changes_faster_than_the_link_throttles_it() {
     pair.protect("web", &guest, "2s");
     pair.east.until_sealed("web", 2, PATIENCE);
     pair.link.set("24mbit,20ms".parse().unwrap());
+    pair.east.until_sealed("web", 4, PATIENCE);
     let moved = pair.east.cli(&["move", "web", "--json"]).good();
     println!("{}", moved.out);
     for line in pair

@@ -146,7 +146,7 @@ fn of_source(thresholds: &Alerts, of: &SourceFacts) -> Option<Finding> {
             Kind::GuestStopped,
             name,
             Critical,
-            format!("'{name}' is {what}"),
+            format!("'{name}' stands still: {what}"),
             format!(
                 "bring the link up, and it goes on by itself; if the peer is lost for good: farhaven take-back {name} --force"
             ),

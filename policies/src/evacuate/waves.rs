@@ -48,6 +48,7 @@ fn passage(site: &Site<'_>, run: &Run, unit: usize) -> Passage {
     let (group, outcome) = (site.group(unit), &run.outcomes[unit]);
     Passage {
         group: group.name.clone(),
+        guests: group.guests.iter().map(|of| of.name.clone()).collect(),
         peer: group.peer.clone(),
         turn: run.order.turn[unit],
         urgent_from: span(run.order.urgent_from[unit]),

@@ -196,6 +196,12 @@ fn a_failure_goes_back_the_way_it_came_and_undoes_only_what_was_begun() {
         all,
         "ready final-sync promote networks -networks -promote -final-sync"
     );
+    // Why it failed is known after the way back, too.
+    let steps = kept.run.steps();
+    let failed = steps.iter().find(|step| step.name == "networks").unwrap();
+    assert_eq!(failed.back, Back::Undone);
+    assert_eq!(failed.said, "broken");
+    assert_eq!(failed.words(), "broken");
     // What changed nothing is not undone.
     let mut kept = Kept::new(planned(&builtin::of_mode(Mode::Planned, group())));
     kept.until_begun("networks");

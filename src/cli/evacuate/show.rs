@@ -8,7 +8,8 @@ use farhaven_policies::evacuate::Verdict;
 use super::rate;
 use crate::cli::show::{bytes, table};
 use crate::site::evacuate::{
-    Change, Evacuation, EvacuationState, Evacuee, GuestState, Preview, Summary, left_because,
+    Change, Evacuation, EvacuationState, Evacuee, GuestBasis, GuestState, Preview, Summary,
+    left_because,
 };
 
 /// Columns of the chart.
@@ -81,23 +82,23 @@ pub(super) fn preview(preview: &Preview) {
     });
     let count = passages.clone().count();
     for (wave, passage) in passages.take(MOST_ROWS) {
-        let basis = preview
-            .basis
-            .guests
-            .iter()
-            .find(|g| g.guest == passage.group);
-        let estimate = match basis.is_some_and(|basis| basis.measured) {
-            true => "",
-            false => " (estimate)",
+        let known = preview.basis.guests.iter();
+        let known: Vec<&GuestBasis> = known
+            .filter(|basis| passage.guests.contains(&basis.guest))
+            .collect();
+        let measured = !known.is_empty() && known.iter().all(|basis| basis.measured);
+        let (estimate, changes) = match measured {
+            true => ("", rate(known.iter().map(|of| of.dirty_bytes_per_s).sum())),
+            false => (" (estimate)", "-".to_owned()),
         };
-        let changes = basis.map_or("-".to_owned(), |basis| match basis.measured {
-            true => rate(basis.dirty_bytes_per_s),
-            false => "-".to_owned(),
-        });
+        let each = |told: &dyn Fn(&GuestBasis) -> String| {
+            let told: Vec<String> = known.iter().map(|basis| told(basis)).collect();
+            told.join("\n")
+        };
         rows.add_row(vec![
             Cell::new(wave),
-            Cell::new(&passage.group),
-            Cell::new(basis.map_or("-", |basis| basis.phase.words())),
+            Cell::new(each(&|basis| basis.guest.clone())),
+            Cell::new(each(&|basis| basis.phase.words().to_owned())),
             Cell::new(format!("{}{estimate}", bytes(passage.bytes))),
             Cell::new(changes),
             Cell::new(span(passage.cut_at)),
@@ -154,7 +155,7 @@ fn chart(preview: &Preview) -> Vec<String> {
             bar[column(deadline)] = '│';
         }
         let bar: String = bar.into_iter().collect();
-        let guests = wave.groups.len();
+        let guests: usize = wave.groups.iter().map(|of| of.guests.len()).sum();
         lines.push(format!(
             "wave {:>2} {bar} {guests} guest{}, until {}",
             wave.number,

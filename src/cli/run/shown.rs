@@ -108,7 +108,7 @@ fn line(step: &StepView, widest: usize) -> String {
         }
         _ => String::new(),
     };
-    let said = step.said.replace('\n', " / ");
+    let said = step.words().replace('\n', " / ");
     let name = &step.name;
     let line = format!(
         "{mark} {name:widest$}  {:15}  {words:8} {took:>8}  {said}",

@@ -106,7 +106,7 @@ pub(super) struct Conductor {
 
 /// A new evacuation, as it is written down first.
 pub(super) fn begun(id: u64, preview: &Preview, selected: &Selected) -> Evacuation {
-    let mut planned = passages(&preview.plan);
+    let mut planned = passages(&preview.plan, &preview.basis);
     let mut guests: Vec<Evacuee> = selected
         .candidates
         .iter()
@@ -162,20 +162,31 @@ fn evacuee(name: &str, id: GuestId, state: GuestState) -> Evacuee {
     }
 }
 
-/// What a plan promises of each guest.
-fn passages(plan: &Plan) -> BTreeMap<String, Planned> {
+/// What a plan promises of each guest: of a group's bytes, its part of what is left now.
+fn passages(plan: &Plan, basis: &Basis) -> BTreeMap<String, Planned> {
+    let left = |guest: &String| {
+        let basis = basis.guests.iter().find(|of| of.guest == *guest);
+        basis.map_or(0, |of| of.remaining_bytes)
+    };
     let waves = plan.waves.iter();
     let passages = waves.flat_map(|wave| wave.groups.iter().map(|passage| (wave.number, passage)));
     passages
-        .map(|(wave, passage)| {
-            let planned = Planned {
-                wave,
-                cut_at_ms: millis(passage.cut_at),
-                runs_at_ms: millis(passage.healthy_at),
-                bytes: passage.bytes,
-                blackout_ms: passage.blackout.as_secs_f64() * 1e3,
-            };
-            (passage.group.clone(), planned)
+        .flat_map(|(wave, passage)| {
+            let all: u64 = passage.guests.iter().map(left).sum();
+            passage.guests.iter().map(move |guest| {
+                let part = match all {
+                    0 => 1.0 / passage.guests.len() as f64,
+                    all => left(guest) as f64 / all as f64,
+                };
+                let planned = Planned {
+                    wave,
+                    cut_at_ms: millis(passage.cut_at),
+                    runs_at_ms: millis(passage.healthy_at),
+                    bytes: (passage.bytes as f64 * part) as u64,
+                    blackout_ms: passage.blackout.as_secs_f64() * 1e3,
+                };
+                (guest.clone(), planned)
+            })
         })
         .collect()
 }

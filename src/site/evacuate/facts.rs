@@ -4,7 +4,8 @@
 //! What is measured is taken; what is not is estimated from sizes, and told as
 //! an estimate. A guest that waits goes on being protected, so what a cut of it
 //! would have to copy stays what it is, and what protection takes of the link is
-//! not counted on for moves.
+//! not counted on for moves. Guests of a group that go together are one unit of the
+//! plan: they are cut at one instant, and stand still for all of their bytes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
@@ -18,6 +19,7 @@ use serde::{Deserialize, Serialize};
 
 use super::super::Site;
 use super::super::converge::HAND_OVER;
+use super::super::groups::GroupMember;
 use super::super::limits::LinkView;
 use super::super::records::{GuestRecord, Protection};
 use super::super::remote::Remote;
@@ -90,7 +92,8 @@ pub(super) fn facts(
         .collect();
     let mut link = link(remote, order, &views, &limits);
     let start = HAND_OVER + remote.peer.status().rtt.unwrap_or_default();
-    let mut groups = Vec::with_capacity(candidates.len());
+    let companies = companies(site, order, candidates);
+    let mut groups: Vec<GroupFacts> = Vec::with_capacity(candidates.len());
     let mut guests = Vec::with_capacity(candidates.len());
     for (candidate, view) in candidates.iter().zip(&views) {
         let basis = guest(candidate, view, ratio);
@@ -98,7 +101,15 @@ pub(super) fn facts(
             link.protection_bytes_per_s += basis.dirty_bytes_per_s;
         }
         let policy = site.policy_of(candidate.record.id);
-        groups.push(group(order, candidate, &basis, &policy, &limits, start));
+        let alone = alone(order, candidate, &basis, &policy, &limits, start);
+        let company = companies.get(&candidate.record.id);
+        match company.and_then(|name| groups.iter_mut().find(|group| group.name == *name)) {
+            Some(group) => join(group, alone),
+            None => groups.push(GroupFacts {
+                name: company.unwrap_or(&alone.name).clone(),
+                ..alone
+            }),
+        }
         guests.push(basis);
     }
     let least = link.bytes_per_s * LEAST_FOR_MOVES / 100;
@@ -115,7 +126,44 @@ pub(super) fn facts(
     (facts, Basis { link, guests })
 }
 
-fn group(
+/// Guests that go with others of their group as one, and the name of what goes: no
+/// guest's that is no part of it.
+fn companies(site: &Site, order: &Order, candidates: &[Candidate]) -> BTreeMap<GuestId, String> {
+    let names: BTreeMap<GuestId, &str> = candidates
+        .iter()
+        .map(|candidate| (candidate.record.id, candidate.record.name.as_str()))
+        .collect();
+    let groups = site.groups();
+    let going = groups.iter().filter(|group| {
+        let goes = |member: &GroupMember| names.contains_key(&member.guest);
+        group.goes_as_one(&order.to) && group.members.values().all(goes)
+    });
+    let companies = going.flat_map(|group| {
+        let taken = names
+            .iter()
+            .any(|(guest, name)| *name == group.name && !group.has(*guest));
+        let name = match taken {
+            true => format!("group {}", group.name),
+            false => group.name.clone(),
+        };
+        let members = group.members.values();
+        members.map(move |member| (member.guest, name.clone()))
+    });
+    companies.collect()
+}
+
+/// One more guest that is cut with those of a group.
+fn join(group: &mut GroupFacts, one: GroupFacts) {
+    group.priority = group.priority.max(one.priority);
+    // Each keeps within its own.
+    group.rate_cap = group
+        .rate_cap
+        .zip(one.rate_cap)
+        .map(|(all, own)| all.saturating_add(own));
+    group.guests.extend(one.guests);
+}
+
+fn alone(
     order: &Order,
     candidate: &Candidate,
     basis: &GuestBasis,

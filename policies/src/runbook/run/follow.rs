@@ -28,11 +28,13 @@ impl Run {
 
     /// The attempt at hand is over.
     fn close(&mut self, at: Moment, said: &str) {
+        let direction = self.direction;
         if let Some(progress) = self.progress.get_mut(self.cursor) {
             progress.deadline = None;
             progress.ended = Some(at);
-            progress.said = said.to_owned();
-            cut(&mut progress.said);
+            let words = progress.words(direction);
+            *words = said.to_owned();
+            cut(words);
         }
     }
 

@@ -72,6 +72,7 @@ pub(super) struct Progress {
     pub(super) begun: Option<Moment>,
     pub(super) ended: Option<Moment>,
     pub(super) said: String,
+    pub(super) undo_said: String,
     /// An attempt of it may have changed something.
     pub(super) stained: bool,
 }
@@ -119,7 +120,16 @@ impl Progress {
             begun: None,
             ended: None,
             said: String::new(),
+            undo_said: String::new(),
             stained: false,
+        }
+    }
+
+    /// What is said of it, or of its undoing: why it failed outlasts the way back.
+    pub(super) fn words(&mut self, direction: Direction) -> &mut String {
+        match direction {
+            Direction::Forward => &mut self.said,
+            Direction::Back => &mut self.undo_said,
         }
     }
 
@@ -311,9 +321,10 @@ impl Run {
                 let waits =
                     action.kind().waits_for_source(self.plan.mode) && action.is_repeatable();
                 let waited_for = *cause == Cause::SourceLost && waits;
+                let direction = self.direction;
                 let (_, progress) = self.hand()?;
                 if waited_for && progress.deadline.is_some_and(|deadline| at < deadline) {
-                    progress.said.clone_from(why);
+                    progress.words(direction).clone_from(why);
                     progress.stained = true;
                     self.mark(Forward::SourceAwaited, Back::SourceAwaited);
                 } else {
@@ -428,6 +439,10 @@ impl Run {
             return refused("nothing is under way");
         };
         let approve = matches!(planned.step.action, Action::Approve { .. });
+        let said = match self.direction {
+            Direction::Forward => &progress.said,
+            Direction::Back => &progress.undo_said,
+        };
         let (deadline, why) = match progress.state(self.direction) {
             State::Running {
                 deadline: Some(deadline),
@@ -442,10 +457,7 @@ impl Run {
             ),
             State::SourceAwaited { deadline } => (
                 deadline,
-                format!(
-                    "the other site did not come back in time: {}",
-                    progress.said
-                ),
+                format!("the other site did not come back in time: {said}"),
             ),
             _ => return refused("nothing is under way that could take too long"),
         };

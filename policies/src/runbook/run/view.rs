@@ -25,8 +25,22 @@ pub struct StepView {
     pub begun: Option<Moment>,
     /// When it, or its undoing, ended last.
     pub ended: Option<Moment>,
-    /// What was said of it last.
+    /// What was said of it last: how it was done, or why it failed.
     pub said: String,
+    /// What was said last of its undoing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub undo_said: String,
+}
+
+impl StepView {
+    /// What was said of it and of its undoing, for people.
+    pub fn words(&self) -> String {
+        match (self.said.as_str(), self.undo_said.as_str()) {
+            (said, "") => said.to_owned(),
+            ("", undone) => undone.to_owned(),
+            (said, undone) => format!("{said}; on the way back: {undone}"),
+        }
+    }
 }
 
 impl Run {
@@ -88,6 +102,7 @@ impl Run {
             begun: progress.begun,
             ended: progress.ended,
             said: progress.said.clone(),
+            undo_said: progress.undo_said.clone(),
         })
         .collect()
     }

@@ -190,7 +190,7 @@ pub(super) fn steps(report: &Report, page: &mut String) {
                 escaped(step.kind.word()),
                 or_dash(took.map(|(begun, ended)| span(ended.0.saturating_sub(begun.0)))),
                 step.attempts.to_string(),
-                text(&step.said),
+                text(&step.words()),
             ],
         );
     }

@@ -80,7 +80,7 @@ impl Conductor {
     /// goes by itself: it has no company here, or has lost it by now.
     fn company(&self, site: &Site, index: usize) -> Option<(String, Vec<usize>)> {
         let group = site.group_of(self.record.guests[index].id)?;
-        if group.from.is_some() || group.members.len() < 2 || group.peer != self.record.order.to {
+        if !group.goes_as_one(&self.record.order.to) {
             return None;
         }
         let place = |guest| self.record.guests.iter().position(|g| g.id == guest);

@@ -88,7 +88,7 @@ impl Conductor {
                 plan.left.len()
             ));
         }
-        let passages = passages(&plan);
+        let passages = passages(&plan, &basis);
         for guest in &mut self.record.guests {
             if !guest.state.is_over() {
                 let passage = passages.get(&guest.guest);
