@@ -181,7 +181,11 @@ impl RateController {
     // Compete
 
     pub(super) fn compete_round(&mut self, now: Instant, round: RoundSummary) {
-        self.bandwidth.reset(round.rate);
+        match round.app_limited {
+            // Who sends little learns little of its share.
+            true => self.bandwidth.add(round.rate),
+            false => self.bandwidth.reset(round.rate),
+        }
         let queue = round.least_rtt - self.base.seconds();
         if round.loss > INTOLERABLE {
             self.competition.on_heavy_loss();

@@ -122,3 +122,26 @@ fn a_cap_is_reached_over_a_short_path_too() {
     cap.store(1_000_000, Ordering::Relaxed);
     assert_eq!(controller.window(), MINIMUM_PACKETS * 1452);
 }
+
+/// Beside another flow, what was measured counts until as much is sent again.
+#[test]
+fn a_flow_with_little_to_send_does_not_forget_its_share() {
+    let mut now = Instant::now();
+    let mut controller = RateController::new(RateOptions::default(), now, 1200);
+    let rtt = Duration::from_millis(50);
+    controller.base.observe(now, 0.02);
+    controller.bandwidth.reset(1e6);
+    let mut round = |controller: &mut RateController, bytes: u64, app_limited: bool| {
+        controller.phase = Phase::Compete;
+        for _ in 0..2 {
+            let sent = now;
+            now += rtt;
+            controller.on_ack(now, sent, bytes, app_limited);
+            controller.on_end_acks(now);
+        }
+    };
+    round(&mut controller, 1000, true);
+    assert_eq!(controller.status().bandwidth, 8_000_000);
+    round(&mut controller, 10_000, false);
+    assert!(controller.status().bandwidth < 4_000_000);
+}
