@@ -120,7 +120,6 @@ pub(in crate::site) async fn keep(site: Weak<Site>) {
         let Some(strong) = site.upgrade() else { return };
         strong.look_at_policy_files().await;
         strong.put_in_force().await;
-        strong.group_alerts();
         strong.tell_groups().await;
         let wake = strong.policies.wake.clone();
         drop(strong);
@@ -388,26 +387,6 @@ impl Site {
         let advice = format!("run: farhaven policy check {subject}");
         let (kind, severity) = (Kind::PolicyBroken, Severity::Warning);
         self.raise(Finding::new(kind, subject, severity, trouble, advice));
-    }
-
-    /// Tells of groups that are not protected as a whole, or are again.
-    fn group_alerts(&self) {
-        let degraded: BTreeMap<String, String> = self
-            .group_views()
-            .into_iter()
-            .filter(|group| group.from.is_none() && group.trouble.starts_with("degraded"))
-            .map(|group| (group.name, group.trouble))
-            .collect();
-        for (group, what) in &degraded {
-            let advice = format!("see: farhaven group show {group}");
-            let (kind, severity) = (Kind::GroupDegraded, Severity::Warning);
-            self.raise(Finding::new(kind, group.clone(), severity, what, advice));
-        }
-        for group in self.raised(Kind::GroupDegraded) {
-            if !degraded.contains_key(&group) {
-                self.clear(Kind::GroupDegraded, &group);
-            }
-        }
     }
 }
 
