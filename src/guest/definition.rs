@@ -93,6 +93,24 @@ impl Definition {
         }
     }
 
+    /// Bytes of its disks that are there to be copied, as far as their images tell: at
+    /// most the disks' own size. Reads the images, and may take as long as that does.
+    pub(crate) fn disk_bytes_there(&self) -> u64 {
+        let there = |name: &str, bytes: u64| match self {
+            Self::Qemu(definition) => {
+                let disk = definition.disks.iter().find(|disk| disk.name == name);
+                let image = disk.and_then(|disk| disk.path.as_deref());
+                let there = image.and_then(qemu::allocated::allocated);
+                there.map_or(bytes, |there| there.min(bytes))
+            }
+            Self::Embedded(_) => bytes,
+        };
+        let disks = self.disks().into_iter();
+        disks.fold(0, |sum: u64, (name, bytes)| {
+            sum.saturating_add(there(name, bytes))
+        })
+    }
+
     /// Bytes of memory that the guest takes.
     pub fn ram_bytes(&self) -> u64 {
         let blocks = self.ram();

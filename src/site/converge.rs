@@ -71,7 +71,9 @@ pub(super) async fn converge(
     let (mut throttled, mut done) = (0, 0);
     // The newest point tells already whether the guest writes too fast for this link.
     let known = rounds.before_the_next(driver);
-    if let MoveStep::Throttle { percent } = next_move_step(&policy, &known, accept_pause) {
+    if let MoveStep::Throttle { percent } = next_move_step(&policy, &known, accept_pause)
+        && !sealed.first
+    {
         hold_back(driver, attached, percent).await?;
         throttled = percent;
     }
@@ -174,12 +176,17 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     let rtt = driver.remote.peer.status().rtt.unwrap_or_default();
     let shown = outright(driver, sealed.final_bytes, sealed.took);
     let rate = link_rate(told_rate(driver), shown);
+    // All of a first copy is not what the guest wrote in that time.
+    let changed = match sealed.first {
+        true => sealed.final_bytes,
+        false => sealed.sent_bytes,
+    };
     let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
     MoveFacts {
         rounds: 0,
-        remaining_bytes: left_after(sealed.sent_bytes, sealed.since_before, sealed.took),
+        remaining_bytes: left_after(changed, sealed.since_before, sealed.took),
         remaining_before: None,
-        dirty_bytes_per_second: per_second(sealed.sent_bytes, sealed.since_before),
+        dirty_bytes_per_second: per_second(changed, sealed.since_before),
         link_bytes_per_second: rate,
         fixed: HAND_OVER + rtt,
         overhead: sealed.took.saturating_sub(carried.unwrap_or_default()),

@@ -355,6 +355,7 @@ pub(super) async fn seal(
         pause: made.times.pause,
         took,
         since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
+        first: before.is_none(),
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,
         state_bytes,

@@ -471,6 +471,8 @@ pub(super) struct Sealed {
     pub(super) took: Duration,
     /// From the cut before until this one; of a first one, as `took`.
     pub(super) since_before: Duration,
+    /// It was the first of an attachment: no word on how fast the guest writes.
+    pub(super) first: bool,
     /// Bytes of its batches.
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.

@@ -308,7 +308,7 @@ impl Site {
         let deadline = order.deadline.map(|deadline| deadline.duration());
         let moved: BTreeSet<String> = selected.moved.clone();
         let (facts, basis) =
-            facts::facts(self, remote, order, &selected.candidates, moved, deadline);
+            facts::facts(self, remote, order, &selected.candidates, moved, deadline).await;
         let planned = crate::work::spawn_blocking(move || evacuate::plan(&facts)).await;
         let plan = planned.map_err(failed)?;
         let plan = plan.map_err(|error| OperateError::Conflict(error.to_string()))?;

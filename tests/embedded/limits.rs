@@ -102,3 +102,26 @@ async fn a_move_reckons_with_the_limit_that_its_last_cut_heeds() {
     .await;
     stage.end().await;
 }
+
+/// What a first copy sends in a second is what the link carries, not what the guest writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_move_right_after_the_first_copy_throttles_nobody() {
+    let stage = Stage::set().await;
+    let east = stage.east.clone();
+    let (guest, definition) = Counter::start_with_library(&stage.dir.path().join("web"), 100);
+    east.embed("web", guest, definition).unwrap();
+    let limit = SetLimit {
+        limit: Some("1mbit".parse().unwrap()),
+        ..SetLimit::default()
+    };
+    east.set_limit(&limit).unwrap();
+    let rpo = Some("1h".parse().unwrap());
+    east.protect("web", "west", rpo).await.unwrap();
+    until("the first point", || {
+        (source(&east, "web").points_sealed == 1).then_some(())
+    })
+    .await;
+    let report = east.move_guest("web", false).await.unwrap();
+    assert!(!report.note.contains("throttled"), "{}", report.note);
+    stage.end().await;
+}

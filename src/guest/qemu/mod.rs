@@ -26,6 +26,7 @@ use throttle::{THROTTLE_MARK, Throttle};
 use tracking::Bits;
 
 pub mod agent;
+pub(crate) mod allocated;
 mod attach;
 mod attach_options;
 pub mod check;

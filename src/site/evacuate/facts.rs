@@ -25,11 +25,15 @@ use super::super::records::{GuestRecord, Protection};
 use super::super::remote::Remote;
 use super::super::view::{Phase, SourceView};
 use super::record::Order;
+use crate::guest::Definition;
 
 /// Bytes on the link from which on their ratio to guest bytes tells something.
 const TELLING_BYTES: u64 = 1 << 20;
 /// Protection takes its part of the link; moves get this part (in percent) of it at least.
 const LEAST_FOR_MOVES: u64 = 25;
+
+/// Images of disks are looked at for so long.
+const IMAGES: Duration = Duration::from_secs(2);
 
 /// A guest of which is known what it takes to move it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -76,7 +80,7 @@ pub(super) struct Candidate {
 }
 
 /// Facts for the planner: of those that are still here.
-pub(super) fn facts(
+pub(super) async fn facts(
     site: &Arc<Site>,
     remote: &Remote,
     order: &Order,
@@ -92,11 +96,13 @@ pub(super) fn facts(
         .collect();
     let mut link = link(remote, order, &views, &limits);
     let start = HAND_OVER + remote.peer.status().rtt.unwrap_or_default();
+    let disks = disks(candidates, &views).await;
     let companies = companies(site, order, candidates);
     let mut groups: Vec<GroupFacts> = Vec::with_capacity(candidates.len());
     let mut guests = Vec::with_capacity(candidates.len());
     for (candidate, view) in candidates.iter().zip(&views) {
-        let basis = guest(candidate, view, ratio);
+        let there = disks.get(&candidate.record.id).copied();
+        let basis = guest(candidate, view, there.unwrap_or_default(), ratio);
         if basis.measured {
             link.protection_bytes_per_s += basis.dirty_bytes_per_s;
         }
@@ -195,15 +201,36 @@ fn alone(
     }
 }
 
+/// Was nothing of it copied yet?
+fn is_uncopied(view: &SourceView) -> bool {
+    view.outlook.is_none() && view.progress.is_none() && view.newest_point == 0
+}
+
+/// Bytes of the disks of those of which nothing was copied yet.
+async fn disks(candidates: &[Candidate], views: &[SourceView]) -> BTreeMap<GuestId, u64> {
+    let both = candidates.iter().zip(views);
+    let uncopied: Vec<(GuestId, Definition)> = both
+        .filter(|(_, view)| is_uncopied(view))
+        .map(|(candidate, _)| (candidate.record.id, candidate.record.definition.clone()))
+        .collect();
+    let whole = |definition: &Definition| definition.disks().iter().map(|(_, bytes)| bytes).sum();
+    let known: BTreeMap<GuestId, u64> = uncopied.iter().map(|(id, of)| (*id, whole(of))).collect();
+    let looked = crate::work::spawn_blocking(move || {
+        let there = uncopied.iter().map(|(id, of)| (*id, of.disk_bytes_there()));
+        there.collect()
+    });
+    // Where images cannot be looked at in time, disks count in full.
+    match tokio::time::timeout(IMAGES, looked).await {
+        Ok(Ok(there)) => there,
+        _ => known,
+    }
+}
+
 /// What a guest has to copy, measured where it can be.
-fn guest(candidate: &Candidate, view: &SourceView, ratio: f64) -> GuestBasis {
+fn guest(candidate: &Candidate, view: &SourceView, disks: u64, ratio: f64) -> GuestBasis {
     let definition = &candidate.record.definition;
     let on_link = |bytes: u64| (bytes as f64 / ratio) as u64;
     let ram = definition.ram_bytes();
-    let disks = definition
-        .disks()
-        .iter()
-        .fold(0, |sum: u64, (_, bytes)| sum.saturating_add(*bytes));
     let (remaining, dirty, measured) = match (&view.outlook, view.progress) {
         (Some(outlook), _) => (outlook.remaining_bytes, outlook.dirty_bytes_per_s, true),
         (None, Some((done, total))) => (on_link(total.saturating_sub(done)), 0, false),

@@ -50,7 +50,7 @@ impl Conductor {
             .collect();
         let deadline = self.record.left().filter(|left| !left.is_zero());
         let order = &self.record.order;
-        let (facts, basis) = facts::facts(site, remote, order, &here, gone, deadline);
+        let (facts, basis) = facts::facts(site, remote, order, &here, gone, deadline).await;
         let planned = crate::work::spawn_blocking(move || evacuate::plan(&facts)).await;
         match planned {
             Ok(Ok(plan)) => self.take_over(plan, basis),
