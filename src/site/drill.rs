@@ -41,6 +41,9 @@ use crate::replicate::message::{ActivationTimes, PointContext};
 /// Memory that is left to the host beside a guest's RAM.
 const BESIDE: u64 = 128 << 20;
 
+/// A test waits so long for another one's beginning or end.
+const SETTLES: Duration = Duration::from_secs(2);
+
 /// A test that runs.
 pub(super) struct Drill {
     ready: Arc<Ready>,
@@ -155,7 +158,8 @@ impl Standby {
         declared: Instant,
         run: Option<&str>,
     ) -> Result<u64, TestError> {
-        let Ok(mut drill) = self.drill.try_lock() else {
+        // What a test before left is gone in a moment.
+        let Ok(mut drill) = tokio::time::timeout(SETTLES, self.drill.lock()).await else {
             return Err(TestError::Busy(self.name()));
         };
         if let Some(running) = &*drill {
