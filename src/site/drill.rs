@@ -11,7 +11,7 @@
 use std::collections::BTreeMap;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_storage_sync::replica::Replica;
@@ -162,6 +162,9 @@ impl Standby {
         let Ok(mut drill) = tokio::time::timeout(SETTLES, self.drill.lock()).await else {
             return Err(TestError::Busy(self.name()));
         };
+        if !self.is_known()? {
+            return Err(TestError::Dropped(self.name()));
+        }
         if let Some(running) = &*drill {
             return match running.run.as_deref() == run && run.is_some() {
                 true => Ok(running.point),
@@ -254,6 +257,14 @@ impl Standby {
             console,
             times,
         })
+    }
+
+    /// Has nobody dropped it, and its points with it, since it was looked up?
+    fn is_known(&self) -> Result<bool, ActivateError> {
+        let site = self.site()?;
+        let standbys = site.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        let known = standbys.get(&self.guest);
+        Ok(known.is_some_and(|known| Arc::ptr_eq(&known.drill, &self.drill)))
     }
 
     async fn ready_test(self: &Arc<Self>, point: u64) -> Result<(Ready, Waiting), TestError> {

@@ -86,10 +86,8 @@ impl Site {
             .cloned()
             .collect();
         for remote in remotes.into_iter().filter(|r| r.connected()) {
-            let terms = self.terms_with(&remote.record.site);
-            tokio::spawn(async move {
-                remote.tell(Message::Terms { terms }).await;
-            });
+            let site = self.clone();
+            tokio::spawn(async move { remote.tell_terms(&site).await });
         }
     }
 

@@ -275,6 +275,12 @@ impl Remote {
         });
     }
 
+    /// Tells the peer the terms of all that the two sites share.
+    pub(super) async fn tell_terms(&self, site: &Site) {
+        let terms = site.terms_with(&self.record.site);
+        self.tell(Message::Terms { terms }).await;
+    }
+
     /// Tells the peer what images are stored here, so that it asks for them.
     pub async fn tell_images(&self) {
         let images = self.incoming.image_bytes();
@@ -306,10 +312,7 @@ impl Remote {
                     let what = format!("site '{}' is reached", self.record.site);
                     site.note(EventKind::PeerConnected, &self.record.site, &what);
                     self.connections.send_modify(|n| *n += 1 + *n % 2);
-                    self.tell(Message::Terms {
-                        terms: site.terms_with(&self.record.site),
-                    })
-                    .await;
+                    self.tell_terms(&site).await;
                     let what = trouble.borrow_and_update().clone();
                     if !what.is_empty() {
                         self.tell(Message::Trouble { what }).await;
@@ -380,6 +383,10 @@ impl Remote {
             let _room = room;
             let _turn = remote.conduct.turn(&envelope.body).await;
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
+            if matches!(&answer, Message::Refused { code, .. } if *code == Refusal::Fenced) {
+                // Whoever asks under an old term has not heard of the new one.
+                remote.tell_terms(&site).await;
+            }
             if let Some(id) = envelope.id {
                 remote.reply(id, answer).await;
             }

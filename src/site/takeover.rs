@@ -310,7 +310,11 @@ impl Site {
     ///
     /// # Errors
     /// When it lives and does not say so.
-    pub(super) async fn announce_term(&self, remote: &Remote, term: Term) -> Result<bool, String> {
+    pub(super) async fn announce_term(
+        self: &Arc<Self>,
+        remote: &Remote,
+        term: Term,
+    ) -> Result<bool, String> {
         self.announce_terms(remote, vec![term]).await
     }
 
@@ -319,10 +323,19 @@ impl Site {
     /// # Errors
     /// When it lives and does not say so of all of them.
     pub(super) async fn announce_terms(
-        &self,
+        self: &Arc<Self>,
         remote: &Remote,
         terms: Vec<Term>,
     ) -> Result<bool, String> {
+        let answered = self.ask_to_stop(remote, terms).await;
+        if !matches!(answered, Ok(true)) {
+            // Should it be heard again on the same connection, nothing else tells it.
+            self.tell_terms();
+        }
+        answered
+    }
+
+    async fn ask_to_stop(&self, remote: &Remote, terms: Vec<Term>) -> Result<bool, String> {
         let deadline = Instant::now() + FENCE_WAIT;
         let told = remote.ask_within(Message::Terms { terms }, FENCE_WAIT);
         tokio::pin!(told);

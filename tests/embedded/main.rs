@@ -18,6 +18,7 @@ mod mended;
 mod rebuilds;
 mod scrubs;
 mod seeds;
+mod silence;
 mod turns;
 
 use std::net::UdpSocket;

@@ -65,6 +65,14 @@ fn schedules_of_partitions_and_promotions_run_nothing_twice() {
     assert!(counts.link_cuts > 50 && counts.restored > 5, "{counts:?}");
 }
 
+/// Each was found by more seeds than these tests run.
+#[test]
+fn seeds_that_broke_a_promise_keep_it() {
+    for seed in [1678] {
+        sound(seed, 1, options);
+    }
+}
+
 #[test]
 fn a_seed_does_the_same_again() {
     for seed in [3, 14] {

@@ -16,6 +16,11 @@ pub enum TestError {
     /// One is being begun or ended.
     #[error("a test of '{0}' is being started or ended just now; look again: farhaven status")]
     Busy(String),
+    /// Its points were dropped while somebody waited to test it.
+    #[error(
+        "the points of '{0}' were dropped just now, nothing of it is left here to test; see what is: farhaven status"
+    )]
+    Dropped(String),
     /// Nothing to end.
     #[error("no test of '{0}' runs here; start one: farhaven test {0}")]
     NoTest(String),
