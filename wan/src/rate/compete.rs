@@ -30,6 +30,16 @@ const UNANSWERED_SECONDS: f64 = 0.0005;
 const UNANSWERED_DIPS: u32 = 2;
 /// Who has this part of the link has no neighbour.
 const ALONE: f64 = 0.75;
+/// So many rounds in a row mean something of the link, not of a neighbour's doings.
+const HEAVY_ROUNDS: u32 = 2;
+const EMPTY_ROUNDS: u32 = 3;
+/// What a dip counts for when the next one is made.
+const REMEMBERED: f64 = 0.7;
+/// A round trip that changes by this much between two dips meets a queue, or jitter.
+const VARIES: f64 = 0.15;
+/// Jitter loses nothing; a queue that lost this much of a round was full.
+const OVERFLOWN: f64 = 0.05;
+const OVERFLOWN_FOR: Duration = Duration::from_secs(10);
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
@@ -54,6 +64,17 @@ pub(super) struct Competition {
     dip: Option<Dip>,
     /// Dips in a row that the round trip did not answer.
     unanswered: u32,
+    /// Of the dips of late, older ones for less: bytes that they took out of the queue,
+    /// and seconds by which it became shorter.
+    dipped_bytes: f64,
+    fallen: f64,
+    /// The shortest and the longest round trip between two dips, in seconds.
+    round_trips: Option<(f64, f64)>,
+    /// When a round lost so much that the queue was full.
+    overflown: Option<Instant>,
+    /// Rounds in a row with heavy loss, and without a queue.
+    heavy_rounds: u32,
+    empty_rounds: u32,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -96,18 +117,23 @@ impl Competition {
 
     /// The dip left a `queue`, in seconds. `overflows`: packets are lost as before a full
     /// queue, so it is there although it does not shrink: a neighbour that heeds no loss
-    /// fills every gap. What is known of the link then stays.
+    /// fills every gap.
     pub(super) fn end_dip(&mut self, now: Instant, queue: f64, overflows: bool) -> Finding {
         let Some(dip) = self.dip.take() else {
             return Finding::Shared;
         };
         let fallen = dip.queue - queue;
+        self.dipped_bytes = REMEMBERED * self.dipped_bytes + dip.bytes;
+        self.fallen = REMEMBERED * self.fallen + fallen;
         if fallen < UNANSWERED_SECONDS.max(UNANSWERED * dip.queue) {
-            self.unanswered += 1;
             if overflows {
-                self.unanswered = 0;
-                self.measured = Some(now);
+                self.correct(now, self.seen(), dip.rate);
             }
+            if overflows || self.overflows_lately(now) && self.queue_varies() {
+                self.unanswered = 0;
+                return Finding::Shared;
+            }
+            self.unanswered += 1;
             if self.unanswered < UNANSWERED_DIPS {
                 return Finding::Shared;
             }
@@ -115,25 +141,84 @@ impl Competition {
             return Finding::NoQueue;
         }
         self.unanswered = 0;
-        let seen = dip.bytes / fallen;
+        // One dip among a neighbour's bursts proves little.
+        let one = dip.bytes / fallen;
+        let seen = match self.overflows_lately(now) {
+            true => self.seen().max(one),
+            false => one,
+        };
         if dip.rate > ALONE * seen {
             *self = Self::default();
             return Finding::Alone;
         }
+        let seen = match self.overflows_lately(now) {
+            true => self.seen(),
+            false => one,
+        };
+        self.correct(now, seen, dip.rate);
+        Finding::Shared
+    }
+
+    /// The rate of the link by all dips of late. A neighbour's doings move the round trip
+    /// by as much as one dip does, up as often as down: over several they cancel out.
+    fn seen(&self) -> f64 {
+        match self.fallen > 0.0 {
+            true => self.dipped_bytes / self.fallen,
+            false => f64::INFINITY,
+        }
+    }
+
+    fn correct(&mut self, now: Instant, seen: f64, own: f64) {
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
-        let seen = seen.max(dip.rate);
+        let seen = seen.max(own);
         self.link = match self.measured() {
             true => self.link + WEIGHT * (seen - self.link),
             false => seen,
         };
         self.measured = Some(now);
-        Finding::Shared
+        self.round_trips = None;
     }
 
-    /// Loss that is heavy even for a full queue.
-    pub(super) fn on_heavy_loss(&mut self) {
-        self.link *= 0.8;
-        self.start *= 0.8;
+    /// A round between two dips had this shortest round trip, in seconds, and this loss.
+    pub(super) fn observe(&mut self, now: Instant, rtt: f64, loss: f64) {
+        if loss > OVERFLOWN {
+            self.overflown = Some(now);
+        }
+        let (least, most) = self.round_trips.unwrap_or((rtt, rtt));
+        self.round_trips = Some((least.min(rtt), most.max(rtt)));
+    }
+
+    /// What changes by itself is a queue, and no longer path.
+    fn queue_varies(&self) -> bool {
+        self.round_trips
+            .is_some_and(|(least, most)| most - least > VARIES * most)
+    }
+
+    fn overflows_lately(&self, now: Instant) -> bool {
+        self.overflown
+            .is_some_and(|at| now.saturating_duration_since(at) < OVERFLOWN_FOR)
+    }
+
+    /// A round ended, with loss that is `heavy` even for a full queue or without it. One
+    /// such round is a neighbour that probes; a link that became narrow goes on losing.
+    pub(super) fn on_loss(&mut self, heavy: bool) {
+        self.heavy_rounds = if heavy { self.heavy_rounds + 1 } else { 0 };
+        if self.heavy_rounds >= HEAVY_ROUNDS {
+            self.link *= 0.8;
+            self.start *= 0.8;
+        }
+    }
+
+    /// A round ended, without a queue or with one. A neighbour whose bursts overflow it
+    /// looks at the empty path now and then, and is back after a round.
+    pub(super) fn has_ended(&mut self, now: Instant, empty: bool) -> bool {
+        self.empty_rounds = if empty { self.empty_rounds + 1 } else { 0 };
+        let enough = if self.overflows_lately(now) {
+            EMPTY_ROUNDS
+        } else {
+            1
+        };
+        self.empty_rounds >= enough
     }
 
     /// The window in bytes at this round trip.

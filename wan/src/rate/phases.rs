@@ -187,15 +187,17 @@ impl RateController {
             false => self.bandwidth.reset(round.rate),
         }
         let queue = round.least_rtt - self.base.seconds();
-        if round.loss > INTOLERABLE {
-            self.competition.on_heavy_loss();
-        }
+        self.competition.on_loss(round.loss > INTOLERABLE);
+        self.competition.observe(now, round.least_rtt, round.loss);
         let since = now.saturating_duration_since(self.dipped);
         let waited = match self.competition.measured() {
             true => since > COMPETE_DIP_INTERVAL && self.rounds_since_dip > COMPETE_DIP_ROUNDS,
             false => self.rounds_since_dip > FIRST_DIP_ROUNDS,
         };
-        if queue < self.queue_limit() / 2.0 {
+        if self
+            .competition
+            .has_ended(now, queue < self.queue_limit() / 2.0)
+        {
             self.cruise_again();
         } else if waited && queue > self.queue_limit() {
             self.phase = Phase::CompeteDip;
