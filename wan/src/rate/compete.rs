@@ -72,6 +72,8 @@ pub(super) struct Competition {
     round_trips: Option<(f64, f64)>,
     /// When a round lost so much that the queue was full.
     overflown: Option<Instant>,
+    /// One of the rounds since the last dip did.
+    lossy: bool,
     /// Rounds in a row with heavy loss, and without a queue.
     heavy_rounds: u32,
     empty_rounds: u32,
@@ -122,14 +124,16 @@ impl Competition {
         let Some(dip) = self.dip.take() else {
             return Finding::Shared;
         };
+        let (lossy, varies) = (std::mem::take(&mut self.lossy), self.queue_varies());
+        self.round_trips = None;
         let fallen = dip.queue - queue;
         self.dipped_bytes = REMEMBERED * self.dipped_bytes + dip.bytes;
         self.fallen = REMEMBERED * self.fallen + fallen;
         if fallen < UNANSWERED_SECONDS.max(UNANSWERED * dip.queue) {
-            if overflows {
+            if overflows || !lossy && varies && self.overflows_lately(now) {
                 self.correct(now, self.seen(), dip.rate);
             }
-            if overflows || self.overflows_lately(now) && self.queue_varies() {
+            if overflows || self.overflows_lately(now) && varies {
                 self.unanswered = 0;
                 return Finding::Shared;
             }
@@ -176,13 +180,13 @@ impl Competition {
             false => seen,
         };
         self.measured = Some(now);
-        self.round_trips = None;
     }
 
     /// A round between two dips had this shortest round trip, in seconds, and this loss.
     pub(super) fn observe(&mut self, now: Instant, rtt: f64, loss: f64) {
         if loss > OVERFLOWN {
             self.overflown = Some(now);
+            self.lossy = true;
         }
         let (least, most) = self.round_trips.unwrap_or((rtt, rtt));
         self.round_trips = Some((least.min(rtt), most.max(rtt)));
