@@ -10,6 +10,11 @@
 //! Half of the link is half of the bytes on the way, `rate x round trip / 2`, at any length
 //! of the queue. So the window rises while the neighbour fills the queue and falls when
 //! the neighbour backs off, and the neighbour finds the other half.
+//!
+//! A neighbour that heeds no loss (BBR) overflows the queue in bursts, fills the gaps of
+//! our dips and looks at the empty path now and then. Beside one, all dips of late count
+//! together, one lossy round and a short while without a queue mean nothing, and a dip
+//! that is not answered lets us grow, as long as we lose nothing.
 
 use std::time::{Duration, Instant};
 
@@ -38,8 +43,8 @@ const REMEMBERED: f64 = 0.7;
 /// A round trip that changes by this much between two dips meets a queue, or jitter.
 const VARIES: f64 = 0.15;
 /// Jitter loses nothing; a queue that lost this much of a round was full.
-const OVERFLOWN: f64 = 0.05;
-const OVERFLOWN_FOR: Duration = Duration::from_secs(10);
+const BURST: f64 = 0.05;
+const BURST_MEMORY: Duration = Duration::from_secs(10);
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
@@ -71,7 +76,7 @@ pub(super) struct Competition {
     /// The shortest and the longest round trip between two dips, in seconds.
     round_trips: Option<(f64, f64)>,
     /// When a round lost so much that the queue was full.
-    overflown: Option<Instant>,
+    burst: Option<Instant>,
     /// One of the rounds since the last dip did.
     lossy: bool,
     /// Rounds in a row with heavy loss, and without a queue.
@@ -129,15 +134,13 @@ impl Competition {
         let fallen = dip.queue - queue;
         self.dipped_bytes = REMEMBERED * self.dipped_bytes + dip.bytes;
         self.fallen = REMEMBERED * self.fallen + fallen;
+        let bursts = self.bursts_lately(now);
         if fallen < UNANSWERED_SECONDS.max(UNANSWERED * dip.queue) {
-            if overflows || !lossy && varies && self.overflows_lately(now) {
+            let filled = overflows || bursts && varies;
+            if overflows || filled && !lossy {
                 self.correct(now, self.seen(), dip.rate);
             }
-            if overflows || self.overflows_lately(now) && varies {
-                self.unanswered = 0;
-                return Finding::Shared;
-            }
-            self.unanswered += 1;
+            self.unanswered = if filled { 0 } else { self.unanswered + 1 };
             if self.unanswered < UNANSWERED_DIPS {
                 return Finding::Shared;
             }
@@ -145,20 +148,12 @@ impl Competition {
             return Finding::NoQueue;
         }
         self.unanswered = 0;
-        // One dip among a neighbour's bursts proves little.
         let one = dip.bytes / fallen;
-        let seen = match self.overflows_lately(now) {
-            true => self.seen().max(one),
-            false => one,
-        };
-        if dip.rate > ALONE * seen {
+        let seen = if bursts { self.seen() } else { one };
+        if dip.rate > ALONE * seen.max(one) {
             *self = Self::default();
             return Finding::Alone;
         }
-        let seen = match self.overflows_lately(now) {
-            true => self.seen(),
-            false => one,
-        };
         self.correct(now, seen, dip.rate);
         Finding::Shared
     }
@@ -172,6 +167,7 @@ impl Competition {
         }
     }
 
+    /// What is known of the link moves to what was `seen` of it; it carries our `own` rate.
     fn correct(&mut self, now: Instant, seen: f64, own: f64) {
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
         let seen = seen.max(own);
@@ -184,8 +180,8 @@ impl Competition {
 
     /// A round between two dips had this shortest round trip, in seconds, and this loss.
     pub(super) fn observe(&mut self, now: Instant, rtt: f64, loss: f64) {
-        if loss > OVERFLOWN {
-            self.overflown = Some(now);
+        if loss > BURST {
+            self.burst = Some(now);
             self.lossy = true;
         }
         let (least, most) = self.round_trips.unwrap_or((rtt, rtt));
@@ -198,9 +194,10 @@ impl Competition {
             .is_some_and(|(least, most)| most - least > VARIES * most)
     }
 
-    fn overflows_lately(&self, now: Instant) -> bool {
-        self.overflown
-            .is_some_and(|at| now.saturating_duration_since(at) < OVERFLOWN_FOR)
+    /// Does somebody overflow the queue, whatever is lost?
+    fn bursts_lately(&self, now: Instant) -> bool {
+        self.burst
+            .is_some_and(|at| now.saturating_duration_since(at) < BURST_MEMORY)
     }
 
     /// A round ended, with loss that is `heavy` even for a full queue or without it. One
@@ -217,12 +214,8 @@ impl Competition {
     /// looks at the empty path now and then, and is back after a round.
     pub(super) fn has_ended(&mut self, now: Instant, empty: bool) -> bool {
         self.empty_rounds = if empty { self.empty_rounds + 1 } else { 0 };
-        let enough = if self.overflows_lately(now) {
-            EMPTY_ROUNDS
-        } else {
-            1
-        };
-        self.empty_rounds >= enough
+        let bursts = self.bursts_lately(now);
+        self.empty_rounds >= if bursts { EMPTY_ROUNDS } else { 1 }
     }
 
     /// The window in bytes at this round trip.
