@@ -5,6 +5,8 @@
 
 #![allow(clippy::unwrap_used, reason = "a test may panic")]
 
+#[path = "congestion/bbr.rs"]
+mod bbr;
 #[path = "congestion/flow.rs"]
 mod flow;
 #[path = "congestion/sim.rs"]
@@ -16,6 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
+use bbr::Bbr;
 use farhaven_wan::emulate::{HEADER_BYTES, LinkShape};
 use farhaven_wan::rate::{RateController, RateOptions};
 use flow::{Controller, Tally};
@@ -45,6 +48,10 @@ fn ours(options: RateOptions) -> impl FnOnce(Instant) -> Box<dyn Controller> {
 
 fn tcp(kind: Kind) -> impl FnOnce(Instant) -> Box<dyn Controller> {
     move |_| Box::new(Tcp::new(kind))
+}
+
+fn bbr(now: Instant) -> Box<dyn Controller> {
+    Box::new(Bbr::new(now))
 }
 
 fn link(text: &str) -> LinkShape {
@@ -146,21 +153,25 @@ fn follows_a_rate_that_changes_by_four_within_three_seconds() {
     }
 }
 
-fn beside(kind: Kind, shape: &str, tcp_start: u64, our_start: u64) -> f64 {
+/// Our part of what both deliver, from 20 s on, beside a neighbour.
+fn beside<N>(neighbour: (&str, N), shape: &str, tcp_start: u64, our_start: u64) -> f64
+where
+    N: FnOnce(Instant) -> Box<dyn Controller>,
+{
     let shape = link(shape);
     let mut simulation = Simulation::new(shape, 3);
     let flow = simulation.add(our_start, ours(RateOptions::default()));
-    let neighbour = simulation.add(tcp_start, tcp(kind));
+    let other = simulation.add(tcp_start, neighbour.1);
     simulation.run_until(20 * SECOND);
-    let before = [simulation.tally(flow), simulation.tally(neighbour)];
+    let before = [simulation.tally(flow), simulation.tally(other)];
     simulation.run_until(120 * SECOND);
     let ours = simulation.tally(flow).since(&before[0]);
-    let theirs = simulation.tally(neighbour).since(&before[1]);
+    let theirs = simulation.tally(other).since(&before[1]);
     let total = ours.delivered_bytes + theirs.delivered_bytes;
     let part = ours.delivered_bytes as f64 / total as f64;
     println!(
         "{shape} beside {} from {tcp_start}/{our_start}: {part:.2} of {:.2}, dropped {:.4}",
-        if kind == Kind::Reno { "Reno" } else { "CUBIC" },
+        neighbour.0,
         share(ours, shape, 100.0) + share(theirs, shape, 100.0),
         ours.dropped as f64 / ours.sent as f64
     );
@@ -171,14 +182,28 @@ fn beside(kind: Kind, shape: &str, tcp_start: u64, our_start: u64) -> f64 {
 fn shares_the_link_with_a_tcp_neighbour() {
     let mut parts = Vec::new();
     for shape in ["100mbit,80ms", "100mbit,40ms", "50mbit,20ms", "20mbit,80ms"] {
-        for kind in [Kind::Cubic, Kind::Reno] {
+        for (name, kind) in [("CUBIC", Kind::Cubic), ("Reno", Kind::Reno)] {
             for (tcp_start, our_start) in [(0, 5 * SECOND), (5 * SECOND, 0)] {
-                parts.push(beside(kind, shape, tcp_start, our_start));
+                parts.push(beside((name, tcp(kind)), shape, tcp_start, our_start));
             }
         }
     }
     assert!(
         parts.iter().all(|part| (0.35..=0.65).contains(part)),
+        "{parts:.2?}"
+    );
+}
+
+#[test]
+fn is_not_starved_by_a_neighbour_that_heeds_no_loss() {
+    let mut parts = Vec::new();
+    for shape in ["100mbit,80ms", "50mbit,20ms", "20mbit,80ms"] {
+        for (tcp_start, our_start) in [(0, 0), (0, 2 * SECOND), (5 * SECOND, 0)] {
+            parts.push(beside(("BBR", bbr), shape, tcp_start, our_start));
+        }
+    }
+    assert!(
+        parts.iter().all(|part| (0.30..=0.65).contains(part)),
         "{parts:.2?}"
     );
 }

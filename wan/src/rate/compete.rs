@@ -43,8 +43,11 @@ const REMEMBERED: f64 = 0.7;
 /// A round trip that changes by this much between two dips meets a queue, or jitter.
 const VARIES: f64 = 0.15;
 /// Jitter loses nothing; a queue that lost this much of a round was full.
-const BURST: f64 = 0.05;
-const BURST_MEMORY: Duration = Duration::from_secs(10);
+const BURST: f64 = 0.03;
+/// Lost packets are counted as under way for a while, though they are not: we hold as
+/// much more, up to this part.
+const MADE_GOOD: f64 = 0.25;
+const BURST_MEMORY: Duration = Duration::from_secs(30);
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
@@ -77,6 +80,8 @@ pub(super) struct Competition {
     round_trips: Option<(f64, f64)>,
     /// When a round lost so much that the queue was full.
     burst: Option<Instant>,
+    /// Part of what is sent that was lost of late, up to a bound.
+    lost: f64,
     /// One of the rounds since the last dip did.
     lossy: bool,
     /// Rounds in a row with heavy loss, and without a queue.
@@ -180,6 +185,7 @@ impl Competition {
 
     /// A round between two dips had this shortest round trip, in seconds, and this loss.
     pub(super) fn observe(&mut self, now: Instant, rtt: f64, loss: f64) {
+        self.lost += (loss.min(MADE_GOOD) - self.lost) / 4.0;
         if loss > BURST {
             self.burst = Some(now);
             self.lossy = true;
@@ -220,7 +226,7 @@ impl Competition {
 
     /// The window in bytes at this round trip.
     pub(super) fn window(&self, rtt: f64) -> f64 {
-        let part = PART * self.link * rtt;
+        let part = PART * self.link * rtt / (1.0 - self.lost);
         match self.measured() {
             true => part,
             false => part.max(self.start),

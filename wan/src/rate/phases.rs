@@ -188,7 +188,8 @@ impl RateController {
         }
         let queue = round.least_rtt - self.base.seconds();
         self.competition.on_loss(round.loss > INTOLERABLE);
-        self.competition.observe(now, round.least_rtt, round.loss);
+        let lost = (round.loss - self.losses.random()).max(0.0);
+        self.competition.observe(now, round.least_rtt, lost);
         let since = now.saturating_duration_since(self.dipped);
         let waited = match self.competition.measured() {
             true => since > COMPETE_DIP_INTERVAL && self.rounds_since_dip > COMPETE_DIP_ROUNDS,

@@ -15,6 +15,10 @@ pub(crate) trait Controller {
     fn paced(&self) -> bool {
         true
     }
+    /// Bytes a second; `None`: quinn's pace, 1.25 windows a round trip.
+    fn pacing(&self) -> Option<f64> {
+        None
+    }
 }
 
 /// What a flow did in a span of time.

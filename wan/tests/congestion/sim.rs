@@ -303,7 +303,8 @@ impl Simulation {
                 }
             }
             if flow.controller.paced() && flow.smoothed_rtt > 0.0 {
-                let rate = 1.25 * flow.controller.window() as f64 / flow.smoothed_rtt;
+                let quinn = || 1.25 * flow.controller.window() as f64 / flow.smoothed_rtt;
+                let rate = flow.controller.pacing().unwrap_or_else(quinn);
                 let burst =
                     (rate * 0.002 / 1.25).clamp(10.0 * PACKET as f64, 256.0 * PACKET as f64);
                 let gained = rate * (now - flow.refilled) as f64 / 1e9;
