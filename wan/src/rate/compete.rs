@@ -44,10 +44,10 @@ const REMEMBERED: f64 = 0.7;
 const VARIES: f64 = 0.15;
 /// Jitter loses nothing; a queue that lost this much of a round was full.
 const BURST: f64 = 0.03;
+const BURST_MEMORY: Duration = Duration::from_secs(30);
 /// Lost packets are counted as under way for a while, though they are not: we hold as
 /// much more, up to this part.
 const MADE_GOOD: f64 = 0.25;
-const BURST_MEMORY: Duration = Duration::from_secs(30);
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
