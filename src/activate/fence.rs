@@ -7,7 +7,7 @@
 //!
 //! A guest without a group is a group of one, under its own id.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -101,6 +101,8 @@ pub enum FenceError {
 pub struct Fence {
     directory: PathBuf,
     terms: Mutex<BTreeMap<GuestId, Term>>,
+    /// Groups whose term is in force and could not be written yet. Locked within `terms`.
+    unwritten: Mutex<BTreeSet<GuestId>>,
 }
 
 impl Fence {
@@ -128,6 +130,7 @@ impl Fence {
         let fence = Self {
             directory: directory.to_owned(),
             terms: Mutex::new(terms),
+            unwritten: Mutex::default(),
         };
         fence.finish_together()?;
         Ok(fence)
@@ -167,13 +170,39 @@ impl Fence {
         match terms.get(&term.group) {
             // Two owners of one number cannot come about by the rules here; if
             // they do (a restored backup), both sides must pick the same one.
-            Some(known) if (known.number, known.owner) >= (term.number, term.owner) => Ok(*known),
+            Some(known) if (known.number, known.owner) >= (term.number, term.owner) => {
+                let known = *known;
+                let unwritten = self.unwritten.lock();
+                let unwritten = unwritten.unwrap_or_else(PoisonError::into_inner);
+                if unwritten.contains(&known.group) {
+                    drop(unwritten);
+                    self.write(known)?;
+                }
+                Ok(known)
+            }
             _ => {
                 self.write(term)?;
                 terms.insert(term.group, term);
                 Ok(term)
             }
         }
+    }
+
+    /// A newer term of another site that [`Fence::adopt`] could not write: what it forbids
+    /// is forbidden all the same while this process lives, and each time that it is heard
+    /// again it is tried to write it. Answers whether it is in force.
+    pub fn heed(&self, term: Term) -> bool {
+        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = terms.get(&term.group);
+        if known.is_some_and(|known| (known.number, known.owner) > (term.number, term.owner)) {
+            return false;
+        }
+        terms.insert(term.group, term);
+        self.unwritten
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .insert(term.group);
+        true
     }
 
     /// Takes the next term of a group for `owner`. Durable when it returns.
@@ -306,7 +335,12 @@ impl Fence {
     }
 
     fn write(&self, term: Term) -> Result<(), FenceError> {
-        self.write_file(&self.directory.join(format!("{}.term", term.group)), &term)
+        self.write_file(&self.directory.join(format!("{}.term", term.group)), &term)?;
+        self.unwritten
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(&term.group);
+        Ok(())
     }
 
     fn write_file(&self, path: &Path, value: &impl Serialize) -> Result<(), FenceError> {
@@ -406,6 +440,33 @@ mod tests {
             Fence::open(dir.path()),
             Err(FenceError::Damaged { .. })
         ));
+    }
+
+    #[test]
+    fn a_term_that_cannot_be_written_is_heeded_and_written_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, other) = keys();
+        let group = GuestId::random();
+        let fence = Fence::open(dir.path()).unwrap();
+        let mine = fence.raise(group, own).unwrap();
+        let theirs = Term {
+            number: mine.number + OVERRULES,
+            owner: other,
+            ..mine
+        };
+        // No file can be made there.
+        let away = dir.path().with_extension("away");
+        fs::rename(dir.path(), &away).unwrap();
+        assert!(fence.adopt(theirs).is_err());
+        assert!(fence.may_run(group, own).is_ok());
+        assert!(fence.heed(theirs));
+        assert!(fence.may_run(group, own).is_err());
+        assert!(fence.adopt(theirs).is_err());
+        assert!(!fence.heed(mine));
+        fs::rename(&away, dir.path()).unwrap();
+        assert_eq!(fence.adopt(theirs).unwrap(), theirs);
+        let again = Fence::open(dir.path()).unwrap();
+        assert_eq!(again.current(group), Some(theirs));
     }
 
     #[test]

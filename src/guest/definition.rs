@@ -99,8 +99,11 @@ impl Definition {
         let there = |name: &str, bytes: u64| match self {
             Self::Qemu(definition) => {
                 let disk = definition.disks.iter().find(|disk| disk.name == name);
-                let image = disk.and_then(|disk| disk.path.as_deref());
-                let there = image.and_then(qemu::allocated::allocated);
+                let image = disk.and_then(|disk| Some((disk.path.as_deref()?, &disk.format)));
+                let there = image.and_then(|(path, format)| {
+                    // What a guest wrote to a raw disk names no image behind it.
+                    qemu::allocated::allocated(path, format == "qcow2")
+                });
                 there.map_or(bytes, |there| there.min(bytes))
             }
             Self::Embedded(_) => bytes,

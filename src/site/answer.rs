@@ -7,6 +7,7 @@ use std::collections::BTreeSet;
 
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::store::SealError;
+use tokio::task::JoinSet;
 
 use super::breach::MOST_TERMS;
 use super::fencing::NotObeyed;
@@ -36,14 +37,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
                 remote.breach("it tells more terms than two sites can share");
                 return refused(Refusal::Unable, "too many terms");
             }
-            for term in terms {
-                // Each may be a look into the catalogue.
-                tokio::task::consume_budget().await;
-                if let Err(why) = hear_term(site, remote, term).await {
-                    return refused(Refusal::Unable, why);
-                }
-            }
-            Message::Done
+            hear_terms(site, remote, terms).await
         }
         Message::Facts { definition } => {
             let facts = site.peer_facts(&definition).await;
@@ -137,12 +131,36 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
     }
 }
 
+/// A peer tells terms. One guest that does not stop keeps none of the others running.
+async fn hear_terms(site: &Arc<Site>, remote: &Arc<Remote>, terms: Vec<Term>) -> Message {
+    let mut heard = JoinSet::new();
+    for term in terms {
+        // Each may be a look into the catalogue.
+        tokio::task::consume_budget().await;
+        let (site, remote) = (site.clone(), remote.clone());
+        heard.spawn(async move { hear_term(&site, &remote, term).await });
+    }
+    let mut answer = Message::Done;
+    while let Some(one) = heard.join_next().await {
+        match one {
+            Ok(Ok(())) => {}
+            Ok(Err(refusal)) => answer = refusal,
+            Err(error) => {
+                answer = refused(Refusal::Unable, format!("a step ended early: {error}"));
+            }
+        }
+    }
+    answer
+}
+
 /// A peer tells a term. It counts only for groups that this site shares with
 /// that peer, and only with one of the two as owner.
 ///
 /// # Errors
-/// When something of the group runs on here against a newer term.
-async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result<(), String> {
+/// The answer to give, when something of the group runs on here against a newer
+/// term, or a newer one than the peer's is in force here.
+async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result<(), Message> {
+    let unable = |why: String| refused(Refusal::Unable, why);
     let own = site.key();
     let concerns = site.shares(remote, term.group) || site.was_shared(term.group);
     if (term.owner != own && term.owner != remote.record.key) || !concerns {
@@ -151,21 +169,31 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
     let before = site.fence.current(term.group);
     match site.obey(term).await {
         Ok(()) => {
+            if let Some(now) = site.fence.current(term.group).filter(|now| *now != term) {
+                // It has not heard of that one, and may run the guest under its own: it is
+                // told, though the guest may be protected to it no more.
+                remote.tell(Message::Terms { terms: vec![now] }).await;
+                return Err(refused(
+                    Refusal::Fenced,
+                    format!("term {} of this guest is known here", now.number),
+                ));
+            }
             if term.owner == own && before.is_none_or(|b| b.number < term.number) {
                 site.look_again(term.group);
             }
             Ok(())
         }
-        Err(NotObeyed::Runs(why)) => Err(why),
+        Err(NotObeyed::Runs(why)) => Err(unable(why)),
         Err(NotObeyed::Kept(error @ FenceError::Absurd(_))) => {
             remote.breach(&error.to_string());
-            Err(error.to_string())
+            Err(unable(error.to_string()))
         }
         Err(NotObeyed::Kept(error)) => {
-            // Not durable, but heard: obey it all the same.
+            // Not durable, but heard: obey it all the same, and for as long as this
+            // process knows of it.
             tracing::error!(%error, "a newer term cannot be kept");
-            if before.is_none_or(|b| b.number < term.number) && term.owner != own {
-                site.fenced(term).await?;
+            if term.owner != own && site.fence.heed(term) {
+                site.fenced(term).await.map_err(unable)?;
             }
             Ok(())
         }

@@ -215,7 +215,8 @@ impl Standby {
         self: &Arc<Self>,
         declared: Instant,
     ) -> Result<TestReport, TestError> {
-        let Ok(mut drill) = self.drill.try_lock() else {
+        // Whoever waited for the beginning sees it first, and goes away.
+        let Ok(mut drill) = tokio::time::timeout(SETTLES, self.drill.lock()).await else {
             return Err(TestError::Busy(self.name()));
         };
         let Some(test) = &mut *drill else {

@@ -255,6 +255,12 @@ impl Driver {
         }
         if stopped.is_ok() && !self.is_kept() {
             self.protection.stopped = true;
+            // A move under an older term came to nothing, whatever its peer says of it.
+            let overruled = |moving: Term| moving.number < term.number;
+            if self.protection.moving.is_some_and(overruled) {
+                self.protection.moving = None;
+                self.protection.held = None;
+            }
             // Else a rollback is refused after a restart, and says so.
             let _ = self.keep_protection().await;
         }

@@ -124,10 +124,16 @@ impl Watch {
         let known = |id: &String| views.iter().any(|view| view.id == *id);
         self.unsealed.only(known);
         self.still.only(known);
+        let stood = site.raised(Kind::GuestStopped);
         let facts = views.into_iter().map(|view| {
             let sealed_age = view.rpo_ms.map(Duration::from_millis);
             let open = sealed_age.is_none() || view.peer.is_none();
             let still = self.still.holds(&view.id, view.phase == Phase::Held);
+            // One that stood before this daemon began stands all the time.
+            let still = still.map(|since| match stood.contains(&view.name) {
+                true => since.max(STANDS_STILL),
+                false => since,
+            });
             let told = |phase| (view.phase == phase).then(|| view.trouble.clone());
             SourceFacts {
                 paused: view.phase == Phase::Paused,

@@ -13,20 +13,23 @@ const LONGEST_NAME: usize = 1023;
 /// Of qcow2's header: where the backing file's name begins (8 bytes), and its length (4).
 const NAME_AT: u64 = 8;
 
-/// Bytes that an image and those behind it take in their filesystems. `None` where one
-/// cannot be read, or is no file: nothing is known then.
-pub(crate) fn allocated(image: &Path) -> Option<u64> {
+/// Bytes that an image takes in its filesystem, and of a `chain` those behind it, too.
+/// `None` where one cannot be read, or is no file: nothing is known then.
+pub(crate) fn allocated(image: &Path, chain: bool) -> Option<u64> {
     let mut sum = 0u64;
     let mut next = Some(image.to_owned());
     for _ in 0..DEEPEST {
         let Some(path) = next else { break };
-        let file = File::open(&path).ok()?;
-        let metadata = file.metadata().ok()?;
+        // To open what is no file may wait for somebody.
+        let metadata = std::fs::metadata(&path).ok()?;
         if !metadata.is_file() {
             return None;
         }
         sum = sum.saturating_add(metadata.blocks().saturating_mul(512));
-        next = behind(&file, &path)?;
+        next = match chain {
+            true => behind(&File::open(&path).ok()?, &path)?,
+            false => None,
+        };
     }
     Some(sum)
 }
@@ -71,20 +74,24 @@ mod tests {
         let thin = File::create(at("base.raw")).unwrap();
         thin.set_len(1 << 40).unwrap();
         thin.write_all_at(&[1; 1 << 20], 1 << 30).unwrap();
-        let base = allocated(&at("base.raw")).unwrap();
+        let base = allocated(&at("base.raw"), true).unwrap();
         assert!(((1 << 20)..(4 << 20)).contains(&base), "{base}");
 
         std::fs::write(at("top.qcow2"), over("base.raw")).unwrap();
-        let both = allocated(&at("top.qcow2")).unwrap();
+        let both = allocated(&at("top.qcow2"), true).unwrap();
         assert!((base..base + (1 << 20)).contains(&both), "{both}");
+
+        // The same bytes in a raw disk name nothing.
+        let top = allocated(&at("top.qcow2"), false).unwrap();
+        assert!(top < 1 << 20, "{top}");
 
         // One that lies behind itself ends; what is gone or no file is not known.
         std::fs::write(at("circle"), over("circle")).unwrap();
-        assert!(allocated(&at("circle")).is_some());
+        assert!(allocated(&at("circle"), true).is_some());
         std::fs::write(at("lost"), over("nowhere.raw")).unwrap();
-        assert_eq!(allocated(&at("lost")), None);
+        assert_eq!(allocated(&at("lost"), true), None);
         std::fs::write(at("short"), b"QFI\xfb").unwrap();
-        assert!(allocated(&at("short")).is_some());
-        assert_eq!(allocated(dir.path()), None);
+        assert!(allocated(&at("short"), true).is_some());
+        assert_eq!(allocated(dir.path(), true), None);
     }
 }

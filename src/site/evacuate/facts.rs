@@ -16,6 +16,7 @@ use farhaven_policies::policy::Policy;
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
+use tokio::sync::Semaphore;
 
 use super::super::Site;
 use super::super::converge::HAND_OVER;
@@ -34,6 +35,8 @@ const LEAST_FOR_MOVES: u64 = 25;
 
 /// Images of disks are looked at for so long.
 const IMAGES: Duration = Duration::from_secs(2);
+/// Whoever looks at images.
+static LOOK: Semaphore = Semaphore::const_new(1);
 
 /// A guest of which is known what it takes to move it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -215,7 +218,12 @@ async fn disks(candidates: &[Candidate], views: &[SourceView]) -> BTreeMap<Guest
         .collect();
     let whole = |definition: &Definition| definition.disks().iter().map(|(_, bytes)| bytes).sum();
     let known: BTreeMap<GuestId, u64> = uncopied.iter().map(|(id, of)| (*id, whole(of))).collect();
+    // One that hangs keeps its thread: no second one follows it.
+    let Ok(alone) = LOOK.try_acquire() else {
+        return known;
+    };
     let looked = crate::work::spawn_blocking(move || {
+        let _alone = alone;
         let there = uncopied.iter().map(|(id, of)| (*id, of.disk_bytes_there()));
         there.collect()
     });

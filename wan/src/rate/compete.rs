@@ -48,6 +48,8 @@ const BURST_MEMORY: Duration = Duration::from_secs(30);
 /// Lost packets are counted as under way for a while, though they are not: we hold as
 /// much more, up to this part.
 const MADE_GOOD: f64 = 0.25;
+/// A link is not believed to be so many times as fast as the most that it was seen to carry.
+const BELIEVED: f64 = 16.0;
 /// How long a measured link is remembered.
 const MEMORY: Duration = Duration::from_secs(30);
 
@@ -67,6 +69,8 @@ pub(super) struct Competition {
     /// The whole link, bytes a second, and when it was measured.
     link: f64,
     measured: Option<Instant>,
+    /// The most that was known of it, or carried for us, since the others came.
+    most: f64,
     /// The window we had before the others came; we keep it until the first measurement.
     start: f64,
     dip: Option<Dip>,
@@ -103,6 +107,7 @@ impl Competition {
         if !self.known(now) {
             *self = Self {
                 link,
+                most: link,
                 start: window,
                 ..Self::default()
             };
@@ -125,6 +130,11 @@ impl Competition {
         let bytes = bytes.min(DIP_OF_WINDOW * window);
         self.dip = Some(Dip { bytes, queue, rate });
         window - bytes
+    }
+
+    /// The dip under way tells nothing.
+    pub(super) fn drop_dip(&mut self) {
+        self.dip = None;
     }
 
     /// The dip left a `queue`, in seconds. `overflows`: packets are lost as before a full
@@ -174,8 +184,9 @@ impl Competition {
 
     /// What is known of the link moves to what was `seen` of it; it carries our `own` rate.
     fn correct(&mut self, now: Instant, seen: f64, own: f64) {
+        self.most = self.most.max(own);
         let seen = seen.clamp(self.link / CORRECTION, self.link * CORRECTION);
-        let seen = seen.max(own);
+        let seen = seen.min(BELIEVED * self.most).max(own);
         self.link = match self.measured() {
             true => self.link + WEIGHT * (seen - self.link),
             false => seen,

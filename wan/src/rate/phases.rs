@@ -200,7 +200,7 @@ impl RateController {
             .has_ended(now, queue < self.queue_limit() / 2.0)
         {
             self.cruise_again();
-        } else if waited && queue > self.queue_limit() {
+        } else if waited && queue > self.queue_limit() && !round.app_limited {
             self.phase = Phase::CompeteDip;
             self.window = self.competition.begin_dip(self.window, queue, round.rate);
         }
@@ -208,6 +208,10 @@ impl RateController {
 
     pub(super) fn compete_dip_round(&mut self, now: Instant, round: RoundSummary) {
         self.seen_empty(now);
+        if round.app_limited {
+            // It was not the window that the queue had to do without.
+            self.competition.drop_dip();
+        }
         let queue = round.least_rtt - self.base.seconds();
         let overflows = round.loss > self.losses.random() + OVERFLOW;
         match self.competition.end_dip(now, queue, overflows) {
