@@ -46,8 +46,8 @@ impl Between {
     }
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_term_taken_while_the_link_was_silent_stops_the_source() {
+/// Two sites whose link can be silenced, with the guest protected from east.
+async fn stage() -> (Stage, Between) {
     let (dir, at_west) = (tempfile::tempdir().unwrap(), CounterBuilder::default());
     let east = site(dir.path(), "east", Builders::new()).await;
     let mut of_west = config(dir.path(), "west");
@@ -55,25 +55,78 @@ async fn a_term_taken_while_the_link_was_silent_stops_the_source() {
     of_west.listen.advertise = vec![link.address.to_string()];
     let west = Site::start_with(of_west, builders(&at_west)).await.unwrap();
     let stage = Stage::pair(dir, east, west, at_west, false).await;
-    let stage = stage.protect().await;
+    (stage.protect().await, link)
+}
 
-    link.silent.store(true, Ordering::Relaxed);
-    let refused = stage.west.fail_over("web", None, false).await;
-    assert!(refused.unwrap_err().to_string().contains("is alive"));
+/// Taken over once its source is not heard any more.
+async fn fail_over(west: &Arc<Site>, name: &str) {
     let deadline = Instant::now() + PATIENCE;
-    while let Err(error) = stage.west.fail_over("web", None, false).await {
+    while let Err(error) = west.fail_over(name, None, false).await {
         assert!(Instant::now() < deadline, "{error}");
         tokio::time::sleep(Duration::from_millis(100)).await;
     }
+}
+
+async fn fenced(east: &Arc<Site>, name: &str) {
+    until("fenced", || {
+        (source(east, name).phase == Phase::Fenced).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_term_taken_while_the_link_was_silent_stops_the_source() {
+    let (stage, link) = stage().await;
+    link.silent.store(true, Ordering::Relaxed);
+    let refused = stage.west.fail_over("web", None, false).await;
+    assert!(refused.unwrap_err().to_string().contains("is alive"));
+    fail_over(&stage.west, "web").await;
     // The source knows of nothing, and its connection stands.
     assert_eq!(stage.guest.lock().unwrap().running(), Some(true));
     link.silent.store(false, Ordering::Relaxed);
-    let east = stage.east.clone();
-    until("fenced", || {
-        (source(&east, "web").phase == Phase::Fenced).then_some(())
-    })
-    .await;
+    fenced(&stage.east, "web").await;
     assert_eq!(stage.guest.lock().unwrap().running(), Some(false));
     counts_on(&stage.at_west.newest()).await;
+    stage.end().await;
+}
+
+/// Whichever of them is told first.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_cannot_be_stopped_keeps_no_other_running() {
+    let (stage, link) = stage().await;
+    let mut others = Vec::new();
+    for name in ["app", "mail", "dns"] {
+        let (guest, definition) = Counter::start(&stage.dir.path().join(name));
+        stage.east.embed(name, guest.clone(), definition).unwrap();
+        let rpo = Some("1s".parse().unwrap());
+        stage.east.protect(name, "west", rpo).await.unwrap();
+        until("a point", || {
+            (source(&stage.east, name).points_sealed >= 1).then_some(())
+        })
+        .await;
+        others.push((name, guest));
+    }
+    link.silent.store(true, Ordering::Relaxed);
+    for (name, _) in &others {
+        fail_over(&stage.west, name).await;
+    }
+    fail_over(&stage.west, "web").await;
+    stage.guest.lock().unwrap().fail(u32::MAX, 0);
+    link.silent.store(false, Ordering::Relaxed);
+    for (name, guest) in &others {
+        fenced(&stage.east, name).await;
+        assert_eq!(guest.lock().unwrap().running(), Some(false));
+    }
+    until("that is said", || {
+        let said = source(&stage.east, "web").trouble;
+        said.contains("COULD NOT BE STOPPED").then_some(())
+    })
+    .await;
+    assert_eq!(stage.guest.lock().unwrap().running(), Some(true));
+    stage.guest.lock().unwrap().fail(0, 0);
+    until("stopped in the end", || {
+        (stage.guest.lock().unwrap().running() == Some(false)).then_some(())
+    })
+    .await;
     stage.end().await;
 }
