@@ -136,7 +136,7 @@ impl Driver {
         })
     }
 
-    async fn ask_open(&self, volumes: Vec<Volume>, term: Term) -> Result<Opened, DriveError> {
+    async fn ask_open(&mut self, volumes: Vec<Volume>, term: Term) -> Result<Opened, DriveError> {
         let opening = Opening {
             guest: self.record.id,
             name: self.record.name.clone(),
@@ -150,7 +150,10 @@ impl Driver {
             commit: CommitTerms::of(&self.protection.policy),
             schedule: self.protection.schedule.clone(),
         };
-        match self.remote.ask(Message::Open(Box::new(opening))).await? {
+        // The answer may be long in coming, and what must not wait may come meanwhile.
+        let remote = self.remote.clone();
+        let asked = remote.ask(Message::Open(Box::new(opening)));
+        match self.interruptible(asked).await?? {
             Message::Opened(opened) if opened.is_sound() => Ok(opened),
             _ => Err(AskError::Unfitting(self.remote.record.site.clone()).into()),
         }
