@@ -82,12 +82,12 @@ pub(super) struct Competition {
     fallen: f64,
     /// The shortest and the longest round trip between two dips, in seconds.
     round_trips: Option<(f64, f64)>,
-    /// When a round lost so much that the queue was full.
+    /// When a round lost so much that the queue was full, and whether one since the last
+    /// dip did.
     burst: Option<Instant>,
+    lossy: bool,
     /// Part of what is sent that was lost of late, up to a bound.
     lost: f64,
-    /// One of the rounds since the last dip did.
-    lossy: bool,
     /// Rounds in a row with heavy loss, and without a queue.
     heavy_rounds: u32,
     empty_rounds: u32,
