@@ -23,6 +23,16 @@ LINKS = {
 }
 
 
+def wanlink() -> str:
+    """The program of the emulated link, built if it is not."""
+    here = os.path.dirname(os.path.abspath(__file__))
+    target = os.path.join(os.path.dirname(os.path.dirname(here)), "target/wanlink")
+    subprocess.run(["cargo", "build", "--release", "--quiet", "--locked",
+                    "--manifest-path", f"{here}/wanlink/Cargo.toml",
+                    "--target-dir", target], check=True)
+    return f"{target}/release/wanlink"
+
+
 class Ends(Protocol):
     def end(self) -> None: ...
 
