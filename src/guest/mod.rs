@@ -226,13 +226,20 @@ pub trait Guest: Send {
 
     /// Has the guest shut itself down, by its agent or its power button, as its
     /// operator would; false when it had not within this time: it is stopped as it is
-    /// then if `hard`, else it runs on. One that is shut down stands still, its disks
-    /// whole; [`Guest::resume`] boots it again.
+    /// then if `hard`, else it runs on. `wanted` is asked now and then: once it says no,
+    /// nothing is waited for any more, and the answer is false of a guest that runs on.
+    /// One that is shut down stands still, its disks whole; [`Guest::resume`] boots it
+    /// again.
     ///
     /// # Errors
     /// When it cannot be asked, or its hypervisor does not answer.
-    fn shut_down(&mut self, within: Duration, hard: bool) -> Result<bool, GuestError> {
-        let _ = (within, hard);
+    fn shut_down(
+        &mut self,
+        within: Duration,
+        hard: bool,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<bool, GuestError> {
+        let _ = (within, hard, wanted);
         Err(GuestError::State(
             "a guest inside of the daemon is not shut down from outside".to_owned(),
         ))

@@ -17,7 +17,11 @@ use crate::replicate::message::Message;
 /// Questions of one peer that are taken at a time.
 const QUESTIONS: usize = 256;
 
-/// Of those, the ones that read the store or start programs and are worked on
+/// Messages of one peer with terms that are taken at a time, besides: no question keeps
+/// the word away that a guest runs elsewhere.
+const TERMS: usize = 64;
+
+/// Of the questions, the ones that read the store or start programs and are worked on
 /// at a time: threads for blocking work are shared by all peers.
 const HEAVY: usize = 8;
 
@@ -37,6 +41,7 @@ const LONGEST_TEXT: usize = 1000;
 /// What is kept of one peer's behaviour.
 pub(super) struct Conduct {
     questions: Arc<Semaphore>,
+    terms: Arc<Semaphore>,
     heavy: Arc<Semaphore>,
     dropped: AtomicU64,
     lines: Gate,
@@ -46,6 +51,7 @@ impl Default for Conduct {
     fn default() -> Self {
         Self {
             questions: Arc::new(Semaphore::new(QUESTIONS)),
+            terms: Arc::new(Semaphore::new(TERMS)),
             heavy: Arc::new(Semaphore::new(HEAVY)),
             dropped: AtomicU64::new(0),
             lines: Gate::default(),
@@ -76,6 +82,23 @@ impl Conduct {
 }
 
 impl Remote {
+    /// Room for what a peer asks or tells; without it that is dropped.
+    pub(super) fn room_for(&self, asked: &Message) -> Option<OwnedSemaphorePermit> {
+        match asked {
+            Message::Terms { .. } => self.room_for_terms(),
+            _ => self.room_for_question(),
+        }
+    }
+
+    /// A term is never dropped in silence: with the next connection it is told anew.
+    fn room_for_terms(&self) -> Option<OwnedSemaphorePermit> {
+        let room = self.conduct.terms.clone().try_acquire_owned().ok();
+        if room.is_none() {
+            self.breach("it tells terms faster than they can be obeyed here");
+        }
+        room
+    }
+
     /// Room for one more question; without it the question is dropped.
     pub(super) fn room_for_question(&self) -> Option<OwnedSemaphorePermit> {
         if let Ok(room) = self.conduct.questions.clone().try_acquire_owned() {

@@ -7,17 +7,22 @@ use std::time::Duration;
 use farhaven_policies::decide::MoveFacts;
 use farhaven_storage_sync::unit::{Digest, VolumeIndex};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot, watch};
+use tokio::task::JoinSet;
 
 use super::driver::{Attached, DriveError, Driver, Next};
 use super::groups::Place;
 use super::handover;
 use super::records::Owed;
+use super::remote::{AskError, Remote};
 use super::runs::hold::{HoldOrder, HoldReply};
 use super::runs::power::PowerOrder;
 use super::turn::TurnOrder;
 use super::view::{MoveReport, Phase};
 use crate::activate::fence::Term;
 use crate::replicate::message::{GroupMessage, Message};
+
+/// How soon it is tried again to tell the peer what a guest is owed.
+const TOLD_AGAIN: Duration = Duration::from_secs(1);
 
 /// What a move heeds that is one of many.
 #[derive(Debug, Clone)]
@@ -292,14 +297,9 @@ impl Driver {
             retention: self.protection.policy.retention.clone(),
             schedule: self.protection.schedule.clone(),
         };
-        // A peer that does not know this, or cannot be reached, hears it with
-        // the next opening.
-        let remote = self.remote.clone();
-        tokio::spawn(async move {
-            if let Err(error) = remote.ask(Message::Group(Box::new(told))).await {
-                tracing::debug!(%error, "the peer was not told of a changed policy yet");
-            }
-        });
+        // Whatever was told before, and not heard yet, holds no more.
+        self.telling = JoinSet::new();
+        self.telling.spawn(tell_owed(self.remote.clone(), told));
     }
 
     pub(super) async fn take_back(&mut self) -> Result<(), String> {
@@ -307,5 +307,25 @@ impl Driver {
             return Err(format!("'{}' is not held for a move", self.record.name));
         }
         handover::take_back(self).await.map_err(|e| e.to_string())
+    }
+}
+
+/// Tells the peer what a guest is owed by now, until it has heard it: a session may
+/// outlive the link's cut, and nothing is opened then that would tell it. One that does
+/// not know the guest, or this message, hears it with the next opening.
+async fn tell_owed(remote: Arc<Remote>, told: GroupMessage) {
+    loop {
+        remote.reachable().await;
+        match remote.ask(Message::Group(Box::new(told.clone()))).await {
+            Err(error @ (AskError::Unreachable(_) | AskError::TimedOut(..))) => {
+                tracing::debug!(%error, "the peer was not told of a changed policy yet");
+                tokio::time::sleep(TOLD_AGAIN).await;
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the peer takes no changed policy now");
+                return;
+            }
+            Ok(_) => return,
+        }
     }
 }

@@ -15,7 +15,8 @@ use farhaven_policies::policy::Policy;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::commands::Convoy;
-use super::driver::{Attached, DriveError, Driver, Sealed};
+use super::cut::Sealed;
+use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
 use super::rounds::{Rounds, left_after, per_second};
 use super::steps::blocking;
@@ -61,9 +62,12 @@ pub(super) async fn converge(
     convoy: Option<&Convoy>,
 ) -> Result<Converged, DriveError> {
     let policy = driver.protection.policy.clone();
+    let blind = attached.guest.as_ref();
+    let blind = blind.is_some_and(|guest| !guest.rounds_read_disks());
     let sealed = match attached.sealed {
-        Some(sealed) => sealed,
-        None => driver.point(attached, After::Continue).await?,
+        // One more tells what it writes to its disks, which its rounds do not.
+        Some(sealed) if !(blind && sealed.first) => sealed,
+        _ => driver.point(attached, After::Continue).await?,
     };
     let mut rounds = Rounds::after(driver, sealed);
     // What the rounds before left, the newest last.
@@ -176,11 +180,7 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
     let rtt = driver.remote.peer.status().rtt.unwrap_or_default();
     let shown = outright(driver, sealed.final_bytes, sealed.took);
     let rate = link_rate(told_rate(driver), shown);
-    // All of a first copy is not what the guest wrote in that time.
-    let changed = match sealed.first {
-        true => sealed.final_bytes,
-        false => sealed.sent_bytes,
-    };
+    let changed = changed_by(sealed);
     let carried = Duration::try_from_secs_f64(sealed.final_bytes as f64 / rate.max(1) as f64);
     MoveFacts {
         rounds: 0,
@@ -191,6 +191,15 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
         fixed: HAND_OVER + rtt,
         overhead: sealed.took.saturating_sub(carried.unwrap_or_default()),
         throttle: 0,
+    }
+}
+
+/// Bytes on the link of what the guest wrote since the look before that cut. All of a
+/// first copy is not what it wrote, and of disks that rounds do not read it is no look.
+fn changed_by(sealed: &Sealed) -> u64 {
+    match sealed.first {
+        true => sealed.final_bytes.saturating_sub(sealed.disk_bytes),
+        false => sealed.sent_bytes,
     }
 }
 
@@ -238,6 +247,7 @@ pub(super) fn outlook(policy: &Policy, facts: &MoveFacts) -> MoveOutlook {
         rounds: facts.rounds,
         remaining_bytes: facts.remaining_bytes,
         dirty_bytes_per_s: facts.dirty_bytes_per_second,
+        rough: false,
         link_bytes_per_s: facts.link_bytes_per_second,
         throttle_percent: facts.throttle,
         max_throttle_percent: policy.max_throttle,

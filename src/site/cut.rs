@@ -7,7 +7,7 @@ use farhaven_policies::alert::Severity;
 use farhaven_storage_sync::unit::{Volume, VolumeKind};
 
 use super::alerts::{Alert, Kind};
-use super::driver::{Attached, DriveError, Driver, Sealed};
+use super::driver::{Attached, DriveError, Driver};
 use super::groups::{GroupCut, PointGroup};
 use super::remote::AskError;
 use super::steps::{blocking, take};
@@ -44,6 +44,34 @@ pub(super) struct Made {
     pub(super) quiesced: Quiesced,
     /// Of those, the device state's and the disks', by their share of what changed.
     pub(super) shares: [u64; 2],
+}
+
+/// A point that is durable at the peer.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Sealed {
+    pub(super) cut_at: SystemTime,
+    /// The same, on the clock that nobody sets.
+    pub(super) stopped: Instant,
+    /// How long the guest was stopped for it.
+    pub(super) pause: Duration,
+    /// From the cut until it was sealed.
+    pub(super) took: Duration,
+    /// From the cut before until this one; of a first one, from when the round before
+    /// it began.
+    pub(super) since_before: Duration,
+    /// It was the first of an attachment: how fast the guest writes to its disks is not
+    /// known, and to its memory in the rough.
+    pub(super) first: bool,
+    /// Bytes of its batches.
+    pub(super) sent_bytes: u64,
+    /// Of those, what was sent after the guest was stopped.
+    pub(super) final_bytes: u64,
+    /// Of those, the device state's, by its share of what changed.
+    pub(super) state_bytes: u64,
+    /// And the disks'.
+    pub(super) disk_bytes: u64,
+    /// How long memory was looked through for it.
+    pub(super) scan: Duration,
 }
 
 /// Stops the guest for an instant, with the others of a group cut if there is
@@ -316,6 +344,7 @@ pub(super) async fn seal(
     attached.newest = made.point;
     attached.next = made.point + 1;
     let before = driver.last_cut.replace(made.stopped);
+    let looked = before.or(driver.looked);
     let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
@@ -354,7 +383,7 @@ pub(super) async fn seal(
         stopped: made.stopped,
         pause: made.times.pause,
         took,
-        since_before: before.map_or(took, |before| made.stopped.duration_since(before)),
+        since_before: looked.map_or(took, |looked| made.stopped.duration_since(looked)),
         first: before.is_none(),
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,

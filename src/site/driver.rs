@@ -15,12 +15,14 @@ use farhaven_policies::files::Mode;
 use farhaven_storage_sync::unit::Digest;
 use farhaven_wan::pace::Flow;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinSet;
 
 pub(super) use super::commands::{Command, NotMoved};
+use super::cut::Sealed;
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
 use super::runs::power::PowerOrder;
-use super::view::{Phase, SourceView};
+use super::view::{MoveOutlook, Phase, SourceView};
 use super::{Site, converge, handover};
 use crate::guest::embedded::VmmError;
 use crate::guest::{Guest, GuestError};
@@ -85,6 +87,10 @@ pub(super) struct Driver {
     /// Whoever moves a guest of disks alone accepts that it is stopped hard if it does
     /// not shut down.
     pub(super) accept_hard_stop: bool,
+    /// Tells the peer what the guest is owed by now.
+    pub(super) telling: JoinSet<()>,
+    /// When this attempt's first round began.
+    pub(super) looked: Option<Instant>,
     sealing: Measured,
     pausing: Measured,
 }
@@ -145,6 +151,8 @@ impl Driver {
             last_cut: None,
             quiesce_next: 0,
             accept_hard_stop: false,
+            telling: JoinSet::new(),
+            looked: None,
             sealing: Measured::default(),
             pausing: Measured::default(),
         };
@@ -300,6 +308,7 @@ impl Driver {
         } else {
             self.phase(Phase::Shipping);
         }
+        self.looked = Some(Instant::now());
         self.round(attached).await?;
         let mut seat = None;
         loop {
@@ -307,7 +316,10 @@ impl Driver {
             self.sealing.observe(sealed.took);
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
-            let outlook = converge::outlook(&self.protection.policy, &facts);
+            let outlook = MoveOutlook {
+                rough: sealed.first,
+                ..converge::outlook(&self.protection.policy, &facts)
+            };
             self.view.send_modify(|v| v.outlook = Some(outlook));
             self.phase(Phase::Protected);
             self.look_at_commands();
@@ -457,30 +469,4 @@ impl Driver {
         handover::resolve(self).await?;
         Ok(Next::Again(Duration::ZERO))
     }
-}
-
-/// A point that is durable at the peer.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Sealed {
-    pub(super) cut_at: SystemTime,
-    /// The same, on the clock that nobody sets.
-    pub(super) stopped: Instant,
-    /// How long the guest was stopped for it.
-    pub(super) pause: Duration,
-    /// From the cut until it was sealed.
-    pub(super) took: Duration,
-    /// From the cut before until this one; of a first one, as `took`.
-    pub(super) since_before: Duration,
-    /// It was the first of an attachment: no word on how fast the guest writes.
-    pub(super) first: bool,
-    /// Bytes of its batches.
-    pub(super) sent_bytes: u64,
-    /// Of those, what was sent after the guest was stopped.
-    pub(super) final_bytes: u64,
-    /// Of those, the device state's, by its share of what changed.
-    pub(super) state_bytes: u64,
-    /// And the disks'.
-    pub(super) disk_bytes: u64,
-    /// How long memory was looked through for it.
-    pub(super) scan: Duration,
 }

@@ -375,7 +375,7 @@ impl Remote {
             return;
         }
         // A peer that asks without end waits for its own answers.
-        let Some(room) = self.room_for_question() else {
+        let Some(room) = self.room_for(&envelope.body) else {
             return;
         };
         let (remote, site) = (self.clone(), site.clone());

@@ -17,7 +17,8 @@ use std::time::{Duration, Instant};
 use farhaven_policies::decide::MoveFacts;
 
 use super::converge::{measured, outright, told_rate};
-use super::driver::{Attached, DriveError, Driver, Sealed};
+use super::cut::Sealed;
+use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
 use crate::guest::After;
 use crate::replicate::outlet::Outlet;

@@ -7,7 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::{Digest, UNIT, Volume, VolumeKind};
 
-use super::driver::{Attached, Command, DriveError, Driver, Sealed};
+use super::cut::Sealed;
+use super::driver::{Attached, Command, DriveError, Driver};
 use super::remote::AskError;
 use super::view::Phase;
 use crate::activate::fence::Term;

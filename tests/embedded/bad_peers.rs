@@ -52,6 +52,34 @@ async fn a_term_that_comes_with_an_opening_stops_what_runs_here() {
     stage.west.shutdown().await;
 }
 
+/// It has gone by before an answer to the question would be waited for no more.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_newer_term_interrupts_an_opening_that_nobody_answers() {
+    const SOON: Duration = Duration::from_secs(15);
+    let (stage, mut mallory) = besieged().await;
+    let (own, definition) = Counter::start(&stage.dir.path().join("own"));
+    stage.west.embed("own", own.clone(), definition).unwrap();
+    let west = stage.west.clone();
+    let protected = tokio::spawn(async move { west.protect("own", "mallory", None).await });
+    let Message::Open(opening) = mallory.asked(|m| matches!(m, Message::Open(_))).await else {
+        panic!("another question");
+    };
+    protected.await.unwrap().unwrap();
+    let newer = Term {
+        group: opening.guest,
+        number: opening.term.number + 2,
+        owner: mallory.key(),
+    };
+    let told = mallory.ask(Message::Terms { terms: vec![newer] });
+    let told = tokio::time::timeout(SOON, told).await.expect("heeded soon");
+    assert!(matches!(told, Ok(Message::Done)), "{told:?}");
+    assert_eq!(own.lock().unwrap().running(), Some(false));
+    assert_eq!(source(&stage.west, "own").phase, Phase::Fenced);
+    protected_on(&stage).await;
+    mallory.node.shutdown().await;
+    stage.end().await;
+}
+
 /// Points go on to be sealed, by the honest site.
 async fn protected_on(stage: &Stage) {
     let before = source(&stage.east, "web").points_sealed;
@@ -267,6 +295,32 @@ async fn a_flood_of_questions_is_bounded_and_ends_the_session() {
     assert!(why.contains("floods"), "{why}");
     mallory.connected().await;
     // The places are taken still, by that peer alone.
+    protected_on(&stage).await;
+    mallory.node.shutdown().await;
+    stage.end().await;
+}
+
+/// It may be honest: its store hangs, and it was told of a failover.
+#[tokio::test(flavor = "multi_thread")]
+async fn terms_are_heard_whatever_questions_wait() {
+    let (stage, mut mallory) = besieged().await;
+    let own = GuestId::random();
+    mallory.open(own, "own", 1).await;
+    for _ in 0..300 {
+        let seal = mallory.seal(own, "own", 1, 1, 3);
+        mallory.question(seal).await.unwrap();
+    }
+    let newer = Term {
+        group: own,
+        number: 7,
+        owner: mallory.key(),
+    };
+    let terms = vec![newer];
+    mallory.question(Message::Terms { terms }).await.unwrap();
+    until("it is heard", || {
+        (stage.west.fence.current(own) == Some(newer)).then_some(())
+    })
+    .await;
     protected_on(&stage).await;
     mallory.node.shutdown().await;
     stage.end().await;

@@ -80,6 +80,29 @@ async fn a_test_runs_beside_protection_and_leaves_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn of_two_tests_at_once_one_runs() {
+    let stage = Stage::protected().await;
+    let (west, guest) = (&stage.west, "web");
+    for _ in 0..5 {
+        let (one, two) = tokio::join!(west.test(guest, None), west.test(guest, None));
+        let (ran, refused) = match (one, two) {
+            (Ok(ran), Err(refused)) | (Err(refused), Ok(ran)) => (ran, refused),
+            both => panic!("{both:?}"),
+        };
+        assert!(refused.to_string().contains("runs already"), "{refused}");
+        let tested = stage.at_west.newest();
+        counts_on(&tested).await;
+        let ended = west.end_test(guest).await.unwrap();
+        assert_eq!(ended.point, ran.point);
+        for built in stage.at_west.built.lock().unwrap().iter() {
+            assert_eq!(built.lock().unwrap().running(), None);
+        }
+        nothing_left(&stage);
+    }
+    stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn failovers_moves_and_restarts_beside_a_test() {
     let stage = Stage::protected().await;
     stage.west.test("web", None).await.unwrap();

@@ -108,6 +108,33 @@ async fn a_stop_that_failed_is_tried_again_at_the_same_term() {
     stage.east.shutdown().await;
 }
 
+/// It took the guest back by force, say, and protects it to nobody.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_site_that_takes_an_older_term_hears_of_the_newer_one() {
+    let stage = Stage::protected().await;
+    let web = source(&stage.east, "web").id.parse().unwrap();
+    stage.east.unprotect("web", false).await.unwrap();
+    let own = stage.east.key();
+    let newer = loop {
+        let term = stage.east.fence.raise(web, own).unwrap();
+        if term.number > 8 {
+            break term;
+        }
+    };
+    let refused = stage.west.fail_over("web", None, true).await.unwrap_err();
+    assert!(
+        refused.to_string().contains("did not say that it stopped"),
+        "{refused}"
+    );
+    until("west heeds it", || {
+        (stage.west.fence.current(web) == Some(newer)).then_some(())
+    })
+    .await;
+    counts_on(&stage.guest).await;
+    assert!(target(&stage.west, "web").active.is_none());
+    stage.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_a_cut_left_stopped_goes_on_when_it_can() {
     let stage = Stage::protected().await;

@@ -48,14 +48,26 @@ impl Between {
 
 /// Two sites whose link can be silenced, with the guest protected from east.
 async fn stage() -> (Stage, Between) {
+    let (stage, link) = linked().await;
+    (stage.protect().await, link)
+}
+
+fn policy_files(directory: &Path) -> std::path::PathBuf {
+    directory.join("policies.toml")
+}
+
+/// Two such sites, east with policy files.
+async fn linked() -> (Stage, Between) {
     let (dir, at_west) = (tempfile::tempdir().unwrap(), CounterBuilder::default());
-    let east = site(dir.path(), "east", Builders::new()).await;
+    let mut of_east = config(dir.path(), "east");
+    of_east.site.policy_files = policy_files(dir.path());
+    let east = Site::start_with(of_east, Builders::new()).await.unwrap();
     let mut of_west = config(dir.path(), "west");
     let link = Between::to(of_west.listen.address).await;
     of_west.listen.advertise = vec![link.address.to_string()];
     let west = Site::start_with(of_west, builders(&at_west)).await.unwrap();
     let stage = Stage::pair(dir, east, west, at_west, false).await;
-    (stage.protect().await, link)
+    (stage, link)
 }
 
 /// Taken over once its source is not heard any more.
@@ -128,5 +140,47 @@ async fn a_guest_that_cannot_be_stopped_keeps_no_other_running() {
         (stage.guest.lock().unwrap().running() == Some(false)).then_some(())
     })
     .await;
+    stage.end().await;
+}
+
+/// Its session outlives the cut, and so nothing is opened that would tell it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_policy_that_changed_while_the_link_was_cut_is_told_when_it_is_back() {
+    let (stage, link) = linked().await;
+    let kept = |days: u32| {
+        let text = format!(
+            "[sites.west]\n[policies.slow]\nrpo = \"1h\"\nretention = \"daily for {days}d\"\n[groups.shop]\npolicy = \"slow\"\npeer = \"west\"\n[groups.shop.guests.web]\n"
+        );
+        std::fs::write(policy_files(stage.dir.path()), text).unwrap();
+    };
+    kept(7);
+    let embedded = stage
+        .east
+        .embed("web", stage.vmm(), stage.definition.clone());
+    embedded.unwrap();
+    let (east, west) = (&stage.east, &stage.west);
+    let protected = || {
+        let view = source(east, "web");
+        (view.points_sealed >= 1 && view.phase == Phase::Protected).then_some(())
+    };
+    until("a point", protected).await;
+    link.silent.store(true, Ordering::Relaxed);
+    until("the link is down", || {
+        (!east.view().peers[0].connected).then_some(())
+    })
+    .await;
+    kept(3);
+    until("east heeds it", || {
+        let groups = east.view().groups;
+        let shop = groups.into_iter().find(|group| group.name == "shop")?;
+        (shop.owed.retention.to_string() == "daily for 3d").then_some(())
+    })
+    .await;
+    link.silent.store(false, Ordering::Relaxed);
+    let deadline = Instant::now() + PATIENCE;
+    while west.plan_prune("web").await.unwrap().retention != "daily for 3d" {
+        assert!(Instant::now() < deadline, "west was not told");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     stage.end().await;
 }

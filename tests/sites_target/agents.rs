@@ -196,6 +196,38 @@ fn disks_alone_are_protected_and_the_guest_boots_from_them() {
 }
 
 #[test]
+fn a_takeover_by_force_does_not_wait_for_a_guest_that_shuts_down() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = one_that_boots(&dir.path().join("g")) else {
+        return;
+    };
+    let pair = Pair::start(LINK, "[protect]\nmode = \"disk-only\"", "");
+    protect(&pair, "web", &guest);
+    // Somebody else holds the channel of its agent, and nobody hears its power button.
+    let channel = dir.path().join("g/agent.sock");
+    let holder = std::os::unix::net::UnixStream::connect(&channel).unwrap();
+    std::thread::scope(|scope| {
+        let moves = scope.spawn(|| pair.east.cli(&["move", "web"]));
+        pair.east
+            .until("it is asked to shut down", PATIENCE, |view| {
+                let source = view.guests.iter().find(|guest| guest.name == "web")?;
+                source.trouble.contains("shuts down here").then_some(())
+            });
+        pair.west.cli(&["failover", "web", "--force"]).good();
+        moves.join().unwrap().bad("web");
+    });
+    phase(&pair.east, "web", Phase::Fenced);
+    let status = guest
+        .connect()
+        .execute("query-status", serde_json::json!({}));
+    assert_eq!(status.unwrap()["running"], false);
+    booted(&TestSite::console_of(
+        &pair.west.target("web").active.unwrap(),
+    ));
+    drop(holder);
+}
+
+#[test]
 fn a_run_shuts_its_guest_down_first_and_boots_it_at_one_site_or_the_other() {
     let dir = tempfile::tempdir().unwrap();
     let Some(guest) = one_that_boots(&dir.path().join("g")) else {

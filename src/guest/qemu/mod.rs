@@ -264,8 +264,13 @@ impl Guest for QemuGuest {
         self.quiesce.within = within;
     }
 
-    fn shut_down(&mut self, within: Duration, hard: bool) -> Result<bool, GuestError> {
-        self.shut_down_within(within, hard)
+    fn shut_down(
+        &mut self,
+        within: Duration,
+        hard: bool,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<bool, GuestError> {
+        self.shut_down_within(within, hard, wanted)
             .map_err(|e| self.explain(e))
     }
 

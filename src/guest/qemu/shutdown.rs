@@ -23,6 +23,7 @@ impl QemuGuest {
         &mut self,
         within: Duration,
         hard: bool,
+        wanted: &dyn Fn() -> bool,
     ) -> Result<bool, GuestError> {
         // A guest that is held back stands still now and then, and has enough to do.
         self.throttle = None;
@@ -43,13 +44,13 @@ impl QemuGuest {
         if !self.quiesce.shut_down(AGENT) {
             self.qmp.execute("system_powerdown", json!({}))?;
         }
-        while Instant::now() < deadline {
+        while wanted() && Instant::now() < deadline {
             if status(&mut self.qmp)? == "shutdown" {
                 return Ok(true);
             }
             std::thread::sleep(LOOK);
         }
-        if hard {
+        if hard && wanted() {
             self.qmp.execute("stop", json!({}))?;
         } else if !self.options.stays {
             // It may do so still, as on any other day.

@@ -10,7 +10,7 @@ use crate::activate::fence::Term;
 use crate::site::groups::GroupRecord;
 
 /// One message about groups; a site of before knows none of them.
-#[derive(Debug, Serialize, Deserialize)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GroupMessage {
     /// A group of guests that are protected to you: keep what is needed to run it.

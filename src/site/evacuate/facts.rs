@@ -240,7 +240,11 @@ fn guest(candidate: &Candidate, view: &SourceView, disks: u64, ratio: f64) -> Gu
     let on_link = |bytes: u64| (bytes as f64 / ratio) as u64;
     let ram = definition.ram_bytes();
     let (remaining, dirty, measured) = match (&view.outlook, view.progress) {
-        (Some(outlook), _) => (outlook.remaining_bytes, outlook.dirty_bytes_per_s, true),
+        (Some(outlook), _) => (
+            outlook.remaining_bytes,
+            outlook.dirty_bytes_per_s,
+            !outlook.rough,
+        ),
         (None, Some((done, total))) => (on_link(total.saturating_sub(done)), 0, false),
         // The peer holds a point; what changed since is known with the next one.
         (None, None) if view.newest_point > 0 => (on_link(ram), 0, false),

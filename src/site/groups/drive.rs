@@ -7,7 +7,8 @@ use super::{GroupCut, Seat};
 use crate::guest::embedded::VmmError;
 use crate::guest::{After, GuestError, SinkError};
 use crate::site::cut;
-use crate::site::driver::{Attached, DriveError, Driver, Sealed};
+use crate::site::cut::Sealed;
+use crate::site::driver::{Attached, DriveError, Driver};
 
 /// The others of a group are waited for at least so long, and for so many RPOs.
 const PATIENCE: (Duration, u32) = (Duration::from_secs(60), 10);

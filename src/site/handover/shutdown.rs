@@ -7,7 +7,7 @@ use farhaven_policies::files::Mode;
 
 use super::own_again;
 use crate::activate::fence::Term;
-use crate::guest::Guest;
+use crate::guest::{Guest, GuestError};
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::steps::{blocking, take};
 use crate::site::view::Phase;
@@ -35,14 +35,8 @@ impl Driver {
         self.view.send_modify(|v| {
             v.trouble = format!("'{name}' shuts down here, to boot at the peer");
         });
-        let mut guest = take(&mut attached.guest)?;
         let hard = self.accept_hard_stop;
-        let work = blocking(move || {
-            let down = guest.shut_down(SHUT_DOWN, hard);
-            (guest, down)
-        });
-        let (guest, down) = self.finishing(work).await?;
-        attached.guest = Some(guest);
+        let down = self.have_shut_down(attached, SHUT_DOWN, hard).await?;
         self.phase(Phase::Held);
         match down {
             Ok(true) => {
@@ -58,6 +52,28 @@ impl Driver {
             ))),
             Err(error) => Err(error.into()),
         }
+    }
+
+    /// Has the guest shut itself down, as [`Guest::shut_down`] does; what must not wait,
+    /// like a newer term, ends the wait.
+    pub(in crate::site) async fn have_shut_down(
+        &mut self,
+        attached: &mut Attached,
+        within: Duration,
+        hard: bool,
+    ) -> Result<Result<bool, GuestError>, DriveError> {
+        let mut guest = take(&mut attached.guest)?;
+        let stop = self.stop.subscribe();
+        let work = blocking(move || {
+            let down = guest.shut_down(within, hard, &|| !*stop.borrow());
+            (guest, down)
+        });
+        let (guest, down) = self.finishing(work).await?;
+        attached.guest = Some(guest);
+        if matches!(down, Ok(false)) && *self.stop.borrow() {
+            return Err(DriveError::Interrupted);
+        }
+        Ok(down)
     }
 
     /// For a move's report.

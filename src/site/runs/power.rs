@@ -139,24 +139,18 @@ impl Driver {
         self.view.send_modify(|v| {
             v.trouble = format!("'{name}' shuts down here, as a run at its peer wants it");
         });
-        let mut guest = take(&mut attached.guest)?;
-        let work = blocking(move || {
-            let down = guest.shut_down(within, false);
-            (guest, down)
-        });
-        let (guest, down) = self.finishing(work).await?;
-        attached.guest = Some(guest);
-        let why = match down {
-            Ok(true) => {
+        let why = match self.have_shut_down(attached, within, false).await {
+            Ok(Ok(true)) => {
                 tracing::warn!(guest = %name, "it is shut down here for a run at its peer");
                 let told = self.down_for_a_run();
                 self.view.send_modify(|v| v.trouble = told);
                 return Ok(());
             }
-            Ok(false) => DriveError::TooLong(format!(
+            Ok(Ok(false)) => DriveError::TooLong(format!(
                 "'{name}' was asked to shut down and had not within {within:?}: neither by its agent nor by its power button. It runs on (and may shut down still; its QEMU ends then). Shut it down by hand, or start its guest agent"
             )),
-            Err(error) => error.into(),
+            Ok(Err(error)) => error.into(),
+            Err(error) => error,
         };
         self.is_shut_down(false);
         let _ = self.keep_protection().await;

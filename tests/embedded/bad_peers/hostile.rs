@@ -3,7 +3,7 @@
 use farhaven::activate::fence::Term;
 use farhaven::guest::Definition;
 use farhaven::replicate::message::{
-    CommitTerms, Envelope, Message, Opening, PointContext, SealRequest,
+    CommitTerms, Envelope, Message, Opening, PointContext, Refusal, SealRequest,
 };
 use farhaven_policies::policy::Policy;
 use farhaven_storage_sync::unit::GuestId;
@@ -127,6 +127,26 @@ impl Hostile {
             body,
         };
         self.say(answer.encode().unwrap().to_vec()).await;
+    }
+
+    /// Refuses what west asks, until it asks this; that is not answered.
+    pub async fn asked(&mut self, wanted: impl Fn(&Message) -> bool) -> Message {
+        loop {
+            let PeerEvent::Message(bytes) = self.event().await else {
+                continue;
+            };
+            let asked = Envelope::decode(&bytes).unwrap();
+            if wanted(&asked.body) {
+                return asked.body;
+            }
+            if let Some(id) = asked.id {
+                let refusal = Message::Refused {
+                    code: Refusal::Unable,
+                    why: "not now".to_owned(),
+                };
+                self.answer(id, refusal).await;
+            }
+        }
     }
 
     /// Asks, and does not wait; the question's number.
