@@ -382,8 +382,11 @@ impl Remote {
         tokio::spawn(async move {
             let _room = room;
             let _turn = remote.conduct.turn(&envelope.body).await;
+            // The answer to a term tells the newer one itself.
+            let told = matches!(envelope.body, Message::Terms { .. });
             let answer = super::answer::answer(&site, &remote, envelope.body).await;
-            if matches!(&answer, Message::Refused { code, .. } if *code == Refusal::Fenced) {
+            if !told && matches!(&answer, Message::Refused { code, .. } if *code == Refusal::Fenced)
+            {
                 // Whoever asks under an old term has not heard of the new one.
                 remote.tell_terms(&site).await;
             }
