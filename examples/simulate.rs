@@ -1,11 +1,12 @@
 //! Tries to break whole sites in virtual time:
 //! `cargo run --release --example simulate -- [--seeds N] [--from SEED]
-//! [--partitions] [--break sync|terms|dirty|stop] [--jobs N] [--all] [--each]
-//! [--trace] [--json]`
+//! [--partitions] [--operations] [--break sync|terms|dirty|stop] [--jobs N] [--all]
+//! [--each] [--trace] [--json]`
 //!
 //! Each seed is a run of two sites with guests between which the link is cut
 //! and healed, whose daemons and machines die, and whose operators order moves,
-//! failovers, tests and the rest at bad moments. The exit status is 1 when a
+//! failovers, tests and the rest at bad moments; with `--operations` runs of runbooks
+//! and evacuations, too, of guests that do not always stop. The exit status is 1 when a
 //! promise broke; the seed is printed with the command that replays it. It ends
 //! there, unless `--all` is told; `--each` prints the digest of every run: of all
 //! that happened in it, the same for the same seed.
@@ -30,6 +31,7 @@ struct Asked {
     from: u64,
     jobs: usize,
     partitions: bool,
+    operations: bool,
     fault: Option<Fault>,
     all: bool,
     each: bool,
@@ -43,6 +45,7 @@ fn asked() -> Option<Asked> {
         from: 1,
         jobs: std::thread::available_parallelism().map_or(1, usize::from),
         partitions: false,
+        operations: false,
         fault: None,
         all: false,
         each: false,
@@ -56,6 +59,7 @@ fn asked() -> Option<Asked> {
             "--from" => asked.from = arguments.next()?.parse().ok()?,
             "--jobs" => asked.jobs = arguments.next()?.parse().ok().filter(|jobs| *jobs > 0)?,
             "--partitions" => asked.partitions = true,
+            "--operations" => asked.operations = true,
             "--break" => {
                 let name = serde_json::Value::String(arguments.next()?);
                 asked.fault = Some(serde_json::from_value(name).ok()?);
@@ -76,7 +80,7 @@ fn main() -> ExitCode {
     }
     let Some(asked) = asked() else {
         eprintln!(
-            "usage: simulate [--seeds N] [--from SEED] [--partitions] \
+            "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] \
              [--break sync|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
         );
         return ExitCode::from(2);
@@ -85,6 +89,7 @@ fn main() -> ExitCode {
     let options = |seed| Options {
         seed,
         partitions: asked.partitions,
+        operations: asked.operations,
         fault: asked.fault,
         trace: asked.trace,
     };
@@ -121,6 +126,9 @@ fn replay(asked: &Asked, seed: u64) -> String {
     if asked.partitions {
         command.push_str(" --partitions");
     }
+    if asked.operations {
+        command.push_str(" --operations");
+    }
     if let Some(fault) = asked.fault {
         let name = serde_json::to_value(fault).unwrap();
         command.push_str(&format!(" --break {}", name.as_str().unwrap()));
@@ -150,7 +158,7 @@ fn total(asked: &Asked, done: u64, broken: u64, sum: &Counts) {
         println!(
             "{}",
             serde_json::json!({ "seeds": done, "from": asked.from,
-                "partitions": asked.partitions, "violations": broken, "counts": counts })
+                "partitions": asked.partitions, "operations": asked.operations, "violations": broken, "counts": counts })
         );
         return;
     }

@@ -192,10 +192,7 @@ async fn hear_term(site: &Arc<Site>, remote: &Arc<Remote>, term: Term) -> Result
             // Not durable, but heard: obey it all the same, and for as long as this
             // process knows of it.
             tracing::error!(%error, "a newer term cannot be kept");
-            if term.owner != own && site.fence.heed(term) {
-                site.fenced(term).await.map_err(unable)?;
-            }
-            Ok(())
+            site.obey_unkept(term).await.map_err(unable)
         }
     }
 }

@@ -19,6 +19,7 @@ use tokio::task::JoinSet;
 
 pub(super) use super::commands::{Command, NotMoved};
 use super::cut::Sealed;
+use super::fencing::STOP_AGAIN;
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
 use super::runs::power::PowerOrder;
@@ -238,9 +239,13 @@ impl Driver {
                     });
                     return Ok(self.wait_for_command().await);
                 }
-                tracing::warn!(guest = %name, %error, "not protected");
-                // Tried again until it is stopped.
-                self.fence(term, None).await.map_err(DriveError::Other)?;
+                if self.view.borrow().phase != Phase::Fenced {
+                    tracing::warn!(guest = %name, %error, "not protected");
+                }
+                if self.fence(term, None).await.is_err() {
+                    // The one that owns it may run: tried again until it is stopped.
+                    return Ok(Next::Again(STOP_AGAIN));
+                }
             }
             return Ok(self.wait_for_command().await);
         }

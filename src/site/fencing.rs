@@ -1,6 +1,8 @@
 //! Terms and their peers; a guest that another site owns by now: its copy here is stopped and kept.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
@@ -18,6 +20,18 @@ use super::view::Phase;
 use crate::activate::fence::{FenceError, Term};
 use crate::guest::Guest;
 use crate::replicate::message::{Message, Refusal};
+
+/// What did not stop is tried again so soon: it may run beside the one that owns it.
+pub(super) const STOP_AGAIN: Duration = Duration::from_secs(1);
+
+/// What may run here against terms of other sites that were heard.
+#[derive(Default)]
+pub(super) struct Unstopped {
+    /// By group: the term.
+    terms: BTreeMap<GuestId, Term>,
+    /// Groups that are tried again.
+    tried: BTreeSet<GuestId>,
+}
 
 /// Why a term that a peer told is not obeyed.
 #[derive(Debug, thiserror::Error)]
@@ -108,10 +122,71 @@ impl Site {
     /// When it could not be made durable, or something runs on here.
     pub(super) async fn obey(self: &Arc<Self>, term: Term) -> Result<(), NotObeyed> {
         if let Some(now) = self.adopt_heard(term)? {
-            self.fenced(now).await.map_err(NotObeyed::Runs)?;
-            self.has_stopped(now);
+            self.stop_for(now).await.map_err(NotObeyed::Runs)?;
         }
         Ok(())
+    }
+
+    /// A term that cannot be kept, of a peer: obeyed all the same while this process lives.
+    ///
+    /// # Errors
+    /// When something runs on here.
+    pub(super) async fn obey_unkept(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        if term.owner == self.key() || !self.fence.heed(term) {
+            return Ok(());
+        }
+        self.unstopped().terms.insert(term.group, term);
+        self.stop_for(term).await
+    }
+
+    /// Stops what runs here against a term in force; what does not stop is tried again
+    /// until it has.
+    async fn stop_for(self: &Arc<Self>, now: Term) -> Result<(), String> {
+        let stopped = self.fenced(now).await;
+        match &stopped {
+            Ok(()) => self.has_stopped(now),
+            Err(_) => self.stop_again(now.group),
+        }
+        stopped
+    }
+
+    /// Tries it once a second, for each group by one task.
+    fn stop_again(self: &Arc<Self>, group: GuestId) {
+        if !self.unstopped().tried.insert(group) {
+            return;
+        }
+        let site = Arc::downgrade(self);
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(STOP_AGAIN).await;
+                let Some(site) = site.upgrade() else { return };
+                let Some(now) = site.still_unstopped(group) else {
+                    return;
+                };
+                if site.fenced(now).await.is_ok() {
+                    site.has_stopped(now);
+                }
+            }
+        });
+    }
+
+    /// The term against which something may run here; `None` ends the trying.
+    fn still_unstopped(&self, group: GuestId) -> Option<Term> {
+        let mut unstopped = self.unstopped();
+        let term = unstopped.terms.get(&group).copied();
+        // One that was overruled since stops nothing any more.
+        let term = term.filter(|term| self.fence.current(group) == Some(*term));
+        if term.is_none() {
+            unstopped.terms.remove(&group);
+            unstopped.tried.remove(&group);
+        }
+        term
+    }
+
+    fn unstopped(&self) -> std::sync::MutexGuard<'_, Unstopped> {
+        self.unstopped
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 
     /// As [`Site::obey`], of a term that a question is asked under: it must be the one
@@ -149,30 +224,24 @@ impl Site {
     /// When it could not be made durable.
     fn adopt_heard(&self, term: Term) -> Result<Option<Term>, FenceError> {
         // Held over both: whoever hears the same term at once must find it here.
-        let mut unstopped = self
-            .unstopped
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut unstopped = self.unstopped();
         let before = self.fence.current(term.group);
         let now = self.fence.adopt(term)?;
         if now.owner == self.key() {
-            unstopped.remove(&now.group);
+            unstopped.terms.remove(&now.group);
             return Ok(None);
         }
         if Some(now) != before {
-            unstopped.insert(now.group, now);
+            unstopped.terms.insert(now.group, now);
         }
-        Ok(unstopped.contains_key(&now.group).then_some(now))
+        Ok(unstopped.terms.contains_key(&now.group).then_some(now))
     }
 
     /// What that term owns runs here no more.
     fn has_stopped(&self, term: Term) {
-        let mut unstopped = self
-            .unstopped
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
-        if unstopped.get(&term.group) == Some(&term) {
-            unstopped.remove(&term.group);
+        let mut unstopped = self.unstopped();
+        if unstopped.terms.get(&term.group) == Some(&term) {
+            unstopped.terms.remove(&term.group);
         }
     }
 
@@ -240,6 +309,10 @@ impl Driver {
         term: Term,
         guest: Option<Box<dyn Guest>>,
     ) -> Result<(), String> {
+        if self.site.fence.current(self.record.id).map(|now| now.owner) == Some(self.site.key()) {
+            // Overruled on its way: this site runs it under a newer one.
+            return Ok(());
+        }
         let owner = self.site.name_of(&term.owner);
         let (site, record) = (self.site.clone(), self.record.clone());
         let gone = record.definition.is_embedded() && site.hosted(record.id).is_none();
@@ -275,7 +348,9 @@ impl Driver {
             "fenced: site '{owner}' runs this guest under term {}; {done}",
             term.number
         );
-        tracing::warn!(guest = %self.record.name, "{why}");
+        if self.view.borrow().trouble != why {
+            tracing::warn!(guest = %self.record.name, "{why}");
+        }
         self.view.send_modify(|v| {
             v.phase = Phase::Fenced;
             v.term = Some(term.number);
@@ -305,6 +380,10 @@ impl Standby {
             return Ok(());
         };
         let (ready, number) = (ready.clone(), active.term.number);
+        if number > term.number {
+            // Overruled on its way, as above.
+            return Ok(());
+        }
         let stopped = step(move || ready.stop()).await.and_then(|stopped| stopped);
         if let Err(error) = stopped {
             let why = format!(
@@ -312,8 +391,10 @@ impl Standby {
                 term.number,
                 active.process()
             );
-            tracing::error!(guest = %self.name(), "{why}");
-            self.tell_fenced(&why);
+            if self.seen().trouble != why {
+                tracing::error!(guest = %self.name(), "{why}");
+                self.tell_fenced(&why);
+            }
             self.see(|s| s.trouble.clone_from(&why));
             return Err(why);
         }

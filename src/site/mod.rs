@@ -73,7 +73,7 @@ use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::rate::RateOptions;
 use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord, SiteKey};
 
-use crate::activate::fence::{Fence, Term};
+use crate::activate::fence::Fence;
 use crate::activate::machine::Builders;
 use crate::activate::nbd::NbdServer;
 use crate::guest::embedded::SharedVmm;
@@ -131,7 +131,7 @@ pub struct Site {
     scrubs: scrub::Scrubs,
     /// Terms of other sites that were heard while something ran here, until it
     /// is stopped.
-    unstopped: Mutex<BTreeMap<GuestId, Term>>,
+    unstopped: Mutex<fencing::Unstopped>,
     /// Runs of runbooks.
     runs: runs::Runs,
     /// The newest evacuation of this process.

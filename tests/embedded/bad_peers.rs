@@ -22,9 +22,9 @@ fn id(stage: &Stage) -> GuestId {
     source(&stage.east, "web").id.parse().unwrap()
 }
 
-/// A source's newer term may come with its opening, before it is told as a term.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_term_that_comes_with_an_opening_stops_what_runs_here() {
+/// A guest that west took over from east, which comes back as one that took it back
+/// by force, with all it has; the guest at west, and its term there.
+async fn taken_over() -> (Stage, Hostile, Arc<Mutex<Counter>>, Term) {
     let stage = Stage::protected().await;
     let web = id(&stage);
     let west_at = stage.east.view().peers[0].addresses.clone();
@@ -38,11 +38,41 @@ async fn a_term_that_comes_with_an_opening_stops_what_runs_here() {
     stage.west.fail_over("web", None, false).await.unwrap();
     let there = stage.at_west.newest();
     counts_on(&there).await;
-    let taken = stage.west.fence.current(web).unwrap().number;
+    let taken = stage.west.fence.current(web).unwrap();
+    let east = Hostile::instead_of_east(&stage, west_at).await;
+    (stage, east, there, taken)
+}
 
-    // East, with all it has, comes back as one that took the guest back by force.
-    let mut east = Hostile::instead_of_east(&stage, west_at).await;
-    let told = east.opening(web, "web", taken + 1);
+#[tokio::test(flavor = "multi_thread")]
+async fn what_does_not_stop_for_a_newer_term_is_tried_until_it_does() {
+    let (stage, mut east, there, taken) = taken_over().await;
+    there.lock().unwrap().fail(u32::MAX, 0);
+    let newer = Term {
+        number: taken.number + 1,
+        owner: east.key(),
+        ..taken
+    };
+    let told = east.ask(Message::Terms { terms: vec![newer] }).await;
+    refused(told, "COULD NOT BE STOPPED");
+    assert_eq!(there.lock().unwrap().running(), Some(true));
+    // Nobody tells anything any more.
+    there.lock().unwrap().fail(0, 0);
+    until("stopped", || {
+        (there.lock().unwrap().running() == Some(false)).then_some(())
+    })
+    .await;
+    until("that is told", || {
+        target(&stage.west, "web").active.is_none().then_some(())
+    })
+    .await;
+    stage.west.shutdown().await;
+}
+
+/// A source's newer term may come with its opening, before it is told as a term.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_term_that_comes_with_an_opening_stops_what_runs_here() {
+    let (stage, mut east, there, taken) = taken_over().await;
+    let told = east.opening(taken.group, "web", taken.number + 1);
     let answer = east.ask(Message::Open(Box::new(told))).await;
     assert!(matches!(answer, Ok(Message::Opened(_))), "{answer:?}");
     assert_eq!(there.lock().unwrap().running(), Some(false));

@@ -22,6 +22,7 @@ fn options(seed: u64) -> Options {
     Options {
         seed,
         partitions: false,
+        operations: false,
         fault: None,
         trace: false,
     }
@@ -63,6 +64,18 @@ fn schedules_of_partitions_and_promotions_run_nothing_twice() {
         ..options(seed)
     });
     assert!(counts.link_cuts > 50 && counts.restored > 5, "{counts:?}");
+}
+
+#[test]
+fn runbooks_evacuations_and_guests_that_do_not_stop_break_no_promise() {
+    let counts = sound(1, 60, |seed| Options {
+        operations: true,
+        ..options(seed)
+    });
+    assert!(
+        counts.orders_done > 60 && counts.restored > 30,
+        "{counts:?}"
+    );
 }
 
 /// Found by more seeds than these tests run.

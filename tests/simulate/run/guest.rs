@@ -187,6 +187,13 @@ impl Vmm for Monitor {
     }
 
     fn pause(&mut self) -> Result<(), VmmError> {
+        if self.core.room.refuses(&self.core.place) {
+            // Not one that is tried again at once: time stands still in such a try.
+            return Err(VmmError::Kvm {
+                call: "stopping vCPU 0".to_owned(),
+                why: "it does not stop, as the run has it".to_owned(),
+            });
+        }
         if !self.core.room.ignores_stop() {
             self.core.turn(Some(false));
         }

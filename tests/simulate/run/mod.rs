@@ -9,6 +9,7 @@
 //!
 //! A run has a process of its own: see [`children`].
 
+mod books;
 mod checks;
 pub mod children;
 mod fibers;
@@ -45,6 +46,9 @@ pub struct Options {
     pub seed: u64,
     /// Only cuts of the link, restarts and promotions, closer together.
     pub partitions: bool,
+    /// Runs of runbooks, evacuations, and guests that do not stop, too.
+    #[serde(default)]
+    pub operations: bool,
     /// What is broken on purpose.
     pub fault: Option<Fault>,
     /// Tell what happens, as it does.

@@ -118,7 +118,7 @@ impl Operators {
         };
         for given in self.given.iter_mut().filter(|given| given.done.is_none()) {
             given.overrides |= given.order.decides();
-            if !lives(given.process) {
+            if !lives(given.process) && !given.order.outlives_its_daemon() {
                 given.done = Some(world.now);
             }
         }
@@ -133,6 +133,7 @@ impl Operators {
         decided.into_iter().any(|given| match given.done {
             None => true,
             Some(done) => {
+                let done = done.max(world.room.refuses_until(guest));
                 let together = world.whole_since.max(done);
                 world.whole_since == u64::MAX
                     || !world.whole_for(0)
@@ -141,9 +142,27 @@ impl Operators {
         })
     }
 
+    /// A run whose daemon was killed ends under the next one.
+    fn end_runs(&mut self, world: &World) {
+        let process = |side: usize| world.hosts[side].process.as_ref();
+        let orphans = self.given.iter_mut().filter(|given| {
+            given.done.is_none()
+                && given.order.outlives_its_daemon()
+                && process(given.side).is_some_and(|process| process.number != given.process)
+        });
+        for given in orphans {
+            let runs = process(given.side).map(|process| process.site.runs());
+            let open = runs.unwrap_or_default();
+            if open.iter().all(|run| run.outcome.is_some()) {
+                given.done = Some(world.now);
+            }
+        }
+    }
+
     /// Forgets decisions that both sites have heard of: from then on nothing
     /// explains that a guest runs twice.
     pub fn settle(&mut self, world: &World, terms: &Terms) {
+        self.end_runs(world);
         let mut stopped = BTreeSet::new();
         for side in 0..world.hosts.len() {
             let guests = world.view(side).map(|view| view.guests);
@@ -162,7 +181,12 @@ impl Operators {
                 stopped.contains(&(other, format!("g{guest}")))
                     || terms.gave_up(world, other, guest)
             });
-            if told || whole && done + HEARS_WITHIN <= world.now {
+            let stops = (0..GUESTS).filter(|guest| given.concerns(*guest));
+            let stops = stops.map(|guest| world.room.refuses_until(guest));
+            let stops = stops.max().unwrap_or(0);
+            // One that did not stop may be told to be fenced, and run on for a while.
+            let told = told && (stops == 0 || stops + HEARS_WITHIN <= world.now);
+            if told || whole && done.max(stops) + HEARS_WITHIN <= world.now {
                 given.overrides = false;
             }
         }
@@ -181,9 +205,13 @@ impl Operators {
                 Order::TakeBack
             );
         }
-        let order = match world.grouped && world.random.random_bool(0.4) {
-            true => Order::of_group_by_chance(&mut world.random),
-            false => Order::by_chance(&mut world.random),
+        let order = if world.options.operations && world.random.random_bool(0.6) {
+            let grouped = world.grouped && GROUPED.contains(&guest);
+            Order::of_operations_by_chance(&mut world.random, grouped)
+        } else if world.grouped && world.random.random_bool(0.4) {
+            Order::of_group_by_chance(&mut world.random)
+        } else {
+            Order::by_chance(&mut world.random)
         };
         let runs_at = world.room.runs_at(guest).first().copied();
         let side = match runs_at.filter(|_| world.random.random_bool(0.7)) {

@@ -8,6 +8,7 @@ use farhaven::site::turn::RollBack;
 use rand::Rng;
 use rand::rngs::StdRng;
 
+use super::books::{self, Book, Word};
 use super::world::GROUP;
 
 /// What is ordered.
@@ -16,24 +17,47 @@ pub enum Order {
     Protect,
     Unprotect,
     Move,
-    FailOver { force: bool, back: u64 },
+    FailOver {
+        force: bool,
+        back: u64,
+    },
     Test,
     EndTest,
     RollBack,
-    RollBackTo { back: u64 },
-    Commit { discard: bool },
+    RollBackTo {
+        back: u64,
+    },
+    Commit {
+        discard: bool,
+    },
     Reprotect,
     Pause,
     Resume,
     TakeBack,
     Scrub,
     MoveGroup,
-    FailOverGroup { force: bool },
+    FailOverGroup {
+        force: bool,
+    },
     TestGroup,
     EndTestGroup,
-    RollBackGroup { back: Option<u64> },
-    CommitGroup { discard: bool },
+    RollBackGroup {
+        back: Option<u64>,
+    },
+    CommitGroup {
+        discard: bool,
+    },
     ReprotectGroup,
+    /// Of the guest, or of its group.
+    Run {
+        book: Book,
+        group: bool,
+    },
+    Say(Word),
+    Evacuate,
+    PauseEvacuation,
+    ResumeEvacuation,
+    AbortEvacuation,
 }
 
 impl Order {
@@ -41,15 +65,31 @@ impl Order {
     pub fn decides(self) -> bool {
         matches!(
             self,
-            Order::FailOver { .. } | Order::FailOverGroup { .. } | Order::TakeBack
+            Order::FailOver { .. }
+                | Order::FailOverGroup { .. }
+                | Order::TakeBack
+                | Order::Run {
+                    book: Book::Unplanned { .. },
+                    ..
+                }
         )
+    }
+
+    /// Whether it goes on when its daemon comes back.
+    pub fn outlives_its_daemon(self) -> bool {
+        matches!(self, Order::Run { .. })
     }
 
     /// Whether it is meant also for where the other site is alive.
     pub fn by_force(self) -> bool {
         matches!(
             self,
-            Order::FailOver { force: true, .. } | Order::FailOverGroup { force: true }
+            Order::FailOver { force: true, .. }
+                | Order::FailOverGroup { force: true }
+                | Order::Run {
+                    book: Book::Unplanned { force: true, .. },
+                    ..
+                }
         )
     }
 
@@ -64,6 +104,7 @@ impl Order {
                 | Order::RollBackGroup { .. }
                 | Order::CommitGroup { .. }
                 | Order::ReprotectGroup
+                | Order::Run { group: true, .. }
         )
     }
 
@@ -77,7 +118,25 @@ impl Order {
                 | Order::EndTest
                 | Order::TestGroup
                 | Order::EndTestGroup
+                | Order::Run { .. }
         )
+    }
+
+    /// Some order about what goes on by itself.
+    pub fn of_operations_by_chance(random: &mut StdRng, grouped: bool) -> Order {
+        match random.random_range(0..20) {
+            0..9 => Order::Run {
+                book: Book::by_chance(random),
+                group: grouped && random.random_bool(0.5),
+            },
+            9..16 => Order::Say(Word::by_chance(random)),
+            16..18 => Order::Evacuate,
+            18 => match random.random_bool(0.5) {
+                true => Order::PauseEvacuation,
+                false => Order::ResumeEvacuation,
+            },
+            _ => Order::AbortEvacuation,
+        }
     }
 
     /// Some order about one guest.
@@ -230,5 +289,14 @@ pub async fn perform(
         Order::ReprotectGroup => said(site.reprotect_group(GROUP, second).await, |done| {
             done.remains
         }),
+        Order::Run { book, group } => {
+            let target = if group { GROUP } else { name };
+            books::conduct(site, target, book).await
+        }
+        Order::Say(word) => books::say(site, word).await,
+        Order::Evacuate => books::evacuate(site, peer).await,
+        Order::PauseEvacuation => said(site.pause_evacuation().await, |()| String::new()),
+        Order::ResumeEvacuation => said(site.resume_paused_evacuation().await, |()| String::new()),
+        Order::AbortEvacuation => said(site.abort_evacuation().await, |()| String::new()),
     }
 }

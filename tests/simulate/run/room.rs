@@ -65,6 +65,8 @@ struct State {
     /// Machines that ran once, and the first starts that were not looked at yet.
     ran: BTreeSet<u64>,
     begun: Vec<Start>,
+    /// Until when a guest does not stop, whoever asks it to.
+    stubborn: BTreeMap<u32, u64>,
 }
 
 /// The observer.
@@ -95,6 +97,7 @@ impl Room {
                 starts: 0,
                 ran: BTreeSet::new(),
                 begun: Vec::new(),
+                stubborn: BTreeMap::new(),
             }),
         })
     }
@@ -117,6 +120,22 @@ impl Room {
     /// A deliberate fault: the monitor says that it stopped its guest, and did not.
     pub fn ignores_stop(&self) -> bool {
         self.fault == Some(Fault::Stop) && self.state.lock().unwrap().random.random_ratio(1, 8)
+    }
+
+    /// From now on a guest does not stop, and says so, until then.
+    pub fn refuse(&self, guest: u32, until: u64) {
+        self.state.lock().unwrap().stubborn.insert(guest, until);
+    }
+
+    /// Until when a guest did not stop, or does not; 0 if it always did.
+    pub fn refuses_until(&self, guest: u32) -> u64 {
+        let state = self.state.lock().unwrap();
+        state.stubborn.get(&guest).copied().unwrap_or(0)
+    }
+
+    /// Does this machine not stop now?
+    pub fn refuses(&self, place: &Place) -> bool {
+        !place.test && self.refuses_until(place.guest) > self.system.now()
     }
 
     /// A deliberate fault: the dirty log forgets a page.

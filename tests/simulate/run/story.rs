@@ -181,7 +181,12 @@ impl Story {
         let side = self.world.random.random_range(0..2);
         let name = self.world.hosts[side].name.clone();
         let draw = self.world.random.random_range(0..100);
-        if draw < kinds[0] {
+        if self.world.options.operations && self.world.random.random_ratio(1, 12) {
+            let guest = self.world.random.random_range(0..self.guests);
+            let time = self.world.random.random_range(1..120) * 100 * MS;
+            self.world.room.refuse(guest, self.world.now + time);
+            self.say(&format!("g{guest} does not stop for {}", shown(time)));
+        } else if draw < kinds[0] {
             let ordered = self.operators.by_chance(&mut self.world, self.guests);
             self.say(&ordered);
         } else if draw < kinds[1] {

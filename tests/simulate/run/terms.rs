@@ -95,7 +95,9 @@ impl Terms {
         for guest in guests {
             for side in world.room.runs_at(guest) {
                 let known = self.known(side, guest);
-                if let Some(known) = known.filter(|_| self.gave_up(world, side, guest)) {
+                let may_run = world.room.refuses_until(guest) + STOPS_WITHIN > world.now;
+                let known = known.filter(|_| !may_run && self.gave_up(world, side, guest));
+                if let Some(known) = known {
                     return Err(self.broken(world, side, guest, known, "runs"));
                 }
             }
