@@ -62,11 +62,9 @@ pub(super) async fn converge(
     convoy: Option<&Convoy>,
 ) -> Result<Converged, DriveError> {
     let policy = driver.protection.policy.clone();
-    let blind = attached.guest.as_ref();
-    let blind = blind.is_some_and(|guest| !guest.rounds_read_disks());
     let sealed = match attached.sealed {
-        // One more tells what it writes to its disks, which its rounds do not.
-        Some(sealed) if !(blind && sealed.first) => sealed,
+        // Else one more tells what it writes to its disks, which its rounds do not.
+        Some(sealed) if !sealed.blind => sealed,
         _ => driver.point(attached, After::Continue).await?,
     };
     let mut rounds = Rounds::after(driver, sealed);
@@ -197,9 +195,10 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
 /// Bytes on the link of what the guest wrote since the look before that cut. All of a
 /// first copy is not what it wrote, and of disks that rounds do not read it is no look.
 fn changed_by(sealed: &Sealed) -> u64 {
-    match sealed.first {
-        true => sealed.final_bytes.saturating_sub(sealed.disk_bytes),
-        false => sealed.sent_bytes,
+    match (sealed.first, sealed.blind) {
+        (_, true) => sealed.final_bytes.saturating_sub(sealed.disk_bytes),
+        (true, false) => sealed.final_bytes,
+        (false, false) => sealed.sent_bytes,
     }
 }
 

@@ -59,9 +59,10 @@ pub(super) struct Sealed {
     /// From the cut before until this one; of a first one, from when the round before
     /// it began.
     pub(super) since_before: Duration,
-    /// It was the first of an attachment: how fast the guest writes to its disks is not
-    /// known, and to its memory in the rough.
+    /// It was the first of an attachment: a rough word on how fast the guest writes.
     pub(super) first: bool,
+    /// As above, and its rounds read no disks: of how fast it writes to those, no word.
+    pub(super) blind: bool,
     /// Bytes of its batches.
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.
@@ -345,6 +346,8 @@ pub(super) async fn seal(
     attached.next = made.point + 1;
     let before = driver.last_cut.replace(made.stopped);
     let looked = before.or(driver.looked);
+    let guest = attached.guest.as_ref();
+    let rounds_read_disks = guest.is_none_or(|guest| guest.rounds_read_disks());
     let allowed = driver.protection.policy.max_pause;
     driver.view.send_modify(|v| {
         v.trouble.clear();
@@ -385,6 +388,7 @@ pub(super) async fn seal(
         took,
         since_before: looked.map_or(took, |looked| made.stopped.duration_since(looked)),
         first: before.is_none(),
+        blind: before.is_none() && !rounds_read_disks,
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,
         state_bytes,

@@ -322,7 +322,7 @@ impl Driver {
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
             let outlook = MoveOutlook {
-                rough: sealed.first,
+                rough: sealed.blind,
                 ..converge::outlook(&self.protection.policy, &facts)
             };
             self.view.send_modify(|v| v.outlook = Some(outlook));
