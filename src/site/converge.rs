@@ -15,7 +15,7 @@ use farhaven_policies::policy::Policy;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::commands::Convoy;
-use super::cut::Sealed;
+use super::cut::{Sealed, Seen};
 use super::driver::{Attached, DriveError, Driver};
 use super::remote::AskError;
 use super::rounds::{Rounds, left_after, per_second};
@@ -64,7 +64,7 @@ pub(super) async fn converge(
     let policy = driver.protection.policy.clone();
     let sealed = match attached.sealed {
         // Else one more tells what it writes to its disks, which its rounds do not.
-        Some(sealed) if !sealed.blind => sealed,
+        Some(sealed) if sealed.seen != Seen::MemoryRoughly => sealed,
         _ => driver.point(attached, After::Continue).await?,
     };
     let mut rounds = Rounds::after(driver, sealed);
@@ -74,7 +74,7 @@ pub(super) async fn converge(
     // The newest point tells already whether the guest writes too fast for this link.
     let known = rounds.before_the_next(driver);
     if let MoveStep::Throttle { percent } = next_move_step(&policy, &known, accept_pause)
-        && !sealed.first
+        && sealed.seen == Seen::Since
     {
         hold_back(driver, attached, percent).await?;
         throttled = percent;
@@ -195,10 +195,10 @@ pub(super) fn measured(driver: &Driver, sealed: &Sealed) -> MoveFacts {
 /// Bytes on the link of what the guest wrote since the look before that cut. All of a
 /// first copy is not what it wrote, and of disks that rounds do not read it is no look.
 fn changed_by(sealed: &Sealed) -> u64 {
-    match (sealed.first, sealed.blind) {
-        (_, true) => sealed.final_bytes.saturating_sub(sealed.disk_bytes),
-        (true, false) => sealed.final_bytes,
-        (false, false) => sealed.sent_bytes,
+    match sealed.seen {
+        Seen::Since => sealed.sent_bytes,
+        Seen::Roughly => sealed.final_bytes,
+        Seen::MemoryRoughly => sealed.final_bytes.saturating_sub(sealed.disk_bytes),
     }
 }
 

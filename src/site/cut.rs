@@ -46,6 +46,17 @@ pub(super) struct Made {
     pub(super) shares: [u64; 2],
 }
 
+/// How much a point tells of how fast its guest writes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seen {
+    /// All: there was one before.
+    Since,
+    /// The first of an attachment: since the round before it, in the rough.
+    Roughly,
+    /// As above, and rounds read no disks: of those, nothing.
+    MemoryRoughly,
+}
+
 /// A point that is durable at the peer.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Sealed {
@@ -59,10 +70,7 @@ pub(super) struct Sealed {
     /// From the cut before until this one; of a first one, from when the round before
     /// it began.
     pub(super) since_before: Duration,
-    /// It was the first of an attachment: a rough word on how fast the guest writes.
-    pub(super) first: bool,
-    /// As above, and its rounds read no disks: of how fast it writes to those, no word.
-    pub(super) blind: bool,
+    pub(super) seen: Seen,
     /// Bytes of its batches.
     pub(super) sent_bytes: u64,
     /// Of those, what was sent after the guest was stopped.
@@ -387,8 +395,11 @@ pub(super) async fn seal(
         pause: made.times.pause,
         took,
         since_before: looked.map_or(took, |looked| made.stopped.duration_since(looked)),
-        first: before.is_none(),
-        blind: before.is_none() && !rounds_read_disks,
+        seen: match (before, rounds_read_disks) {
+            (Some(_), _) => Seen::Since,
+            (None, true) => Seen::Roughly,
+            (None, false) => Seen::MemoryRoughly,
+        },
         sent_bytes: made.shipped.sent_bytes,
         final_bytes: made.final_bytes,
         state_bytes,

@@ -18,8 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
 pub(super) use super::commands::{Command, NotMoved};
-use super::cut::Sealed;
-use super::fencing::STOP_AGAIN;
+use super::cut::{Sealed, Seen};
 use super::records::{GuestRecord, Protection};
 use super::remote::{AskError, Remote};
 use super::runs::power::PowerOrder;
@@ -242,9 +241,9 @@ impl Driver {
                 if self.view.borrow().phase != Phase::Fenced {
                     tracing::warn!(guest = %name, %error, "not protected");
                 }
-                if self.fence(term, None).await.is_err() {
-                    // The one that owns it may run: tried again until it is stopped.
-                    return Ok(Next::Again(STOP_AGAIN));
+                let tried = self.site.keeps_stopping(term.group);
+                if !tried && self.fence(term, None).await.is_err() {
+                    self.site.keep_stopping(term);
                 }
             }
             return Ok(self.wait_for_command().await);
@@ -322,7 +321,7 @@ impl Driver {
             self.pausing.observe(sealed.pause);
             let facts = converge::measured(self, &sealed);
             let outlook = MoveOutlook {
-                rough: sealed.blind,
+                rough: sealed.seen == Seen::MemoryRoughly,
                 ..converge::outlook(&self.protection.policy, &facts)
             };
             self.view.send_modify(|v| v.outlook = Some(outlook));

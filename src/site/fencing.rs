@@ -22,7 +22,7 @@ use crate::guest::Guest;
 use crate::replicate::message::{Message, Refusal};
 
 /// What did not stop is tried again so soon: it may run beside the one that owns it.
-pub(super) const STOP_AGAIN: Duration = Duration::from_secs(1);
+const STOP_AGAIN: Duration = Duration::from_secs(1);
 
 /// What may run here against terms of other sites that were heard.
 #[derive(Default)]
@@ -148,6 +148,17 @@ impl Site {
             Err(_) => self.stop_again(now.group),
         }
         stopped
+    }
+
+    /// What runs here against this term did not stop: it is tried again until it has.
+    pub(super) fn keep_stopping(self: &Arc<Self>, term: Term) {
+        self.unstopped().terms.insert(term.group, term);
+        self.stop_again(term.group);
+    }
+
+    /// Is what may run here of this group tried to be stopped again and again?
+    pub(super) fn keeps_stopping(&self, group: GuestId) -> bool {
+        self.unstopped().tried.contains(&group)
     }
 
     /// Tries it once a second, for each group by one task.

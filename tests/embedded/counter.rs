@@ -32,6 +32,7 @@ struct Inner {
     failing: (u32, u32),
     /// So many stops take too long from here on.
     slow: u32,
+    goes_on_after: Duration,
     /// What its config is by now.
     config: Option<Vec<u8>>,
 }
@@ -138,6 +139,7 @@ impl Counter {
                 bad: None,
                 failing: (0, 0),
                 slow: 0,
+                goes_on_after: Duration::ZERO,
                 config: None,
             }),
             turned: Condvar::new(),
@@ -214,6 +216,11 @@ impl Counter {
     /// So many stops take too long from here on.
     pub fn slow_to_stop(&self, stops: u32) {
         self.shared.inner.lock().unwrap().slow = stops;
+    }
+
+    /// It takes that long to go on, from here on.
+    pub fn slow_to_go_on(&self, takes: Duration) {
+        self.shared.inner.lock().unwrap().goes_on_after = takes;
     }
 
     /// Of those, how many are still to come.
@@ -299,6 +306,8 @@ impl Vmm for Counter {
 
     fn resume(&mut self) -> Result<(), VmmError> {
         self.may_fail(|(_, goings_on)| goings_on)?;
+        let takes = self.shared.inner.lock().unwrap().goes_on_after;
+        std::thread::sleep(takes);
         self.turn(Some(true));
         Ok(())
     }

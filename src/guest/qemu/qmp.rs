@@ -11,7 +11,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use serde_json::{Value, json};
 
@@ -200,11 +200,19 @@ impl Connection {
         };
         let stream = UnixStream::connect(path).map_err(failed)?;
         stream.set_write_timeout(Some(timeout)).map_err(failed)?;
-        Self::over(stream, path, timeout)
+        // No other client of this QEMU has counted from here.
+        let now = SystemTime::now().duration_since(UNIX_EPOCH);
+        let first = now.map_or(0, |now| now.as_nanos() as u64);
+        Self::over(stream, path, timeout, first)
     }
 
-    /// Negotiates over a connected socket.
-    fn over(stream: UnixStream, path: &Path, timeout: Duration) -> Result<Self, QmpError> {
+    /// Negotiates over a connected socket; commands are counted from `commands`.
+    fn over(
+        stream: UnixStream,
+        path: &Path,
+        timeout: Duration,
+        commands: u64,
+    ) -> Result<Self, QmpError> {
         let reader = stream.try_clone().map_err(|source| QmpError::Connect {
             path: path.to_owned(),
             source,
@@ -217,16 +225,9 @@ impl Connection {
             event_bytes: 0,
             timeout,
             version: (0, 0, 0),
-            commands: 0,
+            commands,
         };
-        let greeting = match qmp.line("the greeting", Instant::now() + timeout) {
-            Err(QmpError::TimedOut { .. }) => {
-                return Err(QmpError::Busy {
-                    path: path.to_owned(),
-                });
-            }
-            other => other?.0,
-        };
+        let greeting = qmp.greeting(timeout)?;
         let version = &greeting["QMP"]["version"]["qemu"];
         let part = |name: &str| version[name].as_u64();
         qmp.version = match (part("major"), part("minor"), part("micro")) {
@@ -237,9 +238,31 @@ impl Connection {
         Ok(qmp)
     }
 
+    /// What QEMU begins with. It does not tell its clients apart: events and replies
+    /// for the one before, when that has just left, may come ahead of it.
+    fn greeting(&mut self, timeout: Duration) -> Result<Value, QmpError> {
+        let deadline = Instant::now() + timeout;
+        loop {
+            let line = match self.line("the greeting", deadline) {
+                Err(QmpError::TimedOut { .. }) => {
+                    return Err(QmpError::Busy {
+                        path: self.path.clone(),
+                    });
+                }
+                other => other?.0,
+            };
+            if !["event", "return", "error"]
+                .iter()
+                .any(|key| line.get(key).is_some())
+            {
+                return Ok(line);
+            }
+        }
+    }
+
     fn execute(&mut self, command: &str, arguments: &Value) -> Result<Value, QmpError> {
-        // The id ties a reply to its command: the late answer to a command that
-        // timed out must not pass for the answer to the next one.
+        // The id ties a reply to its command: the late answer to a command that timed
+        // out, or to one of the client before, must not pass for the answer to this one.
         self.commands += 1;
         let id = self.commands;
         let mut line = json!({"execute": command, "arguments": arguments, "id": id}).to_string();
@@ -255,7 +278,7 @@ impl Connection {
             } else if reply
                 .get("id")
                 .and_then(Value::as_u64)
-                .is_some_and(|answered| answered < id)
+                .is_some_and(|answered| answered != id)
             {
                 tracing::debug!(command, "skipped the late reply to an earlier command");
             } else if let Some(error) = reply.get("error") {
@@ -377,7 +400,7 @@ impl Connection {
 /// A conversation over a socket on which all has been said.
 #[cfg(any(test, feature = "fuzzing"))]
 pub(super) fn fuzzing(stream: UnixStream, timeout: Duration) {
-    let Ok(mut connection) = Connection::over(stream, Path::new("qmp.sock"), timeout) else {
+    let Ok(mut connection) = Connection::over(stream, Path::new("qmp.sock"), timeout, 0) else {
         return;
     };
     for _ in 0..4 {

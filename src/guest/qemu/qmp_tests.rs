@@ -140,6 +140,41 @@ fn a_late_reply_is_not_taken_for_the_next() {
     );
 }
 
+/// As QEMU 7.2 does it when its other clients have it send events meanwhile: 1 of 125
+/// greetings came after an event, 1 of 16,000 after a reply.
+#[test]
+fn what_was_for_the_client_before_is_passed_over() {
+    let fake = Fake::new(|mut stream| {
+        say(&mut stream, r#"{"event": "RESUME", "data": {}}"#);
+        say(&mut stream, r#"{"return": {"status": "running"}, "id": 2}"#);
+        say(&mut stream, GREETING);
+        let asked = hear(&mut stream);
+        for id in [1, 2, 3, 1_u64 << 62] {
+            let error = json!({"class": "GenericError", "desc": "for another"});
+            say(&mut stream, &json!({"error": error, "id": id}).to_string());
+        }
+        say(
+            &mut stream,
+            &json!({"return": {}, "id": asked["id"]}).to_string(),
+        );
+        let asked = hear(&mut stream);
+        for id in [1, 2, 3, 1_u64 << 62] {
+            say(
+                &mut stream,
+                &json!({"return": "for another", "id": id}).to_string(),
+            );
+        }
+        say(
+            &mut stream,
+            &json!({"return": "right", "id": asked["id"]}).to_string(),
+        );
+    });
+    let mut qmp = fake.connect().expect("connects");
+    let answer = qmp.execute("query-status", json!({}));
+    assert_eq!(answer.expect("answers"), "right");
+    assert!(qmp.take_event("RESUME").is_none());
+}
+
 #[test]
 fn what_is_no_qmp_is_refused() {
     for line in [

@@ -6,8 +6,7 @@ use std::time::Duration;
 use super::{GroupCut, Seat};
 use crate::guest::embedded::VmmError;
 use crate::guest::{After, GuestError, SinkError};
-use crate::site::cut;
-use crate::site::cut::Sealed;
+use crate::site::cut::{self, Sealed};
 use crate::site::driver::{Attached, DriveError, Driver};
 
 /// The others of a group are waited for at least so long, and for so many RPOs.

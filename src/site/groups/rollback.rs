@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::MutexGuard;
+use tokio::sync::OwnedMutexGuard;
 
 use super::all::{GroupDone, MemberDone};
 use super::waves::{Start, Waves};
@@ -41,10 +41,10 @@ pub struct GroupRollBack {
 
 type Row = MemberDone<RollbackReport>;
 
-/// A guest that is to go back.
-struct Going<'a> {
-    standby: &'a Arc<Standby>,
-    state: MutexGuard<'a, State>,
+/// A guest that is to go back. While it waits for its turn, nobody else hands it back.
+struct Going {
+    standby: Arc<Standby>,
+    state: OwnedMutexGuard<State>,
     active: Activation,
     ready: Arc<Ready>,
     begun: Instant,
@@ -104,27 +104,18 @@ impl Site {
         }
         let mut going = self.may_all_go_back(&here, accept_loss).await?;
         self.stop_all(group, &mut going).await?;
-        let begun: Vec<Instant> = going.iter().map(|going| going.begun).collect();
-        // Each of them is asked on by itself from here on.
-        drop(going);
-        let mut works = Vec::new();
-        let last = here.iter().map(|(m, _)| m.wave).max().unwrap_or(0);
-        for wave in 0..=last {
-            let of_wave = here.iter().zip(&begun).filter(|((m, _), _)| m.wave == wave);
-            for ((member, standby), begun) in of_wave {
-                let (site, standby, begun) = (self.clone(), standby.clone(), *begun);
-                let work = tokio::spawn(async move {
-                    match site.go_on_rolling_back(&standby, begun).await {
-                        // The background was quicker.
-                        Err(error) if standby.active().is_none() => {
-                            site.rolled_back_before(&standby).await.map_err(|_| error)
-                        }
-                        ended => ended,
-                    }
-                });
-                works.push((member, work));
-            }
-            for (member, work) in std::mem::take(&mut works) {
+        let mut waiting: Vec<_> = here.iter().map(|(member, _)| *member).zip(going).collect();
+        while let Some(wave) = waiting.iter().map(|(member, _)| member.wave).min() {
+            let of_wave = waiting.extract_if(.., |(member, _)| member.wave == wave);
+            let works = of_wave.map(|(member, mut one)| {
+                let site = self.clone();
+                let work = async move {
+                    site.hand_back(&one.standby, &mut one.state, one.begun)
+                        .await
+                };
+                (member, tokio::spawn(work))
+            });
+            for (member, work) in works.collect::<Vec<_>>() {
                 let ended = work.await.map_err(failed).and_then(|ended| ended);
                 rows.insert(member.guest, MemberDone::of(member, ended));
             }
@@ -135,17 +126,17 @@ impl Site {
     }
 
     /// Nothing stands against any of them; nothing is done.
-    async fn may_all_go_back<'a>(
+    async fn may_all_go_back(
         self: &Arc<Self>,
-        here: &'a [(&NamedMember, Arc<Standby>)],
+        here: &[(&NamedMember, Arc<Standby>)],
         accept_loss: bool,
-    ) -> Result<Vec<Going<'a>>, OperateError> {
+    ) -> Result<Vec<Going>, OperateError> {
         // In one order, whoever takes several of them: nobody waits for each other.
         let mut by_guest: Vec<_> = here.iter().enumerate().collect();
         by_guest.sort_by_key(|(_, (member, _))| member.guest);
         let mut going = Vec::new();
         for (place, (_, standby)) in by_guest {
-            let state = standby.state.lock().await;
+            let state = standby.state.clone().lock_owned().await;
             let Some((active, ready)) = state.active.clone() else {
                 return Err(not_here(standby));
             };
@@ -153,7 +144,7 @@ impl Site {
                 self.may_go_back(standby, &active, accept_loss).await?;
             }
             let one = Going {
-                standby,
+                standby: standby.clone(),
                 state,
                 active,
                 ready,
@@ -170,7 +161,7 @@ impl Site {
     async fn stop_all(
         self: &Arc<Self>,
         group: &GroupRecord,
-        going: &mut [Going<'_>],
+        going: &mut [Going],
     ) -> Result<(), OperateError> {
         let mut refused = None;
         let mut stopped = going.len();
@@ -179,7 +170,7 @@ impl Site {
             one.begun = Instant::now();
             if one.active.returning.is_none() {
                 let begun =
-                    self.begin_rollback(one.standby, &mut one.state, &one.active, &one.ready);
+                    self.begin_rollback(&one.standby, &mut one.state, &one.active, &one.ready);
                 refused = begun.await.err();
             }
             if refused.is_none() {
@@ -193,7 +184,7 @@ impl Site {
             let Some(term) = returning.filter(|_| one.active.returning.is_none()) else {
                 continue;
             };
-            let again = self.take_it_again(one.standby, &mut one.state, &one.ready, term);
+            let again = self.take_it_again(&one.standby, &mut one.state, &one.ready, term);
             if let Err(error) = again.await {
                 lost.push(error.to_string());
             }

@@ -7,7 +7,7 @@ use farhaven_policies::files::Mode;
 
 use super::own_again;
 use crate::activate::fence::Term;
-use crate::guest::{Guest, GuestError};
+use crate::guest::Guest;
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::steps::{blocking, take};
 use crate::site::view::Phase;
@@ -36,21 +36,20 @@ impl Driver {
             v.trouble = format!("'{name}' shuts down here, to boot at the peer");
         });
         let hard = self.accept_hard_stop;
-        let down = self.have_shut_down(attached, SHUT_DOWN, hard).await?;
+        let down = self.have_shut_down(attached, SHUT_DOWN, hard).await;
         self.phase(Phase::Held);
-        match down {
-            Ok(true) => {
+        match down? {
+            true => {
                 tracing::info!(guest = %name, "it has shut down, and boots at the peer");
                 Ok(())
             }
-            Ok(false) if hard => {
+            false if hard => {
                 tracing::warn!(guest = %name, "it did not shut down, and is stopped hard, as was accepted");
                 Ok(())
             }
-            Ok(false) => Err(DriveError::TooLong(format!(
+            false => Err(DriveError::TooLong(format!(
                 "it was asked to shut down, to boot at the peer, and had not within {SHUT_DOWN:?}: neither by its agent nor by its power button (it may do so still, and its QEMU ends here then). With --accept-pause it is stopped hard after that time, and boots there as after a power failure"
             ))),
-            Err(error) => Err(error.into()),
         }
     }
 
@@ -61,7 +60,7 @@ impl Driver {
         attached: &mut Attached,
         within: Duration,
         hard: bool,
-    ) -> Result<Result<bool, GuestError>, DriveError> {
+    ) -> Result<bool, DriveError> {
         let mut guest = take(&mut attached.guest)?;
         let stop = self.stop.subscribe();
         let work = blocking(move || {
@@ -73,7 +72,7 @@ impl Driver {
         if matches!(down, Ok(false)) && *self.stop.borrow() {
             return Err(DriveError::Interrupted);
         }
-        Ok(down)
+        Ok(down?)
     }
 
     /// For a move's report.

@@ -140,16 +140,15 @@ impl Driver {
             v.trouble = format!("'{name}' shuts down here, as a run at its peer wants it");
         });
         let why = match self.have_shut_down(attached, within, false).await {
-            Ok(Ok(true)) => {
+            Ok(true) => {
                 tracing::warn!(guest = %name, "it is shut down here for a run at its peer");
                 let told = self.down_for_a_run();
                 self.view.send_modify(|v| v.trouble = told);
                 return Ok(());
             }
-            Ok(Ok(false)) => DriveError::TooLong(format!(
+            Ok(false) => DriveError::TooLong(format!(
                 "'{name}' was asked to shut down and had not within {within:?}: neither by its agent nor by its power button. It runs on (and may shut down still; its QEMU ends then). Shut it down by hand, or start its guest agent"
             )),
-            Ok(Err(error)) => error.into(),
             Err(error) => error,
         };
         self.is_shut_down(false);

@@ -19,7 +19,7 @@ pub mod view;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::oneshot;
@@ -116,7 +116,7 @@ pub(super) async fn watch(site: Weak<Site>) {
             let opening = standby.opening();
             if active.returning.is_some() {
                 if standby.remote().connected() {
-                    let ended = site.go_on_rolling_back(&standby, Instant::now()).await;
+                    let ended = site.go_on_rolling_back(&standby).await;
                     tracing::info!(guest = name, ?ended, "a rollback was in doubt");
                 }
             } else if active.committed_at.is_some() {

@@ -186,8 +186,9 @@ impl Site {
         Ok(())
     }
 
-    /// Tells the source to go on, and acts on its answer.
-    async fn hand_back(
+    /// Tells the source to go on, and acts on its answer. The rollback was begun at
+    /// this time.
+    pub(in crate::site) async fn hand_back(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
         state: &mut State,
@@ -248,14 +249,13 @@ impl Site {
         }
     }
 
-    /// A rollback that was begun at this time, or whose end is not known.
-    pub(in crate::site) async fn go_on_rolling_back(
+    /// A rollback whose end is not known.
+    pub(super) async fn go_on_rolling_back(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
-        begun: Instant,
     ) -> Result<RollbackReport, OperateError> {
         let mut state = standby.state.lock().await;
-        self.hand_back(standby, &mut state, begun).await
+        self.hand_back(standby, &mut state, Instant::now()).await
     }
 
     /// The source said that it does not run there: it goes on here, once the
