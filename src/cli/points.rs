@@ -15,6 +15,7 @@ pub(super) enum PointVerb {
     /// Give a point a name: it stays until it is released.
     Keep {
         /// The guest, or the group.
+        #[arg(value_name = "GUEST|GROUP")]
         name: String,
         /// Its number (of a group: its cut's), or the name it has; the newest if not given.
         #[arg(long, value_name = "NUMBER|NAME")]
@@ -29,6 +30,7 @@ pub(super) enum PointVerb {
     /// Take a point's name from it: it stays as long as any other.
     Release {
         /// The guest, or the group.
+        #[arg(value_name = "GUEST|GROUP")]
         name: String,
         /// Its name, or its number.
         #[arg(long, value_name = "NAME|NUMBER")]
@@ -44,6 +46,7 @@ pub(super) enum PruneVerb {
     /// Show which points would be dropped and kept, and why; run it where they are kept.
     Plan {
         /// The guest, or the group.
+        #[arg(value_name = "GUEST|GROUP")]
         name: String,
         /// As JSON.
         #[arg(long)]
@@ -52,6 +55,7 @@ pub(super) enum PruneVerb {
     /// Drop the points past their time now; the daemon does it by itself, too.
     Run {
         /// The guest, or the group.
+        #[arg(value_name = "GUEST|GROUP")]
         name: String,
         /// As JSON.
         #[arg(long)]

@@ -134,6 +134,15 @@ pub(super) async fn rollback(client: &Client, args: RollbackArgs) -> Outcome {
     if args.json.json {
         return print_json(&report);
     }
+    if !report.note.is_empty() {
+        say!(
+            "'{name}' is at '{}', under term {}: {}.",
+            report.at,
+            report.term,
+            report.note
+        );
+        return Ok(());
+    }
     let from = match report.point {
         Some(point) => format!("from point {point}"),
         None => "as it was there".to_owned(),
@@ -145,9 +154,6 @@ pub(super) async fn rollback(client: &Client, args: RollbackArgs) -> Outcome {
         report.blackout_ms,
         report.lost_ms as f64 / 1e3
     );
-    if !report.note.is_empty() {
-        say!("{}.", report.note);
-    }
     Ok(())
 }
 

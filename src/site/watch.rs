@@ -128,7 +128,8 @@ impl Watch {
         let facts = views.into_iter().map(|view| {
             let sealed_age = view.rpo_ms.map(Duration::from_millis);
             let open = sealed_age.is_none() || view.peer.is_none();
-            let still = self.still.holds(&view.id, view.phase == Phase::Held);
+            let stands = view.phase == Phase::Held;
+            let still = self.still.holds(&view.id, stands);
             // One that stood before this daemon began stands all the time.
             let still = still.map(|since| match stood.contains(&view.name) {
                 true => since.max(STANDS_STILL),
@@ -141,6 +142,7 @@ impl Watch {
                 sealed_age,
                 known_for: self.unsealed.holds(&view.id, open).unwrap_or_default(),
                 fenced: told(Phase::Fenced),
+                stands,
                 held: still.and_then(|since| stands_still(since, &view.trouble)),
                 lost: told(Phase::Lost),
                 elsewhere: view.phase == Phase::Moved,

@@ -114,6 +114,8 @@ pub struct RateController {
     /// The packets now acknowledged left during a dip, so they met no queue.
     after_dip: bool,
     bandwidth: RateFilter,
+    /// There was nothing to send when the newest packet was acknowledged.
+    app_limited: bool,
     round: Round,
     recent: Recent,
     competition: Competition,
@@ -149,6 +151,7 @@ impl RateController {
             quiet_rtt: 0.0,
             after_dip: false,
             bandwidth: RateFilter::default(),
+            app_limited: false,
             round: Round::new(now),
             recent: Recent::default(),
             competition: Competition::default(),
@@ -183,6 +186,7 @@ impl RateController {
             self.base.keep(now);
         }
         self.base.observe(now, rtt);
+        self.app_limited = app_limited;
         self.round.on_ack(sent, bytes, rtt, app_limited);
         if self.phase == Phase::Startup && !app_limited && !self.capped() {
             let growth = match self.window < SMALL_WINDOW {
@@ -203,7 +207,8 @@ impl RateController {
             self.window = self.window.max(initial as f64 / 8.0 * rtt);
         }
         self.started = true;
-        if self.phase == Phase::Startup && self.startup_fills_a_queue() {
+        // Who sends less than the window fills no queue: it is others', or late timers.
+        if self.phase == Phase::Startup && !self.app_limited && self.startup_fills_a_queue() {
             self.leave_startup(now);
         }
         if let Phase::Compete = self.phase {
@@ -248,8 +253,15 @@ impl RateController {
 
     /// What is known of the path.
     pub fn status(&self) -> RateStatus {
+        // What was known at the last startup's end is no bound any more.
+        let bandwidth = match self.phase {
+            Phase::Startup if self.smoothed_rtt > 0.0 => {
+                self.bandwidth.value().max(self.window / self.smoothed_rtt)
+            }
+            _ => self.bandwidth.value(),
+        };
         RateStatus {
-            bandwidth: (self.bandwidth.value() * 8.0) as u64,
+            bandwidth: (bandwidth * 8.0) as u64,
             base_rtt: self.base.known(),
             loss: self.last.loss,
             competing: matches!(self.phase, Phase::Compete | Phase::CompeteDip),

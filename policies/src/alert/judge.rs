@@ -51,7 +51,10 @@ pub struct SourceFacts {
     pub known_for: Duration,
     /// It is stopped for good: what its status says of that.
     pub fenced: Option<String>,
-    /// It stands still for a move whose end is not known: what its status says.
+    /// It stands still: nothing of it is lost meanwhile, however old its newest point.
+    pub stands: bool,
+    /// It stands still for a run at its peer, or a move whose end is not known, for
+    /// longer than those take: what its status says.
     pub held: Option<String>,
     /// It cannot be reached, or has ended: what its status says.
     pub lost: Option<String>,
@@ -148,9 +151,12 @@ fn of_source(thresholds: &Alerts, of: &SourceFacts) -> Option<Finding> {
             Critical,
             format!("'{name}' stands still: {what}"),
             format!(
-                "bring the link up, and it goes on by itself; if the peer is lost for good: farhaven take-back {name} --force"
+                "if a run at its peer holds it, agree to it there, or abort it: farhaven run list; if not, bring the link up, and it goes on by itself; if the peer is lost for good: farhaven take-back {name} --force"
             ),
         ));
+    }
+    if of.stands {
+        return None;
     }
     if let Some(what) = &of.lost {
         return Some(

@@ -150,6 +150,13 @@ fn every_measured_alert_has_its_threshold() {
         ..web(4000)
     };
     assert_eq!(judged(source(moved)), []);
+    // Not yet for longer than a planned move takes: its points grow old, and nothing
+    // is lost.
+    let stands = SourceFacts {
+        stands: true,
+        ..web(4000)
+    };
+    assert_eq!(judged(source(stands)), []);
     for (kind, facts) in [
         (
             Kind::FenceRaised,
@@ -161,6 +168,7 @@ fn every_measured_alert_has_its_threshold() {
         (
             Kind::GuestStopped,
             SourceFacts {
+                stands: true,
                 held: Some("held".into()),
                 ..web(1)
             },

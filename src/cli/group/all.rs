@@ -54,6 +54,12 @@ pub(in crate::cli) async fn rollback(
         .await
         .map_err(told)?;
     show(&done, json, |report| {
+        if !report.note.is_empty() {
+            return format!(
+                "at '{}', under term {}: {}",
+                report.at, report.term, report.note
+            );
+        }
         let from = match report.point {
             Some(point) => format!("from its point {point}"),
             None => "as it was there".to_owned(),

@@ -105,10 +105,9 @@ impl Site {
         self.one_is_here(&group, &members)?;
         self.may_reprotect(&group, &members)?;
         group.owed.rpo = rpo.unwrap_or(group.owed.rpo);
-        let owed = self.owed_by_group(&group);
         let mut done = Vec::new();
         for member in &members {
-            let turned = self.reprotect_owed(&member.name, owed.clone()).await;
+            let turned = self.reprotect_of(&group, &member.name).await;
             done.push(MemberDone::of(member, turned));
         }
         let again = format!("Go on: farhaven reprotect {name}");
@@ -121,6 +120,28 @@ impl Site {
             );
         }
         Ok(done)
+    }
+
+    /// One of its guests, by the group's policy.
+    pub(in crate::site) async fn reprotect_of(
+        self: &Arc<Self>,
+        group: &GroupRecord,
+        name: &str,
+    ) -> Result<ReprotectReport, OperateError> {
+        self.reprotect_owed(name, self.owed_by_group(group)).await
+    }
+
+    /// The protection group of which these are all guests.
+    pub(in crate::site) fn whole_group(
+        &self,
+        name: &str,
+        guests: &[String],
+    ) -> Option<GroupRecord> {
+        let group = self.group(name).ok()?;
+        let members = self.members_here(&group);
+        let all = members.len() == group.members.len()
+            && members.iter().all(|member| guests.contains(&member.name));
+        all.then_some(group)
     }
 
     /// All of them run here and are committed, or turned before.
@@ -165,7 +186,10 @@ impl Site {
 
     /// The group is this site's own now: its guests are, all of them. The other
     /// site hears of it within seconds.
-    async fn turn_group(self: &Arc<Self>, group: GroupRecord) -> Result<(), OperateError> {
+    pub(in crate::site) async fn turn_group(
+        self: &Arc<Self>,
+        group: GroupRecord,
+    ) -> Result<(), OperateError> {
         let turned = match &group.from {
             Some(from) => GroupRecord {
                 peer: from.clone(),

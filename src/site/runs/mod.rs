@@ -44,7 +44,7 @@ use tokio::task::JoinHandle;
 
 use self::facts::now_ms;
 use self::perform::AtSite;
-use self::view::{RunView, run_view};
+use self::view::{Hands, RunView, run_view};
 use super::operate::{OperateError, failed};
 use super::{Site, SiteError};
 use crate::runbook::conduct::{Baton, TellError};
@@ -132,6 +132,16 @@ impl Runs {
         has.map(|(id, _)| id.clone())
     }
 
+    /// Who goes on with a run.
+    fn hands(&self, id: &str) -> Hands {
+        if self.lock().contains_key(id) {
+            return Hands::Conducted;
+        }
+        let tests = self.tests();
+        let test = tests.iter().find(|(_, quick)| quick.run.id() == id);
+        test.map_or(Hands::None, |(name, _)| Hands::Test(name.clone()))
+    }
+
     /// The point that a run here goes on from with this guest: it must stay.
     pub(super) fn point_of(&self, guest: &str) -> Option<u64> {
         let open = self.lock();
@@ -175,10 +185,10 @@ impl Site {
     /// # Errors
     /// When there is none, or its record cannot be read.
     pub fn run(&self, id: &str) -> Result<RunView, OperateError> {
-        let (run, conducted) = self.run_of(id)?;
-        let mut view = run_view(&run, conducted);
+        let run = self.run_of(id)?;
+        let mut view = run_view(&run, &self.runs.hands(id));
         // Over when its guests are free for others.
-        if conducted && view.outcome.take().is_some() {
+        if view.conducted && view.outcome.take().is_some() {
             "is ending".clone_into(&mut view.standing);
         }
         Ok(view)
@@ -194,14 +204,12 @@ impl Site {
         each.collect()
     }
 
-    /// A run as it stands, and whether it is conducted now.
-    pub(super) fn run_of(&self, id: &str) -> Result<(Run, bool), OperateError> {
+    /// A run as it stands.
+    fn run_of(&self, id: &str) -> Result<Run, OperateError> {
         if let Some(open) = self.runs.lock().get(id) {
-            return Ok((open.baton.run(), true));
+            return Ok(open.baton.run());
         }
-        let records = self.records_of(id)?;
-        let run = Run::resume(&records).map_err(failed)?;
-        Ok((run, false))
+        Run::resume(&self.records_of(id)?).map_err(failed)
     }
 
     pub(super) fn records_of(
@@ -241,13 +249,18 @@ impl Site {
             open.get(id).map(|open| open.baton.clone())
         };
         let Some(baton) = baton else {
-            let (run, _) = self.run_of(id)?;
-            return Err(OperateError::Conflict(match run.outcome() {
-                Some(outcome) => format!("run '{id}' is over: it {outcome}"),
-                None => format!(
-                    "run '{id}' is not conducted: its record could not be kept or read. See the log, and restart the daemon to go on with it"
-                ),
-            }));
+            let outcome = self.run_of(id)?.outcome();
+            return Err(OperateError::Conflict(
+                match (outcome, self.runs.hands(id)) {
+                    (Some(outcome), _) => format!("run '{id}' is over: it {outcome}"),
+                    (None, Hands::Test(name)) => format!(
+                        "run '{id}' is a test without a runbook: it runs until it is ended, by farhaven test cleanup {name}"
+                    ),
+                    (None, _) => format!(
+                        "run '{id}' is not conducted: its record could not be kept or read. See the log, and restart the daemon to go on with it"
+                    ),
+                },
+            ));
         };
         if let Some(step) = step {
             let next = baton.run().next(Moment(now_ms()));

@@ -46,7 +46,7 @@ impl Site {
             started: run.started().0,
             ended: run.outcome().and(records.last()).map(|record| record.at.0),
             outcome: run.outcome(),
-            standing: run_view(&run, self.runs.lock().contains_key(id)).standing,
+            standing: run_view(&run, &self.runs.hands(id)).standing,
             forced: facts.forced,
             rpo_ms: guests.iter().filter_map(|guest| guest.rpo_ms).max(),
             rto_ms: last.map(|at| at.saturating_sub(run.started().0)),

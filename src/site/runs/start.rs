@@ -9,7 +9,7 @@ use farhaven_policies::runbook::{Action, Kind, Mode, PointChoice, Runbook, read}
 use super::facts::{FactsFile, now_ms};
 use super::points::{by_group, whole_point};
 use super::targets::{Target, of_group};
-use super::view::{RunView, run_view};
+use super::view::{Hands, RunView, run_view};
 use super::{MOST_OPEN, quiesce, readiness, shutdown};
 use crate::runbook::perform::Failure;
 use crate::site::Site;
@@ -112,7 +112,7 @@ impl Site {
             .map_err(failed)?;
         let baton = self.conduct_new(&id, planned, &start.by, facts, guests)?;
         tracing::warn!(run = id, mode = %start.mode, by = start.by, "a run was started");
-        Ok(run_view(&baton.run(), true))
+        Ok(run_view(&baton.run(), &Hands::Conducted))
     }
 
     /// The guests of a runbook, each once.

@@ -34,15 +34,21 @@ pub(super) async fn commit(run: AtSite, scope: Scope) -> Ended<()> {
     Ok(())
 }
 
-/// Protection turns round. Once it has, the guests are this site's own, so they
-/// are known by name only.
+/// Protection turns round; of a whole protection group, by the group's policy, and
+/// the group with it. Once it has, the guests are this site's own, so they are known
+/// by name only.
 pub(super) async fn reprotect(run: AtSite, scope: Scope) -> Ended<Reprotected> {
     let site = run.site()?;
     let mut bytes = 0u64;
     for (group, guests) in &scope.groups {
+        let whole = site.whole_group(group, guests);
         for name in guests {
             run.goes_on()?;
-            let report = site.reprotect(name, None).await.map_err(|error| {
+            let turned = match &whole {
+                Some(group) => site.reprotect_of(group, name).await,
+                None => site.reprotect(name, None).await,
+            };
+            let report = turned.map_err(|error| {
                 let standby = site.standby_named(name);
                 match standby.is_some_and(|standby| !standby.remote().alive()) {
                     true => Failure::source_lost(error.to_string()),
@@ -56,6 +62,9 @@ pub(super) async fn reprotect(run: AtSite, scope: Scope) -> Ended<Reprotected> {
                 guest.reprotected_bytes = Some(report.sent_bytes);
             })
             .await?;
+        }
+        if let Some(group) = whole {
+            site.turn_group(group).await.map_err(fault)?;
         }
     }
     Ok(Reprotected { bytes })

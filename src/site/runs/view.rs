@@ -72,8 +72,19 @@ impl RunView {
     }
 }
 
+/// Who goes on with a run that is not over.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) enum Hands {
+    /// The daemon, step by step.
+    Conducted,
+    /// Whoever ends this test, which was begun without a runbook.
+    Test(String),
+    /// Nobody.
+    None,
+}
+
 /// How a run stands.
-pub(super) fn run_view(run: &Run, conducted: bool) -> RunView {
+pub(super) fn run_view(run: &Run, hands: &Hands) -> RunView {
     let next = run.next(Moment(now_ms()));
     let at_hand = |words: &str| match run.at_hand_name() {
         Some(step) => format!("{words} {step}"),
@@ -90,8 +101,11 @@ pub(super) fn run_view(run: &Run, conducted: bool) -> RunView {
         Next::Ask(question) => format!("asks about {}: {}", question.step, question.why),
         Next::AwaitApproval { step, .. } => format!("waits for the approval of {step}"),
         Next::AwaitSource { .. } => at_hand("waits for the other site, at"),
-        _ if !conducted => at_hand("not conducted; it stands at"),
-        _ => at_hand(way),
+        _ => match hands {
+            Hands::Conducted => at_hand(way),
+            Hands::Test(name) => format!("runs until: farhaven test cleanup {name}"),
+            Hands::None => at_hand("not conducted; it stands at"),
+        },
     };
     let awaits = match next {
         Next::AwaitApproval {
@@ -128,6 +142,6 @@ pub(super) fn run_view(run: &Run, conducted: bool) -> RunView {
         awaits,
         question: run.question().cloned(),
         outcome: run.outcome(),
-        conducted,
+        conducted: *hands == Hands::Conducted,
     }
 }

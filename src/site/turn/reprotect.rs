@@ -62,15 +62,22 @@ impl Site {
         owed: Owed,
     ) -> Result<ReprotectReport, OperateError> {
         let begun = Instant::now();
+        let mut before = "";
         let (to, base_bytes) = match self.standby_named(name) {
             Some(standby) => {
                 let base_bytes = self.turn_here(&standby, owed).await?;
                 (standby.from(), base_bytes)
             }
             // Asked for twice: whatever is missing is waited for.
-            None => (self.protected_the_other_way(name)?, 0),
+            None => {
+                before = "it was before; counted is all that was sent since";
+                (self.protected_the_other_way(name)?, 0)
+            }
         };
-        let (point, changed_bytes, sent_bytes, note) = self.first_point(name).await?;
+        let (point, changed_bytes, sent_bytes, mut note) = self.first_point(name).await?;
+        if note.is_empty() {
+            before.clone_into(&mut note);
+        }
         Ok(ReprotectReport {
             guest: name.to_owned(),
             to,

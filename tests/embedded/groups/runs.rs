@@ -133,3 +133,54 @@ async fn a_run_takes_a_whole_group_from_one_cut_and_gives_it_back() {
     bank.protected().await;
     bank.stage.end().await;
 }
+
+const ROUND: &str = r#"
+name = "round"
+modes = ["planned"]
+[groups]
+bank = []
+[[steps]]
+name = "sync"
+do = "final-sync"
+[[steps]]
+name = "promote"
+do = "promote"
+[[steps]]
+name = "start"
+do = "start-group"
+[[steps]]
+name = "stay"
+do = "commit"
+[[steps]]
+name = "turn"
+do = "reprotect"
+timeout = "10m"
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_run_that_reprotects_a_whole_group_turns_the_group() {
+    let bank = Bank::set().await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    bank.write(&files(GOLD, PLAIN));
+    bank.protected().await;
+    let id = bank.group(&east).unwrap().id;
+    let planned = StartRun {
+        force: false,
+        ..start(Mode::Planned, ROUND)
+    };
+    let run = west.start_run(planned).await.unwrap().id;
+    finally("its end", || west.run(&run).unwrap().outcome).await;
+    let report = west.report(&run).unwrap();
+    assert_eq!(report.outcome, Some(Outcome::Succeeded), "{report:#?}");
+    // As by `reprotect bank`: west's own, by the same id and policy, cut at one instant.
+    let here = bank.group(&west).unwrap();
+    assert_eq!(
+        (here.from, here.peer.as_str(), &here.id),
+        (None, "east", &id)
+    );
+    for name in ["db", "web"] {
+        assert_eq!(source(&west, name).rpo_target_ms, Some(1000));
+    }
+    crate::group_verbs::whole_after(&east, 0).await;
+    bank.stage.end().await;
+}

@@ -11,6 +11,7 @@ fn verbs_without_a_runbook_are_recorded() {
         panic!("one run");
     };
     assert!(test.outcome.is_none());
+    assert_eq!(test.standing, "runs until: farhaven test cleanup web");
     // It has shown something before it is thrown away.
     pair.west.until("a line on its console", LONG, |view| {
         let log = view.standbys[0]

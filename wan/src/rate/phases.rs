@@ -101,6 +101,8 @@ impl RateController {
         let rate = round.rate / (1.0 - self.losses.random());
         match self.losses.judge(now, round, self.mtu) {
             Suspicion::None => self.bandwidth.add(rate),
+            // It was not the window that lost so much, and a smaller one would tell nothing.
+            _ if round.app_limited && !self.capped() => self.bandwidth.add(round.rate),
             Suspicion::Ask => {
                 self.phase = Phase::Ask;
                 self.forget_growth();

@@ -145,3 +145,52 @@ fn a_flow_with_little_to_send_does_not_forget_its_share() {
     round(&mut controller, 10_000, false);
     assert!(controller.status().bandwidth < 4_000_000);
 }
+
+/// Points of a guest that writes little, over a path whose timers come late: a busy host.
+#[test]
+fn a_trickle_says_nothing_against_the_path() {
+    let begun = Instant::now();
+    let mut now = begun;
+    let mut controller = RateController::new(RateOptions::default(), now, 1200);
+    let mut burst = |controller: &mut RateController, rtt: Duration| {
+        now += Duration::from_secs(2);
+        for packet in 0..25 {
+            let sent = now + Duration::from_micros(10 * packet);
+            controller.on_ack(sent + rtt, sent, 1200, true);
+            controller.on_end_acks(sent + rtt);
+        }
+        now += rtt;
+    };
+    for _ in 0..20 {
+        burst(&mut controller, Duration::from_micros(500));
+    }
+    let known = controller.status().bandwidth;
+    assert!(known > 500_000_000, "{known}");
+    for _ in 0..20 {
+        burst(&mut controller, Duration::from_millis(12));
+        burst(&mut controller, Duration::from_micros(700));
+    }
+    let after = controller.status().bandwidth;
+    assert!(after > known / 10, "{after} of {known}");
+    assert!(controller.window() >= controller.initial_window());
+}
+
+#[test]
+fn what_a_trickle_loses_says_nothing_against_the_path() {
+    let mut now = Instant::now();
+    let mut controller = RateController::new(RateOptions::default(), now, 1200);
+    let rtt = Duration::from_millis(40);
+    controller.base.observe(now, 0.04);
+    controller.phase = Phase::Cruise;
+    controller.bandwidth.reset(12.5e6);
+    for _ in 0..500 {
+        now += Duration::from_secs(1);
+        for _ in 0..20 {
+            controller.on_ack(now + rtt, now, 1200, true);
+        }
+        controller.on_lost(5 * 1200, false);
+        controller.on_end_acks(now + rtt);
+        now += rtt;
+    }
+    assert_eq!(controller.status().bandwidth, 100_000_000);
+}

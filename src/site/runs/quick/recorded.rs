@@ -19,7 +19,7 @@ use crate::site::view::{FailoverReport, MoveReport, TestEnded, TestReport};
 
 /// The record of one that is under way.
 pub(in crate::site::runs) struct Quick {
-    pub(super) run: Run,
+    pub(in crate::site::runs) run: Run,
     log: AuditLog,
     pub(super) facts: FactsFile,
 }
