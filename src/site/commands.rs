@@ -137,7 +137,12 @@ pub(super) enum Command {
 impl Command {
     /// Must the step under way stop for it?
     pub(super) fn is_urgent(&self) -> bool {
-        matches!(self, Command::Pause | Command::End | Command::Fence(..))
+        match self {
+            Command::Pause | Command::End | Command::Fence(..) => true,
+            // Whoever hands the guest back answers no opening before this is answered.
+            Command::Turn(order) => matches!(order, TurnOrder::GoBack(..)),
+            _ => false,
+        }
     }
 }
 

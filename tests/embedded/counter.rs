@@ -218,7 +218,7 @@ impl Counter {
         self.shared.inner.lock().unwrap().slow = stops;
     }
 
-    /// It takes that long to go on, from here on.
+    /// It takes that long to go on, the next time.
     pub fn slow_to_go_on(&self, takes: Duration) {
         self.shared.inner.lock().unwrap().goes_on_after = takes;
     }
@@ -306,7 +306,7 @@ impl Vmm for Counter {
 
     fn resume(&mut self) -> Result<(), VmmError> {
         self.may_fail(|(_, goings_on)| goings_on)?;
-        let takes = self.shared.inner.lock().unwrap().goes_on_after;
+        let takes = std::mem::take(&mut self.shared.inner.lock().unwrap().goes_on_after);
         std::thread::sleep(takes);
         self.turn(Some(true));
         Ok(())

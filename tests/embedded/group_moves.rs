@@ -76,6 +76,11 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
     let went = west.rollback_group("bank", back()).await.unwrap();
     done(&went);
     let stood = |m: &MemberDone<RollbackReport>| m.report.as_ref().unwrap().blackout_ms;
+    // Nor do two questions wait for each other's answers, until one is given up after 30 s.
+    assert!(
+        went.members.iter().map(stood).all(|ms| ms < 25e3),
+        "{went:?}"
+    );
     assert!(
         went.members
             .iter()
