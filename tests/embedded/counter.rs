@@ -119,6 +119,8 @@ pub struct Counter {
     shared: Arc<Shared>,
     ram: [RamBlock; 1],
     disks: [Arc<TrackedDisk>; 1],
+    /// Where it was built; names its guest. Empty where it was started.
+    run: PathBuf,
 }
 
 impl Counter {
@@ -156,6 +158,7 @@ impl Counter {
                 bytes: PAGES * PAGE,
             }],
             disks: [disk],
+            run: PathBuf::new(),
         }
     }
 
@@ -195,6 +198,11 @@ impl Counter {
             disk.read((BLOCKS + block) * PAGE, &mut read).unwrap();
             read == book(block)
         })
+    }
+
+    /// Was it built for this guest?
+    pub fn is_of(&self, guest: &str) -> bool {
+        self.run.components().any(|part| part.as_os_str() == guest)
     }
 
     /// How far it is.
@@ -378,7 +386,8 @@ impl Builder for CounterBuilder {
         let failed = |e: std::io::Error| MachineError::Other(e.to_string());
         let image: PathBuf = plan.run.join("disk.img");
         let disk = TrackedDisk::above("disk", &image, plan.disks[0].clone()).map_err(failed)?;
-        let counter = Counter::new(&plan.ram[0], disk.clone(), false);
+        let mut counter = Counter::new(&plan.ram[0], disk.clone(), false);
+        counter.run.clone_from(&plan.run);
         let mut bad_starts = self.bad_starts.lock().unwrap();
         if *bad_starts > 0 {
             *bad_starts -= 1;

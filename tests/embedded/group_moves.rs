@@ -4,7 +4,7 @@
 use farhaven::site::groups::MemberDone;
 use farhaven::site::turn::view::RollbackReport;
 
-use super::group_verbs::{back, done, running, whole_after};
+use super::group_verbs::{back, both_at_west, done, running, whole_after};
 use super::groups::{Bank, GOLD, LONG, PLAIN, finally};
 use super::*;
 
@@ -48,7 +48,7 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
     // One instant: the last points of both are one of the group.
     let last = west.group_points("bank").await.unwrap();
     let last = last.last().unwrap();
-    let there = running(&bank.stage.at_west);
+    let there = both_at_west(&bank);
     assert_eq!(there.len(), 2);
     for member in &moved.members {
         let report = member.report.as_ref().unwrap();
