@@ -35,6 +35,7 @@ pub(super) fn running(builder: &CounterBuilder) -> Vec<Arc<Mutex<Counter>>> {
 /// Both that run at west, in the order in which they start: they are built in any.
 pub(super) fn both_at_west(bank: &Bank) -> Vec<Arc<Mutex<Counter>>> {
     let there = running(&bank.stage.at_west);
+    assert_eq!(there.len(), 2);
     let of = |name: &str| {
         let id = bank.stage.west.members_of(name).unwrap()[0]
             .guest
