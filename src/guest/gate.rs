@@ -1,5 +1,10 @@
 //! One instant for several guests: nobody is stopped before everybody is ready
-//! to be, and nobody goes on before everybody has stopped.
+//! to be, and nobody goes on before everybody has stopped. Nothing else is begun
+//! before that either: what one does with its stopped guest would keep the stop
+//! of the next from the CPU.
+//!
+//! A stop takes what the host's scheduler makes of it. Stops that come too far
+//! apart are undone and made again, while that costs the guests next to nothing.
 //!
 //! All waits are bounded. Whoever does not come in time ends the cut for all:
 //! they go on, nothing of it counts, and the reason is told.
@@ -26,14 +31,20 @@ pub trait CutGate: Send + Sync {
     /// When the cut is given up: the guest was not stopped.
     fn ready(&self) -> Result<(), GateError>;
 
-    /// The guest stands still.
-    fn stopped(&self);
-
-    /// All of the instant is fixed. Returns when the guest may go on.
+    /// The guest stands still since `at`. Returns when all do.
     ///
     /// # Errors
     /// When the cut is given up: the guest goes on, and nothing of it counts.
-    fn may_go_on(&self) -> Result<(), GateError>;
+    fn stopped(&self, at: Instant) -> Result<Stood, GateError>;
+}
+
+/// How those of a cut came to stand.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stood {
+    /// At one instant: it is to be fixed now, and then they may go on.
+    Together,
+    /// Too far apart: the guest goes on, and comes to [`CutGate::ready`] again.
+    Apart,
 }
 
 /// A cut of several guests was given up.
@@ -54,10 +65,8 @@ impl CutGate for Alone {
         Ok(())
     }
 
-    fn stopped(&self) {}
-
-    fn may_go_on(&self) -> Result<(), GateError> {
-        Ok(())
+    fn stopped(&self, _: Instant) -> Result<Stood, GateError> {
+        Ok(Stood::Together)
     }
 }
 
@@ -70,7 +79,15 @@ pub struct Patience {
     pub freeze: Duration,
     /// While some stand still: for those that are not stopped.
     pub stopped: Duration,
+    /// From the first stop to the last: further apart, they are stopped again.
+    pub skew: Duration,
 }
+
+/// What the stops of one cut are apart at most, where the host's scheduler lets them.
+pub const SKEW: Duration = Duration::from_millis(5);
+
+/// What stops that are made again may cost together, as the guests see it.
+const TRIED: Duration = Duration::from_millis(50);
 
 /// All have gathered: who was not frozen for it is ready at once.
 const AT_ONCE: Duration = Duration::from_secs(5);
@@ -81,6 +98,7 @@ impl Default for Patience {
             ready: Duration::from_secs(5),
             freeze: Duration::ZERO,
             stopped: Duration::from_secs(1),
+            skew: SKEW,
         }
     }
 }
@@ -97,8 +115,15 @@ pub struct Rendezvous {
 #[derive(Debug, Default)]
 struct State {
     gathered: usize,
+    /// Of all tries.
     ready: usize,
+    /// Of this try.
     stops: Vec<Instant>,
+    /// Stops that were undone, and what they cost.
+    tries: usize,
+    tried: Duration,
+    /// How far apart those were that count.
+    skew: Option<Duration>,
     given_up: Option<GateError>,
 }
 
@@ -128,12 +153,12 @@ impl Rendezvous {
 
     /// From the first stop to the last, once all have stopped.
     pub fn skew(&self) -> Option<Duration> {
-        let state = self.lock();
-        if state.stops.len() < self.members {
-            return None;
-        }
-        let (first, last) = (state.stops.iter().min()?, state.stops.iter().max()?);
-        Some(last.duration_since(*first))
+        self.lock().skew
+    }
+
+    /// How often all were stopped and went on again, having stood too far apart.
+    pub fn tries(&self) -> usize {
+        self.lock().tries
     }
 
     /// Comes to where all meet while they run, and waits for the others there.
@@ -147,33 +172,40 @@ impl Rendezvous {
         if let Some(why) = &state.given_up {
             return Err(why.clone());
         }
+        // Those of one try are all there before one of the next comes.
+        let before = *come(&mut state) / self.members * self.members;
         *come(&mut state) += 1;
         self.turned.ring();
-        self.wait(state, patience, |s| *come(s), "ready")
+        let all = self.members;
+        self.wait(state, patience, "ready", |s| match *come(s) - before {
+            some if some < all => Err(some),
+            _ => Ok(()),
+        })
     }
 
-    /// Waits until so many have come; whoever waits in vain gives the cut up for all.
-    fn wait<'a>(
+    /// Waits until `come` has what is waited for, else how many have come; whoever
+    /// waits in vain gives the cut up for all.
+    fn wait<'a, T>(
         &'a self,
         mut state: MutexGuard<'a, State>,
         patience: Duration,
-        come: impl Fn(&mut State) -> usize,
         what: &str,
-    ) -> Result<(), GateError> {
+        come: impl Fn(&mut State) -> Result<T, usize>,
+    ) -> Result<T, GateError> {
         let deadline = Instant::now() + patience;
         loop {
             // First: what all have passed cannot be given up any more.
-            if come(&mut state) >= self.members {
-                return Ok(());
-            }
+            let some = match come(&mut state) {
+                Ok(all) => return Ok(all),
+                Err(some) => some,
+            };
             if let Some(why) = &state.given_up {
                 return Err(why.clone());
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 let why = GateError(format!(
-                    "{} of {} guests were {what} within {patience:?}",
-                    come(&mut state),
+                    "{some} of {} guests were {what} within {patience:?}",
                     self.members
                 ));
                 state.given_up = Some(why.clone());
@@ -181,6 +213,23 @@ impl Rendezvous {
                 return Err(why);
             }
             state = self.turned.wait(&self.state, state, left);
+        }
+    }
+}
+
+impl State {
+    /// All have stopped: does that count, or is it tried again?
+    fn judge(&mut self, most: Duration) {
+        let (first, last) = (self.stops.iter().min(), self.stops.iter().max());
+        let skew = first
+            .zip(last)
+            .map_or(Duration::ZERO, |(first, last)| last.duration_since(*first));
+        self.tried += skew;
+        if skew > most && self.tried <= TRIED {
+            self.tries += 1;
+            self.stops.clear();
+        } else {
+            self.skew = Some(skew);
         }
     }
 }
@@ -195,19 +244,24 @@ impl CutGate for Rendezvous {
         self.meet(patience, |s| &mut s.ready)
     }
 
-    fn stopped(&self) {
-        let now = Instant::now();
+    fn stopped(&self, at: Instant) -> Result<Stood, GateError> {
         let mut state = self.lock();
+        let tries = state.tries;
         // Some may have gone on by now: it is no instant of all any more.
         if state.given_up.is_none() {
-            state.stops.push(now);
+            state.stops.push(at);
+            if state.stops.len() == self.members {
+                state.judge(self.patience.skew);
+            }
         }
         self.turned.ring();
-    }
-
-    fn may_go_on(&self) -> Result<(), GateError> {
-        let patience = self.patience.stopped;
-        self.wait(self.lock(), patience, |s| s.stops.len(), "stopped")
+        self.wait(state, self.patience.stopped, "stopped", |s| {
+            match (s.tries > tries, s.skew) {
+                (true, _) => Ok(Stood::Apart),
+                (false, Some(_)) => Ok(Stood::Together),
+                (false, None) => Err(s.stops.len()),
+            }
+        })
     }
 }
 
@@ -221,11 +275,13 @@ mod tests {
         ready: Duration::from_millis(200),
         freeze: Duration::ZERO,
         stopped: Duration::from_millis(200),
+        skew: Duration::from_secs(60),
     };
     const LONG: Patience = Patience {
         ready: Duration::from_secs(60),
         freeze: Duration::from_secs(60),
         stopped: Duration::from_secs(60),
+        skew: Duration::from_secs(60),
     };
 
     #[test]
@@ -243,8 +299,7 @@ mod tests {
                     gate.ready()?;
                     std::thread::sleep(Duration::from_millis(10 * n));
                     counts[1].fetch_add(1, Ordering::SeqCst);
-                    gate.stopped();
-                    gate.may_go_on()?;
+                    assert_eq!(gate.stopped(Instant::now())?, Stood::Together);
                     assert_eq!(counts[1].load(Ordering::SeqCst), 3);
                     Ok::<(), GateError>(())
                 })
@@ -260,7 +315,56 @@ mod tests {
         );
         // What all have passed is not given up any more.
         gate.give_up("too late");
-        assert_eq!(gate.may_go_on(), Ok(()));
+        assert!(gate.skew().is_some());
+    }
+
+    /// Stops of two guests, the second one's this much later each time, until they count.
+    fn stops(apart: &[Duration]) -> (Rendezvous, Vec<Stood>) {
+        let patience = Patience { skew: SKEW, ..LONG };
+        let gate = Rendezvous::new(2, patience);
+        let (begun, stood) = (Instant::now(), Mutex::new(Vec::new()));
+        let run = |late: bool| -> Result<(), GateError> {
+            for apart in apart {
+                gate.ready()?;
+                let at = begun + if late { *apart } else { Duration::ZERO };
+                let how = gate.stopped(at)?;
+                if late {
+                    stood.lock().map_err(|_| ()).map(|mut s| s.push(how)).ok();
+                }
+                if how == Stood::Together {
+                    break;
+                }
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let members = [false, true].map(|late| scope.spawn(move || run(late)));
+            for member in members {
+                assert_eq!(member.join().map_err(|_| ()), Ok(Ok(())));
+            }
+        });
+        let stood = stood.into_inner().unwrap_or_default();
+        (gate, stood)
+    }
+
+    #[test]
+    fn stops_that_are_far_apart_are_made_again() {
+        let ms = Duration::from_millis;
+        let (gate, stood) = stops(&[ms(9), ms(7), ms(3), ms(1)]);
+        assert_eq!(stood, [Stood::Apart, Stood::Apart, Stood::Together]);
+        assert_eq!((gate.skew(), gate.tries()), (Some(ms(3)), 2));
+    }
+
+    #[test]
+    fn tries_do_not_keep_the_guests_from_their_work() {
+        let ms = Duration::from_millis;
+        // A host that is as busy as that is so the next time.
+        let (gate, stood) = stops(&[ms(60), ms(1)]);
+        assert_eq!(stood, [Stood::Together]);
+        assert_eq!(gate.skew(), Some(ms(60)));
+        let (gate, stood) = stops(&[ms(20); 9]);
+        assert_eq!(stood, [Stood::Apart, Stood::Apart, Stood::Together]);
+        assert_eq!((gate.skew(), gate.tries()), (Some(ms(20)), 2));
     }
 
     #[test]
@@ -283,8 +387,7 @@ mod tests {
         };
         assert_eq!(gate.ready(), Ok(()));
         assert_eq!(other.join().map_err(|_| ()), Ok(Ok(())));
-        gate.stopped();
-        assert!(gate.may_go_on().is_err());
+        assert!(gate.stopped(Instant::now()).is_err());
         let gate = Rendezvous::new(2, LONG);
         gate.give_up("its hypervisor is gone");
         let why = gate.ready().map_err(|e| e.to_string());

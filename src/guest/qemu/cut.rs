@@ -20,7 +20,7 @@
 //! are put back, so that the next cut is exact.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use farhaven_storage_sync::unit::VolumeKind;
 use serde_json::json;
@@ -33,6 +33,7 @@ use super::disk::{self, Disk};
 use super::fleece::prepare_fleece;
 use super::qmp::{Qmp, QmpError};
 use super::scan::Look;
+use super::stop::Stop;
 use super::stream::Inlet;
 use super::throttle::lives;
 use super::tracking::transaction;
@@ -85,21 +86,13 @@ impl QemuGuest {
             // Whether that was asked is known where it is told.
             false => Quiesced::NotAsked,
         };
-        gate.ready().inspect_err(|_| {
-            let _ = std::fs::remove_file(self.work_dir.join(CUT_MARK));
-        })?;
-        let at = SystemTime::now();
-        let stopped = Instant::now();
         let mut times = CutTimes::default();
-        let fixed = self.fix(point, after, &inlet, gate, sink, &mut times);
-        let fixed = fixed.and_then(|fixed| {
-            gate.may_go_on()?;
-            Ok(fixed)
-        });
+        let Stop { at, begun, stood } = self.stop_at(point, was_running, gate, &mut times)?;
+        let fixed = stood.and_then(|()| self.fix(point, after, &inlet, sink, &mut times));
         drop(inlet);
         if was_running && (after == After::Continue || fixed.is_err()) {
             let went_on = self.go_on();
-            times.pause = stopped.elapsed();
+            times.pause += begun.elapsed();
             self.quiesce.thaw();
             if let Err(error) = went_on {
                 self.undo(point);
@@ -112,7 +105,7 @@ impl QemuGuest {
                 });
             }
         } else {
-            times.pause = stopped.elapsed();
+            times.pause += begun.elapsed();
         }
         let opened = fixed.and_then(|fixed| {
             if after == After::Hold {
@@ -180,19 +173,16 @@ impl QemuGuest {
         Inlet::open(&self.work_dir.join("state.sock"))
     }
 
-    /// From `stop` until everything is fixed.
+    /// Everything of the instant, the guest being stopped.
     fn fix(
         &mut self,
         point: u64,
         after: After,
         inlet: &Inlet,
-        gate: &dyn CutGate,
         sink: &mut dyn Sink,
         times: &mut CutTimes,
     ) -> Result<Fixed, GuestError> {
         while self.qmp.take_event("MIGRATION").is_some() {}
-        self.qmp.execute("stop", json!({}))?;
-        gate.stopped();
         let (qmp, disks, options) = (&mut self.qmp, &mut self.disks, &self.options);
         let (ram, handed) = (&mut self.ram, &mut self.cut_handed);
         let hot = &mut self.hot;

@@ -51,6 +51,7 @@ mod quiesce;
 mod scan;
 mod shutdown;
 mod sieve;
+mod stop;
 mod stream;
 mod template;
 mod throttle;

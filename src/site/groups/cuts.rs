@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
 use super::GroupRecord;
-use crate::guest::gate::{Patience, Rendezvous};
+use crate::guest::gate::{Patience, Rendezvous, SKEW};
 use crate::site::handover::shutdown::SHUT_DOWN;
 use crate::site::unix_ns;
 
@@ -50,6 +50,7 @@ const LAST: Patience = Patience {
     ready: Duration::from_secs(60),
     freeze: Duration::ZERO,
     stopped: Duration::from_secs(5),
+    skew: SKEW,
 };
 
 /// What agents may take to freeze filesystems, whether the policy or a runbook asks.

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::guest::embedded::Vmm;
 use crate::guest::embedded::disk::instant::View;
-use crate::guest::gate::CutGate;
+use crate::guest::gate::{CutGate, Stood};
 use crate::guest::{After, Cut, CutTimes, DiskInstant, GuestError, Quiesced, Sink, SinkError};
 
 /// Tries to let a guest go on before it is told to be left stopped.
@@ -67,9 +67,13 @@ impl EmbeddedGuest {
         self.fits()?;
         let mut times = CutTimes::default();
         gate.gather()?;
-        gate.ready()?;
-        let at = SystemTime::now();
-        let (fixed, was_running) = self.stand_still(after, gate, &mut times)?;
+        let (fixed, was_running, at) = loop {
+            gate.ready()?;
+            let at = SystemTime::now();
+            if let Some((fixed, was_running)) = self.stand_still(after, gate, &mut times)? {
+                break (fixed, was_running, at);
+            }
+        };
         let handed = self.hand_copies(&fixed.runs, sink);
         self.release_buffer();
         if let Err(error) = handed {
@@ -129,13 +133,14 @@ impl EmbeddedGuest {
     }
 
     /// From the stop until the guest goes on, or for a held cut until
-    /// everything is fixed. After an error it is as it was before.
+    /// everything is fixed. After an error it is as it was before. `None`: it goes
+    /// on, and is to be stopped again.
     fn stand_still(
         &mut self,
         after: After,
         gate: &dyn CutGate,
         times: &mut CutTimes,
-    ) -> Result<(Fixed, bool), GuestError> {
+    ) -> Result<Option<(Fixed, bool)>, GuestError> {
         let shared = self.vmm.clone();
         let mut vmm = lock(&shared);
         let was_running = match vmm.running() {
@@ -144,25 +149,25 @@ impl EmbeddedGuest {
         };
         let stopped = Instant::now();
         vmm.pause().map_err(explain)?;
-        gate.stopped();
-        let fixed = self.fix(&mut *vmm, times).and_then(|fixed| {
-            let Err(given_up) = gate.may_go_on() else {
-                return Ok(fixed);
-            };
-            self.cut_failed(fixed.views);
-            Err(given_up.into())
-        });
-        let went_on = match was_running && (after == After::Continue || fixed.is_err()) {
+        let fixed = match gate.stopped(Instant::now()) {
+            Ok(Stood::Together) => self.fix(&mut *vmm, times).map(Some),
+            Ok(Stood::Apart) => Ok(None),
+            Err(given_up) => Err(given_up.into()),
+        };
+        let stays = after == After::Hold && matches!(fixed, Ok(Some(_)));
+        let went_on = match was_running && !stays {
             true => go_on(&mut *vmm),
             false => Ok(()),
         };
-        times.pause = stopped.elapsed();
+        times.pause += stopped.elapsed();
         drop(vmm);
         match (fixed, went_on) {
-            (Ok(fixed), Ok(())) => Ok((fixed, was_running)),
+            (Ok(fixed), Ok(())) => Ok(fixed.map(|fixed| (fixed, was_running))),
             (Err(error), Ok(())) => Err(error),
             (Ok(fixed), Err(stopped)) => {
-                self.cut_failed(fixed.views);
+                if let Some(fixed) = fixed {
+                    self.cut_failed(fixed.views);
+                }
                 Err(stopped)
             }
             (Err(first), Err(stopped)) => {
