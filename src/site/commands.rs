@@ -277,7 +277,8 @@ impl Driver {
     pub(super) async fn set_paused(&mut self, paused: bool) {
         self.protection.paused = paused;
         let _ = self.keep_protection().await;
-        if paused {
+        // A copy that was stopped for good is fenced, paused or not.
+        if paused && !self.is_kept() {
             self.phase(Phase::Paused);
         }
     }

@@ -271,7 +271,10 @@ fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
         percent => format!(" (throttled by {percent} %)"),
     };
     let why = match facts.fixed >= policy.max_blackout.duration() {
-        true => "the hand-over alone takes long on this link".to_owned(),
+        true => format!(
+            "the hand-over alone takes {:.2} s",
+            facts.fixed.as_secs_f64()
+        ),
         false => format!(
             "the guest{throttled} changes {}/s, and the link carries {}/s",
             bytes(facts.dirty_bytes_per_second),

@@ -31,9 +31,16 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
     let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
     let outlook = east.group_outlook("bank").unwrap();
     assert_eq!(outlook.members.len(), 2);
+    // Beside what each costs alone: a later wave waits for the start of those before.
+    let waits = |wave: usize| 150.0 * wave as f64;
     for member in &outlook.members {
-        assert!(member.expected_blackout_ms >= member.alone.expected_blackout_ms);
+        let alone = member.alone.expected_blackout_ms;
+        assert!(
+            member.expected_blackout_ms >= alone + waits(member.wave),
+            "{outlook:?}"
+        );
     }
+    assert!(outlook.members.iter().any(|member| member.wave == 1));
     let refused = west.move_group("bank", true).await.unwrap_err();
     assert!(refused.to_string().contains("run this there"), "{refused}");
 
@@ -51,6 +58,10 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
     let there = both_at_west(&bank);
     for member in &moved.members {
         let report = member.report.as_ref().unwrap();
+        assert!(
+            report.expected_blackout_ms >= waits(1 + member.wave),
+            "{report:?}"
+        );
         assert_eq!(last.points[&member.guest], report.point);
         assert_eq!(source(&east, &member.guest).phase, Phase::Moved);
         let guest = west.members_of(&member.guest).unwrap()[0].guest;

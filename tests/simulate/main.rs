@@ -81,7 +81,9 @@ fn runbooks_evacuations_and_guests_that_do_not_stop_break_no_promise() {
 /// Found by more seeds than these tests run.
 #[test]
 fn a_seed_that_broke_a_promise_keeps_it() {
-    sound(1678, 1, options);
+    for seed in [1678, 7816] {
+        sound(seed, 1, options);
+    }
 }
 
 #[test]

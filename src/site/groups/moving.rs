@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use serde::{Deserialize, Serialize};
 use tokio::sync::oneshot;
 
-use super::party::{Party, Place, Verdict};
+use super::party::{Party, Place, Verdict, start_of};
 use super::{GroupRecord, NamedMember};
 use crate::replicate::message::{GroupMessage, Message, Taken};
 use crate::site::Site;
@@ -75,12 +75,13 @@ pub struct GroupOutlook {
 pub struct MemberOutlook {
     /// Its name.
     pub guest: String,
-    /// Guests of a wave start together, those of wave 0 first; the health checks
-    /// of those before, which are waited for, are not in the figure.
+    /// Guests of a wave start together, those of wave 0 first.
     pub wave: usize,
     /// As of the guest alone.
     pub alone: MoveOutlook,
-    /// How long it would run nowhere with all others.
+    /// How long it would run nowhere with all others: their last bytes, and the start
+    /// of the waves before it. The health checks of those, which are waited for too,
+    /// are not in the figure.
     pub expected_blackout_ms: f64,
 }
 
@@ -287,10 +288,12 @@ impl Site {
             .map(|(member, alone)| {
                 let others = all.saturating_sub(alone.remaining_bytes) as f64;
                 let link = alone.link_bytes_per_s.max(1) as f64;
+                let waits = start_of(member.wave).as_secs_f64();
                 MemberOutlook {
                     guest: member.name,
                     wave: member.wave,
-                    expected_blackout_ms: alone.expected_blackout_ms + others / link * 1e3,
+                    expected_blackout_ms: alone.expected_blackout_ms
+                        + (others / link + waits) * 1e3,
                     alone,
                 }
             })

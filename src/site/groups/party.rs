@@ -10,7 +10,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use farhaven_policies::decide::MoveFacts;
 use farhaven_storage_sync::unit::GuestId;
@@ -19,6 +19,7 @@ use tokio::sync::{OwnedSemaphorePermit, watch};
 use super::{GroupCut, GroupRecord};
 use crate::replicate::message::{ActivationTimes, Handed};
 use crate::site::commands::Convoy;
+use crate::site::converge::HAND_OVER;
 
 /// Where a guest runs, as far as it is known.
 #[derive(Debug, Clone)]
@@ -42,7 +43,8 @@ pub(in crate::site) enum Verdict {
 pub(in crate::site) struct Party {
     /// The instant of all of them.
     pub(in crate::site) cut: Arc<GroupCut>,
-    guests: BTreeSet<GuestId>,
+    /// Each guest, and how many waves start before its own.
+    guests: BTreeMap<GuestId, usize>,
     state: watch::Sender<State>,
     /// The moves that this one is among.
     convoy: Option<Convoy>,
@@ -64,9 +66,14 @@ struct State {
 
 impl Party {
     pub(in crate::site) fn new(group: &GroupRecord, convoy: Option<Convoy>) -> Arc<Self> {
+        let mut guests: BTreeMap<GuestId, usize> =
+            group.members.values().map(|m| (m.guest, 0)).collect();
+        for (wave, members) in group.waves().into_iter().enumerate() {
+            guests.extend(members.into_iter().map(|(_, m)| (m.guest, wave)));
+        }
         Arc::new(Self {
             cut: Arc::new(GroupCut::held(group)),
-            guests: group.members.values().map(|m| m.guest).collect(),
+            guests,
             state: watch::Sender::default(),
             convoy,
         })
@@ -118,7 +125,7 @@ impl Party {
     /// Whoever decides is gone: nobody waits for a word that never comes.
     pub(in crate::site) fn end(&self, why: &str) {
         self.give_up(why);
-        for guest in &self.guests {
+        for guest in self.guests.keys() {
             self.tell(*guest, Verdict::Unknown(why.to_owned()));
         }
         // Others of the convoy need not wait for what is in doubt here.
@@ -148,6 +155,11 @@ impl Drop for Held {
     }
 }
 
+/// How much later a wave starts than the first, where no health check is waited for.
+pub(super) fn start_of(wave: usize) -> Duration {
+    HAND_OVER.saturating_mul(u32::try_from(wave).unwrap_or(u32::MAX))
+}
+
 impl Place {
     pub(in crate::site) fn of(party: &Arc<Party>, guest: GuestId) -> Self {
         Self {
@@ -171,10 +183,13 @@ impl Place {
         party.state.borrow().given_up.clone()
     }
 
-    /// What this guest's last cut would find, with what all the others have left.
+    /// What this guest's last cut would find, with what all the others have left,
+    /// and when it starts after those of the waves before.
     pub(in crate::site) fn with_others(&self, own: MoveFacts) -> MoveFacts {
         let guest = self.held.guest;
         let mut facts = own;
+        let wave = self.party().guests.get(&guest).copied().unwrap_or_default();
+        facts.fixed += start_of(wave);
         self.party().state.send_modify(|state| {
             let figures = (own.remaining_bytes, own.dirty_bytes_per_second);
             state.left.insert(guest, figures);
@@ -238,13 +253,13 @@ mod tests {
     use super::*;
     use crate::activate::fence::Term;
 
-    fn party() -> (Arc<Party>, Place, Place) {
-        let guests = [GuestId::random(), GuestId::random()];
+    fn record() -> GroupRecord {
         let member = |guest: &GuestId| GroupMember {
             guest: *guest,
             terms: Default::default(),
         };
-        let group = GroupRecord {
+        let guests = [GuestId::random(), GuestId::random()];
+        GroupRecord {
             id: GuestId::random(),
             name: "bank".to_owned(),
             from: None,
@@ -252,11 +267,29 @@ mod tests {
             policy: String::new(),
             owed: Default::default(),
             members: guests.iter().map(|g| (g.to_string(), member(g))).collect(),
-        };
+        }
+    }
+
+    fn party() -> (Arc<Party>, Place, Place) {
+        let group = record();
         let party = Party::new(&group, None);
-        let places = guests.map(|guest| Place::of(&party, guest));
-        let [first, second] = places;
+        let mut places = group.members.values().map(|m| Place::of(&party, m.guest));
+        let (first, second) = (places.next().unwrap(), places.next().unwrap());
+        drop(places);
         (party, first, second)
+    }
+
+    fn facts(bytes: u64) -> MoveFacts {
+        MoveFacts {
+            rounds: 1,
+            remaining_bytes: bytes,
+            remaining_before: None,
+            dirty_bytes_per_second: 10,
+            link_bytes_per_second: 1000,
+            fixed: Duration::ZERO,
+            overhead: Duration::ZERO,
+            throttle: 0,
+        }
     }
 
     fn handed(place: &Place) -> Handed {
@@ -301,16 +334,6 @@ mod tests {
     #[test]
     fn what_is_left_is_that_of_all() {
         let (_party, first, second) = party();
-        let facts = |bytes| MoveFacts {
-            rounds: 1,
-            remaining_bytes: bytes,
-            remaining_before: None,
-            dirty_bytes_per_second: 10,
-            link_bytes_per_second: 1000,
-            fixed: std::time::Duration::ZERO,
-            overhead: std::time::Duration::ZERO,
-            throttle: 0,
-        };
         assert_eq!(first.with_others(facts(100)).remaining_bytes, 100);
         let both = second.with_others(facts(50));
         assert_eq!(
@@ -318,5 +341,21 @@ mod tests {
             (150, 20)
         );
         assert_eq!(first.with_others(facts(30)).remaining_bytes, 80);
+    }
+
+    #[test]
+    fn a_later_wave_starts_later() {
+        let mut group = record();
+        // Those of one wave start together.
+        let together = Party::new(&group, None);
+        assert!(together.guests.values().all(|wave| *wave == 0));
+        let names: Vec<_> = group.members.keys().cloned().collect();
+        let web = group.members.get_mut(&names[1]).unwrap();
+        web.terms.after = vec![names[0].clone()];
+        let (web, db) = (web.guest, group.members[&names[0]].guest);
+        let party = Party::new(&group, None);
+        let fixed = |guest| Place::of(&party, guest).with_others(facts(0)).fixed;
+        assert_eq!(fixed(db), Duration::ZERO);
+        assert_eq!(fixed(web), HAND_OVER);
     }
 }

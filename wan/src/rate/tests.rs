@@ -149,8 +149,7 @@ fn a_flow_with_little_to_send_does_not_forget_its_share() {
 /// Points of a guest that writes little, over a path whose timers come late: a busy host.
 #[test]
 fn a_trickle_says_nothing_against_the_path() {
-    let begun = Instant::now();
-    let mut now = begun;
+    let mut now = Instant::now();
     let mut controller = RateController::new(RateOptions::default(), now, 1200);
     let mut burst = |controller: &mut RateController, rtt: Duration| {
         now += Duration::from_secs(2);
