@@ -9,7 +9,7 @@
 //! did not get there is returned with [`Guest::give_back`] and will be handed
 //! over again.
 
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use farhaven_storage_sync::unit::{Digest, Volume, VolumeIndex};
 
@@ -125,6 +125,9 @@ impl Quiesced {
 pub struct Cut {
     /// When the guest was stopped.
     pub at: SystemTime,
+    /// The same, on the clock that nobody sets: others of its group were waited for
+    /// before that.
+    pub stopped: Instant,
     /// What it cost.
     pub times: CutTimes,
     /// Opaque device state.

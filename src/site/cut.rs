@@ -197,11 +197,10 @@ pub(super) fn ship(
 ) -> Result<Made, GuestError> {
     let gate: &dyn CutGate = group.map_or(&Alone, |group| &group.gate);
     let mut rounds = 0;
-    let (mut cut, buffer, stopped) = loop {
+    let (mut cut, buffer) = loop {
         let mut buffer = CaptureBuffer::new(limit);
-        let stopped = Instant::now();
         match guest.cut_at(point, after, gate, &mut buffer) {
-            Ok(cut) => break (cut, buffer, stopped),
+            Ok(cut) => break (cut, buffer),
             // Or a vCPU waits for its disk: the guest went on, and comes to an
             // end of that.
             Err(
@@ -225,7 +224,8 @@ pub(super) fn ship(
     let mut changed = [0; 3];
     let volumes = guest.volumes().len();
     let shipped = everything(volumes, &mut cut, buffer, shipment, known, &mut changed);
-    let (cut_at, times, quiesced) = (cut.at, cut.times, cut.quiesced.clone());
+    let (cut_at, stopped) = (cut.at, cut.stopped);
+    let (times, quiesced) = (cut.times, cut.quiesced.clone());
     let state_bytes = cut.device_state.len() as u64;
     let finished = guest.finish_cut(cut, shipped.is_ok());
     shipped?;

@@ -22,6 +22,7 @@ macro_rules! conforms {
             properties::points_under_load_are_exact,
             properties::a_point_without_a_round_holds_the_whole_guest,
             properties::a_point_goes_on_elsewhere_and_is_let_go_here,
+            properties::a_guest_that_is_stopped_again_with_others_has_one_instant,
             properties::a_stopped_guest_stays_as_it_is,
             properties::a_restart_hands_over_what_differs,
             properties::what_the_peer_lost_comes_with_the_next_point,

@@ -1,8 +1,10 @@
 //! What holds of every guest while all goes well.
 
+use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use farhaven::guest::After;
+use farhaven::guest::gate::{CutGate, GateError, Stood};
 use farhaven_storage_sync::unit::{Digest, UNIT, VolumeKind};
 
 use crate::subject::{Subject, baseline, held_point, point, ship, works_on};
@@ -86,6 +88,62 @@ pub fn a_point_without_a_round_holds_the_whole_guest(subject: &mut dyn Subject) 
     subject.assert_one_instant(&model.volumes);
     held_point(subject, &mut *guest, 2, &mut model);
     guest.detach();
+}
+
+/// Others of a group: late, and the first time they stop at another instant.
+#[derive(Default)]
+struct Others {
+    /// When the guest was to be stopped, each time.
+    ready: Mutex<Vec<Instant>>,
+}
+
+impl CutGate for Others {
+    fn gather(&self) -> Result<(), GateError> {
+        std::thread::sleep(Duration::from_millis(50));
+        Ok(())
+    }
+
+    fn ready(&self) -> Result<(), GateError> {
+        std::thread::sleep(Duration::from_millis(50));
+        self.ready.lock().expect("lock").push(Instant::now());
+        Ok(())
+    }
+
+    fn stopped(&self, at: Instant) -> Result<Stood, GateError> {
+        let ready = self.ready.lock().expect("lock");
+        assert!(ready.last().is_some_and(|ready| at >= *ready));
+        Ok(match ready.len() {
+            1 => Stood::Apart,
+            _ => Stood::Together,
+        })
+    }
+}
+
+pub fn a_guest_that_is_stopped_again_with_others_has_one_instant(subject: &mut dyn Subject) {
+    let mut guest = subject.attach();
+    let mut model = Model::new(guest.volumes());
+    guest.round(&mut model).expect("first copy");
+    for (number, after) in [(1, After::Continue), (2, After::Hold)] {
+        works_on(subject);
+        let others = Others::default();
+        let cut = guest
+            .cut_at(number, after, &others, &mut model)
+            .expect("cuts");
+        let ready = others.ready.into_inner().expect("lock");
+        assert_eq!(ready.len(), 2);
+        // It stands from its last stop on, whoever was waited for before.
+        assert!(cut.stopped >= ready[1]);
+        assert_eq!(guest.running(), Some(after == After::Continue));
+        ship(&mut *guest, cut, &mut model);
+        subject.assert_one_instant(&model.volumes);
+        guest.sealed(number);
+    }
+    model.assert_is(&subject.content());
+    guest.resume().expect("resumes");
+    works_on(subject);
+    guest.detach();
+    drop(guest);
+    assert_eq!(subject.traces(), [""; 0], "detach removes everything");
 }
 
 /// As in a planned move: the last state here is the first there.

@@ -52,6 +52,9 @@ async fn a_group_is_moved_at_one_instant_and_comes_back_unchanged() {
         moved.skew_ms < 1000.0 && moved.blackout_ms > 0.0,
         "{moved:?}"
     );
+    // They stood from one instant on, whoever waited for the other before that.
+    let stood = |n: usize| moved.members[n].report.as_ref().unwrap().blackout_ms;
+    assert!(stood(1) + moved.skew_ms + 1.0 >= stood(0), "{moved:?}");
     // One instant: the last points of both are one of the group.
     let last = west.group_points("bank").await.unwrap();
     let last = last.last().unwrap();

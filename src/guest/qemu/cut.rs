@@ -146,6 +146,7 @@ impl QemuGuest {
         self.outstanding = Some(Outstanding { point });
         Ok(Cut {
             at,
+            stopped: begun,
             times,
             device_state: fixed.device_state,
             disks,

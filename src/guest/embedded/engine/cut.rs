@@ -49,6 +49,8 @@ struct Run {
 
 /// What the stop gave.
 struct Fixed {
+    at: SystemTime,
+    stopped: Instant,
     runs: Vec<Run>,
     device_state: Vec<u8>,
     views: Vec<View>,
@@ -67,11 +69,10 @@ impl EmbeddedGuest {
         self.fits()?;
         let mut times = CutTimes::default();
         gate.gather()?;
-        let (fixed, was_running, at) = loop {
+        let (fixed, was_running) = loop {
             gate.ready()?;
-            let at = SystemTime::now();
-            if let Some((fixed, was_running)) = self.stand_still(after, gate, &mut times)? {
-                break (fixed, was_running, at);
+            if let Some(fixed) = self.stand_still(after, gate, &mut times)? {
+                break fixed;
             }
         };
         let handed = self.hand_copies(&fixed.runs, sink);
@@ -124,7 +125,8 @@ impl EmbeddedGuest {
         self.outstanding = Some(outstanding);
         self.hot.end();
         Ok(Cut {
-            at,
+            at: fixed.at,
+            stopped: fixed.stopped,
             times,
             device_state: fixed.device_state,
             disks,
@@ -147,10 +149,10 @@ impl EmbeddedGuest {
             Some(running) => running,
             None => return Err(GuestError::Gone(vmm.ended_because())),
         };
-        let stopped = Instant::now();
+        let (at, stopped) = (SystemTime::now(), Instant::now());
         vmm.pause().map_err(explain)?;
         let fixed = match gate.stopped(Instant::now()) {
-            Ok(Stood::Together) => self.fix(&mut *vmm, times).map(Some),
+            Ok(Stood::Together) => self.fix(&mut *vmm, (at, stopped), times).map(Some),
             Ok(Stood::Apart) => Ok(None),
             Err(given_up) => Err(given_up.into()),
         };
@@ -177,8 +179,13 @@ impl EmbeddedGuest {
         }
     }
 
-    /// Everything of the instant, the guest being stopped.
-    fn fix(&mut self, vmm: &mut dyn Vmm, times: &mut CutTimes) -> Result<Fixed, GuestError> {
+    /// Everything of the instant, the guest being stopped since then.
+    fn fix(
+        &mut self,
+        vmm: &mut dyn Vmm,
+        (at, stopped): (SystemTime, Instant),
+        times: &mut CutTimes,
+    ) -> Result<Fixed, GuestError> {
         let begun = Instant::now();
         for (block, owed) in self.owed.iter_mut().take(self.blocks).enumerate() {
             take_dirty(vmm, block, owed, &mut self.hot)?;
@@ -222,6 +229,8 @@ impl EmbeddedGuest {
             .collect();
         times.disks = begun.elapsed().saturating_sub(saved);
         Ok(Fixed {
+            at,
+            stopped,
             runs,
             device_state,
             views,
