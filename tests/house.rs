@@ -41,6 +41,7 @@ const UNSAFE: [&str; 6] = [
     // The benchmark's emulated link: TUN devices in two network namespaces.
     "benches/wan/wanlink/src/main.rs",
     // The simulation's clock and randomness, which libc is asked for.
+    "tests/simulate/run/files.rs",
     "tests/simulate/run/system.rs",
 ];
 

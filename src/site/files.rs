@@ -7,12 +7,31 @@ use std::path::Path;
 
 use farhaven_storage_sync::digest::DigestKey;
 
-/// Makes a directory (and its parents) that only the owner may enter.
+/// Makes a directory (and its parents) that only the owner may enter, for good: what
+/// is synced in it later is found after a loss of power.
 ///
 /// # Errors
-/// As [`DirBuilder::create`].
+/// As [`DirBuilder::create`], and when a parent cannot be synced.
 pub fn private_directory(path: &Path) -> io::Result<()> {
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
+    let missing = path.ancestors().take_while(|at| !at.exists()).count();
+    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
+    // The last one also if it was there: whoever made it may have ended right then.
+    let parents = path.ancestors().skip(1).take(missing.max(1));
+    parents.into_iter().try_for_each(synced)
+}
+
+/// A directory's names are durable.
+fn synced(directory: &Path) -> io::Result<()> {
+    let directory = match directory.as_os_str().is_empty() {
+        true => Path::new("."),
+        false => directory,
+    };
+    match File::open(directory) {
+        Ok(directory) => directory.sync_all(),
+        // One that is not even ours to read was there before.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Makes a directory as [`private_directory`] does, and makes sure that files

@@ -120,6 +120,11 @@ fn a_disk_that_does_not_sync_is_found() {
 }
 
 #[test]
+fn small_files_that_are_not_synced_are_found() {
+    found(Fault::Files, &[2, 3, 5]);
+}
+
+#[test]
 fn terms_that_do_not_last_are_found() {
     found(Fault::Terms, &[3]);
 }

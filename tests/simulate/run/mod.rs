@@ -13,6 +13,7 @@ mod books;
 mod checks;
 pub mod children;
 mod fibers;
+mod files;
 mod guest;
 mod network;
 mod operators;
@@ -31,6 +32,8 @@ use serde::{Deserialize, Serialize};
 pub enum Fault {
     /// A disk says that all is synced, and loses the last seconds with the power.
     Sync,
+    /// Small files and directories are said to be synced, and are not.
+    Files,
     /// A site's terms are lost when its daemon ends.
     Terms,
     /// A guest's dirty log forgets a page.

@@ -22,6 +22,7 @@ use rand::{Rng, SeedableRng};
 use tokio::runtime::{Builder, Runtime};
 
 use super::fibers::Fibers;
+use super::files;
 use super::guest::{self, Monitor};
 use super::network::{Network, Shape};
 use super::room::{Place, Room};
@@ -109,6 +110,7 @@ impl World {
         let room = Room::new(system, random.random(), options.fault, busy);
         let fibers = Fibers::new(system, random.random());
         farhaven::work::set_labour(Some(fibers));
+        files::lie(options.fault == Some(Fault::Files));
         let hosts = ["east", "west"].into_iter().enumerate();
         let hosts = hosts.map(|(at, name)| Host {
             name: name.to_owned(),
@@ -182,6 +184,7 @@ impl World {
         let host = &self.hosts[side];
         if host.key.is_empty() {
             place_identity(&config.site.state_dir.join("identity"), &mut self.random);
+            files::settle(&host.directory);
         }
         self.system.set_wall(host.wall(self.now));
         let mut runtime = Builder::new_current_thread();
@@ -257,6 +260,9 @@ impl World {
             true => host.disk.power_cut(seed, chance),
             false => host.disk.copy(),
         };
+        if power {
+            files::power_cut(&host.directory, seed, chance);
+        }
         let Process { runtime, site, .. } = process;
         drop(site);
         drop(runtime);
