@@ -1,6 +1,6 @@
 //! Tries to break whole sites in virtual time:
 //! `cargo run --release --example simulate -- [--seeds N] [--from SEED]
-//! [--partitions] [--operations] [--break sync|terms|dirty|stop] [--jobs N] [--all]
+//! [--partitions] [--operations] [--break sync|files|terms|dirty|stop] [--jobs N] [--all]
 //! [--each] [--trace] [--json]`
 //!
 //! Each seed is a run of two sites with guests between which the link is cut
@@ -81,7 +81,7 @@ fn main() -> ExitCode {
     let Some(asked) = asked() else {
         eprintln!(
             "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] \
-             [--break sync|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
+             [--break sync|files|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
         );
         return ExitCode::from(2);
     };
