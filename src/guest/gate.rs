@@ -86,7 +86,7 @@ pub struct Patience {
 /// What the stops of one cut are apart at most, where the host's scheduler lets them.
 pub const SKEW: Duration = Duration::from_millis(5);
 
-/// What stops that are made again may cost together, as the guests see it.
+/// How long guests may stand for stops that are made again, together.
 const TRIED: Duration = Duration::from_millis(50);
 
 /// All have gathered: who was not frozen for it is ready at once.
@@ -224,7 +224,8 @@ impl State {
         let skew = first
             .zip(last)
             .map_or(Duration::ZERO, |(first, last)| last.duration_since(*first));
-        self.tried += skew;
+        // As long as the first one stands by now: a stop may have been slow as a whole.
+        self.tried += first.map_or(skew, |first| first.elapsed().max(skew));
         if skew > most && self.tried <= TRIED {
             self.tries += 1;
             self.stops.clear();
@@ -318,11 +319,12 @@ mod tests {
         assert!(gate.skew().is_some());
     }
 
-    /// Stops of two guests, the second one's this much later each time, until they count.
-    fn stops(apart: &[Duration]) -> (Rendezvous, Vec<Stood>) {
+    /// Stops of two guests, one then and the other this much later each time, until
+    /// they count.
+    fn stops(begun: Instant, apart: &[Duration]) -> (Rendezvous, Vec<Stood>) {
         let patience = Patience { skew: SKEW, ..LONG };
         let gate = Rendezvous::new(2, patience);
-        let (begun, stood) = (Instant::now(), Mutex::new(Vec::new()));
+        let stood = Mutex::new(Vec::new());
         let run = |late: bool| -> Result<(), GateError> {
             for apart in apart {
                 gate.ready()?;
@@ -347,10 +349,15 @@ mod tests {
         (gate, stood)
     }
 
+    /// However slow this machine is, nobody has stood for long by then.
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_secs(60)
+    }
+
     #[test]
     fn stops_that_are_far_apart_are_made_again() {
         let ms = Duration::from_millis;
-        let (gate, stood) = stops(&[ms(9), ms(7), ms(3), ms(1)]);
+        let (gate, stood) = stops(soon(), &[ms(9), ms(7), ms(3), ms(1)]);
         assert_eq!(stood, [Stood::Apart, Stood::Apart, Stood::Together]);
         assert_eq!((gate.skew(), gate.tries()), (Some(ms(3)), 2));
     }
@@ -359,12 +366,17 @@ mod tests {
     fn tries_do_not_keep_the_guests_from_their_work() {
         let ms = Duration::from_millis;
         // A host that is as busy as that is so the next time.
-        let (gate, stood) = stops(&[ms(60), ms(1)]);
+        let (gate, stood) = stops(soon(), &[ms(60), ms(1)]);
         assert_eq!(stood, [Stood::Together]);
         assert_eq!(gate.skew(), Some(ms(60)));
-        let (gate, stood) = stops(&[ms(20); 9]);
+        let (gate, stood) = stops(soon(), &[ms(20); 9]);
         assert_eq!(stood, [Stood::Apart, Stood::Apart, Stood::Together]);
         assert_eq!((gate.skew(), gate.tries()), (Some(ms(20)), 2));
+        // Not far apart, and each took long: the next would, too.
+        let long_ago = Instant::now() - ms(300);
+        let (gate, stood) = stops(long_ago, &[ms(9), ms(1)]);
+        assert_eq!(stood, [Stood::Together]);
+        assert_eq!(gate.skew(), Some(ms(9)));
     }
 
     #[test]

@@ -277,8 +277,9 @@ impl Driver {
     pub(super) async fn set_paused(&mut self, paused: bool) {
         self.protection.paused = paused;
         let _ = self.keep_protection().await;
-        // A copy that was stopped for good is fenced, paused or not.
-        if paused && !self.is_kept() {
+        // Fenced, or how its move ended is not known: that is said, paused or not.
+        let own = self.site.fence.may_run(self.record.id, self.site.key());
+        if paused && self.protection.moving.is_none() && own.is_ok() {
             self.phase(Phase::Paused);
         }
     }

@@ -272,7 +272,7 @@ fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
     };
     let why = match facts.fixed >= policy.max_blackout.duration() {
         true => format!(
-            "the hand-over alone takes {:.2} s",
+            "the hand-over alone takes {:.2} s (of a group: with the guests that start before)",
             facts.fixed.as_secs_f64()
         ),
         false => format!(

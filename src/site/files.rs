@@ -14,10 +14,23 @@ use farhaven_storage_sync::digest::DigestKey;
 /// As [`DirBuilder::create`], and when a parent cannot be synced.
 pub fn private_directory(path: &Path) -> io::Result<()> {
     let missing = path.ancestors().take_while(|at| !at.exists()).count();
-    DirBuilder::new().recursive(true).mode(0o700).create(path)?;
-    // The last one also if it was there: whoever made it may have ended right then.
-    let parents = path.ancestors().skip(1).take(missing.max(1));
-    parents.into_iter().try_for_each(synced)
+    let levels = path.ancestors().take(missing + 1);
+    let levels: Vec<&Path> = levels.filter(|at| !at.as_os_str().is_empty()).collect();
+    // From above: where one is there, those above it were made for good, but it may
+    // not have been itself, if whoever made it ended right then.
+    for level in levels.into_iter().rev() {
+        match DirBuilder::new().mode(0o700).create(level) {
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists && !level.is_dir() => {
+                return Err(error);
+            }
+            _ => {}
+        }
+        if let Some(parent) = level.parent() {
+            synced(parent)?;
+        }
+    }
+    // What is there and is no directory is told as that.
+    DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
 /// A directory's names are durable.
@@ -26,11 +39,18 @@ fn synced(directory: &Path) -> io::Result<()> {
         true => Path::new("."),
         false => directory,
     };
-    match File::open(directory) {
-        Ok(directory) => directory.sync_all(),
-        // One that is not even ours to read was there before.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
-        Err(error) => Err(error),
+    let synced = File::open(directory).and_then(|directory| directory.sync_all());
+    match synced {
+        // One that is not even ours to read, or that cannot be written, was there before.
+        Err(error)
+            if matches!(
+                error.kind(),
+                io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput
+            ) =>
+        {
+            Ok(())
+        }
+        other => other,
     }
 }
 

@@ -80,8 +80,15 @@ impl SealedTimes {
             .unwrap_or_default();
         let path = self.directory.join(guest.to_string());
         let fresh = path.with_extension("new");
-        super::files::private_directory(&self.directory)?;
-        fs::write(&fresh, format!("{}\n", since.as_millis()))?;
+        let text = format!("{}\n", since.as_millis());
+        let written = fs::write(&fresh, &text).or_else(|error| match error.kind() {
+            io::ErrorKind::NotFound => {
+                super::files::private_directory(&self.directory)?;
+                fs::write(&fresh, &text)
+            }
+            _ => Err(error),
+        });
+        written?;
         fs::rename(fresh, path)
     }
 }

@@ -158,6 +158,8 @@ impl QemuGuest {
     /// or not. What it leaves behind is swept away with the cut, or before the next.
     fn get_ready(&mut self, after: After) -> Result<Inlet, GuestError> {
         self.settle()?;
+        // A cut that is given up before it looks for any has none to take back.
+        self.cut_handed.iter_mut().for_each(|bits| bits.clear());
         if !self.options.disk_only {
             idle(&mut self.qmp)?;
             // Memory may have been plugged in since the last point.
@@ -189,9 +191,6 @@ impl QemuGuest {
         let hot = &mut self.hot;
         hot.begin();
         let hasher = &self.view.hasher;
-        for bits in handed.iter_mut() {
-            bits.clear();
-        }
         std::thread::scope(|scope| {
             let qemu_side = scope.spawn(move || {
                 let begun = Instant::now();

@@ -24,7 +24,8 @@ impl QemuGuest {
     /// stand too far apart. What that cost the guest is in the pause.
     ///
     /// # Errors
-    /// While the guest runs, and nothing is left of the cut.
+    /// When the others are not waited for any longer: the guest runs. And when it does
+    /// not go on between two tries, which the error says.
     pub(super) fn stop_at(
         &mut self,
         point: u64,
@@ -56,12 +57,17 @@ impl QemuGuest {
     /// Stops the guest. Since when it stands: QEMU answers only when its disks have
     /// written what was begun, and the guest stands still all that while.
     fn stop_now(&mut self) -> Result<Instant, GuestError> {
-        while self.qmp.take_event("STOP").is_some() {}
+        self.newest_stop();
         let begun = Instant::now();
         self.qmp.execute("stop", json!({}))?;
         // A guest that was paused before has no such event, and stands all along.
-        let event = self.qmp.take_event("STOP");
+        let event = self.newest_stop();
         Ok(event.map_or(begun, |event| since(&event, begun)))
+    }
+
+    /// Takes all kept `STOP` events, and returns the last.
+    fn newest_stop(&mut self) -> Option<Value> {
+        std::iter::from_fn(|| self.qmp.take_event("STOP")).last()
     }
 }
 

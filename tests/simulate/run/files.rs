@@ -31,7 +31,8 @@ const NOT_ITS_OWN: [&str; 3] = ["programs", "ram", "run"];
 /// What a disk writes as a whole.
 const SECTOR: usize = 512;
 
-/// What is durable, by number of the inode: a tmpfs never gives one out again.
+/// What is durable, by number of the inode: a tmpfs, which runs are in where there is
+/// one, never gives one out again.
 #[derive(Default)]
 struct Synced {
     roots: Vec<PathBuf>,

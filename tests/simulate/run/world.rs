@@ -260,12 +260,13 @@ impl World {
             true => host.disk.power_cut(seed, chance),
             false => host.disk.copy(),
         };
-        if power {
-            files::power_cut(&host.directory, seed, chance);
-        }
         let Process { runtime, site, .. } = process;
         drop(site);
         drop(runtime);
+        if power {
+            // After the thread that writes events, which is a real one, has ended.
+            files::power_cut(&host.directory, seed, chance);
+        }
         self.kills += u64::from(!power);
         self.power_cuts += u64::from(power);
         if power {
