@@ -39,6 +39,18 @@ struct Asked {
     json: bool,
 }
 
+impl Asked {
+    fn options(&self, seed: u64) -> Options {
+        Options {
+            seed,
+            partitions: self.partitions,
+            operations: self.operations,
+            fault: self.fault,
+            trace: self.trace,
+        }
+    }
+}
+
 fn asked() -> Option<Asked> {
     let mut asked = Asked {
         seeds: 100,
@@ -86,13 +98,6 @@ fn main() -> ExitCode {
         return ExitCode::from(2);
     };
     let (broken, done) = (AtomicU64::new(0), AtomicU64::new(0));
-    let options = |seed| Options {
-        seed,
-        partitions: asked.partitions,
-        operations: asked.operations,
-        fault: asked.fault,
-        trace: asked.trace,
-    };
     let tell = |ran: &Ran| {
         done.fetch_add(1, Ordering::SeqCst);
         if asked.each {
@@ -108,7 +113,7 @@ fn main() -> ExitCode {
         asked.seeds,
         asked.jobs,
         asked.all,
-        options,
+        |seed| asked.options(seed),
         &[],
         tell,
     );
@@ -120,25 +125,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn replay(asked: &Asked, seed: u64) -> String {
-    let mut command =
-        format!("cargo run --release --example simulate -- --seeds 1 --from {seed} --trace");
-    if asked.partitions {
-        command.push_str(" --partitions");
-    }
-    if asked.operations {
-        command.push_str(" --operations");
-    }
-    if let Some(fault) = asked.fault {
-        let name = serde_json::to_value(fault).unwrap();
-        command.push_str(&format!(" --break {}", name.as_str().unwrap()));
-    }
-    command
-}
-
 fn show(asked: &Asked, ran: &Ran) {
     let Some(broken) = &ran.broken else { return };
-    let replay = replay(asked, ran.seed);
+    let replay = asked.options(ran.seed).replay();
     match asked.json {
         true => println!(
             "{}",

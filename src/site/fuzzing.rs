@@ -15,7 +15,7 @@ use super::groups::{self, GroupRecord};
 use super::records::{
     Activation, EvidenceRecord, GuestRecord, PointRecord, Protection, StandbyRecord,
 };
-use super::{evacuate, events, limits, seed, turn, view};
+use super::{evacuate, events, limits, runs, seed, turn, view};
 use crate::activate::fence::{self, Term};
 use crate::guest::{Definition, embedded};
 use crate::runbook;
@@ -48,7 +48,7 @@ fn query<T: Serialize + DeserializeOwned>(bytes: &[u8]) {
 
 type Reader = fn(&[u8]);
 
-const BODIES: [Reader; 32] = [
+const BODIES: [Reader; 36] = [
     json::<api::Invite>,
     json::<api::Pair>,
     json::<api::AddGuest>,
@@ -82,9 +82,13 @@ const BODIES: [Reader; 32] = [
     told::<api::Events>,
     json::<api::TestGroup>,
     json::<api::MoveGroup>,
+    json::<api::StartScrub>,
+    json::<runs::api::Start>,
+    json::<runs::api::Say>,
+    json::<groups::GroupRollBack>,
 ];
 
-const ROWS: [Reader; 15] = [
+const ROWS: [Reader; 18] = [
     json::<PeerRecord>,
     json::<GuestRecord>,
     json::<GroupRecord>,
@@ -100,6 +104,13 @@ const ROWS: [Reader; 15] = [
     seed::announced::fuzzing,
     fence::fuzzing,
     runbook::record::fuzzing,
+    json::<runs::facts::RunFacts>,
+    |bytes| {
+        groups::fuzzing(bytes);
+    },
+    |bytes| {
+        limits::fuzzing(bytes);
+    },
 ];
 
 fn by_first(readers: &[Reader], bytes: &[u8]) {
@@ -120,10 +131,15 @@ pub(crate) fn rows(bytes: &[u8]) {
 }
 
 fn numbered(values: Vec<serde_json::Value>) -> Vec<Vec<u8>> {
-    let value = |(number, value): (usize, serde_json::Value)| {
-        [&[number as u8][..], value.to_string().as_bytes()].concat()
+    later(0, values)
+}
+
+/// For the readers from that number on.
+fn later(first: u8, values: Vec<serde_json::Value>) -> Vec<Vec<u8>> {
+    let value = |(number, value): (u8, serde_json::Value)| {
+        [&[number][..], value.to_string().as_bytes()].concat()
     };
-    values.into_iter().enumerate().map(value).collect()
+    (first..).zip(values).map(value).collect()
 }
 
 pub(crate) fn body_seeds() -> Vec<Vec<u8>> {
@@ -158,11 +174,28 @@ pub(crate) fn body_seeds() -> Vec<Vec<u8>> {
         json!({"kind": "kvm", "ram": "1GiB", "disk": "64MiB", "vcpus": 2, "seed": 7}),
     ])
     .into_iter()
+    .chain(later(
+        32,
+        vec![
+            json!({"peer": "west", "rate": "20mbit"}),
+            json!({"runbook": "[[steps]]", "mode": "planned", "point": 7, "by": "ada"}),
+            json!({"by": "ada", "step": "go", "refuse": true, "why": "not now"}),
+            json!({"cut": 1796025713429_u64, "accept_loss": true}),
+        ],
+    ))
     .chain([
         [&[23][..], b"after=3&limit=10&wait_s=5"].concat(),
         [&[3][..], b"to=west"].concat(),
     ])
     .collect()
+}
+
+fn term_of(group: GuestId, owner: SiteKey) -> Term {
+    Term {
+        group,
+        number: 3,
+        owner,
+    }
 }
 
 pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
@@ -175,11 +208,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         disks: Vec::new(),
         config: vec![1, 2],
     });
-    let term = Term {
-        group: guest,
-        number: 3,
-        owner: key,
-    };
+    let term = term_of(guest, key);
     let record = GuestRecord {
         id: guest,
         name: "web".to_owned(),
@@ -232,6 +261,15 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         ]
         .concat(),
     );
+    let number = term_of(guest, key);
+    seeds.extend(later(
+        15,
+        vec![
+            json!({"quick": true, "guests": {"web": {"point": 7, "term": number}}}),
+            json!({"group": guest, "members": [{"guest": guest, "point": 7, "term": number}]}),
+            json!({"site": "20mbit", "guests": {"web": {"bandwidth": "1mbit", "priority": 100}}}),
+        ],
+    ));
     seeds
 }
 
@@ -255,11 +293,21 @@ mod tests {
         read::<evacuate::Order>(&bodies, 25);
         read::<limits::SetLimit>(&bodies, 26);
         read::<StartGuest>(&bodies, 27);
+        // And before the two queries that they end with.
+        let last = bodies.len() - 6;
+        read::<api::StartScrub>(&bodies, last);
+        read::<runs::api::Start>(&bodies, last + 1);
+        read::<runs::api::Say>(&bodies, last + 2);
+        read::<groups::GroupRollBack>(&bodies, last + 3);
         let rows = row_seeds();
         read::<PeerRecord>(&rows, 0);
         read::<GuestRecord>(&rows, 1);
         read::<GroupRecord>(&rows, 2);
         read::<Protection>(&rows, 3);
         read::<PointRecord>(&rows, 4);
+        let last = rows.len() - 3;
+        read::<runs::facts::RunFacts>(&rows, last);
+        assert!(groups::fuzzing(&rows[last + 1][1..]));
+        assert!(limits::fuzzing(&rows[last + 2][1..]));
     }
 }

@@ -102,6 +102,12 @@ pub struct NamedMember {
     pub terms: Member,
 }
 
+/// What is written down of a hand-over, as a fuzz target. True: it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(in crate::site) fn fuzzing(bytes: &[u8]) -> bool {
+    handed::fuzzing(bytes)
+}
+
 impl GroupRecord {
     /// Its members by waves: those of one wave start together, after those before.
     pub fn waves(&self) -> Vec<Vec<(&str, &GroupMember)>> {

@@ -32,13 +32,10 @@ fn options(seed: u64) -> Options {
 fn sound(first: u64, count: u64, options: impl Fn(u64) -> Options + Sync) -> Counts {
     let broken = Mutex::new(Vec::new());
     let jobs = std::thread::available_parallelism().map_or(1, usize::from);
-    let counts = children::run_all(first, count, jobs, false, options, &CHILD, |ran: &Ran| {
+    let counts = children::run_all(first, count, jobs, false, &options, &CHILD, |ran: &Ran| {
         if let Some(why) = &ran.broken {
-            let replay = "cargo run --release --example simulate -- --seeds 1 --trace --from";
-            broken
-                .lock()
-                .unwrap()
-                .push(format!("{why:?}; {replay} {}", ran.seed));
+            let replay = options(ran.seed).replay();
+            broken.lock().unwrap().push(format!("{why:?}; {replay}"));
         }
     });
     assert_eq!(broken.into_inner().unwrap(), Vec::<String>::new());
@@ -84,6 +81,10 @@ fn a_seed_that_broke_a_promise_keeps_it() {
     for seed in [1678, 7816] {
         sound(seed, 1, options);
     }
+    sound(246, 1, |seed| Options {
+        operations: true,
+        ..options(seed)
+    });
 }
 
 #[test]

@@ -49,6 +49,20 @@ struct HandOver {
     ran: bool,
 }
 
+/// What is written down of a hand-over, as a fuzz target. True: it is one.
+#[cfg(any(test, feature = "fuzzing"))]
+pub(super) fn fuzzing(bytes: &[u8]) -> bool {
+    let Ok(read) = serde_json::from_slice::<HandOver>(bytes) else {
+        return false;
+    };
+    let written = serde_json::to_vec(&read).expect("plain data");
+    assert_eq!(
+        serde_json::from_slice::<HandOver>(&written).ok(),
+        Some(read)
+    );
+    true
+}
+
 impl Site {
     /// The term under which a guest was handed over with its group, when its
     /// source must hear that it is here: it is about to run, or it ended and

@@ -58,6 +58,27 @@ pub struct Options {
     pub trace: bool,
 }
 
+impl Options {
+    /// The command that runs this again, and tells what happens.
+    pub fn replay(&self) -> String {
+        let mut command = format!(
+            "cargo run --release --example simulate -- --seeds 1 --from {} --trace",
+            self.seed
+        );
+        if self.partitions {
+            command.push_str(" --partitions");
+        }
+        if self.operations {
+            command.push_str(" --operations");
+        }
+        if let Some(fault) = self.fault {
+            let name = serde_json::to_value(fault).unwrap();
+            command.push_str(&format!(" --break {}", name.as_str().unwrap()));
+        }
+        command
+    }
+}
+
 /// A promise that did not hold.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Broken {

@@ -103,41 +103,16 @@ pub fn run(seed: u64, all: &mut Rows) -> Result<(), String> {
         }
     }
     drop(catalogue);
-    // Every call fails once, while it is opened, written and flushed.
-    for nth in 1.. {
-        let disk = disk.copy();
-        disk.fail(nth, Fault::Io);
-        let after = vec![("guest1".to_string(), Some(7))];
-        let mut last = None;
-        let wrote = open(&disk, &lost(nth)).and_then(|(catalogue, _)| {
-            let row = catalogue.put(Table::Guests, "guest1", &7_u64);
-            let flush = row.and_then(|()| catalogue.flush());
-            last = flush.as_ref().err().map(ToString::to_string);
-            flush.map_err(|error| error.to_string())
-        });
-        if let Err(error) = &wrote
-            && !error.contains("/")
-        {
-            return Err(format!(
-                "seed {seed}: the error does not say where: {error}"
-            ));
-        }
-        let hit = disk.heal();
-        let mut expected = flushed.clone();
-        if wrote.is_ok() {
-            expected.insert("guest1".into(), 7);
-        }
-        for disk in [disk.power_cut(nth, 0.5), disk.power_cut(nth, 0.0), disk] {
-            let (again, _) = open(&disk, &home.join("again"))?;
-            holds(&rows(&again)?, &expected, &after)
-                .map_err(|why| format!("seed {seed}, {hit:?}: {why}"))?;
-            drop(again);
-            let _ = std::fs::remove_dir_all(home.join("again"));
-        }
-        let _ = std::fs::remove_dir_all(lost(nth));
-        match hit {
-            Some(_) => all.faults += 1,
-            None => break,
+    // Every call fails once, in each way that it can, while it is opened, written and
+    // flushed.
+    let mut calls = 0;
+    while fails(seed, &disk, home, &flushed, (calls + 1, Fault::Io))? {
+        calls += 1;
+    }
+    all.faults += calls;
+    for fault in [Fault::Full, Fault::Short] {
+        for nth in 1..=calls {
+            all.faults += u64::from(fails(seed, &disk, home, &flushed, (nth, fault))?);
         }
     }
     // A bit flips: the rows are as they were, or opening says so.
@@ -177,6 +152,47 @@ pub fn run(seed: u64, all: &mut Rows) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// A row is put while that call fails; what was flushed stays. True: there was such a
+/// call, and it can fail so.
+fn fails(
+    seed: u64,
+    disk: &SimulatedDisk,
+    home: &Path,
+    flushed: &Table1,
+    (nth, fault): (u64, Fault),
+) -> Result<bool, String> {
+    let (lost, again) = (home.join("lost"), home.join("again"));
+    let disk = disk.copy();
+    disk.fail(nth, fault);
+    let after = vec![("guest1".to_string(), Some(7))];
+    let wrote = open(&disk, &lost).and_then(|(catalogue, _)| {
+        let row = catalogue.put(Table::Guests, "guest1", &7_u64);
+        let flush = row.and_then(|()| catalogue.flush());
+        flush.map_err(|error| error.to_string())
+    });
+    let _ = std::fs::remove_dir_all(&lost);
+    if let Err(error) = &wrote
+        && !error.contains("/")
+    {
+        return Err(format!(
+            "seed {seed}: the error does not say where: {error}"
+        ));
+    }
+    let hit = disk.heal();
+    let mut expected = flushed.clone();
+    if wrote.is_ok() {
+        expected.insert("guest1".into(), 7);
+    }
+    for disk in [disk.power_cut(nth, 0.5), disk.power_cut(nth, 0.0), disk] {
+        let (catalogue, _) = open(&disk, &again)?;
+        holds(&rows(&catalogue)?, &expected, &after)
+            .map_err(|why| format!("seed {seed}, {hit:?}: {why}"))?;
+        drop(catalogue);
+        let _ = std::fs::remove_dir_all(&again);
+    }
+    Ok(hit.is_some())
 }
 
 fn copy(from: &Path, to: &Path) -> Result<(), String> {
