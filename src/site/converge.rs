@@ -393,7 +393,7 @@ mod tests {
         (facts.fixed, facts.throttle) = (Duration::from_secs(2), 0);
         let told = too_long(&policy, &facts);
         assert!(
-            told.contains("alone takes long") && told.contains("6.0 s"),
+            told.contains("alone takes 2.00 s") && told.contains("6.0 s"),
             "{told}"
         );
         assert_eq!(slowed(0), "");
