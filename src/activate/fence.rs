@@ -119,6 +119,9 @@ impl Fence {
             }
         };
         crate::site::files::private_directory(directory).map_err(failed("made"))?;
+        // What is read may be there, and not durable: whoever wrote it may have ended
+        // right then. From here on it counts as known.
+        crate::site::files::sync_directory(directory).map_err(failed("made durable"))?;
         let mut terms = BTreeMap::new();
         for entry in fs::read_dir(directory).map_err(failed("read"))? {
             let path = entry.map_err(failed("read"))?.path();

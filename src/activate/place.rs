@@ -23,7 +23,7 @@ use crate::guest::embedded::{self, SharedVmm};
 use crate::guest::qemu::peer::bytes_free;
 use crate::site::ActivateError;
 use crate::site::exists;
-use crate::site::files::private_directory;
+use crate::site::files::{private_directory, sync_directory};
 
 /// How often the copying of disks is looked at.
 const WATCH: Duration = Duration::from_millis(500);
@@ -81,6 +81,11 @@ impl Ready {
         set_aside(&ground.run).map_err(file(&ground.run))?;
         private_directory(&ground.run).map_err(file(&ground.run))?;
         let built = build(ground, replica, definition);
+        // Its disks' names, before it writes to them.
+        let built = built.and_then(|built| {
+            sync_directory(&ground.run).map_err(file(&ground.run))?;
+            Ok(built)
+        });
         if built.is_err() {
             let _ = std::fs::remove_dir_all(&ground.run);
         }

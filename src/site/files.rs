@@ -26,15 +26,18 @@ pub fn private_directory(path: &Path) -> io::Result<()> {
             _ => {}
         }
         if let Some(parent) = level.parent() {
-            synced(parent)?;
+            sync_directory(parent)?;
         }
     }
     // What is there and is no directory is told as that.
     DirBuilder::new().recursive(true).mode(0o700).create(path)
 }
 
-/// A directory's names are durable.
-fn synced(directory: &Path) -> io::Result<()> {
+/// What a directory names is durable, and what it does not name any more is gone.
+///
+/// # Errors
+/// When it cannot be synced; one that is not ours to write is let pass.
+pub fn sync_directory(directory: &Path) -> io::Result<()> {
     let directory = match directory.as_os_str().is_empty() {
         true => Path::new("."),
         false => directory,
@@ -86,18 +89,22 @@ pub fn digest_key(path: &Path) -> DigestKey {
 /// Replaces a small file: synced, renamed, directory synced.
 ///
 /// # Errors
-/// As of each of those steps; the old file is whole then.
+/// As of each of those steps; the old file is whole then, or where only the last one
+/// failed the new one, which may be lost with the power.
 pub fn replace(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let directory = path.parent().unwrap_or(Path::new("."));
-    let temporary = path.with_extension("new");
+    // Of the whole name: two files that differ in their extensions have each their own.
+    let mut temporary = path.as_os_str().to_owned();
+    temporary.push(".new");
+    let temporary = Path::new(&temporary);
     let mut file = OpenOptions::new()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&temporary)?;
+        .open(temporary)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    fs::rename(&temporary, path)?;
+    fs::rename(temporary, path)?;
     File::open(directory)?.sync_all()
 }

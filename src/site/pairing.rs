@@ -148,9 +148,10 @@ impl Site {
             )));
         }
         drop(drivers);
+        self.drop_peer_note(&remote.record.key)
+            .map_err(|error| failed(format!("the note of '{name}' cannot be removed: {error}")))?;
         self.catalogue.remove(Table::Peers, name).map_err(failed)?;
         self.catalogue.flush().map_err(failed)?;
-        self.drop_peer_note(&remote.record.key);
         self.node.revoke(remote.record.key);
         self.removed
             .lock()

@@ -42,9 +42,16 @@ impl Site {
         }
     }
 
-    /// The pairing has ended.
-    pub(super) fn drop_peer_note(&self, key: &SiteKey) {
-        let _ = fs::remove_file(self.peer_note(key));
+    /// Before a pairing is taken out of the catalogue: a note that stays would bring it
+    /// back.
+    ///
+    /// # Errors
+    /// When the note may still be there.
+    pub(super) fn drop_peer_note(&self, key: &SiteKey) -> std::io::Result<()> {
+        match fs::remove_file(self.peer_note(key)) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(error),
+            _ => files::sync_directory(&self.config.store_dir()),
+        }
     }
 
     /// Paired sites that only their notes know of; they are put into the catalogue.
@@ -153,7 +160,10 @@ pub(super) fn note_activation(activation: &Activation) {
 pub(super) fn drop_activation_notes(site: &Arc<Site>, guest: GuestId) {
     let directory = site.config.run_dir().join(guest.to_string());
     for term in fs::read_dir(directory).into_iter().flatten().flatten() {
-        let _ = fs::remove_file(term.path().join(ACTIVATION));
+        // A note that comes back would tell of a guest that is gone.
+        if fs::remove_file(term.path().join(ACTIVATION)).is_ok() {
+            let _ = files::sync_directory(&term.path());
+        }
     }
 }
 

@@ -204,3 +204,42 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     east.shutdown().await;
     west.shutdown().await;
 }
+
+/// As after a hand-over in which one did not start, and what an operator did since.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_was_turned_round_is_not_started_from_its_hand_over_again() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
+    east.move_group("bank", true).await.unwrap();
+    done(&west.commit_group("bank", false).await.unwrap());
+    done(&west.reprotect_group("bank", None).await.unwrap());
+    let written = bank.stage.dir.path().join("west").join("hand-overs");
+    let note = std::fs::read_dir(&written)
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap();
+    let read = || {
+        let text = std::fs::read(note.path()).unwrap();
+        serde_json::from_slice::<serde_json::Value>(&text).unwrap()
+    };
+    let mut told = read();
+    assert_eq!(told["ran"], true);
+
+    let Bank { stage, .. } = bank;
+    let Stage { dir, at_west, .. } = stage;
+    west.shutdown().await;
+    drop((west, stage.west));
+    at_west.built.lock().unwrap().clear();
+    told["ran"] = false.into();
+    told.as_object_mut().unwrap().remove("started");
+    std::fs::write(note.path(), told.to_string()).unwrap();
+    let west = site_again(dir.path(), "west", builders(&at_west)).await;
+    finally("nothing is left to start", || {
+        (read()["ran"] == true).then_some(())
+    })
+    .await;
+    assert!(running(&at_west).is_empty(), "west's own guest runs twice");
+    east.shutdown().await;
+    west.shutdown().await;
+}

@@ -47,6 +47,9 @@ struct HandOver {
     /// All of them ran.
     #[serde(default)]
     ran: bool,
+    /// Those that ran, where others did not: they are not started from it again.
+    #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
+    started: BTreeSet<GuestId>,
 }
 
 /// What is written down of a hand-over, as a fuzz target. True: it is one.
@@ -168,6 +171,7 @@ impl Site {
             group,
             members: standbys.iter().map(|(handed, _)| *handed).collect(),
             ran: false,
+            started: BTreeSet::new(),
         };
         let site = self.clone();
         step(move || site.write_and_adopt(written)).await?
@@ -222,16 +226,18 @@ impl Site {
         known.extend(before.map(|before| (group, before)));
     }
 
-    /// All guests of a hand-over ran: whoever ends from here on is not started
-    /// by itself.
-    async fn all_ran(self: &Arc<Self>, group: GuestId) {
+    /// These guests of a hand-over ran: whoever ends from here on is not started by
+    /// itself.
+    async fn have_run(self: &Arc<Self>, group: GuestId, guests: Vec<GuestId>) {
         let ran = {
             let known = self.policies.handed.known.lock();
             let mut known = known.unwrap_or_else(PoisonError::into_inner);
             let Some(hand_over) = known.get_mut(&group) else {
                 return;
             };
-            hand_over.ran = true;
+            hand_over.started.extend(guests);
+            let started = &hand_over.started;
+            hand_over.ran = hand_over.members.iter().all(|m| started.contains(&m.guest));
             hand_over.clone()
         };
         let site = self.clone();
@@ -295,9 +301,9 @@ impl Site {
             ),
         };
         let started = waves.start(self, starting).await;
-        if started.iter().all(|started| started.ran.is_ok()) {
-            self.all_ran(group.id).await;
-        }
+        let ran = started.iter().filter(|started| started.ran.is_ok());
+        let ran = ran.map(|started| started.member.guest).collect();
+        self.have_run(group.id, ran).await;
         started
             .into_iter()
             .map(|started| {
@@ -350,20 +356,27 @@ impl Site {
     }
 
     async fn start_left(self: &Arc<Self>, written: HandOver) -> Result<(), OperateError> {
-        let mut left = Vec::new();
+        let (mut left, mut ran) = (Vec::new(), Vec::new());
         for handed in written.members {
+            if written.started.contains(&handed.guest) {
+                continue;
+            }
             let standby = {
                 let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
                 standbys.get(&handed.guest).cloned()
             };
             let Some(standby) = standby else { continue };
-            if !self.runs_under(&handed) {
+            // One that was protected the other way round since is this site's own guest:
+            // what runs of it here, or ended, is no matter of the hand-over.
+            if standby.is_turned() || self.runs_under(&handed) {
+                ran.push(handed.guest);
+            } else {
                 left.push((handed, standby));
             }
         }
         let group = written.group;
+        self.have_run(group, ran).await;
         if left.is_empty() {
-            self.all_ran(group).await;
             return Ok(());
         }
         let groups = self.groups();

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Arc;
 
-use super::super::files::private_directory;
+use super::super::files::{private_directory, sync_directory};
 use super::super::hosted::lock;
 use super::super::operate::{OperateError, failed};
 use super::super::view::bytes;
@@ -156,6 +156,7 @@ impl Site {
         let text = serde_json::to_vec_pretty(&manifest).map_err(failed)?;
         create(&target.join("manifest.json"))
             .and_then(|mut out| out.write_all(&text).and_then(|()| out.sync_all()))
+            .and_then(|()| sync_directory(&target))
             .map_err(failed)?;
         Ok(manifest)
     }
