@@ -71,6 +71,24 @@ impl Standby {
                 }
                 return Ok(());
             }
+            // A rollback of which it is not known how it ended: it is asked for on, and
+            // the stopped copy here is the newest there is until then.
+            (Some(ready), true)
+                if activation.returning.is_some()
+                    && activation.returning == site.fence.current(self.guest) =>
+            {
+                let stopped = step(move || ready.stop().map(|()| ready)).await;
+                return match stopped.and_then(|done| done) {
+                    Ok(ready) => {
+                        state.active = Some((activation, Arc::new(ready)));
+                        Ok(())
+                    }
+                    Err(error) => {
+                        state.unwatched = Some(activation);
+                        Err(error)
+                    }
+                };
+            }
             // A newer term was heard, and this daemon ended before it had obeyed.
             (Some(ready), true) => {
                 if let Err(error) = step(move || ready.stop()).await.and_then(|done| done) {

@@ -257,3 +257,45 @@ fn a_move_of_a_guest_that_changes_faster_than_the_link_throttles_it() {
     let console = runs_at(&pair.west, "web");
     whole(&console);
 }
+
+/// What is stopped here for a rollback is the newest there is until the source has
+/// answered, and the next daemon asks on.
+#[test]
+fn a_rollback_in_doubt_outlives_the_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    // Time for a kill between the order to go back and its answer.
+    let mut pair = Pair::start("200mbit,2s", "", "");
+    protect(&pair, "web", &guest);
+    pair.east.cli(&["move", "web", "--accept-pause"]).good();
+    phase(&pair.east, "web", Phase::Moved);
+    let console = runs_at(&pair.west, "web");
+    std::thread::scope(|scope| {
+        let told = scope.spawn(|| pair.west.cli(&["rollback", "web"]));
+        pair.west.until("on its way back", PATIENCE, |view| {
+            let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
+            standby.active?.going_back.then_some(())
+        });
+        kill(pair.west.pid());
+        assert!(!told.join().unwrap().ok);
+    });
+    pair.west.kill();
+    pair.west.start();
+    let active = pair.west.target("web").active;
+    assert!(
+        active.is_some_and(|active| active.going_back),
+        "{}",
+        pair.west.log()
+    );
+    let stood = console.last_beat().unwrap().number;
+    phase(&pair.east, "web", Phase::Protected);
+    assert!(beats(&guest.console));
+    pair.west.until("all of it gone", PATIENCE, |view| {
+        let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
+        standby.active.is_none().then_some(())
+    });
+    assert_eq!(console.last_beat().map_or(stood, |beat| beat.number), stood);
+    whole(&guest.console);
+}
