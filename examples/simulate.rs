@@ -24,29 +24,24 @@ mod run;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use run::{Counts, Fault, Options, Ran, children};
+use run::{Counts, Options, Ran, children};
 
 struct Asked {
     seeds: u64,
     from: u64,
     jobs: usize,
-    partitions: bool,
-    operations: bool,
-    fault: Option<Fault>,
     all: bool,
     each: bool,
-    trace: bool,
     json: bool,
+    /// Of every run, but for its seed.
+    of_all: Options,
 }
 
 impl Asked {
     fn options(&self, seed: u64) -> Options {
         Options {
             seed,
-            partitions: self.partitions,
-            operations: self.operations,
-            fault: self.fault,
-            trace: self.trace,
+            ..self.of_all
         }
     }
 }
@@ -56,13 +51,16 @@ fn asked() -> Option<Asked> {
         seeds: 100,
         from: 1,
         jobs: std::thread::available_parallelism().map_or(1, usize::from),
-        partitions: false,
-        operations: false,
-        fault: None,
         all: false,
         each: false,
-        trace: false,
         json: false,
+        of_all: Options {
+            seed: 0,
+            partitions: false,
+            operations: false,
+            fault: None,
+            trace: false,
+        },
     };
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
@@ -70,15 +68,15 @@ fn asked() -> Option<Asked> {
             "--seeds" => asked.seeds = arguments.next()?.parse().ok()?,
             "--from" => asked.from = arguments.next()?.parse().ok()?,
             "--jobs" => asked.jobs = arguments.next()?.parse().ok().filter(|jobs| *jobs > 0)?,
-            "--partitions" => asked.partitions = true,
-            "--operations" => asked.operations = true,
+            "--partitions" => asked.of_all.partitions = true,
+            "--operations" => asked.of_all.operations = true,
             "--break" => {
                 let name = serde_json::Value::String(arguments.next()?);
-                asked.fault = Some(serde_json::from_value(name).ok()?);
+                asked.of_all.fault = Some(serde_json::from_value(name).ok()?);
             }
             "--all" => asked.all = true,
             "--each" => asked.each = true,
-            "--trace" => asked.trace = true,
+            "--trace" => asked.of_all.trace = true,
             "--json" => asked.json = true,
             _ => return None,
         }
@@ -147,7 +145,8 @@ fn total(asked: &Asked, done: u64, broken: u64, sum: &Counts) {
         println!(
             "{}",
             serde_json::json!({ "seeds": done, "from": asked.from,
-                "partitions": asked.partitions, "operations": asked.operations, "violations": broken, "counts": counts })
+                "partitions": asked.of_all.partitions, "operations": asked.of_all.operations,
+                "violations": broken, "counts": counts })
         );
         return;
     }

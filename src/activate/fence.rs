@@ -250,13 +250,10 @@ impl Fence {
             .iter()
             .map(|group| raised(&terms, *group, owner, OVERRULES))
             .collect::<Result<_, _>>()?;
-        // One file, replaced as a whole: from here on all of them hold.
-        self.write_file(&self.directory.join(TOGETHER), &raised)?;
+        self.write_together(&raised)?;
         terms.extend(raised.iter().map(|term| (term.group, *term)));
         drop(terms);
-        if let Err(error) = self.finish_together() {
-            tracing::warn!(%error, "terms taken together are not in files of their own yet");
-        }
+        self.try_to_finish_together();
         Ok(raised)
     }
 
@@ -285,13 +282,33 @@ impl Fence {
                 });
             }
         }
-        self.write_file(&self.directory.join(TOGETHER), &handed)?;
+        self.write_together(handed)?;
         terms.extend(handed.iter().map(|term| (term.group, *term)));
         drop(terms);
+        self.try_to_finish_together();
+        Ok(())
+    }
+
+    /// All of these hold once this returns.
+    fn write_together(&self, terms: &[Term]) -> Result<(), FenceError> {
+        match terms {
+            [] => return Ok(()),
+            [term] => return self.write(*term),
+            _ => {}
+        }
+        // One file, replaced as a whole.
+        let path = self.directory.join(TOGETHER);
+        self.write_file(&path, &terms).inspect_err(|_| {
+            // It may have its name, and not for good: whoever is told that none of
+            // these is in force must not find them in force later.
+            let _ = fs::remove_file(&path);
+        })
+    }
+
+    fn try_to_finish_together(&self) {
         if let Err(error) = self.finish_together() {
             tracing::warn!(%error, "terms taken together are not in files of their own yet");
         }
-        Ok(())
     }
 
     /// Terms that were taken together go into files of their own.

@@ -173,7 +173,7 @@ impl Rendezvous {
             return Err(why.clone());
         }
         // Those of one try are all there before one of the next comes.
-        let before = *come(&mut state) / self.members * self.members;
+        let before = state.tries * self.members;
         *come(&mut state) += 1;
         self.turned.ring();
         let all = self.members;

@@ -128,7 +128,7 @@ pub(super) async fn converge(
                 }
                 let note = match within {
                     true => slowed(throttled),
-                    false => too_long(&policy, &facts),
+                    false => too_long(&policy, &facts, convoy.is_some()),
                 };
                 if !within {
                     tracing::warn!(guest = %driver.record.name, "{note}");
@@ -141,7 +141,11 @@ pub(super) async fn converge(
                 });
             }
             MoveStep::TooLong { .. } => {
-                return Err(DriveError::TooLong(too_long(&policy, &facts)));
+                return Err(DriveError::TooLong(too_long(
+                    &policy,
+                    &facts,
+                    convoy.is_some(),
+                )));
             }
             MoveStep::Throttle { percent } => {
                 hold_back(driver, attached, percent).await?;
@@ -265,15 +269,19 @@ fn slowed(percent: u8) -> String {
 }
 
 /// What to tell before a last cut that takes longer than the policy wants.
-fn too_long(policy: &Policy, facts: &MoveFacts) -> String {
+fn too_long(policy: &Policy, facts: &MoveFacts, in_group: bool) -> String {
     let throttled = match facts.throttle {
         0 => String::new(),
         percent => format!(" (throttled by {percent} %)"),
     };
     let why = match facts.fixed >= policy.max_blackout.duration() {
         true => format!(
-            "the hand-over alone takes {:.2} s (of a group: with the guests that start before)",
-            facts.fixed.as_secs_f64()
+            "the hand-over alone takes {:.2} s{}",
+            facts.fixed.as_secs_f64(),
+            match in_group {
+                true => ", with the guests of its group that start before",
+                false => "",
+            }
         ),
         false => format!(
             "the guest{throttled} changes {}/s, and the link carries {}/s",
@@ -379,7 +387,7 @@ mod tests {
             overhead: HAND_OVER,
             throttle: 80,
         };
-        let told = too_long(&policy, &facts);
+        let told = too_long(&policy, &facts, false);
         for words in [
             "throttled by 80 %",
             "3.0 MB/s",
@@ -391,9 +399,14 @@ mod tests {
             assert!(told.contains(words), "no '{words}' in: {told}");
         }
         (facts.fixed, facts.throttle) = (Duration::from_secs(2), 0);
-        let told = too_long(&policy, &facts);
+        let told = too_long(&policy, &facts, false);
         assert!(
-            told.contains("alone takes 2.00 s") && told.contains("6.0 s"),
+            told.contains("alone takes 2.00 s: ") && told.contains("6.0 s"),
+            "{told}"
+        );
+        let told = too_long(&policy, &facts, true);
+        assert!(
+            told.contains("alone takes 2.00 s, with the guests of its group"),
             "{told}"
         );
         assert_eq!(slowed(0), "");

@@ -20,17 +20,14 @@ pub fn private_directory(path: &Path) -> io::Result<()> {
     // not have been itself, if whoever made it ended right then.
     for level in levels.into_iter().rev() {
         match DirBuilder::new().mode(0o700).create(level) {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists && !level.is_dir() => {
-                return Err(error);
-            }
+            Err(error) if !level.is_dir() => return Err(error),
             _ => {}
         }
         if let Some(parent) = level.parent() {
             sync_directory(parent)?;
         }
     }
-    // What is there and is no directory is told as that.
-    DirBuilder::new().recursive(true).mode(0o700).create(path)
+    Ok(())
 }
 
 /// What a directory names is durable, and what it does not name any more is gone.

@@ -105,12 +105,8 @@ const ROWS: [Reader; 18] = [
     fence::fuzzing,
     runbook::record::fuzzing,
     json::<runs::facts::RunFacts>,
-    |bytes| {
-        groups::fuzzing(bytes);
-    },
-    |bytes| {
-        limits::fuzzing(bytes);
-    },
+    json::<groups::handed::HandOver>,
+    json::<limits::Set>,
 ];
 
 fn by_first(readers: &[Reader], bytes: &[u8]) {
@@ -307,7 +303,7 @@ mod tests {
         read::<PointRecord>(&rows, 4);
         let last = rows.len() - 3;
         read::<runs::facts::RunFacts>(&rows, last);
-        assert!(groups::fuzzing(&rows[last + 1][1..]));
-        assert!(limits::fuzzing(&rows[last + 2][1..]));
+        read::<groups::handed::HandOver>(&rows, last + 1);
+        read::<limits::Set>(&rows, last + 2);
     }
 }

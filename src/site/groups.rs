@@ -37,7 +37,7 @@ mod cuts;
 mod drive;
 mod failover;
 mod force;
-mod handed;
+pub(super) mod handed;
 mod moving;
 mod named;
 mod party;
@@ -100,12 +100,6 @@ pub struct NamedMember {
     pub wave: usize,
     /// When it starts, how to tell that it is healthy, its networks at the peer.
     pub terms: Member,
-}
-
-/// What is written down of a hand-over, as a fuzz target. True: it is one.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(in crate::site) fn fuzzing(bytes: &[u8]) -> bool {
-    handed::fuzzing(bytes)
 }
 
 impl GroupRecord {

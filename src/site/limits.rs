@@ -55,22 +55,11 @@ pub struct ZoneError {
 /// What operators set; kept as JSON in the site's directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-struct Set {
+pub(super) struct Set {
     /// Of all guests together.
     site: Option<RateLimit>,
     /// Of single guests.
     guests: BTreeMap<String, LinkTerms>,
-}
-
-/// What operators set, as a fuzz target. True: it is that.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(in crate::site) fn fuzzing(bytes: &[u8]) -> bool {
-    let Ok(read) = serde_json::from_slice::<Set>(bytes) else {
-        return false;
-    };
-    let written = serde_json::to_vec(&read).expect("plain data");
-    assert_eq!(serde_json::from_slice::<Set>(&written).ok(), Some(read));
-    true
 }
 
 /// What the configuration says.

@@ -181,6 +181,15 @@ impl Site {
                 source,
             })?;
         }
+        // Whoever writes in them later may be in a hurry.
+        for directory in [groups::handed::HAND_OVERS, rebuild::own::OWN_NOTES] {
+            let path = state.join(directory);
+            files::private_directory(&path).map_err(|source| SiteError::Directory {
+                path,
+                key: "site.state_dir",
+                source,
+            })?;
+        }
         start::clear_left_memory(&config.ram_dir());
         let identity = Identity::load_or_create(&state.join("identity"), &config.site.name)?;
         let tracking_key = files::digest_key(&state.join("identity").join("digest-key"));

@@ -19,7 +19,7 @@ use super::{Site, files, hex};
 use crate::activate::fence::Term;
 use crate::replicate::message::{CommitTerms, Opening, PointContext};
 
-mod own;
+pub(super) mod own;
 
 /// No note is longer.
 const LONGEST_NOTE: u64 = 1 << 20;

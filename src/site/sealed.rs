@@ -23,6 +23,9 @@ pub(super) struct SealedTimes {
 impl SealedTimes {
     /// Reads what is there; what cannot be read is not known.
     pub(super) fn open(directory: &Path) -> Self {
+        if let Err(error) = super::files::private_directory(directory) {
+            tracing::warn!(path = %directory.display(), %error, "times of points are not kept over a restart");
+        }
         let mut times = BTreeMap::new();
         for entry in fs::read_dir(directory).into_iter().flatten().flatten() {
             let guest = entry.file_name().to_str().and_then(|n| n.parse().ok());
@@ -61,7 +64,6 @@ impl SealedTimes {
     pub(super) fn note_durably(&self, guest: GuestId, at: SystemTime) -> io::Result<()> {
         let mut times = self.times.write().unwrap_or_else(PoisonError::into_inner);
         times.insert(guest, at);
-        super::files::private_directory(&self.directory)?;
         let since = at.duration_since(SystemTime::UNIX_EPOCH);
         let text = format!("{}\n", since.unwrap_or_default().as_millis());
         super::files::replace(&self.directory.join(guest.to_string()), text.as_bytes())
@@ -80,15 +82,7 @@ impl SealedTimes {
             .unwrap_or_default();
         let path = self.directory.join(guest.to_string());
         let fresh = path.with_extension("new");
-        let text = format!("{}\n", since.as_millis());
-        let written = fs::write(&fresh, &text).or_else(|error| match error.kind() {
-            io::ErrorKind::NotFound => {
-                super::files::private_directory(&self.directory)?;
-                fs::write(&fresh, &text)
-            }
-            _ => Err(error),
-        });
-        written?;
+        fs::write(&fresh, format!("{}\n", since.as_millis()))?;
         fs::rename(fresh, path)
     }
 }

@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::disk::{Disk, OpenFile, SystemDisk};
-use crate::files::{FileError, LockError, lock, make_dir, sync_dir};
+use crate::files::{FileError, LockError, lock, make_dir, put_whole, read_front, sync_dir};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 use journal::Journal;
 pub use table::Table;
@@ -198,24 +198,18 @@ impl Catalogue {
         let had_sled = sled_dir.exists();
         let mut doubtful = false;
         let mut salvaged = Rows::new();
-        let (mut journal, journalled) = match Journal::open(disk.clone(), &journal_path) {
-            Ok((journal, rows, tail)) => {
-                report.torn_bytes = tail.bytes;
-                doubtful = tail.doubtful;
-                (journal, Some(rows).filter(|_| had_journal))
+        let mut journalled = None;
+        if had_journal {
+            match Journal::open(disk.clone(), &journal_path) {
+                Ok((journal, rows, tail)) => {
+                    report.torn_bytes = tail.bytes;
+                    doubtful = tail.doubtful;
+                    journalled = Some((journal, rows));
+                }
+                Err(journal::OpenError::File(error)) => return Err(error.into()),
+                Err(journal::OpenError::Damaged(rows)) => salvaged = rows,
             }
-            Err(journal::OpenError::File(error)) => return Err(error.into()),
-            Err(journal::OpenError::Damaged(rows)) => {
-                report.set_aside.push(set_aside(&*disk, &journal_path)?);
-                salvaged = rows;
-                (
-                    Journal::open(disk, &journal_path)
-                        .map_err(journal::OpenError::file)?
-                        .0,
-                    None,
-                )
-            }
-        };
+        }
         let (database, mut stored) = match open_sled(sled_dir) {
             Ok(opened) => opened,
             Err(error) if journalled.is_none() && salvaged.is_empty() => return Err(error),
@@ -232,31 +226,42 @@ impl Catalogue {
             report.rebuilt = true;
             stored = salvaged;
         }
-        match journalled {
+        let journal = match journalled {
             // sled is flushed after the journal is: what it has more than a
             // journal whose end is damaged was flushed, or is no harm. What it
             // lacks counts for nothing: it is trusted less.
-            Some(mut rows) if doubtful && had_sled && !report.rebuilt => {
+            Some((mut journal, mut rows)) if doubtful => {
                 let before = rows.len();
-                let newer = stored
-                    .iter()
-                    .filter(|(key, value)| rows.get(*key) != Some(value));
-                let newer: Rows = newer.map(|(k, v)| (k.clone(), v.clone())).collect();
-                report.journal_rebuilt = !newer.is_empty();
-                rows.extend(newer);
+                if had_sled && !report.rebuilt {
+                    let newer = stored
+                        .iter()
+                        .filter(|(key, value)| rows.get(*key) != Some(value));
+                    let newer: Rows = newer.map(|(k, v)| (k.clone(), v.clone())).collect();
+                    report.journal_rebuilt = !newer.is_empty();
+                    rows.extend(newer);
+                }
+                report.rebuilt |= !had_sled && !rows.is_empty();
                 tracing::warn!(before, after = rows.len(), "the journal's end is damaged");
                 make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
                 journal.rewrite(&rows)?;
+                journal
             }
-            Some(rows) => {
+            Some((journal, rows)) => {
                 report.rebuilt |= !had_sled && !rows.is_empty();
                 make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
+                journal
             }
+            // What is damaged stays until a whole one takes its place, and nothing
+            // is there before: an empty one would count for more than sled, should
+            // this end midway.
             None => {
+                if had_journal {
+                    report.set_aside.push(copy_aside(&*disk, &journal_path)?);
+                }
                 report.journal_rebuilt = !stored.is_empty();
-                journal.rewrite(&stored)?;
+                Journal::of(disk, &journal_path, &stored)?
             }
-        }
+        };
         let journal = Mutex::new(journal);
         let catalogue = Catalogue {
             sled_dir: sled_dir.to_path_buf(),
@@ -280,7 +285,10 @@ impl Catalogue {
         make_dir(&*disk, dir)?;
         let lock = lock(&*disk, dir)?;
         let opened = Journal::open(disk, &dir.join("catalogue.journal"));
-        let (journal, rows, tail) = opened.map_err(journal::OpenError::file)?;
+        let (mut journal, rows, tail) = opened.map_err(journal::OpenError::file)?;
+        if tail.doubtful {
+            journal.rewrite(&rows)?;
+        }
         let report = CatalogueReport {
             torn_bytes: tail.bytes,
             ..CatalogueReport::default()
@@ -441,18 +449,31 @@ fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sle
     Ok(())
 }
 
-/// Renames what is damaged, so that it can be looked at later.
-fn set_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
+/// Where what is damaged can be looked at later: no such file is there.
+fn aside(disk: &dyn Disk, path: &Path) -> PathBuf {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
-    let aside = (1..)
+    (1..)
         .map(named)
         .find(|aside| !disk.exists(aside).unwrap_or(false))
-        .unwrap_or_else(|| named(0));
+        .unwrap_or_else(|| named(0))
+}
+
+/// Renames what is damaged.
+fn set_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
+    let aside = aside(disk, path);
     disk.rename(path, &aside)
         .map_err(FileError::at("rename", path))?;
     if let Some(dir) = path.parent() {
         sync_dir(disk, dir)?;
     }
+    Ok(aside)
+}
+
+/// Copies a file that is damaged.
+fn copy_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
+    let aside = aside(disk, path);
+    let bytes = read_front(disk, path, u64::MAX)?;
+    put_whole(disk, &aside, &[&bytes])?;
     Ok(aside)
 }

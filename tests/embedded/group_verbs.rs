@@ -155,13 +155,16 @@ async fn a_group_goes_back_to_its_source_as_a_whole_or_not_at_all() {
         east.move_guest(guest, true).await.unwrap();
     }
     let there = both_at_west(&bank);
-    // The one that is stopped last cannot be: nobody goes, all run on.
+    // The one that is stopped last cannot be: nobody goes, all run on, and a daemon that
+    // had ended at any time meanwhile would have found them west's.
+    let terms = west.fence.all();
     there[0].lock().unwrap().fail(1000, 0);
     let refused = west.rollback_group("bank", back()).await.unwrap_err();
     assert!(
         refused.to_string().contains("its guests run on here"),
         "{refused}"
     );
+    assert_eq!(west.fence.all(), terms);
     there[0].lock().unwrap().fail(0, 0);
     assert_eq!(bank.run_at_west(), 2);
     for counter in &there {

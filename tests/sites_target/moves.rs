@@ -272,23 +272,23 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
     pair.east.cli(&["move", "web", "--accept-pause"]).good();
     phase(&pair.east, "web", Phase::Moved);
     let console = runs_at(&pair.west, "web");
+    let before = pair.west.target("web").term;
     std::thread::scope(|scope| {
         let told = scope.spawn(|| pair.west.cli(&["rollback", "web"]));
+        // Stopped here, its term given away, and the order on its way.
         pair.west.until("on its way back", PATIENCE, |view| {
             let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
-            standby.active?.going_back.then_some(())
+            (standby.term > before && standby.active?.going_back).then_some(())
         });
         kill(pair.west.pid());
         assert!(!told.join().unwrap().ok);
     });
     pair.west.kill();
     pair.west.start();
-    let active = pair.west.target("web").active;
-    assert!(
-        active.is_some_and(|active| active.going_back),
-        "{}",
-        pair.west.log()
-    );
+    pair.west.until("known to be in doubt", PATIENCE, |view| {
+        let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
+        standby.active?.going_back.then_some(())
+    });
     let stood = console.last_beat().unwrap().number;
     phase(&pair.east, "web", Phase::Protected);
     assert!(beats(&guest.console));

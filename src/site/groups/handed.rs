@@ -33,6 +33,9 @@ use crate::site::standby::{Standby, step};
 /// Longest file of a hand-over that is read: far above what a group needs.
 const LONGEST_FILE: u64 = 1 << 20;
 
+/// Where hand-overs are written down, below a site's directory.
+pub(in crate::site) const HAND_OVERS: &str = "hand-overs";
+
 /// The last hand-over of each group.
 #[derive(Default)]
 pub(super) struct HandedOver {
@@ -41,7 +44,7 @@ pub(super) struct HandedOver {
 
 /// What is written down of a hand-over.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct HandOver {
+pub(in crate::site) struct HandOver {
     group: GuestId,
     members: Vec<Handed>,
     /// All of them ran.
@@ -50,20 +53,6 @@ struct HandOver {
     /// Those that ran, where others did not: they are not started from it again.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     started: BTreeSet<GuestId>,
-}
-
-/// What is written down of a hand-over, as a fuzz target. True: it is one.
-#[cfg(any(test, feature = "fuzzing"))]
-pub(super) fn fuzzing(bytes: &[u8]) -> bool {
-    let Ok(read) = serde_json::from_slice::<HandOver>(bytes) else {
-        return false;
-    };
-    let written = serde_json::to_vec(&read).expect("plain data");
-    assert_eq!(
-        serde_json::from_slice::<HandOver>(&written).ok(),
-        Some(read)
-    );
-    true
 }
 
 impl Site {
@@ -201,7 +190,6 @@ impl Site {
 
     fn write_down(&self, handed: &HandOver) -> std::io::Result<()> {
         let text = serde_json::to_vec(handed).map_err(std::io::Error::other)?;
-        files::private_directory(&self.hand_overs())?;
         files::replace(&self.hand_over_file(handed.group), &text)
     }
 
@@ -327,7 +315,7 @@ impl Site {
     /// At start: who was handed over to a daemon that died before all of them
     /// ran is started now.
     pub(in crate::site) fn finish_hand_overs(self: &Arc<Self>) {
-        let files = std::fs::read_dir(self.hand_overs());
+        let files = std::fs::read_dir(self.config.site.state_dir.join(HAND_OVERS));
         for file in files.into_iter().flatten().flatten() {
             let path = file.path();
             if path.extension().is_none_or(|ending| ending != "json") {
@@ -395,12 +383,9 @@ impl Site {
         Ok(())
     }
 
-    fn hand_overs(&self) -> PathBuf {
-        self.config.site.state_dir.join("hand-overs")
-    }
-
     fn hand_over_file(&self, group: GuestId) -> PathBuf {
-        self.hand_overs().join(format!("{group}.json"))
+        let directory = self.config.site.state_dir.join(HAND_OVERS);
+        directory.join(format!("{group}.json"))
     }
 }
 

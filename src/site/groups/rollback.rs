@@ -156,48 +156,55 @@ impl Site {
         Ok(going.into_iter().map(|(_, one)| one).collect())
     }
 
-    /// Stops all of them here, those that started last first, and writes the
-    /// source's terms down; or none.
+    /// Stops all of them here, those that started last first, and writes the terms of
+    /// their sources down, of all at once; or none.
     async fn stop_all(
         self: &Arc<Self>,
         group: &GroupRecord,
         going: &mut [Going],
     ) -> Result<(), OperateError> {
+        let (mut stopped, mut terms) = (Vec::new(), Vec::new());
         let mut refused = None;
-        let mut stopped = going.len();
-        while stopped > 0 && refused.is_none() {
-            let one = &mut going[stopped - 1];
+        for one in going.iter_mut().rev() {
             one.begun = Instant::now();
-            if one.active.returning.is_none() {
-                let begun =
-                    self.begin_rollback(&one.standby, &mut one.state, &one.active, &one.ready);
-                refused = begun.await.err();
-            }
-            if refused.is_none() {
-                stopped -= 1;
-            }
-        }
-        let Some(error) = refused else { return Ok(()) };
-        let mut lost = Vec::new();
-        for one in &mut going[stopped..] {
-            let returning = one.state.active.as_ref().and_then(|(a, _)| a.returning);
-            let Some(term) = returning.filter(|_| one.active.returning.is_none()) else {
+            // By an earlier try: it is stopped, and its term is its source's.
+            if one.active.returning.is_some() {
                 continue;
-            };
-            let again = self.take_it_again(&one.standby, &mut one.state, &one.ready, term);
-            if let Err(error) = again.await {
-                lost.push(error.to_string());
+            }
+            let stopping =
+                self.stop_to_go_back(&one.standby, &mut one.state, &one.active, &one.ready);
+            match stopping.await {
+                Ok(term) => {
+                    terms.push(term);
+                    stopped.push(one);
+                }
+                Err(error) => {
+                    refused = Some(error.to_string());
+                    break;
+                }
             }
         }
-        Err(OperateError::Failed(match lost.as_slice() {
+        if refused.is_none() {
+            refused = self.give_terms(terms).await.err();
+        }
+        let Some(why) = refused else { return Ok(()) };
+        let mut stand = Vec::new();
+        for one in stopped.into_iter().rev() {
+            let state = &mut one.state;
+            let went_on = self.not_given(&one.standby, state, &one.active, &one.ready);
+            if let Err(stands) = went_on.await {
+                stand.push(format!("'{}': {stands}", one.standby.name()));
+            }
+        }
+        Err(OperateError::Failed(match stand.as_slice() {
             [] => format!(
-                "group '{}' was not rolled back, and its guests run on here: {error}",
+                "group '{}' was not rolled back, and its guests run on here: {why}",
                 group.name
             ),
-            lost => format!(
-                "group '{}' was not rolled back as a whole: {error}. Beside that: {}",
+            stand => format!(
+                "group '{}' was not rolled back: {why}. Beside that: {}",
                 group.name,
-                lost.join("; ")
+                stand.join("; ")
             ),
         }))
     }

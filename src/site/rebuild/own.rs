@@ -18,13 +18,16 @@ use super::super::records::{GuestRecord, Protection};
 use super::super::{Site, files};
 use super::{LONGEST_NOTE, note};
 
+/// Where they are, below a site's directory.
+pub(in crate::site) const OWN_NOTES: &str = "guests";
+
 /// How the notes end.
 const GUEST: &str = "guest";
 const PROTECTION: &str = "protection";
 
 impl Site {
     fn own_notes(&self) -> PathBuf {
-        self.config.site.state_dir.join("guests")
+        self.config.site.state_dir.join(OWN_NOTES)
     }
 
     fn own_note(&self, guest: GuestId, kind: &str) -> PathBuf {
@@ -42,7 +45,6 @@ impl Site {
             if same {
                 return Ok(());
             }
-            files::private_directory(&self.own_notes())?;
             files::replace(&path, &bytes)
         });
         if let Err(error) = written {

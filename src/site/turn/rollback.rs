@@ -91,7 +91,13 @@ impl Site {
         }
         self.may_go_back(standby, &active, accept_loss).await?;
         let begun = Instant::now();
-        self.begin_rollback(standby, state, &active, &ready).await?;
+        let term = self
+            .stop_to_go_back(standby, state, &active, &ready)
+            .await?;
+        if let Err(why) = self.give_terms(vec![term]).await {
+            let went_on = self.not_given(standby, state, &active, &ready).await;
+            return Err(not_rolled_back(standby, went_on, &why));
+        }
         self.hand_back(standby, state, begun).await
     }
 
@@ -134,15 +140,15 @@ impl Site {
         Ok(())
     }
 
-    /// Stops it here and writes the source's term down.
-    pub(in crate::site) async fn begin_rollback(
+    /// Stops it here. Answers the term under which its source is to go on: nobody
+    /// has heard of that one, and it is not in force.
+    pub(in crate::site) async fn stop_to_go_back(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
         state: &mut State,
         active: &Activation,
         ready: &Arc<Ready>,
-    ) -> Result<(), OperateError> {
-        let name = standby.name();
+    ) -> Result<Term, OperateError> {
         let number = self.fence.current(standby.guest).map_or(0, |t| t.number);
         let term = Term {
             group: standby.guest,
@@ -152,38 +158,50 @@ impl Site {
         self.note_returning(standby, state, Some(term))
             .map_err(failed)?;
         let stopping = ready.clone();
-        let stopped = step(move || stopping.stop()).await.and_then(|done| done);
-        let handed = match stopped {
-            Ok(()) => {
-                let site = self.clone();
-                step(move || site.fence.adopt(term))
-                    .await
-                    .map_err(|e| e.to_string())
-                    .and_then(|adopted| adopted.map_err(|e| e.to_string()))
-                    .and_then(|now| match now == term {
-                        true => Ok(()),
-                        false => Err("a newer term of it is known by now".to_owned()),
-                    })
+        match step(move || stopping.stop()).await.and_then(|done| done) {
+            Ok(()) => Ok(term),
+            Err(error) => {
+                let went_on = self.not_given(standby, state, active, ready).await;
+                Err(not_rolled_back(standby, went_on, &error.to_string()))
             }
-            Err(error) => Err(error.to_string()),
-        };
-        if let Err(why) = handed {
-            // Nobody else has heard of it.
-            let going_on = ready.clone();
-            let went_on = step(move || going_on.go_on()).await.and_then(|done| done);
-            let _ = self.note_returning(standby, state, None);
-            let where_it_is = match went_on {
-                Ok(()) => "it runs on here".to_owned(),
-                Err(error) => format!(
-                    "IT IS STOPPED HERE and could not be let go on ({error}){}",
-                    active.process()
-                ),
-            };
-            return Err(OperateError::Failed(format!(
-                "'{name}' was not rolled back, {where_it_is}: {why}"
-            )));
         }
-        Ok(())
+    }
+
+    /// Writes down that these guests are their sources', or that none of them is.
+    /// What failed, else.
+    pub(in crate::site) async fn give_terms(
+        self: &Arc<Self>,
+        terms: Vec<Term>,
+    ) -> Result<(), String> {
+        let site = self.clone();
+        let given = step(move || site.fence.adopt_all(&terms)).await;
+        let given = given.map_err(|error| error.to_string())?;
+        given.map_err(|error| error.to_string())
+    }
+
+    /// What was stopped to go back goes on here, since nobody has heard of it.
+    ///
+    /// # Errors
+    /// What to tell the operator when it stays stopped.
+    pub(in crate::site) async fn not_given(
+        &self,
+        standby: &Standby,
+        state: &mut State,
+        active: &Activation,
+        ready: &Arc<Ready>,
+    ) -> Result<(), String> {
+        // Unless it is elsewhere by now: whoever heard of that waits for this to end.
+        if let Err(fenced) = self.fence.may_run(standby.guest, self.key()) {
+            let _ = self.note_returning(standby, state, None);
+            return Err(format!("it stays stopped here: {fenced}"));
+        }
+        let going_on = ready.clone();
+        let went_on = step(move || going_on.go_on()).await.and_then(|done| done);
+        let _ = self.note_returning(standby, state, None);
+        went_on.map_err(|error| {
+            let process = active.process();
+            format!("IT IS STOPPED HERE and could not be let go on ({error}){process}")
+        })
     }
 
     /// Tells the source to go on, and acts on its answer. The rollback was begun at
@@ -448,6 +466,15 @@ pub(in crate::site) fn committed(standby: &Standby) -> OperateError {
     let name = standby.name();
     OperateError::Conflict(format!(
         "'{name}' was committed here, and there is no way back by a rollback. To bring it home with nothing lost: farhaven reprotect {name}, then farhaven move {name}"
+    ))
+}
+
+/// Its rollback was not begun: what it does now, and why.
+fn not_rolled_back(standby: &Standby, went_on: Result<(), String>, why: &str) -> OperateError {
+    let does = went_on.map_or_else(|stands| stands, |()| "it runs on here".to_owned());
+    OperateError::Failed(format!(
+        "'{}' was not rolled back, {does}: {why}",
+        standby.name()
     ))
 }
 

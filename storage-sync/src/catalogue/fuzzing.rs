@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use super::Rows;
-use super::journal::{self, Journal, OpenError};
+use super::journal::{self, Journal, OpenError, Tail};
 use crate::disk::simulated::SimulatedDisk;
 use crate::disk::{Access, Disk};
 
@@ -18,17 +18,17 @@ pub(crate) fn journal_of(rows: &[(&[u8], Option<&[u8]>)]) -> Vec<u8> {
     bytes
 }
 
-/// Its rows and what was cut off; what can be read of a damaged one; nothing of a newer one.
-fn read(disk: &SimulatedDisk) -> Result<(Rows, u64), Option<Rows>> {
+/// It, its rows and what is torn; what can be read of a damaged one; nothing of a newer one.
+fn read(disk: &SimulatedDisk) -> Result<(Journal, Rows, Tail), Option<Rows>> {
     match Journal::open(Arc::new(disk.clone()), Path::new(PATH)) {
-        Ok((_, rows, tail)) => Ok((rows, tail.bytes)),
+        Ok(read) => Ok(read),
         Err(OpenError::Damaged(rows)) => Err(Some(rows)),
         Err(OpenError::File(error)) if error.is_newer() => Err(None),
         Err(OpenError::File(error)) => panic!("a disk without faults: {error}"),
     }
 }
 
-/// Opens it; what is cut off is gone for good, and what was read is read again.
+/// Opens it, and makes it whole; what was read is read again, and nothing is torn.
 pub(crate) fn journal(bytes: &[u8]) {
     let disk = SimulatedDisk::new();
     let file = disk.open(Path::new(PATH), Access::Replace);
@@ -36,11 +36,18 @@ pub(crate) fn journal(bytes: &[u8]) {
     file.write_all_at(bytes, 0).expect("a disk without faults");
     file.sync().expect("a disk without faults");
     match read(&disk) {
-        Ok((rows, cut)) => {
-            assert!(cut <= bytes.len() as u64);
-            assert_eq!(read(&disk), Ok((rows, 0)));
+        Ok((mut journal, rows, tail)) => {
+            assert!(tail.bytes <= bytes.len() as u64);
+            if tail.doubtful {
+                // Not before it is written anew: that may be given up midway.
+                let again = read(&disk).map(|(_, rows, tail)| (rows, tail.bytes));
+                assert_eq!(again, Ok((rows.clone(), tail.bytes)));
+                journal.rewrite(&rows).expect("a disk without faults");
+            }
+            let again = read(&disk).map(|(_, rows, tail)| (rows, tail.bytes));
+            assert_eq!(again, Ok((rows, 0)));
         }
         // Nothing is changed in one that is damaged before its end, or newer.
-        Err(rows) => assert_eq!(read(&disk), Err(rows)),
+        Err(rows) => assert_eq!(read(&disk).map(|(_, rows, _)| rows), Err(rows)),
     }
 }

@@ -32,7 +32,7 @@ pub(super) struct Journal {
     failed: bool,
 }
 
-/// What was cut off the end.
+/// What is torn at the end.
 pub(super) struct Tail {
     pub(super) bytes: u64,
     /// It may have been flushed, and rotted since.
@@ -127,7 +127,9 @@ fn newer_version(bytes: &[u8]) -> Option<String> {
 }
 
 impl Journal {
-    /// Opens and replays it. Returns its rows, and what was cut off its end.
+    /// Opens and replays it. Returns its rows, and what is torn at its end: that is cut
+    /// off, or where it is doubtful stays until the journal is rewritten, which it must
+    /// be before it is used.
     pub(super) fn open(
         disk: Arc<dyn Disk>,
         path: &Path,
@@ -173,7 +175,7 @@ impl Journal {
             // Zeros are where bytes never came.
             doubtful: bytes.iter().skip(at).any(|&byte| byte != 0),
         };
-        if torn > 0 {
+        if torn > 0 && !tail.doubtful {
             file.set_len(at as u64).map_err(io("cut"))?;
             file.sync().map_err(io("sync"))?;
         }
@@ -187,11 +189,28 @@ impl Journal {
                 length: at as u64,
                 synced: at as u64,
                 rows_length,
-                failed: false,
+                failed: tail.doubtful,
             },
             rows,
             tail,
         ))
+    }
+
+    /// A journal of these rows in the place of what is there, whole or not at all.
+    pub(super) fn of(disk: Arc<dyn Disk>, path: &Path, rows: &Rows) -> Result<Journal, FileError> {
+        let bytes = whole(rows);
+        put_whole(&*disk, path, &[&bytes])?;
+        let file = open_private(&*disk, path)?;
+        let length = bytes.len() as u64;
+        Ok(Journal {
+            disk,
+            path: path.to_path_buf(),
+            file,
+            length,
+            synced: length,
+            rows_length: length,
+            failed: false,
+        })
     }
 
     pub(super) fn put(&mut self, row: &[u8], value: Option<&[u8]>) -> Result<(), FileError> {
@@ -241,13 +260,8 @@ impl Journal {
 
     /// Replaces the whole journal by these rows, durably.
     pub(super) fn rewrite(&mut self, rows: &Rows) -> Result<(), FileError> {
-        let records: Vec<Vec<u8>> = rows
-            .iter()
-            .map(|(row, value)| record(row, Some(value)))
-            .collect();
-        let mut parts: Vec<&[u8]> = vec![MAGIC];
-        parts.extend(records.iter().map(|record| &record[..]));
-        if let Err(unplaced) = put_whole(&*self.disk, &self.path, &parts) {
+        let bytes = whole(rows);
+        if let Err(unplaced) = put_whole(&*self.disk, &self.path, &[&bytes]) {
             // The file that is open may be the one without a name now.
             self.failed = unplaced.named;
             return Err(unplaced.into());
@@ -255,11 +269,20 @@ impl Journal {
         self.failed = true;
         self.file = open_private(&*self.disk, &self.path)?;
         self.failed = false;
-        self.length = parts.iter().map(|part| part.len() as u64).sum();
+        self.length = bytes.len() as u64;
         self.synced = self.length;
         self.rows_length = self.length;
         Ok(())
     }
+}
+
+/// A journal of these rows and nothing else.
+fn whole(rows: &Rows) -> Vec<u8> {
+    let mut bytes = MAGIC.to_vec();
+    for (row, value) in rows {
+        bytes.extend(record(row, Some(value)));
+    }
+    bytes
 }
 
 fn length_of(rows: &Rows) -> u64 {

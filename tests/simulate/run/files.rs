@@ -82,9 +82,8 @@ impl Synced {
                 }
             }
         }
-        let names = names.into_iter().map(|(name, entry)| (name, entry.inode));
         self.directories
-            .insert(fs::metadata(at)?.ino(), names.collect());
+            .insert(fs::metadata(at)?.ino(), inodes(names));
         Ok(())
     }
 
@@ -169,6 +168,11 @@ fn names(at: &Path) -> io::Result<BTreeMap<OsString, Entry>> {
     Ok(names)
 }
 
+fn inodes(names: BTreeMap<OsString, Entry>) -> Names {
+    let inodes = names.into_iter().map(|(name, entry)| (name, entry.inode));
+    inodes.collect()
+}
+
 /// As the daemon makes its files: for nobody else.
 fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     let mut options = fs::File::options();
@@ -194,8 +198,7 @@ fn synced(file: libc::c_int) -> bool {
     };
     match (names(&link), fs::read(&link)) {
         (Ok(names), _) => {
-            let names = names.into_iter().map(|(name, entry)| (name, entry.inode));
-            synced.directories.insert(inode, names.collect());
+            synced.directories.insert(inode, inodes(names));
         }
         (_, Ok(bytes)) => {
             synced.files.insert(inode, bytes);

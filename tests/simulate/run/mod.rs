@@ -43,7 +43,7 @@ pub enum Fault {
 }
 
 /// What to run.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, Serialize, Deserialize)]
 pub struct Options {
     /// All of it follows from this.
     pub seed: u64,

@@ -47,10 +47,16 @@ struct Run {
     at: usize,
 }
 
-/// What the stop gave.
-struct Fixed {
+/// A guest stood still.
+struct Stand {
     at: SystemTime,
     stopped: Instant,
+    was_running: bool,
+    fixed: Fixed,
+}
+
+/// What the stop gave.
+struct Fixed {
     runs: Vec<Run>,
     device_state: Vec<u8>,
     views: Vec<View>,
@@ -69,12 +75,18 @@ impl EmbeddedGuest {
         self.fits()?;
         let mut times = CutTimes::default();
         gate.gather()?;
-        let (fixed, was_running) = loop {
+        let stood = loop {
             gate.ready()?;
-            if let Some(fixed) = self.stand_still(after, gate, &mut times)? {
-                break fixed;
+            if let Some(stood) = self.stand_still(after, gate, &mut times)? {
+                break stood;
             }
         };
+        let Stand {
+            at,
+            stopped,
+            was_running,
+            fixed,
+        } = stood;
         let handed = self.hand_copies(&fixed.runs, sink);
         self.release_buffer();
         if let Err(error) = handed {
@@ -125,8 +137,8 @@ impl EmbeddedGuest {
         self.outstanding = Some(outstanding);
         self.hot.end();
         Ok(Cut {
-            at: fixed.at,
-            stopped: fixed.stopped,
+            at,
+            stopped,
             times,
             device_state: fixed.device_state,
             disks,
@@ -142,7 +154,7 @@ impl EmbeddedGuest {
         after: After,
         gate: &dyn CutGate,
         times: &mut CutTimes,
-    ) -> Result<Option<(Fixed, bool)>, GuestError> {
+    ) -> Result<Option<Stand>, GuestError> {
         let shared = self.vmm.clone();
         let mut vmm = lock(&shared);
         let was_running = match vmm.running() {
@@ -152,7 +164,7 @@ impl EmbeddedGuest {
         let (at, stopped) = (SystemTime::now(), Instant::now());
         vmm.pause().map_err(explain)?;
         let fixed = match gate.stopped(Instant::now()) {
-            Ok(Stood::Together) => self.fix(&mut *vmm, (at, stopped), times).map(Some),
+            Ok(Stood::Together) => self.fix(&mut *vmm, times).map(Some),
             Ok(Stood::Apart) => Ok(None),
             Err(given_up) => Err(given_up.into()),
         };
@@ -164,28 +176,28 @@ impl EmbeddedGuest {
         times.pause += stopped.elapsed();
         drop(vmm);
         match (fixed, went_on) {
-            (Ok(fixed), Ok(())) => Ok(fixed.map(|fixed| (fixed, was_running))),
+            (Ok(fixed), Ok(())) => Ok(fixed.map(|fixed| Stand {
+                at,
+                stopped,
+                was_running,
+                fixed,
+            })),
             (Err(error), Ok(())) => Err(error),
-            (Ok(fixed), Err(stopped)) => {
+            (Ok(fixed), Err(stays)) => {
                 if let Some(fixed) = fixed {
                     self.cut_failed(fixed.views);
                 }
-                Err(stopped)
+                Err(stays)
             }
-            (Err(first), Err(stopped)) => {
+            (Err(first), Err(stays)) => {
                 tracing::error!(error = %first, "the cut had failed before");
-                Err(stopped)
+                Err(stays)
             }
         }
     }
 
-    /// Everything of the instant, the guest being stopped since then.
-    fn fix(
-        &mut self,
-        vmm: &mut dyn Vmm,
-        (at, stopped): (SystemTime, Instant),
-        times: &mut CutTimes,
-    ) -> Result<Fixed, GuestError> {
+    /// Everything of the instant, the guest being stopped.
+    fn fix(&mut self, vmm: &mut dyn Vmm, times: &mut CutTimes) -> Result<Fixed, GuestError> {
         let begun = Instant::now();
         for (block, owed) in self.owed.iter_mut().take(self.blocks).enumerate() {
             take_dirty(vmm, block, owed, &mut self.hot)?;
@@ -229,8 +241,6 @@ impl EmbeddedGuest {
             .collect();
         times.disks = begun.elapsed().saturating_sub(saved);
         Ok(Fixed {
-            at,
-            stopped,
             runs,
             device_state,
             views,

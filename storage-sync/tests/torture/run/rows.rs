@@ -6,6 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use farhaven_storage_sync::catalogue::{Catalogue, CatalogueReport, Table};
+use farhaven_storage_sync::disk::Disk;
 use farhaven_storage_sync::disk::simulated::{Fault, SimulatedDisk};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -115,43 +116,87 @@ pub fn run(seed: u64, all: &mut Rows) -> Result<(), String> {
             all.faults += u64::from(fails(seed, &disk, home, &flushed, (nth, fault))?);
         }
     }
-    // A bit flips: the rows are as they were, or opening says so.
+    // A bit flips, or the journal is lost while sled is there.
     let journal = Path::new(DIR).join("catalogue.journal");
-    let bytes = disk.files().into_iter().find(|(path, _)| *path == journal);
-    let length = bytes.map_or(0, |(_, bytes)| bytes.len());
     for _ in 0..12 {
-        let (byte, bit) = (random.random_range(0..length), random.random_range(0..8));
+        let damaged = disk.copy();
+        let told = damage(&damaged, &journal, &mut random)?;
+        let lost = !damaged.exists(&journal).map_err(|e| e.to_string())?;
         for with_sled in [true, false] {
-            let disk = disk.copy();
-            disk.flip(&journal, byte, bit);
-            let sled = home.join("flipped");
-            let _ = std::fs::remove_dir_all(&sled);
-            if with_sled {
-                copy(&home.join("sled"), &sled)?;
+            if lost && !with_sled {
+                continue;
             }
-            let (again, report) = open(&disk, &sled)?;
-            let told = report.torn_bytes > 0 || !report.set_aside.is_empty();
-            let same = rows(&again)? == flushed;
+            let bad = |why: &str| Err(format!("seed {seed}, {told}, sled {with_sled}: {why}"));
+            let sled = home.join("damaged");
+            let fresh = || -> Result<(), String> {
+                let _ = std::fs::remove_dir_all(&sled);
+                match with_sled {
+                    true => copy(&home.join("sled"), &sled),
+                    false => Ok(()),
+                }
+            };
+            fresh()?;
+            let opened = damaged.copy();
+            opened.watch();
+            let (again, report) = open(&opened, &sled)?;
+            let moments = opened.moments();
             all.flips += 1;
-            all.told += u64::from(told);
-            if !told && !same {
-                return Err(format!(
-                    "seed {seed}, bit {bit} of byte {byte}: served as good"
-                ));
+            let told_first = is_told(&report);
+            all.told += u64::from(told_first);
+            if let Err(why) = sound(&rows(&again)?, &flushed, told_first, with_sled) {
+                return bad(&why);
             }
-            // A removal that rotted at the very end may come back; no row goes.
-            let found = rows(&again)?;
-            let kept = flushed
-                .iter()
-                .all(|(key, value)| found.get(key) == Some(value));
-            if with_sled && !kept {
-                return Err(format!(
-                    "seed {seed}, bit {bit} of byte {byte}: sled had the rows"
-                ));
+            drop(again);
+            // The power goes while it is mended: that costs nothing more.
+            let nth = random.random_range(0..moments.len().max(1));
+            if let Some(moment) = moments.get(nth) {
+                let chance = [0.0, 0.5, 1.0][random.random_range(0..3)];
+                let cut = moment.disk.power_cut(random.random(), chance);
+                fresh()?;
+                let (again, report) = open(&cut, &sled)?;
+                let told = told_first || is_told(&report);
+                if let Err(why) = sound(&rows(&again)?, &flushed, told, with_sled) {
+                    return bad(&format!("power cut before {}: {why}", moment.what));
+                }
+                all.cuts += 1;
             }
         }
     }
     Ok(())
+}
+
+/// A bit flips, or the whole journal is lost. What was done.
+fn damage(disk: &SimulatedDisk, journal: &Path, random: &mut StdRng) -> Result<String, String> {
+    let bytes = disk.files().into_iter().find(|(path, _)| path == journal);
+    let length = bytes.map_or(0, |(_, bytes)| bytes.len());
+    if random.random_range(0..12) == 0 {
+        let lost = disk
+            .remove(journal)
+            .and_then(|()| disk.sync_dir(Path::new(DIR)));
+        return lost
+            .map(|()| "journal lost".to_owned())
+            .map_err(|e| e.to_string());
+    }
+    let (byte, bit) = (random.random_range(0..length), random.random_range(0..8));
+    disk.flip(journal, byte, bit);
+    Ok(format!("bit {bit} of byte {byte}"))
+}
+
+fn is_told(report: &CatalogueReport) -> bool {
+    report.torn_bytes > 0 || report.journal_rebuilt || !report.set_aside.is_empty()
+}
+
+/// The rows are as they were, or opening said so; sled, where it is there, had them.
+fn sound(found: &Table1, flushed: &Table1, told: bool, with_sled: bool) -> Result<(), String> {
+    if !told && found != flushed {
+        return Err("served as good".to_owned());
+    }
+    // A removal that rotted at the very end may come back; no row goes.
+    let kept = |(key, value): (&String, &u64)| found.get(key) == Some(value);
+    match with_sled && !flushed.iter().all(kept) {
+        true => Err("sled had the rows".to_owned()),
+        false => Ok(()),
+    }
 }
 
 /// A row is put while that call fails; what was flushed stays. True: there was such a
