@@ -23,6 +23,7 @@ use file::read_file;
 pub(crate) use file::written;
 
 mod file;
+mod together;
 
 /// Who may run a group since when.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,12 +38,6 @@ pub struct Term {
 
 /// No group is ever promoted so often; a larger number is an attack or a fault.
 const MOST: u64 = 1 << 60;
-
-/// Terms that were taken together and are not in files of their own yet.
-const TOGETHER: &str = "together.terms";
-
-/// Bytes of that file: some hundred guests, far below.
-const LONGEST_TOGETHER: u64 = 1 << 20;
 
 /// No site misses so many promotions of a group: a term that leaps further is
 /// not believed. Were it, a peer could bring a group to where no honest site
@@ -103,6 +98,9 @@ pub struct Fence {
     terms: Mutex<BTreeMap<GuestId, Term>>,
     /// Groups whose term is in force and could not be written yet. Locked within `terms`.
     unwritten: Mutex<BTreeSet<GuestId>>,
+    /// Held from writing terms together until they are in files of their own: there is
+    /// one file for it.
+    together: Mutex<()>,
 }
 
 impl Fence {
@@ -134,6 +132,7 @@ impl Fence {
             directory: directory.to_owned(),
             terms: Mutex::new(terms),
             unwritten: Mutex::default(),
+            together: Mutex::default(),
         };
         fence.finish_together()?;
         Ok(fence)
@@ -183,6 +182,7 @@ impl Fence {
                 }
                 Ok(known)
             }
+            // What fails is not undone: a term of another that is found later does no harm.
             _ => {
                 self.write(term)?;
                 terms.insert(term.group, term);
@@ -228,115 +228,9 @@ impl Fence {
     fn take(&self, group: GuestId, owner: SiteKey, step: u64) -> Result<Term, FenceError> {
         let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
         let term = raised(&terms, group, owner, step)?;
-        self.write(term)?;
+        self.write_in_place_of(terms.get(&group).copied(), term)?;
         terms.insert(group, term);
         Ok(term)
-    }
-
-    /// As [`Fence::overrule`], of several at once: of all, or of none, whatever
-    /// happens meanwhile. Durable when it returns.
-    ///
-    /// # Errors
-    /// When one cannot be raised, or they could not be made durable: none is in
-    /// force then.
-    pub fn overrule_all(
-        &self,
-        groups: &[GuestId],
-        owner: SiteKey,
-    ) -> Result<Vec<Term>, FenceError> {
-        self.finish_together()?;
-        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        let raised: Vec<Term> = groups
-            .iter()
-            .map(|group| raised(&terms, *group, owner, OVERRULES))
-            .collect::<Result<_, _>>()?;
-        self.write_together(&raised)?;
-        terms.extend(raised.iter().map(|term| (term.group, *term)));
-        drop(terms);
-        self.try_to_finish_together();
-        Ok(raised)
-    }
-
-    /// Takes terms over that were handed over together: all of them, or none,
-    /// whatever happens meanwhile. Durable when it returns.
-    ///
-    /// # Errors
-    /// When one is not newer than what is known, or they could not be made
-    /// durable: none is in force then.
-    pub fn adopt_all(&self, handed: &[Term]) -> Result<(), FenceError> {
-        self.finish_together()?;
-        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        for term in handed {
-            let known = terms.get(&term.group);
-            let number = known.map_or(0, |known| known.number);
-            if term.number > MOST || term.number.saturating_sub(number) > LEAP {
-                return Err(FenceError::Absurd(term.number));
-            }
-            if let Some(known) = known
-                && (known.number, known.owner) >= (term.number, term.owner)
-            {
-                return Err(FenceError::Fenced {
-                    known: known.number,
-                    owner: known.owner,
-                    asked: term.number,
-                });
-            }
-        }
-        self.write_together(handed)?;
-        terms.extend(handed.iter().map(|term| (term.group, *term)));
-        drop(terms);
-        self.try_to_finish_together();
-        Ok(())
-    }
-
-    /// All of these hold once this returns.
-    fn write_together(&self, terms: &[Term]) -> Result<(), FenceError> {
-        match terms {
-            [] => return Ok(()),
-            [term] => return self.write(*term),
-            _ => {}
-        }
-        // One file, replaced as a whole.
-        let path = self.directory.join(TOGETHER);
-        self.write_file(&path, &terms).inspect_err(|_| {
-            // It may have its name, and not for good: whoever is told that none of
-            // these is in force must not find them in force later.
-            let _ = fs::remove_file(&path);
-        })
-    }
-
-    fn try_to_finish_together(&self) {
-        if let Err(error) = self.finish_together() {
-            tracing::warn!(%error, "terms taken together are not in files of their own yet");
-        }
-    }
-
-    /// Terms that were taken together go into files of their own.
-    fn finish_together(&self) -> Result<(), FenceError> {
-        let path = self.directory.join(TOGETHER);
-        if !crate::site::exists(&path) {
-            return Ok(());
-        }
-        let together: Vec<Term> = read_file(&path, LONGEST_TOGETHER)?;
-        let mut terms = self.terms.lock().unwrap_or_else(PoisonError::into_inner);
-        for term in together {
-            let known = terms.get(&term.group).copied();
-            // Written by now or not: a newer one of this process is, by itself.
-            let newest = known.map_or(term, |known| {
-                match (known.number, known.owner) >= (term.number, term.owner) {
-                    true => known,
-                    false => term,
-                }
-            });
-            self.write(newest)?;
-            terms.insert(newest.group, newest);
-        }
-        drop(terms);
-        fs::remove_file(&path).map_err(|source| FenceError::Io {
-            path,
-            doing: "removed",
-            source,
-        })
     }
 
     /// May `site` run the group now?
@@ -354,8 +248,40 @@ impl Fence {
         }
     }
 
+    /// A file that could not be written for sure may be there all the same: whoever is
+    /// told that a term is not in force must not find it in force later.
+    fn is_undone(&self, path: &Path, undone: io::Result<()>) {
+        let undone = match undone {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            undone => undone.and_then(|()| crate::site::files::sync_directory(&self.directory)),
+        };
+        if let Err(error) = undone {
+            tracing::error!(path = %path.display(), %error, "terms that are not in force may be in this file; if no guest of theirs was moved, remove it before this daemon is started again");
+        }
+    }
+
+    /// Writes a term, or leaves the one that is known.
+    fn write_in_place_of(&self, known: Option<Term>, term: Term) -> Result<(), FenceError> {
+        self.write(term).inspect_err(|_| {
+            let path = self.file_of(term.group);
+            if read(&path).ok() != Some(term) {
+                return;
+            }
+            let undone = match known.map(|known| serde_json::to_string(&known)) {
+                Some(Ok(body)) => crate::site::files::replace(&path, written(&body).as_bytes()),
+                Some(Err(error)) => Err(io::Error::other(error)),
+                None => fs::remove_file(&path),
+            };
+            self.is_undone(&path, undone);
+        })
+    }
+
+    fn file_of(&self, group: GuestId) -> PathBuf {
+        self.directory.join(format!("{group}.term"))
+    }
+
     fn write(&self, term: Term) -> Result<(), FenceError> {
-        self.write_file(&self.directory.join(format!("{}.term", term.group)), &term)?;
+        self.write_file(&self.file_of(term.group), &term)?;
         self.unwritten
             .lock()
             .unwrap_or_else(PoisonError::into_inner)

@@ -82,9 +82,12 @@ impl Ready {
         private_directory(&ground.run).map_err(file(&ground.run))?;
         let built = build(ground, replica, definition);
         // Its disks' names, before it writes to them.
-        let built = built.and_then(|built| {
-            sync_directory(&ground.run).map_err(file(&ground.run))?;
-            Ok(built)
+        let built = built.and_then(|built| match sync_directory(&ground.run) {
+            Ok(()) => Ok(built),
+            Err(error) => {
+                built.end();
+                Err(file(&ground.run)(error))
+            }
         });
         if built.is_err() {
             let _ = std::fs::remove_dir_all(&ground.run);

@@ -8,7 +8,7 @@ use farhaven_storage_sync::catalogue::Table;
 
 use super::promote::ActivateError;
 use super::records::Activation;
-use super::standby::{Standby, ground, step};
+use super::standby::{Standby, State, ground, step};
 use crate::activate::place::Ready;
 
 /// A QEMU that did not answer after a restart is asked again after this time.
@@ -58,17 +58,11 @@ impl Standby {
                     None => ready,
                 };
                 site.keep_activation(&activation)?;
-                let ready = Arc::new(ready);
-                let (hydrated, frozen) = (activation.hydrated, activation.frozen);
                 self.see(|s| {
                     s.active = Some(activation.clone());
                     s.trouble.clear();
                 });
-                state.active = Some((activation, ready.clone()));
-                self.thaw(ready.clone(), frozen.then_some(true));
-                if !hydrated {
-                    tokio::spawn(self.clone().hydrate(ready));
-                }
+                self.look_after(&mut state, activation, Arc::new(ready));
                 return Ok(());
             }
             // A rollback of which it is not known how it ended: it is asked for on, and
@@ -80,7 +74,9 @@ impl Standby {
                 let stopped = step(move || ready.stop().map(|()| ready)).await;
                 return match stopped.and_then(|done| done) {
                     Ok(ready) => {
-                        state.active = Some((activation, Arc::new(ready)));
+                        let told = super::turn::in_doubt(self);
+                        self.see(|s| s.trouble = told);
+                        self.look_after(&mut state, activation, Arc::new(ready));
                         Ok(())
                     }
                     Err(error) => {
@@ -114,6 +110,16 @@ impl Standby {
         });
         self.leave_evidence(&mut state, &site);
         Ok(())
+    }
+
+    /// It is here; what was not done with it yet goes on.
+    fn look_after(self: &Arc<Self>, state: &mut State, activation: Activation, ready: Arc<Ready>) {
+        let (hydrated, frozen) = (activation.hydrated, activation.frozen);
+        state.active = Some((activation, ready.clone()));
+        self.thaw(ready.clone(), frozen.then_some(true));
+        if !hydrated {
+            tokio::spawn(self.clone().hydrate(ready));
+        }
     }
 
     /// As [`Standby::adopt`]; what does not answer is asked again until it does.

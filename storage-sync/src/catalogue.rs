@@ -196,21 +196,19 @@ impl Catalogue {
         let had_journal = disk.exists(&journal_path);
         let had_journal = had_journal.map_err(FileError::at("find", &journal_path))?;
         let had_sled = sled_dir.exists();
-        let mut doubtful = false;
         let mut salvaged = Rows::new();
         let mut journalled = None;
         if had_journal {
             match Journal::open(disk.clone(), &journal_path) {
                 Ok((journal, rows, tail)) => {
                     report.torn_bytes = tail.bytes;
-                    doubtful = tail.doubtful;
-                    journalled = Some((journal, rows));
+                    journalled = Some((journal, rows, tail.doubtful));
                 }
                 Err(journal::OpenError::File(error)) => return Err(error.into()),
                 Err(journal::OpenError::Damaged(rows)) => salvaged = rows,
             }
         }
-        let (database, mut stored) = match open_sled(sled_dir) {
+        let (database, stored) = match open_sled(sled_dir) {
             Ok(opened) => opened,
             Err(error) if journalled.is_none() && salvaged.is_empty() => return Err(error),
             Err(error) => {
@@ -220,17 +218,11 @@ impl Catalogue {
                 open_sled(sled_dir)?
             }
         };
-        if stored.is_empty() && !salvaged.is_empty() {
-            // Nothing but a damaged journal: what can be read of it is better than nothing.
-            make_equal(&database, &stored, &salvaged).map_err(|error| failed(sled_dir, &error))?;
-            report.rebuilt = true;
-            stored = salvaged;
-        }
         let journal = match journalled {
             // sled is flushed after the journal is: what it has more than a
             // journal whose end is damaged was flushed, or is no harm. What it
             // lacks counts for nothing: it is trusted less.
-            Some((mut journal, mut rows)) if doubtful => {
+            Some((mut journal, mut rows, true)) => {
                 let before = rows.len();
                 if had_sled && !report.rebuilt {
                     let newer = stored
@@ -246,7 +238,7 @@ impl Catalogue {
                 journal.rewrite(&rows)?;
                 journal
             }
-            Some((journal, rows)) => {
+            Some((journal, rows, false)) => {
                 report.rebuilt |= !had_sled && !rows.is_empty();
                 make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
                 journal
@@ -258,8 +250,17 @@ impl Catalogue {
                 if had_journal {
                     report.set_aside.push(copy_aside(&*disk, &journal_path)?);
                 }
-                report.journal_rebuilt = !stored.is_empty();
-                Journal::of(disk, &journal_path, &stored)?
+                // Nothing but a damaged journal: what can be read of it is better than
+                // nothing.
+                report.rebuilt |= stored.is_empty() && !salvaged.is_empty();
+                let rows = match stored.is_empty() {
+                    true => salvaged,
+                    false => stored.clone(),
+                };
+                report.journal_rebuilt = !rows.is_empty();
+                let journal = Journal::of(disk, &journal_path, &rows)?;
+                make_equal(&database, &stored, &rows).map_err(|error| failed(sled_dir, &error))?;
+                journal
             }
         };
         let journal = Mutex::new(journal);
@@ -284,7 +285,11 @@ impl Catalogue {
     ) -> Result<(Catalogue, CatalogueReport), CatalogueError> {
         make_dir(&*disk, dir)?;
         let lock = lock(&*disk, dir)?;
-        let opened = Journal::open(disk, &dir.join("catalogue.journal"));
+        let path = dir.join("catalogue.journal");
+        if !disk.exists(&path).map_err(FileError::at("find", &path))? {
+            Journal::of(disk.clone(), &path, &Rows::new())?;
+        }
+        let opened = Journal::open(disk, &path);
         let (mut journal, rows, tail) = opened.map_err(journal::OpenError::file)?;
         if tail.doubtful {
             journal.rewrite(&rows)?;

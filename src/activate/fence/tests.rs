@@ -1,5 +1,6 @@
 //! Terms: taken, heard, handed over together, and what crashes and full disks leave.
 
+use super::together::TOGETHER;
 use super::*;
 
 fn keys() -> (SiteKey, SiteKey) {
@@ -134,4 +135,29 @@ fn a_term_that_nobody_would_believe_is_taken_for_none_of_several() {
     drop(fence);
     let again = Fence::open(dir.path()).unwrap();
     assert_eq!(again.all(), [last]);
+}
+
+#[test]
+fn groups_that_are_taken_at_the_same_time_do_not_disturb_each_other() {
+    let dir = tempfile::tempdir().unwrap();
+    let (own, other) = keys();
+    let fence = Fence::open(dir.path()).unwrap();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let groups: Vec<GuestId> = (0..3).map(|_| GuestId::random()).collect();
+                for _ in 0..10 {
+                    let taken = fence.overrule_all(&groups, own).unwrap();
+                    let next = |term: Term| Term {
+                        number: term.number + 1,
+                        owner: other,
+                        ..term
+                    };
+                    let handed: Vec<Term> = taken.into_iter().map(next).collect();
+                    fence.adopt_all(&handed).unwrap();
+                }
+            });
+        }
+    });
+    assert_eq!(Fence::open(dir.path()).unwrap().all(), fence.all());
 }

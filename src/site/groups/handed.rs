@@ -4,9 +4,9 @@
 //! In this order: what is handed over is written down; then the terms of all
 //! are in force, by one file; only then does any of the guests start. A daemon
 //! that dies before the terms are in force has taken nobody; one that dies after
-//! that finds what was written down, and starts all that do not run, also those
-//! that ran and ended with it: their group is here. A source that asks meanwhile
-//! hears that they run here.
+//! that finds what was written down, and starts all that have not run by it, and
+//! those that ended with it before all were known to run: their group is here. A
+//! source that asks meanwhile hears that they run here.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -47,7 +47,7 @@ pub(super) struct HandedOver {
 pub(in crate::site) struct HandOver {
     group: GuestId,
     members: Vec<Handed>,
-    /// All of them ran.
+    /// All of them ran: nothing of it is left to do.
     #[serde(default)]
     ran: bool,
     /// Those that ran, where others did not: they are not started from it again.
@@ -353,7 +353,11 @@ impl Site {
                 let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
                 standbys.get(&handed.guest).cloned()
             };
-            let Some(standby) = standby else { continue };
+            let Some(standby) = standby else {
+                // Forgotten since: there is nothing to start.
+                ran.push(handed.guest);
+                continue;
+            };
             // One that was protected the other way round since is this site's own guest:
             // what runs of it here, or ended, is no matter of the hand-over.
             if standby.is_turned() || self.runs_under(&handed) {

@@ -136,10 +136,15 @@ impl Site {
         by_guest.sort_by_key(|(_, (member, _))| member.guest);
         let mut going = Vec::new();
         for (place, (_, standby)) in by_guest {
-            let state = standby.state.clone().lock_owned().await;
-            let Some((active, ready)) = state.active.clone() else {
+            let mut state = standby.state.clone().lock_owned().await;
+            let Some((mut active, ready)) = state.active.clone() else {
                 return Err(not_here(standby));
             };
+            // Its source gave it back after an earlier try: it is here, as any other.
+            if active.returning.is_some() && self.fence.may_run(standby.guest, self.key()).is_ok() {
+                self.goes_on_here(standby, &mut state, &ready).await?;
+                active.returning = None;
+            }
             if active.returning.is_none() {
                 self.may_go_back(standby, &active, accept_loss).await?;
             }
@@ -165,7 +170,7 @@ impl Site {
     ) -> Result<(), OperateError> {
         let (mut stopped, mut terms) = (Vec::new(), Vec::new());
         let mut refused = None;
-        for one in going.iter_mut().rev() {
+        for (place, one) in going.iter_mut().enumerate().rev() {
             one.begun = Instant::now();
             // By an earlier try: it is stopped, and its term is its source's.
             if one.active.returning.is_some() {
@@ -176,7 +181,7 @@ impl Site {
             match stopping.await {
                 Ok(term) => {
                     terms.push(term);
-                    stopped.push(one);
+                    stopped.push(place);
                 }
                 Err(error) => {
                     refused = Some(error.to_string());
@@ -187,13 +192,23 @@ impl Site {
         if refused.is_none() {
             refused = self.give_terms(terms).await.err();
         }
-        let Some(why) = refused else { return Ok(()) };
-        let mut stand = Vec::new();
-        for one in stopped.into_iter().rev() {
-            let state = &mut one.state;
-            let went_on = self.not_given(&one.standby, state, &one.active, &one.ready);
+        let Some(mut why) = refused else {
+            return Ok(());
+        };
+        for place in stopped.into_iter().rev() {
+            let one = &mut going[place];
+            let (standby, state) = (&one.standby, &mut one.state);
+            let went_on = self.let_go_on(standby, state, &one.active, &one.ready);
             if let Err(stands) = went_on.await {
-                stand.push(format!("'{}': {stands}", one.standby.name()));
+                why = format!("{why}; '{}': {stands}", standby.name());
+            }
+        }
+        let mut stand = Vec::new();
+        for one in going {
+            let ready = one.ready.clone();
+            let runs = step(move || ready.runs()).await.and_then(|runs| runs);
+            if !matches!(runs, Ok(true)) {
+                stand.push(one.standby.name());
             }
         }
         Err(OperateError::Failed(match stand.as_slice() {
@@ -202,9 +217,9 @@ impl Site {
                 group.name
             ),
             stand => format!(
-                "group '{}' was not rolled back: {why}. Beside that: {}",
+                "group '{}' was not rolled back: {why}. These of its guests do not run here: {}; see farhaven status",
                 group.name,
-                stand.join("; ")
+                stand.join(", ")
             ),
         }))
     }

@@ -193,10 +193,10 @@ impl Site {
         let source = self.run_directory(guest);
         if super::super::exists(&source) && !super::super::exists(&directory) {
             std::fs::rename(&source, &directory)?;
-            // Before a record names it.
-            if let Some(parent) = directory.parent() {
-                crate::site::files::sync_directory(parent)?;
-            }
+        }
+        // Before a record names it; whoever renamed it may have ended right then.
+        if let Some(parent) = directory.parent().filter(|parent| parent.is_dir()) {
+            crate::site::files::sync_directory(parent)?;
         }
         let mut record = record.clone();
         record.console = super::super::view::ConsolePaths::beside(&directory).or(record.console);

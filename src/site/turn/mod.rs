@@ -33,7 +33,7 @@ use crate::replicate::message::Opening;
 use farhaven_storage_sync::catalogue::Table;
 
 pub(super) use commit::not_here;
-pub(super) use rollback::committed;
+pub(super) use rollback::{committed, in_doubt};
 pub(super) use source::answer;
 pub use view::RollBack;
 

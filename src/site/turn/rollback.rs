@@ -95,7 +95,7 @@ impl Site {
             .stop_to_go_back(standby, state, &active, &ready)
             .await?;
         if let Err(why) = self.give_terms(vec![term]).await {
-            let went_on = self.not_given(standby, state, &active, &ready).await;
+            let went_on = self.let_go_on(standby, state, &active, &ready).await;
             return Err(not_rolled_back(standby, went_on, &why));
         }
         self.hand_back(standby, state, begun).await
@@ -155,13 +155,15 @@ impl Site {
             number: number + 1,
             owner: standby.remote().record.key,
         };
-        self.note_returning(standby, state, Some(term))
-            .map_err(failed)?;
+        if let Err(error) = self.note_returning(standby, state, Some(term)) {
+            let _ = self.note_returning(standby, state, None);
+            return Err(failed(error));
+        }
         let stopping = ready.clone();
         match step(move || stopping.stop()).await.and_then(|done| done) {
             Ok(()) => Ok(term),
             Err(error) => {
-                let went_on = self.not_given(standby, state, active, ready).await;
+                let went_on = self.let_go_on(standby, state, active, ready).await;
                 Err(not_rolled_back(standby, went_on, &error.to_string()))
             }
         }
@@ -183,7 +185,7 @@ impl Site {
     ///
     /// # Errors
     /// What to tell the operator when it stays stopped.
-    pub(in crate::site) async fn not_given(
+    pub(in crate::site) async fn let_go_on(
         &self,
         standby: &Standby,
         state: &mut State,
@@ -191,9 +193,11 @@ impl Site {
         ready: &Arc<Ready>,
     ) -> Result<(), String> {
         // Unless it is elsewhere by now: whoever heard of that waits for this to end.
-        if let Err(fenced) = self.fence.may_run(standby.guest, self.key()) {
+        if self.fence.may_run(standby.guest, self.key()).is_err() {
             let _ = self.note_returning(standby, state, None);
-            return Err(format!("it stays stopped here: {fenced}"));
+            return Err(
+                "it stays stopped here, since a newer term of it is another site's".to_owned(),
+            );
         }
         let going_on = ready.clone();
         let went_on = step(move || going_on.go_on()).await.and_then(|done| done);
@@ -258,9 +262,7 @@ impl Site {
                     Err(error) => error.to_string(),
                     Ok(_) => "its answer does not fit the question".to_owned(),
                 };
-                let told = format!(
-                    "'{name}' is stopped here for its rollback, and whether it runs at '{from}' is not known: it is found out when that site answers. If that site is lost for good: farhaven take-back {name} --force"
-                );
+                let told = in_doubt(standby);
                 standby.see(|s| s.trouble.clone_from(&told));
                 Err(OperateError::Failed(format!("{told}. {why}")))
             }
@@ -314,7 +316,8 @@ impl Site {
         self.goes_on_here(standby, state, ready).await
     }
 
-    async fn goes_on_here(
+    /// What was stopped for its rollback goes on: it is this site's.
+    pub(in crate::site) async fn goes_on_here(
         self: &Arc<Self>,
         standby: &Arc<Standby>,
         state: &mut State,
@@ -459,6 +462,14 @@ impl Site {
             note: String::new(),
         })
     }
+}
+
+/// It is not known how its rollback ended.
+pub(in crate::site) fn in_doubt(standby: &Standby) -> String {
+    let (name, from) = (standby.name(), standby.from());
+    format!(
+        "'{name}' is stopped here for its rollback, and whether it runs at '{from}' is not known: it is found out when that site answers. If that site is lost for good: farhaven take-back {name} --force"
+    )
 }
 
 /// There is no rollback after a commit.

@@ -145,12 +145,7 @@ impl Journal {
         file.read_exact_at(&mut bytes, 0).map_err(io("read"))?;
         let mut rows = Rows::new();
         let mut at = MAGIC.len();
-        if bytes.len() < MAGIC.len() && MAGIC.starts_with(&bytes) {
-            file.set_len(0)
-                .and_then(|()| file.write_all_at(MAGIC, 0))
-                .map_err(io("write"))?;
-            file.sync().map_err(io("sync"))?;
-        } else if !bytes.starts_with(MAGIC) {
+        if !bytes.starts_with(MAGIC) {
             return Err(match newer_version(&bytes) {
                 Some(what) => newer(what),
                 None => OpenError::Damaged(Rows::new()),
@@ -263,7 +258,7 @@ impl Journal {
         let bytes = whole(rows);
         if let Err(unplaced) = put_whole(&*self.disk, &self.path, &[&bytes]) {
             // The file that is open may be the one without a name now.
-            self.failed = unplaced.named;
+            self.failed |= unplaced.named;
             return Err(unplaced.into());
         }
         self.failed = true;
