@@ -5,7 +5,9 @@ use std::path::Path;
 
 use super::FenceError;
 #[cfg(any(test, feature = "fuzzing"))]
-use super::{LONGEST_TOGETHER, Term};
+use super::Term;
+#[cfg(any(test, feature = "fuzzing"))]
+use super::together::LONGEST;
 
 /// A text with its checksum, as it is kept.
 pub(crate) fn written(body: &str) -> String {
@@ -18,10 +20,10 @@ pub(crate) fn fuzzing(bytes: &[u8]) {
     let path = Path::new("x.term");
     let body = String::from_utf8_lossy(bytes.split(|byte| *byte == b'\n').next().unwrap_or(bytes));
     for text in [bytes.to_vec(), written(&body).into_bytes()] {
-        let _ = parse::<Vec<Term>>(path, text.clone(), LONGEST_TOGETHER);
-        if let Ok(term) = parse::<Term>(path, text, LONGEST_TOGETHER) {
+        let _ = parse::<Vec<Term>>(path, text.clone(), LONGEST);
+        if let Ok(term) = parse::<Term>(path, text, LONGEST) {
             let body = serde_json::to_string(&term).expect("plain data");
-            let again = parse::<Term>(path, written(&body).into_bytes(), LONGEST_TOGETHER);
+            let again = parse::<Term>(path, written(&body).into_bytes(), LONGEST);
             assert!(again.is_ok_and(|again| again == term));
         }
     }

@@ -18,7 +18,7 @@ use super::{Fence, FenceError, LEAP, MOST, OVERRULES, Term, raised, read_file};
 pub(super) const TOGETHER: &str = "together.terms";
 
 /// Bytes of that file: some hundred guests, far below.
-const LONGEST: u64 = 1 << 20;
+pub(super) const LONGEST: u64 = 1 << 20;
 
 impl Fence {
     /// As [`Fence::overrule`], of several at once: of all, or of none, whatever
