@@ -9,4 +9,5 @@ mod input;
 mod kill_run;
 mod kills;
 mod link;
+mod store;
 mod watch;

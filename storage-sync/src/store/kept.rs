@@ -83,18 +83,17 @@ fn is_name(name: &str) -> bool {
         && name.parse::<u64>().is_err()
 }
 
+/// The name in a file that keeps a point; else why it is not known.
+fn look_at(disk: &dyn Disk, path: &Path) -> Result<String, String> {
+    let most = (FIXED + KEPT_NAME + SUM + 1) as u64;
+    let bytes = read_front(disk, path, most).map_err(|error| error.to_string())?;
+    decode(&bytes).ok_or_else(|| "it is damaged".to_owned())
+}
+
 /// The name in a file that keeps a point.
 pub(super) fn read(disk: &dyn Disk, path: &Path) -> String {
-    let most = (FIXED + KEPT_NAME + SUM + 1) as u64;
-    let name = match read_front(disk, path, most) {
-        Ok(bytes) => decode(&bytes),
-        Err(error) => {
-            tracing::error!(%error, "the name of a kept point cannot be read");
-            None
-        }
-    };
-    name.unwrap_or_else(|| {
-        tracing::error!(path = %path.display(), "the name of a kept point is damaged; the point stays kept");
+    look_at(disk, path).unwrap_or_else(|why| {
+        tracing::error!(path = %path.display(), why, "the name of a kept point cannot be read; the point stays kept");
         NAME_LOST.to_owned()
     })
 }
@@ -169,6 +168,31 @@ impl Store {
 }
 
 impl Inner {
+    /// Reads the name of a point that is kept; where it is not as it was, in which file
+    /// and why.
+    pub(super) fn look_at_name(
+        &self,
+        guest: GuestId,
+        point: u64,
+    ) -> Option<Result<(), (PathBuf, String)>> {
+        let known = {
+            let state = held(&self.state);
+            state.guests.get(&guest)?.kept.get(&point)?.clone()
+        };
+        let path = path_of(&self.manifests, guest, point);
+        let why = match look_at(&*self.disk, &path) {
+            Ok(name) if name == known => return Some(Ok(())),
+            Ok(_) => "it is not the name that was read when the store was opened".to_owned(),
+            Err(why) => why,
+        };
+        Some(Err((
+            path,
+            format!(
+                "the name of kept point {point} is lost ({why}); the point stays kept, give it a name again: farhaven point keep"
+            ),
+        )))
+    }
+
     fn is_kept(&self, guest: GuestId, point: u64) -> bool {
         let state = held(&self.state);
         let known = state.guests.get(&guest);

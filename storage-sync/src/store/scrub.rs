@@ -59,6 +59,8 @@ pub enum Damaged {
     Manifest,
     /// A point whose manifest is whole and whose batches are not all here.
     Point,
+    /// The name of a kept point; the point stays kept.
+    Name,
 }
 
 /// Something damaged, and what it costs.
@@ -106,6 +108,7 @@ impl Store {
     ) -> ScrubReport {
         let mut scrub = Scrub::new(&self.0, options);
         scrub.manifests();
+        scrub.names();
         scrub.batches(progress);
         scrub.points();
         scrub.report
@@ -181,6 +184,17 @@ impl<'a> Scrub<'a> {
                     let unreadable = matches!(&error, ManifestError::File(error) if is_bad_sector(&error.source));
                     self.suspect(suspect, path, error.to_string(), unreadable);
                 }
+            }
+        }
+    }
+
+    fn names(&mut self) {
+        for (guest, point) in self.numbers() {
+            // It may be released, or get another name: not now.
+            let _writing = held(&self.inner.writing);
+            if let Some(Err((path, why))) = self.inner.look_at_name(guest, point) {
+                tracing::error!(path = %path.display(), why, "found damaged");
+                self.damage(Damaged::Name, path, why, false);
             }
         }
     }

@@ -37,6 +37,8 @@ type Lived = (SimulatedDisk, Expectation, Told);
 struct Told {
     last_seq: u64,
     guests: Vec<(GuestId, u64)>,
+    /// Kept points, with their names.
+    names: Vec<(GuestId, u64, String)>,
 }
 
 fn told(store: &Store) -> Told {
@@ -46,6 +48,7 @@ fn told(store: &Store) -> Told {
         guests: guests
             .map(|guest| (guest, store.next_point(guest)))
             .collect(),
+        names: Vec::new(),
     }
 }
 
@@ -60,7 +63,21 @@ fn lived(seed: u64) -> Result<Lived, String> {
             Ok::<(), String>(())
         })?;
     }
-    let told = told(&store);
+    // And the files beside the data: names of kept points, and hints.
+    let mut names = Vec::new();
+    for guest in &trial.expect.guests {
+        if let Some(&point) = guest.sealed.keys().next_back() {
+            let name = format!("before upgrade {point}");
+            let kept = store.keep_point(guest.id, point, &name);
+            kept.map_err(|error| error.to_string())?;
+            names.push((guest.id, point, name));
+        }
+    }
+    while store.fill_hints() {}
+    let told = Told {
+        names,
+        ..told(&store)
+    };
     Ok((disk, trial.expect, told))
 }
 
@@ -69,6 +86,7 @@ fn kind(path: &Path) -> String {
     match &*extension {
         "seg" => "segments".into(),
         "man" => "manifests".into(),
+        "kept" => "names of kept points".into(),
         _ => path
             .file_name()
             .unwrap_or_default()
@@ -136,6 +154,17 @@ fn one(
     if scrubbed.damage.len() > 1 && report.log.bad.is_empty() && report.log.torn_bytes == 0 {
         let all = &scrubbed.damage;
         return Err(format!("one bit damaged more than one thing: {all:?}"));
+    }
+    for (guest, point, name) in &before.names {
+        let now = store.kept(*guest).remove(point);
+        let listed = store.points(*guest).iter().any(|p| p.point == *point);
+        let told = at_open || !scrubbed.damage.is_empty();
+        // A point that is listed stays kept, whatever became of its name.
+        if (listed && now.is_none()) || (now.as_ref() != Some(name) && !told) {
+            return Err(format!(
+                "point {point} was kept as '{name}', and is as {now:?}"
+            ));
+        }
     }
     let mut refused = 0;
     for guest in &expect.guests {
