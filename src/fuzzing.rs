@@ -19,17 +19,19 @@ use crate::guest::kvm;
 use crate::guest::qemu::fuzzing as qemu;
 use crate::guest::{Definition, embedded, sim};
 use crate::replicate::message::{
-    CommitTerms, Envelope, LEVELS, Message, Opened, Opening, PointContext, SealRequest, Unknown,
+    CommitTerms, Envelope, LEVELS, Message, Opening, PointContext, SealRequest, Unknown,
 };
 use crate::replicate::seed::{SeedAbout, fuzzing as seed};
 use crate::site::fuzzing as site;
+
+mod messages;
 
 /// A target: its name, what takes the bytes, and valid inputs to begin with.
 pub type Target = (&'static str, fn(&[u8]), fn() -> Vec<Vec<u8>>);
 
 /// All of this crate.
 pub const TARGETS: [Target; 10] = [
-    ("messages", messages, message_seeds),
+    ("messages", messages, messages::seeds),
     ("definitions", definitions, definition_seeds),
     ("device_states", device_states, state_seeds),
     ("command_lines", command_lines, qemu::command_line_seeds),
@@ -201,48 +203,6 @@ fn seal() -> SealRequest {
     }
 }
 
-fn message_seeds() -> Vec<Vec<u8>> {
-    let bodies = [
-        Message::Terms {
-            terms: vec![term()],
-        },
-        Message::Open(Box::new(opening())),
-        Message::Opened(Opened {
-            newest: 4,
-            newest_cut_at: 1,
-            next_point: 5,
-            last_seq: 9,
-            volumes: opening().volumes,
-        }),
-        Message::DigestPage {
-            batches: vec![(7, Bytes::from_static(&[1; 32]))],
-            next: Some(8),
-        },
-        Message::Found {
-            batches: vec![(7, 1, Bytes::from_static(&[1; 16]))],
-            sampling: 2,
-        },
-        Message::BaselinePage {
-            runs: vec![(3, Bytes::from_static(&[1; 16]))],
-            next: None,
-        },
-        Message::Seal(Box::new(seal())),
-        Message::Retire {
-            seqs: vec![1, 2, 300],
-        },
-        Message::Done,
-    ];
-    let encoded = bodies.into_iter().enumerate().map(|(at, body)| {
-        let envelope = Envelope {
-            id: at.is_multiple_of(2).then_some(at as u64),
-            answers: (!at.is_multiple_of(2)).then_some(7),
-            body,
-        };
-        envelope.encode().expect("a short message").to_vec()
-    });
-    encoded.collect()
-}
-
 fn definition_seeds() -> Vec<Vec<u8>> {
     let mut seeds = qemu::command_line_seeds();
     let line = seeds.remove(0);
@@ -292,38 +252,10 @@ mod tests {
         tried::all(&TARGETS, &fuzz, 300);
     }
 
-    /// What sites said to each other when this was version 1. `FARHAVEN_GOLDEN=write` makes
-    /// the file anew, for a change of version that is meant.
-    #[test]
-    fn messages_of_version_1_are_pinned() {
-        let seeds = message_seeds();
-        let now: Vec<u8> = seeds
-            .iter()
-            .flat_map(|seed| [&(seed.len() as u32).to_le_bytes()[..], seed].concat())
-            .collect();
-        let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden");
-        let path = path.join("messages-1.bin");
-        if std::env::var_os("FARHAVEN_GOLDEN").is_some() {
-            std::fs::create_dir_all(path.parent().expect("a directory")).expect("a directory");
-            std::fs::write(&path, &now).expect("a file");
-        }
-        let kept = std::fs::read(path).expect("the golden file");
-        let mut rest = &kept[..];
-        let mut count = 0;
-        while let Some((length, after)) = rest.split_first_chunk::<4>() {
-            let (message, after) = after.split_at(u32::from_le_bytes(*length) as usize);
-            let envelope = Envelope::decode(message).expect("a message of version 1");
-            let again = envelope.encode().expect("a short message");
-            assert_eq!(&again[..], message, "message {count} is said otherwise now");
-            (rest, count) = (after, count + 1);
-        }
-        assert_eq!(count, seeds.len());
-    }
-
     /// What the targets begin with is what it is meant to be.
     #[test]
     fn seeds_are_sound() {
-        for seed in message_seeds() {
+        for seed in messages::seeds() {
             assert!(Envelope::decode(&seed).is_ok());
         }
         let line = qemu::command_line_seeds().remove(1);
