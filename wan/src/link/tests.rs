@@ -319,6 +319,51 @@ async fn batches_given_up_midway_leave_nothing_behind() {
 }
 
 #[tokio::test]
+async fn streams_that_trickle_are_bounded_and_hold_nothing_up() {
+    let pair = Pair::new();
+    let (connection, mut send, _receive) = pair.greeted().await;
+    // As many as it may open, each at the beginning of the largest batch there is.
+    let most = limits::MAX_DATA_STREAMS as usize + 1;
+    let frame = Frame::Batch {
+        seq: 9,
+        bytes: Bytes::from(vec![7; limits::MAX_BATCH_BYTES]),
+    };
+    let frame = frame.encode();
+    let mut streams = Vec::new();
+    while let Ok(stream) = timeout(Duration::from_millis(500), connection.open_uni()).await {
+        let mut stream = stream.expect("a stream");
+        let begun = stream.write_chunk(frame.slice(..100)).await;
+        begun.expect("written");
+        streams.push(stream);
+        assert!(streams.len() <= most, "no end of streams");
+    }
+    assert!(streams.len() + 1 >= most, "{} streams", streams.len());
+    // A byte now and then on each of them: the session goes on beside them.
+    for at in 100..110 {
+        for stream in &mut streams {
+            let more = stream.write_chunk(frame.slice(at..at + 1)).await;
+            more.expect("written");
+        }
+        let said = Bytes::from(vec![at as u8]);
+        write(&mut send, &Frame::Message(said.clone())).await;
+        let heard = async {
+            loop {
+                match pair.peer.event().await {
+                    Some(PeerEvent::Message(bytes)) => break bytes,
+                    Some(PeerEvent::Data { .. }) => panic!("no batch is whole"),
+                    Some(_) => {}
+                    None => panic!("closed"),
+                }
+            }
+        };
+        assert_eq!(within(heard).await, said);
+    }
+    assert!(connection.close_reason().is_none() && pair.peer.status().connected);
+    connection.close(0u32.into(), b"");
+    pair.still_works().await;
+}
+
+#[tokio::test]
 async fn a_newer_connection_takes_over_and_a_crowd_is_sent_away() {
     let pair = Pair::new();
     let (first, _send, _receive) = pair.greeted().await;
