@@ -1,7 +1,7 @@
 //! Kills of every kind: both daemons of a real guest under load die at random moments, the
 //! link is cut, the store's filesystem is full, the clocks are wrong. After each, nothing
-//! that was acknowledged is missing, the newest point reads to its last byte, and the next
-//! one is sealed. At the end the site is lost: the guest runs at the other, and checks itself.
+//! that was acknowledged is missing, the newest point reads to its last byte (alone, or with
+//! all that is stored), and the next one is sealed. At the end the site is lost: the guest runs at the other, and checks itself.
 //!
 //! A few of them are a test. So many kills as are asked for, in a schedule that a seed
 //! makes again (not the instants within it: the daemons are real):
@@ -253,6 +253,8 @@ struct Run {
     guest: GuestId,
     /// Newest points that were read to the last byte, with the daemon dead.
     read: u64,
+    /// Whole stores that were read beside the daemon's work, the newest point in them.
+    scrubbed: u64,
 }
 
 impl Run {
@@ -305,6 +307,12 @@ impl Run {
             web.filter(|web| web.newest_point > held)
         });
         assert!(next.active.is_none(), "it runs twice: {next:#?}");
+        // What was not read while its daemon was dead is read beside its work: all of it.
+        if newest.is_none() {
+            let scrub = ["scrub", "--rate", "none", "--json"];
+            self.pair.west.cli(&scrub).good();
+            self.scrubbed += 1;
+        }
         (told, next.newest_point)
     }
 
@@ -376,6 +384,7 @@ fn kills_of_every_kind() {
         stores,
         guest: id,
         read: 0,
+        scrubbed: 0,
     };
     let begun = Instant::now();
     let mut done: BTreeMap<Kind, u64> = BTreeMap::new();
@@ -411,9 +420,11 @@ fn kills_of_every_kind() {
     is_whole(&TestSite::console_of(&active), last.number);
     println!(
         "{killed} daemons killed in {} faults {done:?}: {} newest points read to the last byte \
-         with the daemon dead, {} run and checked, 0 lost, in {:?} (seed {seed})",
+         with the daemon dead, {} whole stores beside its work, {} run and checked, 0 lost, \
+         in {:?} (seed {seed})",
         faults.len(),
         run.read,
+        run.scrubbed,
         tested + 1,
         begun.elapsed()
     );
