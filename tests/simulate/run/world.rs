@@ -128,7 +128,7 @@ impl World {
         let hosts = hosts.collect();
         let all = random.random_range(10..60);
         World {
-            options: options.clone(),
+            options: *options,
             system: system.clone(),
             network,
             room,
