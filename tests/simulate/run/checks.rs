@@ -22,6 +22,8 @@ use super::world::{Host, SECOND, World, number_in, shown};
 
 /// Longest that a cut may stop a guest: bounded waits, and a slow disk.
 const STALL: u64 = 5 * SECOND;
+/// Newest points of a guest that retention keeps however old they are.
+pub const KEPT: usize = 3;
 /// Points that are read at each look into a store, besides the newest.
 const READ: usize = 3;
 /// Bytes of a store beyond which it is not bounded: some hundred times the
@@ -50,9 +52,8 @@ pub struct Seen {
 
 struct Sealed {
     id: GuestId,
-    point: u64,
-    /// When it was first told.
-    at: u64,
+    /// Each point, and when it was first told; the newest ones.
+    points: BTreeMap<u64, u64>,
 }
 
 impl Seen {
@@ -101,15 +102,20 @@ impl Seen {
             // It is this site's own: what is here of it is nobody's to keep.
             self.sealed.remove(&key);
             let kept = (peer, guest.name.clone());
-            let before = self.sealed.get(&kept).map_or(0, |sealed| sealed.point);
+            let sealed = self.sealed.entry(kept).or_insert(Sealed {
+                id,
+                points: BTreeMap::new(),
+            });
+            if sealed.id != id {
+                (sealed.id, sealed.points) = (id, BTreeMap::new());
+            }
+            let before = sealed.points.keys().next_back().copied().unwrap_or(0);
             if guest.newest_point > before {
                 self.points += 1;
-                let sealed = Sealed {
-                    id,
-                    point: guest.newest_point,
-                    at: world.now,
-                };
-                self.sealed.insert(kept, sealed);
+                sealed.points.insert(guest.newest_point, world.now);
+                if sealed.points.len() > KEPT {
+                    sealed.points.pop_first();
+                }
                 words.push(format!(
                     "{site}: {}: point {}",
                     guest.name, guest.newest_point
@@ -217,14 +223,18 @@ impl Seen {
         }
         let sealed = self.sealed.iter().filter(|((at, _), _)| *at == side);
         for ((_, name), told) in sealed {
-            let newest = store.newest(told.id).map_or(0, |point| point.point);
-            if newest < told.point {
-                let at = shown(told.at);
-                let why = format!(
-                    "point {} of {name} was told to be durable at {site} by {at}, and the newest there is {newest}",
-                    told.point
-                );
-                return Err(Broken { promise: 2, why });
+            let here: BTreeSet<u64> = store.points(told.id).iter().map(|p| p.point).collect();
+            let known: BTreeSet<u64> = here.iter().chain(told.points.keys()).copied().collect();
+            for (point, at) in &told.points {
+                // The newest ones are kept however old they are.
+                let newer = known.range(point + 1..).count();
+                if newer < KEPT && !here.contains(point) {
+                    let at = shown(*at);
+                    let why = format!(
+                        "point {point} of {name} was told to be durable at {site} by {at}, and there are {here:?}"
+                    );
+                    return Err(Broken { promise: 2, why });
+                }
             }
         }
         if store.bytes() > MOST_BYTES {

@@ -292,7 +292,7 @@ impl Story {
         self.seen.goes_on(&self.world)?;
         self.seen.stores(&mut self.world, true)?;
         let (repeated, of) = self.seen.repeated();
-        if repeated > of / 100 + (64 << 10) {
+        if repeated > of / 100 {
             let why = format!("{repeated} bytes came although they were here, of {of} in batches");
             return Err(Broken { promise: 5, why });
         }

@@ -144,7 +144,7 @@ impl World {
                 all: Period::from_secs(all),
                 then_every: Period::from_secs(10),
                 until: Period::from_secs(4 * all),
-                newest: 3,
+                newest: super::checks::KEPT as u32,
             },
             grouped: seed % 6 == 5,
             segment: [128 << 10, 1 << 20][random.random_range(0..2)],
