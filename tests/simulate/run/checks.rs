@@ -221,6 +221,8 @@ impl Seen {
             let why = format!("site {site}: {}: {}", damaged.path.display(), damaged.why);
             return Err(Broken { promise: 2, why });
         }
+        // Of a group, a point that was never one of all of them goes, if it is not the newest.
+        let kept = if world.grouped { 1 } else { KEPT };
         let sealed = self.sealed.iter().filter(|((at, _), _)| *at == side);
         for ((_, name), told) in sealed {
             let here: BTreeSet<u64> = store.points(told.id).iter().map(|p| p.point).collect();
@@ -228,7 +230,7 @@ impl Seen {
             for (point, at) in &told.points {
                 // The newest ones are kept however old they are.
                 let newer = known.range(point + 1..).count();
-                if newer < KEPT && !here.contains(point) {
+                if newer < kept && !here.contains(point) {
                     let at = shown(*at);
                     let why = format!(
                         "point {point} of {name} was told to be durable at {site} by {at}, and there are {here:?}"
