@@ -17,10 +17,11 @@ use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::SiteKey;
 use serde::{Deserialize, Serialize};
 
+use crate::site::checked;
+
 #[cfg(any(test, feature = "fuzzing"))]
 pub(crate) use file::fuzzing;
 use file::read_file;
-pub(crate) use file::written;
 
 mod file;
 mod together;
@@ -267,9 +268,8 @@ impl Fence {
             if read(&path).ok() != Some(term) {
                 return;
             }
-            let undone = match known.map(|known| serde_json::to_string(&known)) {
-                Some(Ok(body)) => crate::site::files::replace(&path, written(&body).as_bytes()),
-                Some(Err(error)) => Err(io::Error::other(error)),
+            let undone = match known {
+                Some(known) => checked::write(&path, &known),
                 None => fs::remove_file(&path),
             };
             self.is_undone(&path, undone);
@@ -290,17 +290,10 @@ impl Fence {
     }
 
     fn write_file(&self, path: &Path, value: &impl Serialize) -> Result<(), FenceError> {
-        let body = serde_json::to_string(value).map_err(|e| FenceError::Io {
+        checked::write(path, value).map_err(|source| FenceError::Io {
             path: path.to_owned(),
             doing: "written",
-            source: io::Error::other(e),
-        })?;
-        crate::site::files::replace(path, written(&body).as_bytes()).map_err(|source| {
-            FenceError::Io {
-                path: path.to_owned(),
-                doing: "written",
-                source,
-            }
+            source,
         })
     }
 }

@@ -21,11 +21,11 @@ use serde::{Deserialize, Serialize};
 
 pub use farhaven_policies::alert::{Finding as Alert, Kind};
 
-use super::Site;
 use super::events::{AlertRef, EventKind, EventLog};
 use super::operate::OperateError;
 use super::sealed::SealedTimes;
 use super::watch::Skew;
+use super::{Site, checked};
 
 /// Longest name of who acknowledges, in bytes.
 const LONGEST_NAME: usize = 128;
@@ -160,10 +160,10 @@ impl Alerts {
             self.tell(change);
         }
         if !changes.is_empty()
-            && let Ok(bytes) = serde_json::to_vec(&*board)
+            && let Ok(text) = checked::text(&*board)
         {
             // Under the lock: the later one is written later.
-            self.events.replace(self.kept.clone(), bytes);
+            self.events.replace(self.kept.clone(), text.into_bytes());
         }
     }
 
@@ -206,14 +206,7 @@ impl Alerts {
 }
 
 fn read_board(path: &Path) -> io::Result<Board> {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    match std::fs::File::open(path) {
-        Ok(file) => file.take(LONGEST_FILE).read_to_end(&mut bytes)?,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Board::default()),
-        Err(error) => return Err(error),
-    };
-    Ok(serde_json::from_slice(&bytes)?)
+    Ok(checked::read_if_there(path, LONGEST_FILE)?.unwrap_or_default())
 }
 
 impl Site {

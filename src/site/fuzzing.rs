@@ -15,7 +15,7 @@ use super::groups::{self, GroupRecord};
 use super::records::{
     Activation, EvidenceRecord, GuestRecord, PointRecord, Protection, StandbyRecord,
 };
-use super::{evacuate, events, limits, runs, seed, turn, view};
+use super::{checked, evacuate, events, limits, runs, seed, turn, view};
 use crate::activate::fence::{self, Term};
 use crate::guest::{Definition, embedded};
 use crate::runbook;
@@ -248,7 +248,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         json!(farhaven_policies::bandwidth::LinkTerms::default()),
         json!({"from": key, "announced": {}}),
     ]);
-    let term = fence::written(&json!(term).to_string());
+    let term = checked::written(&json!(term).to_string());
     seeds.push([&[13][..], term.as_bytes()].concat());
     seeds.push(
         [

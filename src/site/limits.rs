@@ -28,7 +28,7 @@ pub use view::{GuestLink, LinkView, SetLimit};
 
 use super::operate::{OperateError, failed};
 use super::records::{GroupShare, Protection};
-use super::{Site, files};
+use super::{Site, checked};
 
 /// What a QUIC connection may send for each bit of batches within the cap: its headers,
 /// and what it sends again.
@@ -287,8 +287,7 @@ impl Limits {
                 terms.priority = change.priority.unwrap_or(terms.priority);
             }
         }
-        let text = serde_json::to_vec_pretty(&set).map_err(failed)?;
-        files::replace(&self.file, &text)
+        checked::write(&self.file, &set)
             .map_err(|e| failed(format!("{}: {e}", self.file.display())))?;
         self.state().set = set;
         self.apply(Timestamp::now());
@@ -393,16 +392,8 @@ fn minute_of_week(at: Timestamp, zone: &TimeZone) -> u32 {
 }
 
 fn read(file: &Path) -> Result<Set, String> {
-    let size = match file.metadata() {
-        Ok(about) => about.len(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Set::default()),
-        Err(error) => return Err(error.to_string()),
-    };
-    if size > LONGEST_FILE {
-        return Err(format!("it has {size} bytes"));
-    }
-    let text = std::fs::read(file).map_err(|e| e.to_string())?;
-    serde_json::from_slice(&text).map_err(|e| e.to_string())
+    let read = checked::read_if_there(file, LONGEST_FILE);
+    Ok(read.map_err(|error| error.to_string())?.unwrap_or_default())
 }
 
 /// Windows begin and end.

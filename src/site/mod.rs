@@ -7,6 +7,7 @@
 
 pub mod alerts;
 pub mod api;
+pub mod checked;
 pub mod evacuate;
 pub mod events;
 pub mod files;

@@ -15,7 +15,7 @@ use farhaven_wan::{PeerRecord, SiteKey};
 
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
-use super::{Site, files, hex};
+use super::{Site, checked, files, hex};
 use crate::activate::fence::Term;
 use crate::replicate::message::{CommitTerms, Opening, PointContext};
 
@@ -168,18 +168,17 @@ pub(super) fn drop_activation_notes(site: &Arc<Site>, guest: GuestId) {
 }
 
 pub(super) fn keep<T: serde::Serialize>(path: &Path, value: &T) {
-    let written = serde_json::to_vec(value)
-        .map_err(std::io::Error::other)
-        .and_then(|bytes| files::replace(path, &bytes));
-    if let Err(error) = written {
+    if let Err(error) = checked::write(path, value) {
         // The catalogue has it.
         tracing::warn!(path = %path.display(), %error, "a note for a lost catalogue cannot be written");
     }
 }
 
+/// What a note says; `None`: it is not there, or damaged.
 pub(super) fn note<T: serde::de::DeserializeOwned>(path: &Path) -> Option<T> {
-    if fs::metadata(path).ok()?.len() > LONGEST_NOTE {
-        return None;
-    }
-    serde_json::from_slice(&fs::read(path).ok()?).ok()
+    let read = checked::read_if_there(path, LONGEST_NOTE);
+    read.unwrap_or_else(|error| {
+        tracing::error!(path = %path.display(), %error, "a note for a lost catalogue cannot be read");
+        None
+    })
 }

@@ -23,7 +23,7 @@ use tokio::sync::Notify;
 use super::events::EventKind;
 use super::operate::OperateError;
 use super::remote::Remote;
-use super::{Site, age, hex, unix_ns};
+use super::{Site, age, checked, hex, unix_ns};
 use heal::Judged;
 
 mod heal;
@@ -326,14 +326,9 @@ impl Site {
     }
 }
 
+/// What is kept in a file; one that is lost or damaged costs a scrub.
 fn read(path: &Path) -> Kept {
-    use std::io::Read;
-    let mut bytes = Vec::new();
-    let read = std::fs::File::open(path).and_then(|f| f.take(LONGEST_FILE).read_to_end(&mut bytes));
-    // One that is lost or damaged costs a scrub.
-    read.ok()
-        .and_then(|_| serde_json::from_slice(&bytes).ok())
-        .unwrap_or_default()
+    checked::read(path, LONGEST_FILE).unwrap_or_default()
 }
 
 /// Writes down what is kept of the scrubs of one store. Never waits.
@@ -344,8 +339,9 @@ fn keep(site: &Site, file: &Path, kept: &Kept) {
         tracing::error!(path = %directory.display(), %error, "how far a scrub is cannot be kept");
         return;
     }
-    if let Ok(bytes) = serde_json::to_vec(kept) {
-        site.alerts.events.replace(file.to_owned(), bytes);
+    if let Ok(text) = checked::text(kept) {
+        let events = &site.alerts.events;
+        events.replace(file.to_owned(), text.into_bytes());
     }
 }
 

@@ -14,6 +14,11 @@ use std::time::{Duration, SystemTime};
 
 use farhaven_storage_sync::unit::GuestId;
 
+use super::checked;
+
+/// Bytes of a file: a time and its checksum, far below.
+const LONGEST: u64 = 256;
+
 /// Times of the newest sealed cuts.
 pub(super) struct SealedTimes {
     directory: PathBuf,
@@ -64,9 +69,7 @@ impl SealedTimes {
     pub(super) fn note_durably(&self, guest: GuestId, at: SystemTime) -> io::Result<()> {
         let mut times = self.times.write().unwrap_or_else(PoisonError::into_inner);
         times.insert(guest, at);
-        let since = at.duration_since(SystemTime::UNIX_EPOCH);
-        let text = format!("{}\n", since.unwrap_or_default().as_millis());
-        super::files::replace(&self.directory.join(guest.to_string()), text.as_bytes())
+        checked::write(&self.directory.join(guest.to_string()), &millis(at))
     }
 
     /// Nothing of this guest is sealed any more.
@@ -77,20 +80,20 @@ impl SealedTimes {
     }
 
     fn keep(&self, guest: GuestId, cut_at: SystemTime) -> io::Result<()> {
-        let since = cut_at
-            .duration_since(SystemTime::UNIX_EPOCH)
-            .unwrap_or_default();
         let path = self.directory.join(guest.to_string());
         let fresh = path.with_extension("new");
-        fs::write(&fresh, format!("{}\n", since.as_millis()))?;
+        fs::write(&fresh, checked::text(&millis(cut_at))?)?;
         fs::rename(fresh, path)
     }
 }
 
+fn millis(at: SystemTime) -> u64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH);
+    u64::try_from(since.unwrap_or_default().as_millis()).unwrap_or(u64::MAX)
+}
+
 fn read(path: &Path) -> Option<SystemTime> {
-    let text = fs::read_to_string(path).ok()?;
-    // Without its end of line it is not whole.
-    let millis = text.strip_suffix('\n')?.parse().ok()?;
+    let millis = checked::read(path, LONGEST).ok()?;
     let at = SystemTime::UNIX_EPOCH.checked_add(Duration::from_millis(millis))?;
     // A clock that was set back would tell of a point in the future.
     (at <= SystemTime::now()).then_some(at)
@@ -112,7 +115,8 @@ mod tests {
         }
         sealed.forget(guests[1]);
         fs::write(at.join(guests[2].to_string()), "170000").expect("written");
-        fs::write(at.join(guests[3].to_string()), "99999999999999\n").expect("written");
+        let future = checked::text(&99_999_999_999_999_u64).expect("plain data");
+        fs::write(at.join(guests[3].to_string()), future).expect("written");
         let again = SealedTimes::open(&at);
         assert_eq!(again.of(guests[0]), Some(cut));
         for guest in &guests[1..] {

@@ -14,7 +14,7 @@ use super::rights::{Caller, May, Role};
 use super::serve::Served;
 use super::{Answer, Done};
 use crate::site::operate::{OperateError, failed};
-use crate::site::{files, hex};
+use crate::site::{checked, hex};
 
 /// Most tokens of one site: each is compared with what a request shows.
 const MOST: usize = 1000;
@@ -148,18 +148,10 @@ impl Tokens {
                 path.display()
             ))
         };
-        let records = match std::fs::metadata(path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Vec::new(),
-            Err(error) => return Err(damaged(error.to_string())),
-            Ok(facts) if facts.len() > LONGEST => return Err(damaged("it is too long".to_owned())),
-            Ok(_) => {
-                let bytes = std::fs::read(path).map_err(|e| damaged(e.to_string()))?;
-                serde_json::from_slice(&bytes).map_err(|e| damaged(e.to_string()))?
-            }
-        };
+        let records = checked::read_if_there(path, LONGEST).map_err(|e| damaged(e.to_string()))?;
         Ok(Self {
             path: path.to_owned(),
-            records: RwLock::new(records),
+            records: RwLock::new(records.unwrap_or_default()),
         })
     }
 
@@ -234,8 +226,7 @@ impl Tokens {
     }
 
     fn keep(&self, records: &[Record]) -> Result<(), OperateError> {
-        let bytes = serde_json::to_vec_pretty(records).map_err(failed)?;
-        files::replace(&self.path, &bytes).map_err(failed)
+        checked::write(&self.path, &records).map_err(failed)
     }
 
     fn views(&self) -> Vec<TokenView> {

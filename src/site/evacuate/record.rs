@@ -12,8 +12,8 @@ use farhaven_policies::units::{Period, Rate};
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
-use super::super::files;
 use super::super::view::{MoveOutlook, MoveReport, Phase};
+use super::super::{checked, files};
 
 /// Longest file that is read.
 const LONGEST_FILE: u64 = 64 << 20;
@@ -296,18 +296,13 @@ impl Records {
     pub(super) fn read(&self, number: u64) -> Result<Evacuation, String> {
         let path = self.path(number);
         let told = |error: String| format!("{}: {error}", path.display());
-        let size = path.metadata().map_err(|e| told(e.to_string()))?.len();
-        if size > LONGEST_FILE {
-            return Err(told(format!("it has {size} bytes, too many for a record")));
-        }
-        let text = fs::read(&path).map_err(|e| told(e.to_string()))?;
-        serde_json::from_slice(&text).map_err(|e| told(e.to_string()))
+        checked::read(&path, LONGEST_FILE).map_err(|e| told(e.to_string()))
     }
 
     /// Writes one, durably.
     pub(super) fn keep(&self, record: &Evacuation) -> io::Result<()> {
         files::private_directory(&self.directory)?;
-        files::replace(&self.path(record.id), &serde_json::to_vec_pretty(record)?)
+        checked::write(&self.path(record.id), record)
     }
 
     /// Removes the oldest of too many.

@@ -22,8 +22,8 @@ use crate::activate::fence::Term;
 use crate::replicate::message::{ActivationTimes, GroupMessage, Handed, Message, Refusal, Taken};
 use crate::site::Site;
 use crate::site::answer::{refused, unknown_guest};
+use crate::site::checked;
 use crate::site::events::EventKind;
-use crate::site::files;
 use crate::site::health;
 use crate::site::operate::{OperateError, failed};
 use crate::site::promote::ActivateError;
@@ -189,8 +189,7 @@ impl Site {
     }
 
     fn write_down(&self, handed: &HandOver) -> std::io::Result<()> {
-        let text = serde_json::to_vec(handed).map_err(std::io::Error::other)?;
-        files::replace(&self.hand_over_file(handed.group), &text)
+        checked::write(&self.hand_over_file(handed.group), handed)
     }
 
     fn is_kept(&self, group: GuestId, kept: std::io::Result<()>) {
@@ -394,16 +393,9 @@ impl Site {
 }
 
 fn read(path: &std::path::Path) -> Option<HandOver> {
-    let size = path.metadata().ok()?.len();
-    let text = (size <= LONGEST_FILE)
-        .then(|| std::fs::read(path))
-        .transpose();
-    let text = text.map_err(|e| e.to_string()).and_then(|text| match text {
-        Some(text) => serde_json::from_slice(&text).map_err(|e| e.to_string()),
-        None => Err(format!("it has {size} bytes")),
-    });
-    text.inspect_err(|error| {
-        tracing::error!(path = %path.display(), error, "what was handed over cannot be read");
+    let read = checked::read(path, LONGEST_FILE);
+    read.inspect_err(|error| {
+        tracing::error!(path = %path.display(), %error, "what was handed over cannot be read");
     })
     .ok()
 }

@@ -15,7 +15,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::super::records::{GuestRecord, Protection};
-use super::super::{Site, files};
+use super::super::{Site, checked, files};
 use super::{LONGEST_NOTE, note};
 
 /// Where they are, below a site's directory.
@@ -38,14 +38,13 @@ impl Site {
     /// removed: a stale one would be worse than none.
     fn keep_own_note<T: Serialize>(&self, guest: GuestId, kind: &str, value: &T) {
         let path = self.own_note(guest, kind);
-        let written = serde_json::to_vec(value).map_err(std::io::Error::other);
-        let written = written.and_then(|bytes| {
+        let written = checked::text(value).and_then(|text| {
             let same = fs::metadata(&path).is_ok_and(|m| m.len() <= LONGEST_NOTE)
-                && fs::read(&path).is_ok_and(|known| known == bytes);
-            if same {
-                return Ok(());
+                && fs::read(&path).is_ok_and(|known| known == text.as_bytes());
+            match same {
+                true => Ok(()),
+                false => files::replace(&path, text.as_bytes()),
             }
-            files::replace(&path, &bytes)
         });
         if let Err(error) = written {
             // The catalogue has it.

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
 use crate::runbook::perform::Failure;
-use crate::site::files;
+use crate::site::checked;
 
 /// Largest file of facts, in bytes: 64 guests of a group, with their consoles.
 const LARGEST: u64 = 8 << 20;
@@ -151,18 +151,12 @@ impl FactsFile {
     /// When the file is there and cannot be read.
     pub fn open(directory: &Path, id: &str) -> io::Result<FactsFile> {
         let path = directory.join(format!("{id}.facts"));
-        let facts = match std::fs::metadata(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => RunFacts::default(),
-            Err(error) => return Err(error),
-            Ok(facts) if facts.len() > LARGEST => {
-                return Err(io::Error::other(format!("{} is too large", path.display())));
-            }
-            Ok(_) => serde_json::from_slice(&std::fs::read(&path)?)
-                .map_err(|e| io::Error::other(format!("{}: {e}", path.display())))?,
-        };
+        let facts = checked::read_if_there(&path, LARGEST).map_err(|error| {
+            io::Error::new(error.kind(), format!("{}: {error}", path.display()))
+        })?;
         Ok(FactsFile {
             path,
-            facts: Mutex::new(facts),
+            facts: Mutex::new(facts.unwrap_or_default()),
         })
     }
 
@@ -194,8 +188,7 @@ impl FactsFile {
                 self.path.display()
             ))
         };
-        let text = serde_json::to_vec(&changed).map_err(|e| failed(e.to_string()))?;
-        files::replace(&self.path, &text).map_err(|e| failed(e.to_string()))?;
+        checked::write(&self.path, &changed).map_err(|e| failed(e.to_string()))?;
         *facts = changed;
         Ok(())
     }

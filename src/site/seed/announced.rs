@@ -21,7 +21,7 @@ use crate::replicate::message::{Message, Refusal, SeedAnnouncement};
 use crate::replicate::seed::{SeedId, SeedKey};
 use crate::site::answer::refused;
 use crate::site::remote::Remote;
-use crate::site::{Site, files, hex, unix_ns};
+use crate::site::{Site, checked, files, hex, unix_ns};
 
 /// Seeds that one peer may announce: one a guest.
 const MOST: usize = 4096;
@@ -75,7 +75,7 @@ impl Announced {
             if path.extension().is_none_or(|e| e != "seed") {
                 continue;
             }
-            match read(&path) {
+            match checked::read::<Seed>(&path, LONGEST) {
                 Ok(seed) => {
                     seeds.insert((seed.from, seed.guest), seed);
                 }
@@ -129,8 +129,7 @@ impl Announced {
             )));
         }
         files::private_directory(&self.directory)?;
-        let bytes = serde_json::to_vec(&seed)?;
-        files::replace(&self.path(&seed), &bytes)?;
+        checked::write(&self.path(&seed), &seed)?;
         seeds.insert(key, seed);
         Ok(())
     }
@@ -150,13 +149,6 @@ impl Announced {
 #[cfg(any(test, feature = "fuzzing"))]
 pub(in crate::site) fn fuzzing(bytes: &[u8]) {
     let _ = serde_json::from_slice::<Seed>(bytes);
-}
-
-fn read(path: &Path) -> io::Result<Seed> {
-    if fs::metadata(path)?.len() > LONGEST {
-        return Err(io::Error::other("it is too long"));
-    }
-    Ok(serde_json::from_slice(&fs::read(path)?)?)
 }
 
 /// A source asks what is here of a guest that it wants to seed.
