@@ -1,12 +1,13 @@
 //! Tries to break whole sites in virtual time:
 //! `cargo run --release --example simulate -- [--seeds N] [--from SEED]
-//! [--partitions] [--operations] [--break sync|files|terms|dirty|stop] [--jobs N] [--all]
+//! [--partitions] [--operations] [--catalogues] [--break sync|files|terms|dirty|stop] [--jobs N] [--all]
 //! [--each] [--trace] [--json]`
 //!
 //! Each seed is a run of two sites with guests between which the link is cut
 //! and healed, whose daemons and machines die, and whose operators order moves,
 //! failovers, tests and the rest at bad moments; with `--operations` runs of runbooks
-//! and evacuations, too, of guests that do not always stop. The exit status is 1 when a
+//! and evacuations, too, of guests that do not always stop, and with `--catalogues` sites
+//! that come back have lost their catalogue now and then. The exit status is 1 when a
 //! promise broke; the seed is printed with the command that replays it. It ends
 //! there, unless `--all` is told; `--each` prints the digest of every run: of all
 //! that happened in it, the same for the same seed.
@@ -58,6 +59,7 @@ fn asked() -> Option<Asked> {
             seed: 0,
             partitions: false,
             operations: false,
+            catalogues: false,
             fault: None,
             trace: false,
         },
@@ -70,6 +72,7 @@ fn asked() -> Option<Asked> {
             "--jobs" => asked.jobs = arguments.next()?.parse().ok().filter(|jobs| *jobs > 0)?,
             "--partitions" => asked.of_all.partitions = true,
             "--operations" => asked.of_all.operations = true,
+            "--catalogues" => asked.of_all.catalogues = true,
             "--break" => {
                 let name = serde_json::Value::String(arguments.next()?);
                 asked.of_all.fault = Some(serde_json::from_value(name).ok()?);
@@ -90,7 +93,7 @@ fn main() -> ExitCode {
     }
     let Some(asked) = asked() else {
         eprintln!(
-            "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] \
+            "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] [--catalogues] \
              [--break sync|files|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
         );
         return ExitCode::from(2);

@@ -23,6 +23,7 @@ fn options(seed: u64) -> Options {
         seed,
         partitions: false,
         operations: false,
+        catalogues: false,
         fault: None,
         trace: false,
     }
@@ -73,6 +74,15 @@ fn runbooks_evacuations_and_guests_that_do_not_stop_break_no_promise() {
         counts.orders_done > 60 && counts.restored > 30,
         "{counts:?}"
     );
+}
+
+#[test]
+fn sites_that_lose_their_catalogue_break_no_promise() {
+    let counts = sound(1, 24, |seed| Options {
+        catalogues: true,
+        ..options(seed)
+    });
+    assert!(counts.catalogues_lost > 10, "{counts:?}");
 }
 
 /// Found by more seeds than these tests run.

@@ -18,6 +18,7 @@ mod guest;
 mod network;
 mod operators;
 mod orders;
+mod place;
 mod room;
 mod story;
 mod system;
@@ -52,6 +53,9 @@ pub struct Options {
     /// Runs of runbooks, evacuations, and guests that do not stop, too.
     #[serde(default)]
     pub operations: bool,
+    /// The catalogue of a site that dies is gone now and then.
+    #[serde(default)]
+    pub catalogues: bool,
     /// What is broken on purpose.
     pub fault: Option<Fault>,
     /// Tell what happens, as it does.
@@ -70,6 +74,9 @@ impl Options {
         }
         if self.operations {
             command.push_str(" --operations");
+        }
+        if self.catalogues {
+            command.push_str(" --catalogues");
         }
         if let Some(fault) = self.fault {
             let name = serde_json::to_value(fault).unwrap();
@@ -117,6 +124,8 @@ counts! {
     virtual_s,
     kills,
     power_cuts,
+    /// Of those two, after how many a site's catalogue was gone.
+    catalogues_lost,
     link_cuts,
     orders,
     orders_done,

@@ -314,6 +314,7 @@ impl Story {
                 virtual_s: self.world.now / SECOND,
                 kills: self.world.kills,
                 power_cuts: self.world.power_cuts,
+                catalogues_lost: self.world.catalogues_lost,
                 link_cuts: self.link_cuts,
                 orders: self.operators.ordered,
                 orders_done: self.operators.succeeded,

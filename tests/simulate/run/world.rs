@@ -1,14 +1,11 @@
 //! The sites of a run: processes in runtimes of their own, which take turns and
 //! are killed and started; their disks, clocks and guests.
 
-use std::io::Write;
 use std::net::SocketAddr;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use base64::Engine;
 use farhaven::guest::embedded::Vmm;
 use farhaven::site::view::SiteView;
 use farhaven::site::{Site, Surroundings};
@@ -25,6 +22,7 @@ use super::fibers::Fibers;
 use super::files;
 use super::guest::{self, Monitor};
 use super::network::{Network, Shape};
+use super::place::{forget_terms, lose_catalogue, place_identity};
 use super::room::{Place, Room};
 use super::system::System;
 use super::{Broken, Fault, Options};
@@ -76,11 +74,15 @@ pub struct World {
     pub whole_since: u64,
     pub kills: u64,
     pub power_cuts: u64,
+    pub catalogues_lost: u64,
     retention: Retention,
     segment: u64,
     /// Guests 0 and 2 are a protection group, by a policy file at their home.
     pub grouped: bool,
 }
+
+/// How often a site that dies has lost its catalogue when it comes back.
+const LOSES_ITS_CATALOGUE: f64 = 0.4;
 
 /// Most guests of a run.
 pub const GUESTS: u32 = 3;
@@ -140,6 +142,7 @@ impl World {
             whole_since: 0,
             kills: 0,
             power_cuts: 0,
+            catalogues_lost: 0,
             retention: Retention {
                 all: Period::from_secs(all),
                 then_every: Period::from_secs(10),
@@ -267,6 +270,12 @@ impl World {
             // After the thread that writes events, which is a real one, has ended.
             files::power_cut(&host.directory, seed, chance);
         }
+        if self.options.catalogues && self.random.random_bool(LOSES_ITS_CATALOGUE) {
+            let host = &self.hosts[side];
+            lose_catalogue(&host.disk, &host.directory);
+            self.catalogues_lost += 1;
+        }
+        let host = &mut self.hosts[side];
         self.kills += u64::from(!power);
         self.power_cuts += u64::from(power);
         if power {
@@ -357,37 +366,6 @@ impl Host {
 /// A key as directories are named by it.
 pub fn key_of(key: &SiteKey) -> String {
     key.as_bytes().iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// A site's key, of the run's seed: ring draws the one that a site would make by
-/// a call of the system that is not answered here, and which of two keys is
-/// greater decides things. What else ring draws has the same length always.
-fn place_identity(directory: &Path, random: &mut StdRng) {
-    // PKCS#8 of an Ed25519 key: RFC 8410, section 7.
-    let mut key = b"\x30\x2e\x02\x01\x00\x30\x05\x06\x03\x2b\x65\x70\x04\x22\x04\x20".to_vec();
-    key.extend_from_slice(&random.random::<[u8; 32]>());
-    let text = base64::engine::general_purpose::STANDARD.encode(key);
-    let pem = format!("-----BEGIN PRIVATE KEY-----\n{text}\n-----END PRIVATE KEY-----\n");
-    let mut private = std::fs::DirBuilder::new();
-    private
-        .recursive(true)
-        .mode(0o700)
-        .create(directory)
-        .unwrap();
-    let mut options = std::fs::File::options();
-    let file = options
-        .write(true)
-        .create_new(true)
-        .mode(0o600)
-        .open(directory.join("site-key.pem"));
-    file.unwrap().write_all(pem.as_bytes()).unwrap();
-}
-
-/// A deliberate fault: a disk that had said that terms were durable loses them.
-fn forget_terms(directory: &Path) {
-    for entry in std::fs::read_dir(directory).into_iter().flatten().flatten() {
-        let _ = std::fs::remove_file(entry.path());
-    }
 }
 
 /// The number of a guest of this name.
