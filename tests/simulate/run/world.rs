@@ -275,7 +275,7 @@ impl World {
             lose_catalogue(&host.disk, &host.directory);
             self.catalogues_lost += 1;
         }
-        let host = &mut self.hosts[side];
+        let host = &self.hosts[side];
         self.kills += u64::from(!power);
         self.power_cuts += u64::from(power);
         if power {
