@@ -4,6 +4,7 @@
 
 mod batches;
 mod hostile;
+mod target;
 
 use farhaven::activate::fence::Term;
 use farhaven::replicate::message::{Message, Refusal};

@@ -149,6 +149,38 @@ impl Hostile {
         }
     }
 
+    /// Answers west's questions so for some time, keeping no data and saying that it is
+    /// durable; how many it answered. What it has no answer for is refused.
+    pub async fn serve(
+        &mut self,
+        answer: impl Fn(&Message) -> Option<Message>,
+        time: Duration,
+    ) -> u64 {
+        let until = Instant::now() + time;
+        let mut answered = 0;
+        while let Some(left) = until.checked_duration_since(Instant::now()) {
+            let Ok(event) = tokio::time::timeout(left, self.peer.event()).await else {
+                break;
+            };
+            match event.expect("it is trusted") {
+                PeerEvent::Data { seq, .. } => self.peer.durable(&[seq]),
+                PeerEvent::Message(bytes) => {
+                    let asked = Envelope::decode(&bytes).unwrap();
+                    let Some(id) = asked.id else { continue };
+                    let told = answer(&asked.body);
+                    answered += u64::from(told.is_some());
+                    let refusal = || Message::Refused {
+                        code: Refusal::Unable,
+                        why: "not now".to_owned(),
+                    };
+                    self.answer(id, told.unwrap_or_else(refusal)).await;
+                }
+                _ => {}
+            }
+        }
+        answered
+    }
+
     /// Asks, and does not wait; the question's number.
     pub async fn question(&mut self, body: Message) -> Result<u64, String> {
         self.asked += 1;
