@@ -1,6 +1,7 @@
 //! A target that lies: what it is trusted with are its own copies, and nothing else.
 
 use farhaven::replicate::message::{ActivationTimes, Opened};
+use farhaven_wan::SiteKey;
 
 use super::*;
 
