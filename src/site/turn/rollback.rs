@@ -7,6 +7,8 @@
 //! under a newer term, once the source has confirmed that. While there is no
 //! answer nothing of the guest runs here, and it is asked again.
 
+mod here;
+
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -22,7 +24,7 @@ use super::commit::not_here;
 use super::view::{RollBack, RollbackReport};
 use crate::activate::fence::Term;
 use crate::activate::place::Ready;
-use crate::replicate::message::{ActivationTimes, CopyState, Message, TurnMessage};
+use crate::replicate::message::{CopyState, Message, TurnMessage};
 
 /// The source lets its copy go on within this time, or it is asked again.
 const GO_BACK: Duration = Duration::from_secs(60);
@@ -396,71 +398,6 @@ impl Site {
             tracing::warn!(guest = %standby.name(), %error, "the directory of the copy that was rolled back stays behind");
         }
         standby.leave_evidence(state, self);
-    }
-
-    /// Here, from another point: under a newer term, as any takeover.
-    async fn roll_back_to(
-        self: &Arc<Self>,
-        standby: &Arc<Standby>,
-        point: u64,
-    ) -> Result<RollbackReport, OperateError> {
-        let begun = Instant::now();
-        let mut state = standby.state.lock().await;
-        let state = &mut *state;
-        let name = standby.name();
-        let Some((active, ready)) = state.active.clone() else {
-            return Err(not_here(standby));
-        };
-        if active.committed_at.is_some() {
-            return Err(committed(standby));
-        }
-        if active.returning.is_some() {
-            return Err(OperateError::Conflict(format!(
-                "'{name}' is being rolled back to '{}'; see farhaven status",
-                standby.from()
-            )));
-        }
-        if !standby.points().iter().any(|p| p.point == point) {
-            return Err(OperateError::Unknown(format!(
-                "there is no point {point} of '{name}' here; see farhaven points {name}"
-            )));
-        }
-        // What can fail is done while it still runs.
-        standby.open(point).map_err(failed)?;
-        let (site, guest) = (self.clone(), standby.guest);
-        let term = step(move || site.fence.overrule(guest, site.key()))
-            .await
-            .map_err(failed)?
-            .map_err(failed)?;
-        self.announce_term(standby.remote(), term)
-            .await
-            .map_err(|why| OperateError::Failed(format!("'{name}' runs on here: {why}")))?;
-        let lost = super::super::age(active.at);
-        state.active = None;
-        standby.see(|s| {
-            s.active = None;
-            s.hydration = None;
-        });
-        // Its disks stay, as evidence, until somebody discards them.
-        step(move || ready.end()).await.map_err(failed)?;
-        standby.leave_evidence(state, self);
-        let ran: Result<ActivationTimes, _> = standby
-            .run(state, point, term, begun, ActivationTimes::default())
-            .await;
-        let times = ran.map_err(|error| {
-            OperateError::Failed(format!(
-                "'{name}' runs nowhere now: point {point} could not be run ({error}). Take it over from another: farhaven failover {name} --force --point NUMBER"
-            ))
-        })?;
-        Ok(RollbackReport {
-            guest: name,
-            at: self.config.site.name.clone(),
-            point: Some(point),
-            term: term.number,
-            lost_ms: lost.as_millis() as u64,
-            blackout_ms: times.total.as_secs_f64() * 1e3,
-            note: String::new(),
-        })
     }
 }
 
