@@ -266,13 +266,14 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
     let Some(guest) = small(&dir.path().join("g")) else {
         return;
     };
-    // Time for a kill between the order to go back and its answer.
-    let mut pair = Pair::start("200mbit,2s", "", "");
+    let mut pair = Pair::start("200mbit,10ms", "", "");
     protect(&pair, "web", &guest);
     pair.east.cli(&["move", "web", "--accept-pause"]).good();
     phase(&pair.east, "web", Phase::Moved);
     let console = runs_at(&pair.west, "web");
     let before = pair.west.target("web").term;
+    // Time for a kill between the order to go back and its answer.
+    pair.link.set("200mbit,2s".parse().unwrap());
     std::thread::scope(|scope| {
         let told = scope.spawn(|| pair.west.cli(&["rollback", "web"]));
         // Stopped here, its term given away, and the order on its way.
@@ -289,6 +290,7 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
         let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
         standby.active?.going_back.then_some(())
     });
+    pair.link.set("200mbit,10ms".parse().unwrap());
     let stood = console.last_beat().unwrap().number;
     phase(&pair.east, "web", Phase::Protected);
     assert!(beats(&guest.console));
