@@ -258,15 +258,11 @@ fn a_move_of_a_guest_that_changes_faster_than_the_link_throttles_it() {
     whole(&console);
 }
 
-/// What is stopped here for a rollback is the newest there is until the source has
-/// answered, and the next daemon asks on.
-#[test]
-fn a_rollback_in_doubt_outlives_the_daemon() {
-    let dir = tempfile::tempdir().unwrap();
-    let Some(guest) = small(&dir.path().join("g")) else {
-        return;
-    };
-    let mut pair = Pair::start("200mbit,10ms", "", "");
+/// A guest that was moved, and whose rollback was under way when the daemon at the target
+/// died and was started again: the sites, the guest and its console at the target.
+fn rollback_in_doubt(dir: &Path, west: &str) -> Option<(Pair, GuestVm, Console)> {
+    let guest = small(dir)?;
+    let mut pair = Pair::start("200mbit,10ms", "", west);
     protect(&pair, "web", &guest);
     pair.east.cli(&["move", "web", "--accept-pause"]).good();
     phase(&pair.east, "web", Phase::Moved);
@@ -285,11 +281,26 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
         assert!(!told.join().unwrap().ok);
     });
     pair.west.kill();
-    pair.west.start();
-    pair.west.until("known to be in doubt", PATIENCE, |view| {
+    Some((pair, guest, console))
+}
+
+fn is_in_doubt(west: &TestSite) {
+    west.until("known to be in doubt", PATIENCE, |view| {
         let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
         standby.active?.going_back.then_some(())
     });
+}
+
+/// What is stopped here for a rollback is the newest there is until the source has
+/// answered, and the next daemon asks on.
+#[test]
+fn a_rollback_in_doubt_outlives_the_daemon() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some((mut pair, guest, console)) = rollback_in_doubt(&dir.path().join("g"), "") else {
+        return;
+    };
+    pair.west.start();
+    is_in_doubt(&pair.west);
     pair.link.set("200mbit,10ms".parse().unwrap());
     let stood = console.last_beat().unwrap().number;
     phase(&pair.east, "web", Phase::Protected);
@@ -300,4 +311,28 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
     });
     assert_eq!(console.last_beat().map_or(stood, |beat| beat.number), stood);
     whole(&guest.console);
+}
+
+/// With the source lost for good it goes on here by an operator's word, and its disks are
+/// copied to their end, as of any guest that was taken over.
+#[test]
+fn a_rollback_in_doubt_that_is_taken_back_goes_on_and_is_copied() {
+    let dir = tempfile::tempdir().unwrap();
+    let slowly = "[activate]\nhydrate_rate = \"4mbit\"";
+    let Some((mut pair, _guest, console)) = rollback_in_doubt(&dir.path().join("g"), slowly) else {
+        return;
+    };
+    pair.east.kill();
+    pair.west.start();
+    is_in_doubt(&pair.west);
+    let active = pair.west.target("web").active.unwrap();
+    assert!(!active.hydrated, "it was copied before: {active:?}");
+    let stood = console.last_beat().unwrap().number;
+    pair.west.cli(&["take-back", "web", "--force"]).good();
+    console.await_beat(stood + 2, PATIENCE);
+    pair.west.until("copied", PATIENCE, |view| {
+        let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
+        standby.active?.hydrated.then_some(())
+    });
+    whole(&console);
 }
