@@ -5,7 +5,6 @@
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use bytes::Bytes;
 use farhaven_policies::policy::Retention;
 use farhaven_storage_sync::codec::{DedupIndex, Encoder, Sequence};
 use farhaven_storage_sync::unit::{GuestId, Volume, VolumeKind};

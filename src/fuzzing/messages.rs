@@ -113,7 +113,7 @@ fn data() -> Vec<Message> {
             guest: GUEST,
             name: "web".to_owned(),
             seed: [6; 16],
-            key: of(json!([8; 32])),
+            key: of(json!(vec![8; 32])),
             point: 5,
             first: 100,
             last: 200,
