@@ -98,8 +98,9 @@ async fn a_batch_that_lies_is_not_kept_and_ends_the_session() {
             stored_by_itself.bytes.to_vec(),
         ),
     ];
-    for (what, bytes) in lies {
-        mallory.peer.send_data(1, Bytes::from(bytes)).await.unwrap();
+    for (number, (what, bytes)) in (1..).zip(lies) {
+        let sent = mallory.peer.send_data(number, Bytes::from(bytes));
+        sent.await.unwrap();
         let why = mallory.disconnected().await;
         assert!(why.contains("does not verify"), "{what}: {why}");
         mallory.peer.reset_data();
@@ -110,7 +111,7 @@ async fn a_batch_that_lies_is_not_kept_and_ends_the_session() {
     // Of a guest that is another's: it goes where all of mallory's goes, and is no part of
     // that guest's points.
     let newest = target(&stage.west, "web").newest_point;
-    let theirs = Encodes::starting_at(1).batch(web, newest + 1, &noise(1));
+    let theirs = Encodes::starting_at(100).batch(web, newest + 1, &noise(1));
     let sent = mallory.peer.send_data(theirs.seq, theirs.bytes.clone());
     sent.await.unwrap();
     mallory.peer.all_acknowledged(theirs.seq).await.unwrap();

@@ -52,6 +52,9 @@ pub struct Seen {
 
 struct Sealed {
     id: GuestId,
+    /// The first one that was told: after a turn what the guest is protected upon, which
+    /// goes once something was built upon it.
+    first: u64,
     /// Each point, and when it was first told; the newest ones.
     points: BTreeMap<u64, u64>,
 }
@@ -102,16 +105,21 @@ impl Seen {
             // It is this site's own: what is here of it is nobody's to keep.
             self.sealed.remove(&key);
             let kept = (peer, guest.name.clone());
-            let sealed = self.sealed.entry(kept).or_insert(Sealed {
+            let unknown = || Sealed {
                 id,
+                first: 0,
                 points: BTreeMap::new(),
-            });
+            };
+            let sealed = self.sealed.entry(kept).or_insert_with(unknown);
             if sealed.id != id {
-                (sealed.id, sealed.points) = (id, BTreeMap::new());
+                *sealed = unknown();
             }
             let before = sealed.points.keys().next_back().copied().unwrap_or(0);
             if guest.newest_point > before {
                 self.points += 1;
+                if sealed.points.is_empty() {
+                    sealed.first = guest.newest_point;
+                }
                 sealed.points.insert(guest.newest_point, world.now);
                 if sealed.points.len() > KEPT {
                     sealed.points.pop_first();
@@ -230,6 +238,7 @@ impl Seen {
             for (point, at) in &told.points {
                 // The newest ones are kept however old they are.
                 let newer = known.range(point + 1..).count();
+                let kept = if *point == told.first { 1 } else { kept };
                 if newer < kept && !here.contains(point) {
                     let at = shown(*at);
                     let why = format!(
