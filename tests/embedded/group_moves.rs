@@ -1,6 +1,7 @@
 //! A group is moved as one: at one instant, all of it or nothing of it, whatever
 //! fails on the way.
 
+use farhaven::site::checked;
 use farhaven::site::groups::MemberDone;
 use farhaven::site::turn::view::RollbackReport;
 
@@ -194,8 +195,7 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     }
     finally("nothing is left to start", || {
         let note = std::fs::read_dir(&written).unwrap().next()?.unwrap();
-        let note = std::fs::read(note.path()).unwrap();
-        let note: serde_json::Value = serde_json::from_slice(&note).unwrap();
+        let note: serde_json::Value = checked::read(&note.path(), 1 << 20).unwrap();
         (note["ran"] == true).then_some(())
     })
     .await;
@@ -219,10 +219,7 @@ async fn a_guest_that_was_turned_round_is_not_started_from_its_hand_over_again()
         .next()
         .unwrap()
         .unwrap();
-    let read = || {
-        let text = std::fs::read(note.path()).unwrap();
-        serde_json::from_slice::<serde_json::Value>(&text).unwrap()
-    };
+    let read = || checked::read::<serde_json::Value>(&note.path(), 1 << 20).unwrap();
     let mut told = read();
     assert_eq!(told["ran"], true);
 
@@ -233,7 +230,7 @@ async fn a_guest_that_was_turned_round_is_not_started_from_its_hand_over_again()
     at_west.built.lock().unwrap().clear();
     told["ran"] = false.into();
     told.as_object_mut().unwrap().remove("started");
-    std::fs::write(note.path(), told.to_string()).unwrap();
+    checked::write(&note.path(), &told).unwrap();
     let west = site_again(dir.path(), "west", builders(&at_west)).await;
     finally("nothing is left to start", || {
         (read()["ran"] == true).then_some(())

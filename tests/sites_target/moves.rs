@@ -318,7 +318,7 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
 #[test]
 fn a_rollback_in_doubt_that_is_taken_back_goes_on_and_is_copied() {
     let dir = tempfile::tempdir().unwrap();
-    let slowly = "[activate]\nhydrate_rate = \"4mbit\"";
+    let slowly = "hydrate_rate = \"4mbit\"";
     let Some((mut pair, _guest, console)) = rollback_in_doubt(&dir.path().join("g"), slowly) else {
         return;
     };
