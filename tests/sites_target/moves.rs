@@ -313,8 +313,8 @@ fn a_rollback_in_doubt_outlives_the_daemon() {
     whole(&guest.console);
 }
 
-/// With the source lost for good it goes on here by an operator's word, and its disks are
-/// copied to their end, as of any guest that was taken over.
+/// With the source lost for good it goes on here by an operator's word, and the copying of
+/// its disks goes on, as of any guest that was taken over.
 #[test]
 fn a_rollback_in_doubt_that_is_taken_back_goes_on_and_is_copied() {
     let dir = tempfile::tempdir().unwrap();
@@ -330,9 +330,10 @@ fn a_rollback_in_doubt_that_is_taken_back_goes_on_and_is_copied() {
     let stood = console.last_beat().unwrap().number;
     pair.west.cli(&["take-back", "web", "--force"]).good();
     console.await_beat(stood + 2, PATIENCE);
-    pair.west.until("copied", PATIENCE, |view| {
+    pair.west.until("being copied", PATIENCE, |view| {
         let standby = view.standbys.into_iter().find(|s| s.name == "web")?;
-        standby.active?.hydrated.then_some(())
+        let (done, _) = standby.active?.hydration?;
+        (done > 0).then_some(())
     });
     whole(&console);
 }
