@@ -73,6 +73,7 @@ fn lived(seed: u64) -> Result<Lived, String> {
             names.push((guest.id, point, name));
         }
     }
+    store.hint_with(&trial.key);
     while store.fill_hints() {}
     let told = Told {
         names,
