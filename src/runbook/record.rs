@@ -17,6 +17,7 @@ use farhaven_policies::runbook::run::{Event, Moment, Record};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 
+use crate::site::checked::line;
 use crate::site::files::private_directory;
 
 /// Longest line, in bytes: a plan is in the first one.
@@ -27,10 +28,8 @@ pub const LARGEST_RECORD: u64 = 64 << 20;
 const VERSION: u8 = 1;
 /// What the checksums are of.
 const CONTEXT: &str = "farhaven 2026-11 runbook audit record v1";
-/// Before the checksum, and after it.
-const CHAIN: (&str, &str) = (",\"chain\":\"", "\"}");
-/// Of a checksum in hexadecimal digits, with what is around it.
-const TAIL: usize = CHAIN.0.len() + 64 + CHAIN.1.len();
+/// The member of a line that has the checksum.
+const CHAIN: &str = "chain";
 
 /// Why an audit record cannot be kept or read.
 #[derive(Debug, thiserror::Error)]
@@ -261,7 +260,7 @@ fn next_chain(before: &blake3::Hash, body: &[u8]) -> blake3::Hash {
 fn line_of(record: &Record, before: &blake3::Hash) -> io::Result<(Vec<u8>, blake3::Hash)> {
     let millis = i64::try_from(record.at.0).ok();
     let at = millis.and_then(|millis| jiff::Timestamp::from_millisecond(millis).ok());
-    let mut line = serde_json::to_vec(&Line {
+    let line = line::begun(&Line {
         v: VERSION,
         number: record.number,
         at: at.ok_or_else(|| io::Error::other("its time is none that people know"))?,
@@ -270,14 +269,8 @@ fn line_of(record: &Record, before: &blake3::Hash) -> io::Result<(Vec<u8>, blake
         undo: record.undo,
         event: record.event.clone(),
     })?;
-    // The object's own end comes after the checksum.
-    line.pop();
     let chain = next_chain(before, &line);
-    line.extend_from_slice(CHAIN.0.as_bytes());
-    line.extend_from_slice(chain.to_hex().as_bytes());
-    line.extend_from_slice(CHAIN.1.as_bytes());
-    line.push(b'\n');
-    Ok((line, chain))
+    Ok((line::ended(line, CHAIN, &chain), chain))
 }
 
 struct Whole {
@@ -352,13 +345,8 @@ fn read_lines(file: &File, path: &Path) -> Result<Whole, RecordError> {
 pub(crate) fn fuzzing(bytes: &[u8]) {
     let before = first_chain();
     let chain = next_chain(&before, bytes);
-    let right = [
-        bytes,
-        CHAIN.0.as_bytes(),
-        chain.to_hex().as_bytes(),
-        CHAIN.1.as_bytes(),
-    ]
-    .concat();
+    let mut right = line::ended(bytes.to_vec(), CHAIN, &chain);
+    right.pop();
     let _ = record_of(bytes, &before);
     if let Ok((record, _)) = record_of(&right, &before) {
         let written = line_of(&record, &before).map(|(line, _)| line);
@@ -369,20 +357,12 @@ pub(crate) fn fuzzing(bytes: &[u8]) {
 }
 
 fn record_of(line: &[u8], before: &blake3::Hash) -> Result<(Record, blake3::Hash), String> {
-    let cut = line.len().checked_sub(TAIL).ok_or("is too short")?;
-    let (body, tail) = line.split_at(cut);
-    let hex = tail
-        .strip_prefix(CHAIN.0.as_bytes())
-        .and_then(|tail| tail.strip_suffix(CHAIN.1.as_bytes()))
-        .ok_or("does not end with a checksum")?;
+    let (body, digits) = line::taken_apart(line, CHAIN).ok_or("does not end with a checksum")?;
     let chain = next_chain(before, body);
-    if chain.to_hex().as_bytes() != hex {
+    if chain.to_hex().as_bytes() != digits {
         return Err("is not what its checksum says, or does not follow the line before".to_owned());
     }
-    let mut text = body.to_vec();
-    text.push(b'}');
-    let line: Line =
-        serde_json::from_slice(&text).map_err(|e| format!("cannot be understood ({e})"))?;
+    let line: Line = line::object(body).map_err(|e| format!("cannot be understood ({e})"))?;
     if line.v != VERSION {
         return Err(format!(
             "is of version {}, and only {VERSION} is known here",

@@ -1,6 +1,6 @@
 //! Small files that a site remembers things by: JSON on one line, and under it the
 //! checksum. A bit that flips in one is found when it is read; what follows from that
-//! is each reader's.
+//! is each reader's. Of files that are appended to, each line has its own, in [`line`].
 
 use std::fs::File;
 use std::io::{self, Read};
@@ -10,6 +10,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::files;
+
+pub mod line;
 
 /// A text with its checksum, as it is kept.
 pub fn written(body: &str) -> String {

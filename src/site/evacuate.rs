@@ -29,6 +29,8 @@ pub use facts::{Basis, GuestBasis, LinkBasis};
 pub use record::{Change, Evacuation, EvacuationState, Evacuee, GuestState, Order, Planned};
 pub use select::Excluded;
 
+pub(super) use record::EVACUATIONS;
+
 use conduct::{Conductor, Word};
 use record::Records;
 use select::Selected;

@@ -2,9 +2,9 @@
 //! outlives restarts.
 //!
 //! Whoever tells of something ([`EventLog::note`]) never waits: the event is in
-//! memory at once, and a thread of its own writes it down. Files of JSON lines
-//! are rotated, the oldest goes. Readers ask for what came after a number, and
-//! may wait for more.
+//! memory at once, and a thread of its own writes it down. Files of JSON lines,
+//! each with its checksum, are rotated, the oldest goes. Readers ask for what came
+//! after a number, and may wait for more.
 
 use std::collections::VecDeque;
 use std::fs::{self, File, OpenOptions};
@@ -20,6 +20,8 @@ use farhaven_policies::alert::Severity;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
+
+use super::checked::line;
 
 /// Events that are told: the newest so many.
 pub const MOST_EVENTS: usize = 10_000;
@@ -191,8 +193,7 @@ impl EventLog {
             what: shortened(what),
             alert,
         };
-        if let Ok(mut line) = serde_json::to_vec(&event) {
-            line.push(b'\n');
+        if let Ok(line) = line::text(&event) {
             self.send(Work::Append(line));
         }
         let number = event.number;
@@ -284,13 +285,18 @@ fn read(directory: &Path) -> io::Result<(VecDeque<u64>, VecDeque<Event>)> {
             continue;
         }
         let newest = |events: &VecDeque<Event>| events.back().map_or(0, |event| event.number);
-        for line in text.split(|byte| *byte == b'\n') {
-            // The last line of a daemon that was killed may be half.
-            if let Ok(event) = serde_json::from_slice::<Event>(line)
-                && event.number > newest(&events)
-            {
-                events.push_back(event);
+        let mut damaged = 0;
+        for line in text.split_inclusive(|byte| *byte == b'\n') {
+            // The last line of a daemon that was killed may be half, and the next one
+            // puts an end to it.
+            match line.strip_suffix(b"\n").map(line::parse::<Event>) {
+                Some(Some(event)) if event.number > newest(&events) => events.push_back(event),
+                Some(None) if line.len() > 1 => damaged += 1,
+                _ => {}
             }
+        }
+        if damaged > 0 {
+            tracing::warn!(path = %path.display(), lines = damaged, "events are damaged, and left out");
         }
     }
     let surplus = events.len().saturating_sub(MOST_EVENTS);
@@ -404,6 +410,23 @@ mod tests {
         assert_eq!(log.after(1, 10).len(), 1);
         assert_eq!(log.after(0, 1)[0].what, "one");
         assert_eq!(log.after(2, 10).len(), 0);
+    }
+
+    #[test]
+    fn an_event_that_has_rotted_is_left_out() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let log = EventLog::open(dir.path()).expect("opened");
+        for what in ["one", "two", "six"] {
+            note(&log, what);
+        }
+        drop(log);
+        let path = path_of(dir.path(), 1);
+        let text = fs::read_to_string(&path).expect("read");
+        // Still JSON, and another word.
+        fs::write(&path, text.replace("\"two\"", "\"twp\"")).expect("written");
+        let log = EventLog::open(dir.path()).expect("opened");
+        let told: Vec<_> = log.after(0, 10).into_iter().map(|e| e.what).collect();
+        assert_eq!(told, ["one", "six"]);
     }
 
     #[test]

@@ -183,7 +183,12 @@ impl Site {
             })?;
         }
         // Whoever writes in them later may be in a hurry.
-        for directory in [groups::handed::HAND_OVERS, rebuild::own::OWN_NOTES] {
+        for directory in [
+            groups::handed::HAND_OVERS,
+            rebuild::own::OWN_NOTES,
+            evacuate::EVACUATIONS,
+            scrub::SCRUBS,
+        ] {
             let path = state.join(directory);
             files::private_directory(&path).map_err(|source| SiteError::Directory {
                 path,

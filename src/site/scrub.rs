@@ -28,6 +28,8 @@ use heal::Judged;
 
 mod heal;
 
+/// Where that is kept, below a site's directory.
+pub(super) const SCRUBS: &str = "scrub";
 /// From one look whether a scrub is due, and at what is damaged, to the next.
 const LOOK: Duration = Duration::from_secs(5);
 /// Bytes after which it is written down how far a scrub is.
@@ -188,7 +190,7 @@ impl Site {
 
     fn scrub_file(&self, remote: &Remote) -> PathBuf {
         let name = format!("{}.json", hex(remote.record.key.as_bytes()));
-        self.config.site.state_dir.join("scrub").join(name)
+        self.config.site.state_dir.join(SCRUBS).join(name)
     }
 
     /// Reads what is kept of a store's scrubs, once, and again what was damaged.
@@ -333,12 +335,6 @@ fn read(path: &Path) -> Kept {
 
 /// Writes down what is kept of the scrubs of one store. Never waits.
 fn keep(site: &Site, file: &Path, kept: &Kept) {
-    if let Some(directory) = file.parent()
-        && let Err(error) = super::files::private_directory(directory)
-    {
-        tracing::error!(path = %directory.display(), %error, "how far a scrub is cannot be kept");
-        return;
-    }
     if let Ok(text) = checked::text(kept) {
         let events = &site.alerts.events;
         events.replace(file.to_owned(), text.into_bytes());

@@ -24,6 +24,7 @@ fn options(seed: u64) -> Options {
         partitions: false,
         operations: false,
         catalogues: false,
+        within: false,
         fault: None,
         trace: false,
     }
@@ -83,6 +84,15 @@ fn sites_that_lose_their_catalogue_break_no_promise() {
         ..options(seed)
     });
     assert!(counts.catalogues_lost > 10, "{counts:?}");
+}
+
+#[test]
+fn sites_that_die_in_the_midst_of_their_work_break_no_promise() {
+    let counts = sound(1, 60, |seed| Options {
+        within: true,
+        ..options(seed)
+    });
+    assert!(counts.kills_within > 60, "{counts:?}");
 }
 
 /// Found by more seeds than these tests run.

@@ -12,8 +12,11 @@ use farhaven_policies::units::{Period, Rate};
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
 
+use super::super::checked;
 use super::super::view::{MoveOutlook, MoveReport, Phase};
-use super::super::{checked, files};
+
+/// Where they are, below a site's directory.
+pub(in crate::site) const EVACUATIONS: &str = "evacuations";
 
 /// Longest file that is read.
 const LONGEST_FILE: u64 = 64 << 20;
@@ -273,7 +276,7 @@ pub(super) struct Records {
 impl Records {
     pub(super) fn new(state_dir: &Path) -> Self {
         Self {
-            directory: state_dir.join("evacuations"),
+            directory: state_dir.join(EVACUATIONS),
         }
     }
 
@@ -301,7 +304,6 @@ impl Records {
 
     /// Writes one, durably.
     pub(super) fn keep(&self, record: &Evacuation) -> io::Result<()> {
-        files::private_directory(&self.directory)?;
         checked::write(&self.path(record.id), record)
     }
 

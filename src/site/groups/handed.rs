@@ -55,6 +55,15 @@ pub(in crate::site) struct HandOver {
     started: BTreeSet<GuestId>,
 }
 
+impl HandOver {
+    /// These ran. What was handed over anew meanwhile, under newer terms, is not meant.
+    fn have_run(&mut self, handed: &[Handed]) {
+        let of_it = handed.iter().filter(|m| self.members.contains(m));
+        self.started.extend(of_it.map(|m| m.guest));
+        self.ran = self.members.iter().all(|m| self.started.contains(&m.guest));
+    }
+}
+
 impl Site {
     /// The term under which a guest was handed over with its group, when its
     /// source must hear that it is here: it is about to run, or it ended and
@@ -213,18 +222,15 @@ impl Site {
         known.extend(before.map(|before| (group, before)));
     }
 
-    /// These guests of a hand-over ran: whoever ends from here on is not started by
-    /// itself.
-    async fn have_run(self: &Arc<Self>, group: GuestId, guests: Vec<GuestId>) {
+    /// These of a hand-over ran: whoever ends from here on is not started by itself.
+    async fn have_run(self: &Arc<Self>, group: GuestId, handed: Vec<Handed>) {
         let ran = {
             let known = self.policies.handed.known.lock();
             let mut known = known.unwrap_or_else(PoisonError::into_inner);
             let Some(hand_over) = known.get_mut(&group) else {
                 return;
             };
-            hand_over.started.extend(guests);
-            let started = &hand_over.started;
-            hand_over.ran = hand_over.members.iter().all(|m| started.contains(&m.guest));
+            hand_over.have_run(&handed);
             hand_over.clone()
         };
         let site = self.clone();
@@ -243,6 +249,7 @@ impl Site {
         asked: Instant,
     ) -> Vec<Taken> {
         let here = self.members_here(group);
+        let handed: Vec<Handed> = standbys.iter().map(|(handed, _)| *handed).collect();
         let mut starting: Vec<(_, Start<ActivationTimes>)> = Vec::new();
         for (handed, standby) in standbys {
             let mut of_group = here.iter().filter(|m| m.guest == handed.guest);
@@ -289,8 +296,9 @@ impl Site {
         };
         let started = waves.start(self, starting).await;
         let ran = started.iter().filter(|started| started.ran.is_ok());
-        let ran = ran.map(|started| started.member.guest).collect();
-        self.have_run(group.id, ran).await;
+        let ran: BTreeSet<GuestId> = ran.map(|started| started.member.guest).collect();
+        let ran = handed.into_iter().filter(|m| ran.contains(&m.guest));
+        self.have_run(group.id, ran.collect()).await;
         started
             .into_iter()
             .map(|started| {
@@ -354,15 +362,22 @@ impl Site {
             };
             let Some(standby) = standby else {
                 // Forgotten since: there is nothing to start.
-                ran.push(handed.guest);
+                ran.push(handed);
                 continue;
             };
             // One that was protected the other way round since is this site's own guest:
             // what runs of it here, or ended, is no matter of the hand-over.
-            if standby.is_turned() || self.runs_under(&handed) {
-                ran.push(handed.guest);
-            } else {
-                left.push((handed, standby));
+            if standby.is_turned() {
+                ran.push(handed);
+                continue;
+            }
+            let active = self.activation(handed.guest).map_err(failed)?;
+            match active.filter(|active| active.term == handed.term) {
+                Some(active) if active.running => ran.push(handed),
+                // Whether it ran could not be found out yet, and it may be running. The
+                // hand-over stays open: the next start asks again.
+                Some(_) => {}
+                None => left.push((handed, standby)),
             }
         }
         let group = written.group;
@@ -398,4 +413,39 @@ fn read(path: &std::path::Path) -> Option<HandOver> {
         tracing::error!(path = %path.display(), %error, "what was handed over cannot be read");
     })
     .ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn handed(guest: u8, term: u64) -> Handed {
+        let guest = GuestId([guest; 16]);
+        let owner = "b".repeat(52).parse().expect("a key");
+        Handed {
+            guest,
+            point: term,
+            term: Term {
+                group: guest,
+                number: term,
+                owner,
+            },
+        }
+    }
+
+    #[test]
+    fn a_hand_over_that_ends_late_tells_nothing_of_the_next_one() {
+        let mut second = HandOver {
+            group: GuestId([9; 16]),
+            members: vec![handed(1, 4), handed(2, 4)],
+            ran: false,
+            started: BTreeSet::new(),
+        };
+        second.have_run(&[handed(1, 2), handed(2, 2)]);
+        assert!(!second.ran && second.started.is_empty(), "{second:?}");
+        second.have_run(&[handed(1, 4)]);
+        assert!(!second.ran && second.started.len() == 1, "{second:?}");
+        second.have_run(&[handed(2, 4)]);
+        assert!(second.ran && second.started.len() == 2, "{second:?}");
+    }
 }

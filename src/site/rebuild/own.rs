@@ -79,7 +79,7 @@ impl Site {
         let path = self.own_note(guest, kind);
         let gone = match fs::remove_file(&path) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
-            gone => gone.and_then(|()| fs::File::open(self.own_notes())?.sync_all()),
+            gone => gone.and_then(|()| files::sync_directory(&self.own_notes())),
         };
         if let Err(error) = gone {
             tracing::error!(path = %path.display(), %error, "a note of a guest that is none of this site's any more stays; remove it by hand, or a lost catalogue brings it back");

@@ -62,15 +62,12 @@ impl Announced {
     /// Its numbers are free again then: nothing will come under them.
     ///
     /// # Errors
-    /// When the directory is there and cannot be read: the numbers that were
-    /// promised must not be given out again.
+    /// When the directory cannot be made or read: the numbers that were promised
+    /// must not be given out again.
     pub(in crate::site) fn open(directory: &Path) -> io::Result<Self> {
         let mut seeds = BTreeMap::new();
-        let entries = match fs::read_dir(directory) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-            entries => Some(entries?),
-        };
-        for entry in entries.into_iter().flatten() {
+        files::private_directory(directory)?;
+        for entry in fs::read_dir(directory)? {
             let path = entry?.path();
             if path.extension().is_none_or(|e| e != "seed") {
                 continue;
@@ -128,7 +125,6 @@ impl Announced {
                 "{MOST} seeds are announced already"
             )));
         }
-        files::private_directory(&self.directory)?;
         checked::write(&self.path(&seed), &seed)?;
         seeds.insert(key, seed);
         Ok(())

@@ -17,6 +17,7 @@ use farhaven_storage_sync::unit::GuestId;
 
 use super::super::Site;
 use super::super::operate::{FENCE_WAIT, OperateError, failed};
+use super::super::promote::ActivateError;
 use super::super::records::Activation;
 use super::super::remote::{AskError, Remote};
 use super::super::standby::{Standby, State, step};
@@ -201,8 +202,7 @@ impl Site {
                 "it stays stopped here, since a newer term of it is another site's".to_owned(),
             );
         }
-        let going_on = ready.clone();
-        let went_on = step(move || going_on.go_on()).await.and_then(|done| done);
+        let went_on = go_on(ready).await;
         let _ = self.note_returning(standby, state, None);
         went_on.map_err(|error| {
             let process = active.process();
@@ -325,11 +325,7 @@ impl Site {
         state: &mut State,
         ready: &Arc<Ready>,
     ) -> Result<(), OperateError> {
-        let going_on = ready.clone();
-        step(move || going_on.go_on())
-            .await
-            .and_then(|done| done)
-            .map_err(failed)?;
+        go_on(ready).await.map_err(failed)?;
         self.note_returning(standby, state, None).map_err(failed)?;
         standby.see(|s| s.trouble.clear());
         tracing::warn!(guest = %standby.name(), "not rolled back: it goes on here");
@@ -399,6 +395,12 @@ impl Site {
         }
         standby.leave_evidence(state, self);
     }
+}
+
+/// What was stopped to go back goes on.
+async fn go_on(ready: &Arc<Ready>) -> Result<(), ActivateError> {
+    let going_on = ready.clone();
+    step(move || going_on.go_on()).await.and_then(|done| done)
 }
 
 /// It is not known how its rollback ended.

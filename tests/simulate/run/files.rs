@@ -17,13 +17,17 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ffi::OsString;
 use std::fs;
 use std::io::{self, Write};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{LazyLock, Mutex};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+
+use super::system;
+
+pub mod moment;
 
 /// Below a site's directory: what guests write to, and what is gone with the
 /// power anyway.
@@ -33,7 +37,7 @@ const SECTOR: usize = 512;
 
 /// What is durable, by number of the inode: a tmpfs, which runs are in where there is
 /// one, never gives one out again.
-#[derive(Default)]
+#[derive(Default, Clone)]
 struct Synced {
     roots: Vec<PathBuf>,
     files: HashMap<u64, Vec<u8>>,
@@ -186,10 +190,17 @@ fn synced(file: libc::c_int) -> bool {
     let Ok(path) = fs::read_link(&link) else {
         return false;
     };
-    let mut synced = SYNCED.lock().unwrap();
-    if !synced.roots.iter().any(|root| path.starts_with(root)) {
+    let is_a_sites = {
+        let synced = SYNCED.lock().unwrap();
+        synced.roots.iter().any(|root| path.starts_with(root))
+    };
+    if !is_a_sites {
         return false;
     }
+    if system::is_here() {
+        moment::syncs(&path);
+    }
+    let mut synced = SYNCED.lock().unwrap();
     if LIES.load(Ordering::SeqCst) {
         return true;
     }

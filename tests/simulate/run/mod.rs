@@ -56,6 +56,9 @@ pub struct Options {
     /// The catalogue of a site that dies is gone now and then.
     #[serde(default)]
     pub catalogues: bool,
+    /// Sites die in the midst of their work, too: at syncs of small files.
+    #[serde(default)]
+    pub within: bool,
     /// What is broken on purpose.
     pub fault: Option<Fault>,
     /// Tell what happens, as it does.
@@ -77,6 +80,9 @@ impl Options {
         }
         if self.catalogues {
             command.push_str(" --catalogues");
+        }
+        if self.within {
+            command.push_str(" --within");
         }
         if let Some(fault) = self.fault {
             let name = serde_json::to_value(fault).unwrap();
@@ -126,6 +132,8 @@ counts! {
     power_cuts,
     /// Of those two, after how many a site's catalogue was gone.
     catalogues_lost,
+    /// Of those two, how many in the midst of a piece of work.
+    kills_within,
     link_cuts,
     orders,
     orders_done,

@@ -81,9 +81,13 @@ impl Operators {
         self.ordered += 1;
         let (site, name) = (process.site.clone(), format!("g{guest}"));
         let peer = world.hosts[1 - side].name.clone();
+        let (room, number) = (world.room.clone(), process.number);
         process.runtime.spawn(async move {
             let done = perform(&site, &name, &peer, order).await;
-            let _ = answer.send((at, done));
+            // One that died within its work answers nobody.
+            if room.is_alive(number) {
+                let _ = answer.send((at, done));
+            }
         });
     }
 

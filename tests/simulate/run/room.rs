@@ -145,7 +145,12 @@ impl Room {
 
     /// Does the process of a machine live?
     pub fn lives(&self, place: &Place) -> bool {
-        !self.state.lock().unwrap().dead.contains(&place.process)
+        self.is_alive(place.process)
+    }
+
+    /// Does this process live?
+    pub fn is_alive(&self, process: u64) -> bool {
+        !self.state.lock().unwrap().dead.contains(&process)
     }
 
     /// Keeps what memory and disk of a machine are now; the instant's number.

@@ -17,6 +17,10 @@ use super::{Broken, Counts, Options, Ran};
 const LOOK: u64 = 100 * MS;
 /// How often their stores are.
 const LOOK_INTO_STORES: u64 = 7 * SECOND;
+/// How often a site that is to die does so in the midst of its work, and at which of its
+/// next syncs at most.
+const DIES_WITHIN: f64 = 0.8;
+const MOST_SYNCS: u32 = 4;
 /// How long a run may take to set up.
 const SET_UP: u64 = 60 * SECOND;
 /// How long it has to come to rest.
@@ -205,21 +209,16 @@ impl Story {
         } else if draw < kinds[3] {
             let power = draw >= kinds[2];
             let time = self.world.random.random_range(1..150) * 100 * MS;
+            if self.world.options.within && self.world.random.random_bool(DIES_WITHIN) {
+                let nth = self.world.random.random_range(1..=MOST_SYNCS);
+                self.world.doom(side, nth, power);
+                self.say(&format!("{name} is to die at its next {nth}. sync"));
+                return Ok(());
+            }
             // What it knows now it may not know again.
             self.seen.terms.look(&self.world, side);
             self.world.kill(side, power);
-            self.world.hosts[side]
-                .starts_at
-                .get_or_insert(self.world.now + time);
-            self.say(&format!(
-                "{name} is killed for {}, power: {power}",
-                shown(time)
-            ));
-            self.operators.disturbed(&self.world);
-            if power && keys_known(&self.world.hosts) {
-                // Before anybody can send anew what was lost.
-                self.seen.stores(&mut self.world, false)?;
-            }
+            self.is_dead(side, power, time)?;
         } else if draw < kinds[4] {
             let by = self.world.random.random_range(-20_000..20_000) * MS as i64;
             self.world.set_clock(side, by);
@@ -239,6 +238,23 @@ impl Story {
         Ok(())
     }
 
+    /// A site was killed, and is started again after that time.
+    fn is_dead(&mut self, side: usize, power: bool, time: u64) -> Result<(), Broken> {
+        let host = &mut self.world.hosts[side];
+        host.starts_at.get_or_insert(self.world.now + time);
+        let name = host.name.clone();
+        self.say(&format!(
+            "{name} is killed for {}, power: {power}",
+            shown(time)
+        ));
+        self.operators.disturbed(&self.world);
+        if power && keys_known(&self.world.hosts) {
+            // Before anybody can send anew what was lost.
+            self.seen.stores(&mut self.world, false)?;
+        }
+        Ok(())
+    }
+
     fn start(&mut self, side: usize) -> Result<(), Broken> {
         let name = self.world.hosts[side].name.clone();
         self.say(&format!("{name} is started"));
@@ -247,7 +263,10 @@ impl Story {
 
     /// One turn of all sites, and what must hold after it.
     fn turn(&mut self) -> Result<(), Broken> {
-        self.world.turn();
+        for (side, power) in self.world.turn() {
+            let time = self.world.random.random_range(1..150) * 100 * MS;
+            self.is_dead(side, power, time)?;
+        }
         for words in self.operators.listen(&self.world, &mut self.seen.terms) {
             self.say(&words);
         }
@@ -273,6 +292,7 @@ impl Story {
     /// All is well again: everybody must find back by himself.
     fn rest(&mut self) -> Result<(), Broken> {
         self.say("everything is well again");
+        self.world.spare();
         let shape = Shape {
             lost: 0,
             ..self.world.shape
@@ -315,6 +335,7 @@ impl Story {
                 kills: self.world.kills,
                 power_cuts: self.world.power_cuts,
                 catalogues_lost: self.world.catalogues_lost,
+                kills_within: self.world.kills_within,
                 link_cuts: self.link_cuts,
                 orders: self.operators.ordered,
                 orders_done: self.operators.succeeded,

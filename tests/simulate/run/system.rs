@@ -92,6 +92,11 @@ impl System {
     }
 }
 
+/// Does this thread belong to a run?
+pub fn is_here() -> bool {
+    here(|_| ()).is_some()
+}
+
 fn here<T>(answer: impl FnOnce(&System) -> T) -> Option<T> {
     let system = HERE.try_with(|here| here.try_borrow().ok().and_then(|here| here.clone()));
     system.ok().flatten().map(|system| answer(&system))

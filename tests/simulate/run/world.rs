@@ -19,7 +19,7 @@ use rand::{Rng, SeedableRng};
 use tokio::runtime::{Builder, Runtime};
 
 use super::fibers::Fibers;
-use super::files;
+use super::files::{self, moment, moment::Moment};
 use super::guest::{self, Monitor};
 use super::network::{Network, Shape};
 use super::place::{forget_terms, lose_catalogue, place_identity};
@@ -45,9 +45,18 @@ pub struct Host {
     pub starts_at: Option<u64>,
     /// Its key, in hexadecimal, once it was started.
     pub key: String,
+    /// How it is when it died in the midst of a piece of work.
+    died: Arc<Mutex<Option<Died>>>,
     /// The disk of up to 8 seconds ago, and of 8 more, for [`Fault::Sync`].
     recent: SimulatedDisk,
     older: SimulatedDisk,
+}
+
+/// What was there when a daemon died in the midst of a piece of work.
+struct Died {
+    disk: SimulatedDisk,
+    files: Moment,
+    power: bool,
 }
 
 /// A daemon.
@@ -73,6 +82,8 @@ pub struct World {
     /// Since when both sites run and the link carries.
     pub whole_since: u64,
     pub kills: u64,
+    /// Of kills and losses of power: in the midst of a piece of work.
+    pub kills_within: u64,
     pub power_cuts: u64,
     pub catalogues_lost: u64,
     retention: Retention,
@@ -124,6 +135,7 @@ impl World {
             set: random.random_range(-2_000..2_000) * MS as i64,
             starts_at: None,
             key: String::new(),
+            died: Arc::default(),
             recent: SimulatedDisk::new(),
             older: SimulatedDisk::new(),
         });
@@ -141,6 +153,7 @@ impl World {
             processes: 0,
             whole_since: 0,
             kills: 0,
+            kills_within: 0,
             power_cuts: 0,
             catalogues_lost: 0,
             retention: Retention {
@@ -257,6 +270,11 @@ impl World {
         };
         self.network.close(host.address);
         self.room.kill(process.number);
+        moment::spare(&host.directory);
+        let died = host.died.lock().unwrap().take();
+        if let Some(died) = &died {
+            host.disk = died.disk.copy();
+        }
         // As it is now: what is unwound below comes too late.
         host.disk = match power {
             true if self.options.fault == Some(Fault::Sync) => host.older.copy(),
@@ -266,6 +284,10 @@ impl World {
         let Process { runtime, site, .. } = process;
         drop(site);
         drop(runtime);
+        if let Some(died) = died {
+            self.kills_within += 1;
+            moment::put_back(&host.directory, &died.files);
+        }
         if power {
             // After the thread that writes events, which is a real one, has ended.
             files::power_cut(&host.directory, seed, chance);
@@ -285,6 +307,44 @@ impl World {
             forget_terms(&host.directory.join("terms"));
         }
         self.whole_since = u64::MAX;
+    }
+
+    /// A site's daemon, or the power of its machine, is to die at the `nth` time from now
+    /// that it syncs a small file or a directory.
+    pub fn doom(&self, side: usize, nth: u32, power: bool) {
+        let host = &self.hosts[side];
+        let Some(process) = &host.process else { return };
+        let (address, number) = (host.address, process.number);
+        let (disk, directory, died) =
+            (host.disk.clone(), host.directory.clone(), host.died.clone());
+        let (network, room) = (self.network.clone(), self.room.clone());
+        moment::die_at(&host.directory, nth, move || {
+            // Nothing that it does from here on is seen by anybody.
+            network.close(address);
+            room.kill(number);
+            *died.lock().unwrap() = Some(Died {
+                disk: disk.copy(),
+                files: moment::moment(&directory),
+                power,
+            });
+        });
+    }
+
+    /// Nobody dies at a sync any more.
+    pub fn spare(&self) {
+        for host in &self.hosts {
+            moment::spare(&host.directory);
+        }
+    }
+
+    /// Whoever died in the midst of its work is dead; each with whether by its power.
+    fn bury(&mut self, side: usize) -> Option<(usize, bool)> {
+        let power = {
+            let died = self.hosts[side].died.lock().unwrap();
+            died.as_ref()?.power
+        };
+        self.kill(side, power);
+        Some((side, power))
     }
 
     /// Nothing from this site is carried, or all is again.
@@ -308,11 +368,14 @@ impl World {
         self.hosts[side].set += by;
     }
 
-    /// Every site comes to the end of the next turn.
-    pub fn turn(&mut self) {
+    /// Every site comes to the end of the next turn; which of them died in the midst of
+    /// it, each with whether by its power.
+    pub fn turn(&mut self) -> Vec<(usize, bool)> {
         let end = self.now + self.turn;
         let until = tokio::time::Instant::from_std(self.system.instant(end));
-        for host in &self.hosts {
+        let mut died = Vec::new();
+        for side in 0..self.hosts.len() {
+            let host = &self.hosts[side];
             if let Some(process) = &host.process {
                 self.system.set_wall(host.wall(self.now));
                 self.network.rouse(host.address);
@@ -320,6 +383,7 @@ impl World {
                     .runtime
                     .block_on(async { tokio::time::sleep_until(until).await });
             }
+            died.extend(self.bury(side));
         }
         self.now = end;
         self.system.set_now(end);
@@ -331,6 +395,7 @@ impl World {
                 host.older = before;
             }
         }
+        died
     }
 
     /// What a site tells of itself.
