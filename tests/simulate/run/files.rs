@@ -165,7 +165,11 @@ fn names(at: &Path) -> io::Result<BTreeMap<OsString, Entry>> {
         let kind = entry.file_type()?;
         if kind.is_dir() || kind.is_file() {
             let directory = kind.is_dir();
-            let inode = entry.metadata()?.ino();
+            let inode = match entry.metadata() {
+                // The thread that writes events has put it over another.
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                known => known?.ino(),
+            };
             names.insert(entry.file_name(), Entry { inode, directory });
         }
     }

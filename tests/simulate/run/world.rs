@@ -337,14 +337,14 @@ impl World {
         }
     }
 
-    /// Whoever died in the midst of its work is dead; each with whether by its power.
-    fn bury(&mut self, side: usize) -> Option<(usize, bool)> {
+    /// A site that died in the midst of its work is dead; whether by its power.
+    fn bury(&mut self, side: usize) -> Option<bool> {
         let power = {
             let died = self.hosts[side].died.lock().unwrap();
             died.as_ref()?.power
         };
         self.kill(side, power);
-        Some((side, power))
+        Some(power)
     }
 
     /// Nothing from this site is carried, or all is again.
@@ -383,7 +383,7 @@ impl World {
                     .runtime
                     .block_on(async { tokio::time::sleep_until(until).await });
             }
-            died.extend(self.bury(side));
+            died.extend(self.bury(side).map(|power| (side, power)));
         }
         self.now = end;
         self.system.set_now(end);

@@ -74,8 +74,7 @@ enum Node {
 
 /// What is there now.
 pub fn moment(root: &Path) -> Moment {
-    let mut files = read(root).unwrap();
-    files.retain(|name, _| is_of_work(name));
+    let files = read(root, is_of_work).unwrap();
     let synced = SYNCED.lock().unwrap();
     Moment {
         files,
@@ -96,13 +95,13 @@ fn is_of_work(name: &OsString) -> bool {
         .all(|not| name != not)
 }
 
-fn read(at: &Path) -> io::Result<Files> {
+fn read(at: &Path, wanted: fn(&OsString) -> bool) -> io::Result<Files> {
     let mut files = Files::new();
-    for (name, Entry { inode, directory }) in names(at)? {
+    let names = names(at)?.into_iter();
+    for (name, Entry { inode, directory }) in names.filter(|(name, _)| wanted(name)) {
         let path = at.join(&name);
         let node = match directory {
-            true if NOT_ITS_OWN.iter().any(|not| name == *not) => continue,
-            true => Node::Directory(inode, read(&path)?),
+            true => Node::Directory(inode, read(&path, |_| true)?),
             false => Node::File(inode, fs::read(&path)?),
         };
         files.insert(name, node);
