@@ -90,7 +90,10 @@ fn stores_in(dir: &Path) -> Result<Vec<PathBuf>, String> {
     if dir.join("segments").is_dir() {
         return Ok(vec![dir.to_path_buf()]);
     }
-    let entries = std::fs::read_dir(dir).map_err(|e| format!("cannot list {}: {e}", dir.display()));
+    let entries = std::fs::read_dir(dir).map_err(|e| {
+        let dir = dir.display();
+        format!("cannot list {dir}: {e}; name the directory that `store.dir` names")
+    });
     let mut stores: Vec<PathBuf> = entries?
         .filter_map(|entry| Some(entry.ok()?.path()))
         .filter(|path| path.join("segments").is_dir())

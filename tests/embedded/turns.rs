@@ -298,6 +298,77 @@ async fn what_diverged_is_kept_until_somebody_discards_it() {
     both.stage.end().await;
 }
 
+/// A guest that came home runs in the directory of that takeover: its copy is there when
+/// it is taken over once more.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_diverged_after_coming_home_is_listed_exported_and_discarded_whole() {
+    let both = Both::protected().await;
+    let stage = &both.stage;
+    let homes = [
+        (&stage.east, &stage.west, &both.stage.at_west),
+        (&stage.west, &stage.east, &both.at_east),
+    ];
+    for (from, to, at) in homes {
+        from.move_guest("web", true).await.unwrap();
+        counts_on(&at.newest()).await;
+        to.commit("web", false).await.unwrap();
+        hydrated(to).await;
+        to.reprotect("web", None).await.unwrap();
+        counts_on(&at.newest()).await;
+    }
+    until("points from home", || {
+        (source(&stage.east, "web").points_sealed >= 2).then_some(())
+    })
+    .await;
+    stage.west.fail_over("web", None, true).await.unwrap();
+    counts_on(&stage.at_west.newest()).await;
+    let kept = stage.east.evidence();
+    assert!(
+        kept.len() == 1 && kept[0].copy == "source" && !kept[0].unchanged,
+        "{kept:?}"
+    );
+    assert!(
+        kept[0].directory.join("disk.img").exists() && kept[0].bytes > 0,
+        "{kept:?}"
+    );
+    let out = tempfile::tempdir().unwrap();
+    let exported = stage
+        .east
+        .export_evidence("web", None, out.path())
+        .await
+        .unwrap();
+    for what in ["memory", "disk"] {
+        let files = &exported[0].files;
+        assert!(files.iter().any(|file| file.what == what), "{exported:?}");
+    }
+    // Turned round it is evidence of its own, and as whole.
+    stage.west.commit("web", false).await.unwrap();
+    hydrated(&stage.west).await;
+    stage.west.reprotect("web", None).await.unwrap();
+    let aside = stage.east.evidence();
+    assert!(
+        aside.len() == 1 && aside[0].directory == kept[0].directory,
+        "{aside:?}"
+    );
+    let out = tempfile::tempdir().unwrap();
+    let exported = stage
+        .east
+        .export_evidence("web", None, out.path())
+        .await
+        .unwrap();
+    assert!(
+        exported[0].files.iter().any(|file| file.what == "disk"),
+        "{exported:?}"
+    );
+    stage
+        .east
+        .discard_evidence("web", None, false)
+        .await
+        .unwrap();
+    assert!(stage.east.evidence().is_empty() && !aside[0].directory.exists());
+    both.stage.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn a_copy_that_cannot_go_on_leaves_the_guest_where_it_runs() {
     let both = Both::protected().await;

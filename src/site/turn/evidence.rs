@@ -28,7 +28,27 @@ pub(super) struct Piece {
     pub(super) view: EvidenceView,
     /// Its definition, where it is known.
     pub(super) record: Option<GuestRecord>,
+    /// What is of it beside the directory of the view: where a guest came home from a
+    /// takeover it has its disks and consoles in the one, and its sockets in the other.
+    beside: Option<PathBuf>,
     kind: Kind,
+}
+
+impl Piece {
+    /// Where its files are.
+    pub(super) fn directories(&self) -> impl Iterator<Item = &Path> {
+        let beside = self.beside.as_deref();
+        std::iter::once(self.view.directory.as_path()).chain(beside)
+    }
+}
+
+/// The directory of a copy, and what is beside it; by its record, and by where it has its
+/// sockets.
+fn places_of(record: &GuestRecord, sockets: PathBuf) -> (PathBuf, Option<PathBuf>) {
+    match &record.run {
+        Some(home) => (home.clone(), Some(sockets)),
+        None => (sockets, None),
+    }
 }
 
 enum Kind {
@@ -79,7 +99,7 @@ impl Site {
                     kept.to
                 ),
             };
-            let directory = self.run_directory(record.id);
+            let (directory, beside) = places_of(&record, self.run_directory(record.id));
             pieces.push(Piece {
                 view: EvidenceView {
                     guest: record.name.clone(),
@@ -90,10 +110,11 @@ impl Site {
                     unchanged,
                     needed: !kept.committed,
                     qmp: record.qmp.clone().filter(|_| alive),
-                    bytes: size_of(&directory),
+                    bytes: size_of(&directory) + beside.as_deref().map_or(0, size_of),
                     directory,
                 },
                 record: Some(record),
+                beside,
                 kind: Kind::Copy,
             });
         }
@@ -115,6 +136,7 @@ impl Site {
                 true => "moved away, and protected to here since".to_owned(),
                 false => "stopped by a failover; it may hold what is nowhere else".to_owned(),
             };
+            let (directory, beside) = places_of(&kept.record, kept.directory.clone());
             Piece {
                 view: EvidenceView {
                     guest: kept.record.name.clone(),
@@ -125,10 +147,11 @@ impl Site {
                     unchanged: kept.unchanged,
                     needed: false,
                     qmp: kept.record.qmp.clone().filter(|_| alive),
-                    bytes: size_of(&kept.directory),
-                    directory: kept.directory.clone(),
+                    bytes: size_of(&directory) + beside.as_deref().map_or(0, size_of),
+                    directory,
                 },
                 record: Some(kept.record.clone()),
+                beside,
                 kind: Kind::Aside(Box::new(kept)),
             }
         });
@@ -177,6 +200,7 @@ impl Site {
                         directory,
                     },
                     record: None,
+                    beside: None,
                     kind: Kind::Left,
                 });
             }
@@ -246,7 +270,12 @@ impl Site {
         piece: Piece,
         discarded: &mut Discarded,
     ) -> Result<(), OperateError> {
-        let Piece { view, record, kind } = piece;
+        let Piece {
+            view,
+            record,
+            beside,
+            kind,
+        } = piece;
         if let Some(Definition::Qemu(qemu)) = record.as_ref().map(|r| &r.definition) {
             let ours = self.config.run_dir();
             let disks = qemu.disks.iter().filter_map(|disk| disk.path.clone());
@@ -261,8 +290,9 @@ impl Site {
                 let (site, ending) = (self.clone(), record.clone());
                 let ended = crate::work::spawn_blocking(move || {
                     site.end_copy(&ending)?;
+                    site.clear_home(&ending)?;
                     site.clear_hosted(&ending);
-                    site.clear_home(&ending)
+                    Ok::<_, String>(())
                 });
                 ended.await.map_err(failed)?.map_err(failed)?;
                 self.drop_guest_notes(record.id);
@@ -284,7 +314,9 @@ impl Site {
                 }
             }
         }
-        remove(&view.directory).map_err(failed)?;
+        for directory in [Some(view.directory), beside].into_iter().flatten() {
+            remove(&directory).map_err(failed)?;
+        }
         discarded
             .removed
             .push(format!("{}: {}", view.copy, view.what));

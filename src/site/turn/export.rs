@@ -199,11 +199,8 @@ impl Site {
             }
             None => {}
         }
-        let own = fs::read_dir(&piece.view.directory)
-            .into_iter()
-            .flatten()
-            .flatten();
-        for entry in own.take(MOST_FILES) {
+        let own = piece.directories().filter_map(|at| fs::read_dir(at).ok());
+        for entry in own.flatten().flatten().take(MOST_FILES) {
             let (path, name) = (
                 entry.path(),
                 entry.file_name().to_string_lossy().into_owned(),
