@@ -65,6 +65,14 @@ impl Quick {
 }
 
 impl Site {
+    /// What a guest's points may be old: by its source's word, or by its protection here.
+    fn rpo_target_of(&self, name: &str) -> Option<u64> {
+        match self.standby_named(name) {
+            Some(standby) => standby.opening().rpo_ms,
+            None => self.guest_view(&self.guest(name).ok()?).rpo_target_ms,
+        }
+    }
+
     async fn begin_quick(
         self: &Arc<Self>,
         mode: Mode,

@@ -29,6 +29,7 @@ fn verbs_without_a_runbook_are_recorded() {
     let told = report(&pair.west, &test.id);
     assert!(!told.guests[0].removed.is_empty() && told.guests[0].gone.len() == 2);
     assert!(told.guests[0].console.is_some());
+    assert!(told.guests[0].rpo_target_ms.is_some(), "{told:#?}");
 
     pair.west.cli(&["failover", "web"]).bad("--force");
     pair.west.cli(&["failover", "web", "--force"]).good();
@@ -38,6 +39,7 @@ fn verbs_without_a_runbook_are_recorded() {
     assert_eq!(all[1].outcome, Some(Outcome::Stopped), "{all:#?}");
     let told = report(&pair.west, &all[0].id);
     assert!(told.forced && told.rto_ms.is_some() && told.rpo_ms.is_some());
+    assert!(told.guests[0].rpo_target_ms.is_some(), "{told:#?}");
     let file = pair.dir.path().join("report.html");
     pair.west
         .cli(&["report", &all[0].id, "--html", file.to_str().unwrap()])
@@ -84,7 +86,9 @@ fn a_move_is_recorded_at_its_source() {
         panic!("one run");
     };
     assert_eq!(moved.outcome, Some(Outcome::Succeeded), "{moved:#?}");
-    assert_eq!(report(&pair.east, &moved.id).rpo_ms, Some(0));
+    let told = report(&pair.east, &moved.id);
+    assert_eq!(told.rpo_ms, Some(0));
+    assert!(told.guests[0].rpo_target_ms.is_some(), "{told:#?}");
 }
 
 #[test]

@@ -115,7 +115,9 @@ impl Quick {
         let noted = facts.change(|facts| {
             facts.quick = true;
             for guest in guests {
-                facts.guests.entry(guest.clone()).or_default().group = group.to_owned();
+                let known = facts.guests.entry(guest.clone()).or_default();
+                known.group = group.to_owned();
+                known.rpo_target_ms = site.rpo_target_of(guest);
             }
         });
         noted.map_err(|e| said(&e))?;
