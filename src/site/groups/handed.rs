@@ -421,7 +421,7 @@ mod tests {
 
     fn handed(guest: u8, term: u64) -> Handed {
         let guest = GuestId([guest; 16]);
-        let owner = "b".repeat(52).parse().expect("a key");
+        let owner = format!("b{}", "0".repeat(51)).parse().expect("a key");
         Handed {
             guest,
             point: term,
