@@ -70,6 +70,9 @@ struct Known {
 #[derive(Default)]
 pub(super) struct Scrubs {
     known: Mutex<BTreeMap<String, Known>>,
+    /// Held by whoever judges what is damaged, until the alert says so: two who judge at
+    /// once could leave the one that knew less.
+    judging: Mutex<()>,
     /// What was lost when stores were opened, until a scrub comes to its end.
     at_opening: Mutex<BTreeMap<String, String>>,
     look: Arc<Notify>,

@@ -94,6 +94,8 @@ impl Site {
     /// Finds out which points need what is damaged, when anything has changed,
     /// mends what can be mended here, and tells of it.
     pub(super) fn judge_damage(&self, peer: &str, store: &Store) {
+        let judging = self.scrubs.judging.lock();
+        let _judging = judging.unwrap_or_else(PoisonError::into_inner);
         let newest: BTreeMap<GuestId, u64> = store
             .guests()
             .into_iter()
