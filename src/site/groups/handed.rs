@@ -367,17 +367,12 @@ impl Site {
             };
             // One that was protected the other way round since is this site's own guest:
             // what runs of it here, or ended, is no matter of the hand-over.
-            if standby.is_turned() {
+            // One that is not found out about yet may have run, too: it is never started
+            // from the hand-over's point over what it may have written since.
+            if standby.is_turned() || self.runs_under(&handed) {
                 ran.push(handed);
-                continue;
-            }
-            let active = self.activation(handed.guest).map_err(failed)?;
-            match active.filter(|active| active.term == handed.term) {
-                Some(active) if active.running => ran.push(handed),
-                // Whether it ran could not be found out yet, and it may be running. The
-                // hand-over stays open: the next start asks again.
-                Some(_) => {}
-                None => left.push((handed, standby)),
+            } else {
+                left.push((handed, standby));
             }
         }
         let group = written.group;
