@@ -22,6 +22,10 @@
 //!   somebody else's: then the window holds half of the link ([`compete`]), until a dip
 //!   shows that the queue was ours alone, or that there is no queue and the path has
 //!   become longer.
+//! - **A busy host** looks at what came milliseconds late. On a short path that looks like
+//!   a queue that stays, and to retreat from it ends in six packets a round trip. So the
+//!   window holds a few milliseconds of what the path carried lately, whatever the round
+//!   trip says ([`HOSTS_LATE`]); unless it was found that the queue has no room for it.
 
 mod compete;
 mod estimate;
@@ -33,7 +37,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use compete::Competition;
-use estimate::{BaseRtt, RateFilter, Recent, Round, RoundSummary};
+use estimate::{BaseRtt, Lately, RateFilter, Recent, Round, RoundSummary};
 use loss::LossJudge;
 
 use crate::limits::PACKETS_AN_ACK;
@@ -58,6 +62,12 @@ const SMALL_WINDOW: f64 = 256.0 * 1024.0;
 const SMALL_WINDOW_GROWTH: f64 = 2.0;
 const INITIAL_PACKETS: u64 = 32;
 const MINIMUM_PACKETS: u64 = 6;
+/// Loss beyond that of the path that only a full queue explains.
+const OVERFLOW: f64 = 0.01;
+/// Seconds by which busy hosts may be late, and which no retreat ends. What the path
+/// carried in that time lately is in flight at least, unless a queue overflows by it. It
+/// is less than a path of some length holds anyhow.
+const HOSTS_LATE: f64 = 0.005;
 /// Seconds for which a receiver of fewer packets than it acknowledges at once may wait
 /// for more: QUIC's usual `max_ack_delay`.
 const ACK_PUT_OFF: f64 = 0.025;
@@ -114,6 +124,7 @@ pub struct RateController {
     /// The packets now acknowledged left during a dip, so they met no queue.
     after_dip: bool,
     bandwidth: RateFilter,
+    lately: Lately,
     /// There was nothing to send when the newest packet was acknowledged.
     app_limited: bool,
     round: Round,
@@ -151,6 +162,7 @@ impl RateController {
             quiet_rtt: 0.0,
             after_dip: false,
             bandwidth: RateFilter::default(),
+            lately: Lately::new(now),
             app_limited: false,
             round: Round::new(now),
             recent: Recent::default(),
@@ -228,6 +240,7 @@ impl RateController {
             // The path as it was is gone. Begin anew, gently.
             self.window = (INITIAL_PACKETS * self.mtu) as f64;
             self.bandwidth.reset(0.0);
+            self.lately.forget();
             self.enter_startup();
         }
     }
@@ -239,9 +252,10 @@ impl RateController {
 
     /// Bytes that may be in flight.
     pub fn window(&self) -> u64 {
+        let window = self.window.max(self.least_window());
         let window = match self.cap_window() {
-            Some(cap) => self.window.min(cap),
-            None => self.window,
+            Some(cap) => window.min(cap),
+            None => window,
         };
         (window as u64).max(MINIMUM_PACKETS * self.mtu)
     }
@@ -268,6 +282,21 @@ impl RateController {
         }
     }
 
+    /// What busy hosts need in flight; nothing while the path is asked whose a loss is, or
+    /// where the queue is known to be short.
+    fn least_window(&self) -> f64 {
+        match self.phase != Phase::Ask && self.losses.surplus() == 1.0 {
+            true => HOSTS_LATE * self.lately.rate(),
+            false => 0.0,
+        }
+    }
+
+    /// Whether so much was lost that only a full queue explains it.
+    fn overflows(&self, round: RoundSummary) -> bool {
+        let many = round.lost_bytes > 8 * self.mtu;
+        many && round.loss > self.losses.random() + OVERFLOW
+    }
+
     /// The window that sends at exactly the cap, whatever the round trip now is. Where
     /// so few packets are on the way that their acknowledgement is put off, it has room
     /// for what leaves meanwhile.
@@ -291,6 +320,10 @@ impl RateController {
             // The cap held us back: this round says as little as one without data.
             round.app_limited = true;
         }
+        if self.overflows(round) {
+            self.lately.forget();
+        }
+        self.lately.observe(now, round.rate);
         self.last = round;
         self.rounds_since_dip = self.rounds_since_dip.saturating_add(1);
         match self.phase {

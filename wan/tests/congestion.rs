@@ -22,7 +22,7 @@ use bbr::Bbr;
 use farhaven_wan::emulate::{HEADER_BYTES, LinkShape};
 use farhaven_wan::rate::{RateController, RateOptions};
 use flow::{Controller, Tally};
-use sim::{PACKET, SECOND, Simulation};
+use sim::{MILLI, PACKET, SECOND, Simulation};
 use tcp::{Kind, Tcp};
 
 struct Ours(RateController);
@@ -386,4 +386,49 @@ fn a_known_rate_is_reached_at_once() {
         panic!("one flow");
     };
     assert!(part > 0.93 && dropped < 0.005, "{part} {dropped}");
+}
+
+/// Two hosts that have other work look at what came milliseconds late. That is no queue,
+/// and to send less does not end it.
+#[test]
+fn busy_hosts_on_a_short_path_do_not_pass_for_a_queue() {
+    let mut failures = Vec::new();
+    for shape in ["200mbit,0.2ms", "200mbit,1ms", "200mbit,4ms"] {
+        for late in [(1, 4), (2, 6), (3, 12), (8, 20)] {
+            let mut simulation = settled(shape);
+            simulation.be_busy(late.0 * MILLI, late.1 * MILLI);
+            let parts: Vec<f64> = (0..9)
+                .map(|_| over(&mut simulation, &[0], shape, 10)[0][0])
+                .collect();
+            println!("{shape}, {late:?} ms late: {parts:.2?}");
+            if parts.iter().any(|part| *part < 0.18) {
+                failures.push((shape, late, parts));
+            }
+        }
+    }
+    assert!(failures.is_empty(), "{failures:.2?}");
+}
+
+/// What busy hosts are granted would be queue where the path has become slow, and would be
+/// lost where the queue has no room for it.
+#[test]
+fn a_short_path_that_becomes_slow_keeps_its_queue_short() {
+    for slow in [
+        "50mbit,2ms",
+        "50mbit,2ms,queue=64kib",
+        "50mbit,2ms,1%,queue=64kib",
+        "200mbit,2ms,queue=64kib",
+    ] {
+        let mut simulation = settled("200mbit,2ms");
+        simulation.reshape(link(slow));
+        simulation.run_until(simulation.now + 5 * SECOND);
+        let before = simulation.tally(0);
+        let [[part, dropped]] = over(&mut simulation, &[0], slow, 20)[..] else {
+            panic!("one flow");
+        };
+        let rtt = simulation.tally(0).since(&before).rtt_ms();
+        println!("{slow}: share {part:.3} dropped {dropped:.4} rtt {rtt:.1} ms");
+        assert!(part > 0.9 && dropped < 0.005, "{slow} {part} {dropped}");
+        assert!(rtt < 12.0, "{slow} {rtt} ms");
+    }
 }

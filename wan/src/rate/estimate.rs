@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 const BASE_EPOCH: Duration = Duration::from_secs(15);
 /// How long the smallest round trip is kept while others keep a queue.
 const BASE_KEPT: Duration = Duration::from_secs(120);
+/// Half of the time for which the largest rate counts as one of late.
+const LATELY_EPOCH: Duration = Duration::from_secs(60);
 /// A round lasts at least this long, or its rate is noise.
 const ROUND_MIN: Duration = Duration::from_millis(10);
 /// Acknowledgements kept in detail.
@@ -92,6 +94,45 @@ impl RateFilter {
     /// Only this rate counts from now on.
     pub(super) fn reset(&mut self, rate: f64) {
         self.rate = rate;
+    }
+}
+
+/// The largest rate of the last one to two minutes, with a queue or without.
+#[derive(Debug, Clone)]
+pub(super) struct Lately {
+    epoch: Instant,
+    older: f64,
+    newer: f64,
+}
+
+impl Lately {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            epoch: now,
+            older: 0.0,
+            newer: 0.0,
+        }
+    }
+
+    pub(super) fn observe(&mut self, now: Instant, rate: f64) {
+        let since = now.saturating_duration_since(self.epoch);
+        if since > LATELY_EPOCH {
+            self.epoch = now;
+            self.older = self.newer;
+            self.newer = 0.0;
+        }
+        self.newer = self.newer.max(rate);
+    }
+
+    /// The path as it was is gone, or has no room for so much.
+    pub(super) fn forget(&mut self) {
+        self.older = 0.0;
+        self.newer = 0.0;
+    }
+
+    /// Bytes a second; 0 before the first round.
+    pub(super) fn rate(&self) -> f64 {
+        self.older.max(self.newer)
     }
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::compete::Finding;
 use super::estimate::RoundSummary;
 use super::loss::{Answer, INTOLERABLE, Suspicion};
-use super::{Phase, RateController, Retreat};
+use super::{OVERFLOW, Phase, RateController, Retreat};
 
 /// Window over bandwidth-delay product while all is well. The surplus is the queue we
 /// allow ourselves, the slack for late timers, and the speed at which growth is found.
@@ -29,8 +29,6 @@ const SQUEEZE: f64 = 0.93;
 /// Growth within so many rounds that is worth a startup of its own.
 const GROWTH_ROUNDS: u32 = 4;
 const GROWTH: f64 = 1.12;
-/// Loss beyond that of the path that only a full queue explains.
-const OVERFLOW: f64 = 0.01;
 /// What we leave of a path that loses more than any should.
 const RETREAT_GAIN: f64 = 0.8;
 

@@ -37,6 +37,9 @@ enum Event {
     Wake(usize),
     AckTimer(usize),
     LossTimer(usize),
+    /// A busy host has got round to its receivers, to its senders.
+    Receivers,
+    Senders,
 }
 
 /// The simulation: one link, any number of flows.
@@ -49,6 +52,11 @@ pub(crate) struct Simulation {
     events: BinaryHeap<Reverse<(u64, Event)>>,
     forward_next: u64,
     backward_next: u64,
+    /// How late busy hosts look at what came: from, to.
+    late: Option<(u64, u64)>,
+    random: u64,
+    receivers_due: bool,
+    senders_due: bool,
 }
 
 impl Simulation {
@@ -62,7 +70,24 @@ impl Simulation {
             events: BinaryHeap::new(),
             forward_next: u64::MAX,
             backward_next: u64::MAX,
+            late: None,
+            random: seed,
+            receivers_due: false,
+            senders_due: false,
         }
+    }
+
+    /// From now on both hosts have other work, too: what came is looked at, by each of
+    /// them, only after a time between the two; all of it at once.
+    pub(crate) fn be_busy(&mut self, from: u64, to: u64) {
+        self.late = Some((from, to));
+    }
+
+    /// When a busy host gets round to what came now.
+    fn lateness(&mut self) -> Option<u64> {
+        let (from, to) = self.late?;
+        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005) + 1_442_695;
+        Some(self.now + from + (self.random >> 33) % (to - from))
     }
 
     /// Virtual time as controllers want it.
@@ -121,8 +146,30 @@ impl Simulation {
             self.events.pop();
             self.now = self.now.max(at);
             match event {
-                Event::Forward => self.deliver(),
-                Event::Backward => self.deliver_acks(),
+                Event::Forward if self.receivers_due => {}
+                Event::Backward if self.senders_due => {}
+                Event::Forward => match self.lateness() {
+                    None => self.deliver(),
+                    Some(due) => {
+                        self.receivers_due = true;
+                        self.at(due, Event::Receivers);
+                    }
+                },
+                Event::Backward => match self.lateness() {
+                    None => self.deliver_acks(),
+                    Some(due) => {
+                        self.senders_due = true;
+                        self.at(due, Event::Senders);
+                    }
+                },
+                Event::Receivers => {
+                    self.receivers_due = false;
+                    self.deliver();
+                }
+                Event::Senders => {
+                    self.senders_due = false;
+                    self.deliver_acks();
+                }
                 Event::Wake(flow) => self.send(flow),
                 Event::AckTimer(flow) => {
                     if self.flows[flow].ack_due.is_some_and(|due| due <= self.now) {
@@ -298,7 +345,11 @@ impl Simulation {
                 if *credit < PACKET as f64 {
                     flow.app_limited = true;
                     let wait = (PACKET as f64 - *credit) / *rate * 1e9;
-                    self.at(now + wait as u64 + MILLI, Event::Wake(index));
+                    let wake = (now + wait as u64 + MILLI).div_ceil(MILLI) * MILLI;
+                    if flow.wake != wake {
+                        flow.wake = wake;
+                        self.at(wake, Event::Wake(index));
+                    }
                     return;
                 }
             }
