@@ -20,16 +20,16 @@ use farhaven_storage_sync::unit::GuestId;
 mod error;
 mod of_run;
 mod place;
+mod verbs;
 
 use self::error::TestError;
 pub(super) use self::place::free_memory;
 use self::place::{Places, allocated, remove};
-use super::events::EventKind;
-use super::operate::OperateError;
+use super::Site;
 use super::promote::ActivateError;
 use super::standby::{Standby, ground, step};
 use super::view::{ConsolePaths, TestEnded, TestReport, TestView};
-use super::{Site, age, unix_ns};
+use super::{age, unix_ns};
 use crate::activate::launch::Launched;
 use crate::activate::machine::Builders;
 use crate::activate::place::{Ready, builder};
@@ -85,46 +85,6 @@ impl TestSeen {
             pid,
             console,
         }
-    }
-}
-
-impl Site {
-    /// Runs a peer's guest here as a test, isolated, from its newest or a named
-    /// point. Protection goes on.
-    ///
-    /// # Errors
-    /// When one runs already, or it cannot be run; nothing is left behind then.
-    pub async fn test(
-        self: &Arc<Self>,
-        name: &str,
-        point: Option<u64>,
-    ) -> Result<TestReport, OperateError> {
-        let declared = Instant::now();
-        let standby = self.standby_here(name)?;
-        let report = standby.test(point, declared).await?;
-        let what = format!("a test of '{name}' runs from point {}", report.point);
-        self.note(EventKind::TestStarted, name, &what);
-        Ok(report)
-    }
-
-    /// Ends a guest's test and removes all of it.
-    ///
-    /// # Errors
-    /// When none runs.
-    pub async fn end_test(self: &Arc<Self>, name: &str) -> Result<TestEnded, OperateError> {
-        let standby = self.standby_here(name)?;
-        let ran = standby.test_runs().await;
-        let ended = standby.end_test().await?;
-        if ran {
-            // It came up, ran to its end, and nothing of it is left.
-            self.note_tested(standby.guest);
-        }
-        let what = format!(
-            "the test of '{name}' from point {} has ended, all of it is removed",
-            ended.point
-        );
-        self.note(EventKind::TestEnded, name, &what);
-        Ok(ended)
     }
 }
 
@@ -251,7 +211,8 @@ impl Standby {
         Ok(TestReport {
             guest: self.name(),
             point,
-            age_ms: age(cut_at).as_millis() as u64,
+            cut_at_unix_ns: cut_at,
+            age_ms: age(cut_at).saturating_sub(declared.elapsed()).as_millis() as u64,
             rto_ms: times.total.as_secs_f64() * 1e3,
             qmp: ready.qmp().map(|path| path.display().to_string()),
             pid: ready.pid(),

@@ -386,9 +386,11 @@ pub struct TestReport {
     pub guest: String,
     /// From which point.
     pub point: u64,
-    /// How old that point was: what a failover in its place would have lost.
+    /// When that was cut, in nanoseconds since 1970.
+    pub cut_at_unix_ns: u64,
+    /// How old that point was at the command: what a failover in its place would have lost.
     pub age_ms: u64,
-    /// From the command until the guest ran.
+    /// From the command, for a guest of a group that for all of it, until the guest ran.
     pub rto_ms: f64,
     /// Its QEMU's control socket; none for a guest inside of the daemon.
     pub qmp: Option<String>,

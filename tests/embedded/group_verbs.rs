@@ -310,10 +310,20 @@ async fn a_test_of_a_group_runs_in_waves_and_leaves_nothing() {
     assert_eq!(tested.remains, "", "{tested:?}");
     let points = west.group_points("bank").await.unwrap();
     let cut = points.iter().find(|p| p.cut == tested.cut).unwrap();
-    for member in &tested.members {
-        let point = member.report.as_ref().unwrap().point;
-        assert_eq!(point, cut.points[&member.guest]);
+    let reports: Vec<_> = tested.members.iter().flat_map(|m| &m.report).collect();
+    for report in &reports {
+        assert_eq!(report.point, cut.points[&report.guest]);
     }
+    // Cut at one instant, and declared at one: as old, and the later wave runs later.
+    let [db, web] = reports.as_slice() else {
+        panic!("{tested:?}")
+    };
+    let apart = db.cut_at_unix_ns.abs_diff(web.cut_at_unix_ns) as f64 / 1e6;
+    assert!(apart <= cut.skew_ms, "{apart} ms: {cut:?} {tested:?}");
+    let apart = db.age_ms.abs_diff(web.age_ms) as f64;
+    assert!(apart <= cut.skew_ms + 2.0, "{tested:?}");
+    assert!(web.rto_ms > db.rto_ms, "{tested:?}");
+    assert!(tested.rto_ms == web.rto_ms && tested.rto_ms <= tested.checked_ms);
     let there = running(&bank.stage.at_west);
     assert_eq!(there.len(), 2);
     for counter in &there {

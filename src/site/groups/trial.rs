@@ -71,7 +71,7 @@ impl Site {
             let number = point.points.get(&member.name).copied()?;
             let (site, guest) = (self.clone(), member.name.clone());
             let start: Start<TestReport> = Box::pin(async move {
-                let tested = site.test(&guest, Some(number)).await;
+                let tested = site.test_since(&guest, Some(number), declared).await;
                 tested.map_err(|error| error.to_string())
             });
             Some((member, start))

@@ -50,7 +50,15 @@ impl Site {
         let conflict = |error: &dyn ToString| OperateError::Conflict(error.to_string());
         let runbook =
             read::text(Path::new("runbook"), text, None).map_err(|error| conflict(&error))?;
-        plan(&runbook, mode, &self.measured(&runbook)).map_err(|error| conflict(&error))
+        let mut planned =
+            plan(&runbook, mode, &self.measured(&runbook)).map_err(|error| conflict(&error))?;
+        for (group, guests) in &runbook.groups {
+            if let Err(why) = of_group(self, group, guests) {
+                let warning = format!("as it stands, it would not be run here: {why}");
+                planned.warnings.push(warning);
+            }
+        }
+        Ok(planned)
     }
 
     async fn start_runbook(

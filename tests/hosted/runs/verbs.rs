@@ -101,15 +101,16 @@ fn what_cannot_be_run_is_said() {
     let file = runbook(&pair, "test", steps);
     let start = ["runbook", "run", &file, "--mode", "test", "--as", "anna"];
     pair.east.cli(&start).bad("run this there");
+    let plan = ["runbook", "plan", &file, "--mode", "test"];
+    let told = pair.east.cli(&plan).good();
+    assert!(told.out.contains("run this there"), "{}", told.out);
     pair.west.cli(&["run", "show", "../x"]).bad("no run");
     pair.west.cli(&["run", "show", "nothing"]).bad("no run");
     let told = pair.west.cli(&[&start[..], &["--follow"]].concat()).good();
     assert!(told.out.contains("succeeded"), "{}{}", told.out, told.err);
-    let told = pair
-        .west
-        .cli(&["runbook", "plan", &file, "--mode", "test"])
-        .good();
+    let told = pair.west.cli(&plan).good();
     assert!(told.out.contains("web (web)"), "{}", told.out);
+    assert!(!told.out.contains("would not be run"), "{}", told.out);
     let run = begin(&pair.west, &file, "test", &["--point", "4711"]);
     let question = until(&pair.west, &run, "a question", |view| view.question.clone());
     assert!(question.why.contains("no point 4711"), "{question:?}");

@@ -322,7 +322,7 @@ impl Quick {
                 let known = facts.guests.entry(guest.clone()).or_default();
                 let ran = started + report.rto_ms as u64;
                 known.point = Some(report.point);
-                known.cut_at = Some(started.saturating_sub(report.age_ms));
+                known.cut_at = Some(report.cut_at_unix_ns / 1_000_000);
                 known.rpo_ms = Some(report.age_ms);
                 known.started_at = Some(ran);
                 known.start_ms = Some(report.rto_ms);
