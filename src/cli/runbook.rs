@@ -154,12 +154,13 @@ async fn print(client: &Client, verb: RunbookVerb) -> Outcome {
                 force: false,
             };
             // Where it would run, what earlier runs took is known.
-            if known.is_none()
-                && let Ok(measured) = client.post::<Plan>("/v1/runbooks/plan", &asked).await
-                && measured.groups.values().any(|guests| !guests.is_empty())
-            {
-                return print_plan(&measured, json);
-            }
+            let refused = match known {
+                Some(_) => None,
+                None => match client.post::<Plan>("/v1/runbooks/plan", &asked).await {
+                    Ok(measured) => return print_plan(&measured, json),
+                    Err(error) => Some(error),
+                },
+            };
             let (facts, silent) = match client.get::<SiteView>("/v1/status").await {
                 Ok(view) => (facts(&runbook, known.as_ref(), &view), None),
                 Err(error) => (Facts::default(), Some(error)),
@@ -167,6 +168,9 @@ async fn print(client: &Client, verb: RunbookVerb) -> Outcome {
             let mut plan = plan(&runbook, mode.into(), &facts).map_err(told)?;
             if let Some(error) = silent {
                 plan.warnings = vec![format!("all times are unknown: {error}")];
+            } else if let Some(why) = refused {
+                let warning = format!("as it stands, it would not be run here: {why}");
+                plan.warnings.push(warning);
             }
             print_plan(&plan, json)
         }

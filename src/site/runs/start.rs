@@ -50,15 +50,10 @@ impl Site {
         let conflict = |error: &dyn ToString| OperateError::Conflict(error.to_string());
         let runbook =
             read::text(Path::new("runbook"), text, None).map_err(|error| conflict(&error))?;
-        let mut planned =
-            plan(&runbook, mode, &self.measured(&runbook)).map_err(|error| conflict(&error))?;
         for (group, guests) in &runbook.groups {
-            if let Err(why) = of_group(self, group, guests) {
-                let warning = format!("as it stands, it would not be run here: {why}");
-                planned.warnings.push(warning);
-            }
+            of_group(self, group, guests).map_err(|why| conflict(&why))?;
         }
-        Ok(planned)
+        plan(&runbook, mode, &self.measured(&runbook)).map_err(|error| conflict(&error))
     }
 
     async fn start_runbook(
