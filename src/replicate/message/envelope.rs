@@ -52,8 +52,16 @@ impl Envelope {
         if bytes.len() > MAX_MESSAGE {
             return Err(MessageError::TooLong(bytes.len()));
         }
-        ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
-            .map_err(|e| MessageError::Unreadable(e.to_string()))
+        let unreadable = |why: &str| MessageError::Unreadable(why.to_owned());
+        // What reads a list of a fixed length does not look whether it goes on: the bytes
+        // may end within it, and what follows may be taken for something else.
+        let place = Unknown::of(bytes).ok_or_else(|| unreadable("it is not whole"))?;
+        let envelope: Self = ciborium::de::from_reader_with_recursion_limit(bytes, LEVELS)
+            .map_err(|e| unreadable(&e.to_string()))?;
+        match (place.id, place.answers) == (envelope.id, envelope.answers) {
+            true => Ok(envelope),
+            false => Err(unreadable("a list in it is too long")),
+        }
     }
 }
 
@@ -94,6 +102,28 @@ impl Unknown {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_message_that_ends_within_a_list_is_none() {
+        // {"id": 14, "body": {"baseline": {…, "key": [5; 32]}}}.
+        let mut bytes = b"\xa2bid\x0edbody\xa1hbaseline\xa5eguestx$".to_vec();
+        bytes.extend(b"07070707-0707-0707-0707-070707070707");
+        bytes.extend(b"epoint\x05fvolume\x01dunit\x18@ckey\x98\x20");
+        let length = bytes.len() - 1;
+        bytes.extend([5; 32]);
+        assert!(Envelope::decode(&bytes).is_ok());
+        // The list is to have 96 numbers, and the bytes end after 32.
+        bytes[length] = 96;
+        assert!(Envelope::decode(&bytes).is_err());
+        // They are there, and one of them would be the message's number.
+        let mut body = bytes.split_off(b"\xa2bid\x0e".len());
+        let mut bytes = vec![0xa2];
+        body.extend(b"bid\x07");
+        body.extend([5; 62]);
+        bytes.extend(body);
+        bytes.extend(b"bid\x0e");
+        assert!(Envelope::decode(&bytes).is_err());
+    }
 
     #[test]
     fn of_a_message_that_is_not_known_its_place_is() {
