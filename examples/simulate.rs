@@ -1,15 +1,15 @@
 //! Tries to break whole sites in virtual time:
 //! `cargo run --release --example simulate -- [--seeds N] [--from SEED]
-//! [--partitions] [--operations] [--catalogues] [--within]
-//! [--break sync|files|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]`
+//! [--partitions] [--operations] [--catalogues] [--within] [--clocks]
+//! [--break sync|files|terms|dirty|stop|memory] [--jobs N] [--all] [--each] [--trace] [--json]`
 //!
 //! Each seed is a run of two sites with guests between which the link is cut
 //! and healed, whose daemons and machines die, and whose operators order moves,
 //! failovers, tests and the rest at bad moments; with `--operations` runs of runbooks
 //! and evacuations, too, of guests that do not always stop, and with `--catalogues` sites
 //! that come back have lost their catalogue now and then; with `--within` sites die in
-//! the midst of a piece of work, too, at syncs of their small files. The exit status is 1 when a
-//! promise broke; the seed is printed with the command that replays it. It ends
+//! the midst of their work, too, and with `--clocks` time goes faster at one site than at
+//! the other. The exit status is 1 when a promise broke; the seed is printed with the command that replays it. It ends
 //! there, unless `--all` is told; `--each` prints the digest of every run: of all
 //! that happened in it, the same for the same seed.
 #![allow(clippy::unwrap_used)]
@@ -62,6 +62,7 @@ fn asked() -> Option<Asked> {
             operations: false,
             catalogues: false,
             within: false,
+            clocks: false,
             fault: None,
             trace: false,
         },
@@ -76,6 +77,7 @@ fn asked() -> Option<Asked> {
             "--operations" => asked.of_all.operations = true,
             "--catalogues" => asked.of_all.catalogues = true,
             "--within" => asked.of_all.within = true,
+            "--clocks" => asked.of_all.clocks = true,
             "--break" => {
                 let name = serde_json::Value::String(arguments.next()?);
                 asked.of_all.fault = Some(serde_json::from_value(name).ok()?);
@@ -96,8 +98,8 @@ fn main() -> ExitCode {
     }
     let Some(asked) = asked() else {
         eprintln!(
-            "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] [--catalogues] [--within] \
-             [--break sync|files|terms|dirty|stop] [--jobs N] [--all] [--each] [--trace] [--json]"
+            "usage: simulate [--seeds N] [--from SEED] [--partitions] [--operations] [--catalogues] [--within] [--clocks] \
+             [--break sync|files|terms|dirty|stop|memory] [--jobs N] [--all] [--each] [--trace] [--json]"
         );
         return ExitCode::from(2);
     };

@@ -42,11 +42,18 @@ pub fn named(name: &str) -> Target {
     *found.expect("a target of one of the crates")
 }
 
-/// Writes the first inputs of a target, where it is asked to.
+/// Before the first input: a panic may take what memory it needs to say where it was, and
+/// the first inputs of a target are written, where it is asked to.
 ///
 /// # Panics
 /// When they cannot be written.
 pub fn begin((_, _, seeds): Target) {
+    let tell = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |panic| {
+        // libFuzzer's own limit, of the process, stands.
+        let _ = MEMORY.set_limit(usize::MAX);
+        tell(panic);
+    }));
     let Some(directory) = std::env::var_os(SEEDS) else {
         return;
     };

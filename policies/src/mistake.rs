@@ -194,18 +194,42 @@ pub(crate) fn shortened(shown: &str) -> String {
     }
 }
 
+/// How alike two words are for one to be meant by the other: of 1, which is the same.
+const ALIKE: f64 = 0.6;
+
+/// How alike two words are; those that cannot be [`ALIKE`] are not compared, which would
+/// cost the product of their lengths.
+fn likeness(one: &str, other: &str) -> f64 {
+    // An edit puts at most one letter right that one has, and one that the other has.
+    let mut letters = [0_i32; 64];
+    let mut lengths = [0_usize; 2];
+    for (word, sign, length) in [(one, 1, 0), (other, -1, 1)] {
+        for letter in word.chars() {
+            letters[letter as usize % 64] += sign;
+            lengths[length] += 1;
+        }
+    }
+    let of_one: i32 = letters.iter().filter(|count| **count > 0).sum();
+    let of_other: i32 = letters.iter().filter(|count| **count < 0).sum();
+    let edits = of_one.max(-of_other);
+    let longest = lengths[0].max(lengths[1]) as f64;
+    match f64::from(edits) > (1.0 - ALIKE) * longest + 1e-9 {
+        true => 0.0,
+        false => strsim::normalized_damerau_levenshtein(one, other),
+    }
+}
+
 /// The valid key most like `key`: in its whole, or in its last part (a key put
 /// into the wrong table).
 pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
-    const ENOUGH: f64 = 0.6;
     // Comparing costs the product of the lengths.
     if key.len() > 200 {
         return None;
     }
     let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
-    let likeness = |valid: &String| {
-        let whole = strsim::normalized_damerau_levenshtein(key, valid);
-        whole.max(0.9 * strsim::normalized_damerau_levenshtein(&last(key), &last(valid)))
+    let alike = |valid: &String| {
+        let parts = 0.9 * likeness(&last(key), &last(valid));
+        likeness(key, valid).max(parts)
     };
     // Where the operator chooses keys, theirs is the valid one.
     let parts: Vec<&str> = key.split('.').collect();
@@ -221,9 +245,9 @@ pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
     });
     let best = keys
         .filter(|valid| !valid.contains(ANY_KEY) && valid != key)
-        .map(|valid| (likeness(&valid), valid))
+        .map(|valid| (alike(&valid), valid))
         .max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 >= ENOUGH).then_some(best.1)
+    (best.0 >= ALIKE).then_some(best.1)
 }
 
 /// The word most like `word`, if one is like it at all.
@@ -231,13 +255,28 @@ pub(crate) fn nearest_of<'a>(
     words: impl IntoIterator<Item = &'a str>,
     word: &str,
 ) -> Option<&'a str> {
-    let likeness =
-        |known: &str| strsim::normalized_damerau_levenshtein(&word.to_lowercase(), known);
     if word.len() > 200 {
         return None;
     }
+    let word = word.to_lowercase();
     let best = words
         .into_iter()
-        .max_by(|a, b| likeness(a).total_cmp(&likeness(b)))?;
-    (likeness(best) >= 0.6).then_some(best)
+        .map(|known| (likeness(&word, known), known))
+        .max_by(|a, b| a.0.total_cmp(&b.0))?;
+    (best.0 >= ALIKE).then_some(best.1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn what_is_not_compared_is_not_alike(one in "[a-cäß.]{0,12}", other in "[a-cäß.]{0,12}") {
+            let whole = strsim::normalized_damerau_levenshtein(&one, &other);
+            let found = likeness(&one, &other);
+            prop_assert!(found == whole || (found == 0.0 && whole < ALIKE), "{found} {whole}");
+        }
+    }
 }

@@ -25,6 +25,7 @@ fn options(seed: u64) -> Options {
         operations: false,
         catalogues: false,
         within: false,
+        clocks: false,
         fault: None,
         trace: false,
     }
@@ -92,7 +93,22 @@ fn sites_that_die_in_the_midst_of_their_work_break_no_promise() {
         within: true,
         ..options(seed)
     });
-    assert!(counts.kills_within > 60, "{counts:?}");
+    assert!(
+        counts.kills_within > 60 && counts.kills_between > 30,
+        "{counts:?}"
+    );
+}
+
+#[test]
+fn sites_for_which_time_does_not_go_alike_break_no_promise() {
+    let counts = sound(1, 24, |seed| Options {
+        clocks: true,
+        ..options(seed)
+    });
+    assert!(
+        counts.restored > 10 && counts.orders_done > 40,
+        "{counts:?}"
+    );
 }
 
 /// Found by more seeds than these tests run.
@@ -153,6 +169,11 @@ fn terms_that_do_not_last_are_found() {
 #[test]
 fn a_dirty_log_that_forgets_a_page_is_found() {
     found(Fault::Dirty, &[1]);
+}
+
+#[test]
+fn a_daemon_that_keeps_what_it_should_free_is_found() {
+    found(Fault::Memory, &[7]);
 }
 
 #[test]

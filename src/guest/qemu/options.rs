@@ -113,7 +113,9 @@ pub fn parse(arguments: &[String]) -> Vec<Argument> {
             .strip_prefix("--")
             .or_else(|| argument.strip_prefix('-'));
         options.push(match name {
-            Some("") | None => Argument::new("", argument.clone()),
+            None | Some("") => Argument::new("", argument.clone()),
+            // QEMU takes two dashes off, at most; no option of its is called so.
+            Some(name) if name.starts_with('-') => Argument::new("", argument.clone()),
             Some(name) if FLAGS.contains(&name) => Argument {
                 option: name.to_owned(),
                 value: None,
@@ -332,6 +334,14 @@ mod tests {
 
     fn words(line: &[&str]) -> Vec<String> {
         line.iter().map(|word| (*word).to_owned()).collect()
+    }
+
+    #[test]
+    fn more_than_two_dashes_are_no_option() {
+        let line = words(&["---S", "-m", "1", "------"]);
+        let options = parse(&line);
+        assert_eq!(options[0], Argument::new("", "---S"));
+        assert_eq!(unparse(&options), line);
     }
 
     #[test]

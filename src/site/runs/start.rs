@@ -50,9 +50,7 @@ impl Site {
         let conflict = |error: &dyn ToString| OperateError::Conflict(error.to_string());
         let runbook =
             read::text(Path::new("runbook"), text, None).map_err(|error| conflict(&error))?;
-        for (group, guests) in &runbook.groups {
-            of_group(self, group, guests).map_err(|why| conflict(&why))?;
-        }
+        self.targets_of(&runbook)?;
         plan(&runbook, mode, &self.measured(&runbook)).map_err(|error| conflict(&error))
     }
 

@@ -108,7 +108,24 @@ struct State {
     broken: bool,
     hit: Option<String>,
     watched: Option<Vec<Moment>>,
+    last: Option<Last>,
     listener: Option<Listener>,
+}
+
+/// The last change that a daemon makes before it dies.
+#[derive(Clone)]
+struct Last {
+    /// How many changes there are to it.
+    left: u64,
+    told: Arc<Told>,
+}
+
+type Told = dyn Fn(SimulatedDisk) + Send + Sync;
+
+impl std::fmt::Debug for Last {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Last({})", self.left)
+    }
 }
 
 /// Hears of every call, from the thread that makes it: what it is, and whether it
@@ -193,14 +210,7 @@ impl SimulatedDisk {
 
     /// A copy of the disk that goes its own way; nobody has files of it open.
     pub fn copy(&self) -> SimulatedDisk {
-        let mut state = self.state().clone();
-        state
-            .files
-            .values_mut()
-            .for_each(|file| file.locked = false);
-        (state.watched, state.fault, state.hit) = (None, None, None);
-        state.listener = None;
-        SimulatedDisk(Arc::new(Mutex::new(state)))
+        self.state().aside()
     }
 
     /// The disk after the power went. Each part that was not synced is there
@@ -276,6 +286,30 @@ impl SimulatedDisk {
         self.state().listener = Some(Listener(Arc::new(listener)));
     }
 
+    /// `told` gets a copy of the disk as it is right before the `nth` change from now on,
+    /// with this one held: it must not call it.
+    pub fn die_at(&self, nth: u64, told: impl Fn(SimulatedDisk) + Send + Sync + 'static) {
+        let (left, told) = (nth.max(1), Arc::new(told));
+        self.state().last = Some(Last { left, told });
+    }
+
+    /// Nobody is told of a change any more.
+    pub fn spare(&self) {
+        self.state().last = None;
+    }
+
+    /// Bytes of memory that all of it takes up.
+    pub fn memory(&self) -> usize {
+        let of = |content: &Content| {
+            let unsynced = content.unsynced.iter().map(|change| match change {
+                Change::Bytes(_, bytes) => bytes.len(),
+                Change::Length(_) => 0,
+            });
+            content.shown.capacity() + content.medium.capacity() + unsynced.sum::<usize>()
+        };
+        self.state().files.values().map(of).sum()
+    }
+
     /// Begins to keep the disk as it is before every call that changes it.
     pub fn watch(&self) {
         self.state().watched = Some(Vec::new());
@@ -316,20 +350,34 @@ impl SimulatedDisk {
 }
 
 impl State {
+    /// A disk as this one is, that goes its own way.
+    fn aside(&self) -> SimulatedDisk {
+        let mut copy = self.clone();
+        copy.files.values_mut().for_each(|file| file.locked = false);
+        (copy.watched, copy.fault, copy.hit) = (None, None, None);
+        (copy.last, copy.listener) = (None, None);
+        SimulatedDisk(Arc::new(Mutex::new(copy)))
+    }
+
     /// Counts a call, keeps the moment, and says how it is to fail.
     fn call(&mut self, what: &str, path: &Path, changes: bool, may: &[Fault]) -> Option<Fault> {
         self.calls += 1;
         let words = || format!("{what} {}", path.display());
         if changes && self.watched.is_some() {
-            let mut copy = self.clone();
-            copy.files.values_mut().for_each(|file| file.locked = false);
-            (copy.watched, copy.fault, copy.listener) = (None, None, None);
             let moment = Moment {
                 call: self.calls,
                 what: words(),
-                disk: SimulatedDisk(Arc::new(Mutex::new(copy))),
+                disk: self.aside(),
             };
             self.watched.get_or_insert_default().push(moment);
+        }
+        if changes && let Some(last) = &mut self.last {
+            last.left -= 1;
+            if last.left == 0
+                && let Some(last) = self.last.take()
+            {
+                (last.told)(self.aside());
+            }
         }
         let failing = match self.fault {
             Some((at, fault)) if at == self.calls && may.contains(&fault) => {

@@ -104,6 +104,11 @@ fn what_cannot_be_run_is_said() {
     let plan = ["runbook", "plan", &file, "--mode", "test"];
     let told = pair.east.cli(&plan).good();
     assert!(told.out.contains("run this there"), "{}", told.out);
+    let twice = runbook(&pair, "test", &format!("also = [\"web\"]\n{steps}"));
+    let plan_twice = ["runbook", "plan", &twice, "--mode", "test"];
+    let told = pair.west.cli(&plan_twice).good();
+    assert!(told.out.contains("name it in one"), "{}", told.out);
+    let file = runbook(&pair, "test", steps);
     pair.west.cli(&["run", "show", "../x"]).bad("no run");
     pair.west.cli(&["run", "show", "nothing"]).bad("no run");
     let told = pair.west.cli(&[&start[..], &["--follow"]].concat()).good();

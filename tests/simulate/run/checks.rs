@@ -29,6 +29,9 @@ const READ: usize = 3;
 /// Bytes of a store beyond which it is not bounded: some hundred times the
 /// guests, and retention keeps tens of points of what changes.
 const MOST_BYTES: u64 = 96 << 20;
+/// Bytes of memory of a site's daemon beyond which it is not bounded: it holds half of that
+/// at most, with an index of a mebibyte and windows as they are by default.
+const MOST_MEMORY: u64 = 48 << 20;
 /// After a run has come to rest, the newest point is at most so old.
 const RPO: u64 = 40 * SECOND;
 
@@ -47,6 +50,8 @@ pub struct Seen {
     pub terms: Terms,
     pub points: u64,
     pub read: u64,
+    /// Bytes of memory that a site's daemon held at most.
+    pub memory: u64,
     pub digest: blake3::Hasher,
 }
 
@@ -178,6 +183,20 @@ impl Seen {
                 let since = shown(since);
                 let why = format!("{name} stands still at {site} since {since} ({phase:?})");
                 return Err(Broken { promise: 4, why });
+            }
+        }
+        Ok(())
+    }
+
+    /// Promise 7, of memory.
+    pub fn bounded(&mut self, world: &World) -> Result<(), Broken> {
+        for side in 0..world.hosts.len() {
+            let held = world.memory(side).map_or(0, |held| held.max(0) as u64);
+            self.memory = self.memory.max(held);
+            if held > MOST_MEMORY {
+                let site = &world.hosts[side].name;
+                let why = format!("site {site} holds {held} bytes of memory");
+                return Err(Broken { promise: 7, why });
             }
         }
         Ok(())

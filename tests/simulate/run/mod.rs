@@ -9,12 +9,15 @@
 //!
 //! A run has a process of its own: see [`children`].
 
+mod awaits;
 mod books;
 mod checks;
 pub mod children;
+mod deaths;
 mod fibers;
 mod files;
 mod guest;
+mod memory;
 mod network;
 mod operators;
 mod orders;
@@ -41,6 +44,8 @@ pub enum Fault {
     Dirty,
     /// A monitor says that its guest is stopped while it runs on.
     Stop,
+    /// A daemon never frees what comes over the network, and keeps it a hundred times.
+    Memory,
 }
 
 /// What to run.
@@ -56,9 +61,13 @@ pub struct Options {
     /// The catalogue of a site that dies is gone now and then.
     #[serde(default)]
     pub catalogues: bool,
-    /// Sites die in the midst of their work, too: at syncs of small files.
+    /// Sites die in the midst of their work, too: at syncs of small files, at changes of
+    /// their stores' disk, and where their tasks wait for something.
     #[serde(default)]
     pub within: bool,
+    /// Time goes faster at one site than at the other.
+    #[serde(default)]
+    pub clocks: bool,
     /// What is broken on purpose.
     pub fault: Option<Fault>,
     /// Tell what happens, as it does.
@@ -83,6 +92,9 @@ impl Options {
         }
         if self.within {
             command.push_str(" --within");
+        }
+        if self.clocks {
+            command.push_str(" --clocks");
         }
         if let Some(fault) = self.fault {
             let name = serde_json::to_value(fault).unwrap();
@@ -111,15 +123,16 @@ pub struct Ran {
 }
 
 macro_rules! counts {
-    ($($(#[$about:meta])* $name:ident),* $(,)?) => {
+    ($($(#[$about:meta])* $name:ident),* ; most $($(#[$about_most:meta])* $most:ident),*) => {
         /// What was counted in a run, or in many.
         #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
-        pub struct Counts { $($(#[$about])* pub $name: u64),* }
+        pub struct Counts { $($(#[$about])* pub $name: u64,)* $($(#[$about_most])* pub $most: u64),* }
 
         impl Counts {
-            /// Adds those of another run.
+            /// Adds those of another run; of the most, the greater one.
             pub fn add(&mut self, other: &Counts) {
                 $(self.$name += other.$name;)*
+                $(self.$most = self.$most.max(other.$most);)*
             }
         }
     };
@@ -132,8 +145,10 @@ counts! {
     power_cuts,
     /// Of those two, after how many a site's catalogue was gone.
     catalogues_lost,
-    /// Of those two, how many in the midst of a piece of work.
+    /// Of those two, how many in the midst of a piece of work, and how many at a place of
+    /// its own between two, where tasks wait.
     kills_within,
+    kills_between,
     link_cuts,
     orders,
     orders_done,
@@ -151,5 +166,8 @@ counts! {
     datagrams,
     datagrams_dropped,
     batch_bytes,
-    repeated_bytes,
+    repeated_bytes;
+    most
+    /// Bytes of memory that a site's daemon held.
+    memory
 }

@@ -48,6 +48,9 @@ struct Wires {
     carried: u64,
     dropped: u64,
     digest: blake3::Hasher,
+    /// Of each process, bytes that it handed over, less those that it was handed.
+    handed_over: BTreeMap<u64, i64>,
+    keeps: bool,
 }
 
 #[derive(Default)]
@@ -56,6 +59,8 @@ struct Inbox {
     waiting: BTreeMap<(u64, u64), (SocketAddr, Bytes)>,
     waker: Option<Waker>,
     process: u64,
+    /// What is kept of what came, with [`Fault::Memory`].
+    kept: Vec<Bytes>,
 }
 
 /// All of the wires.
@@ -75,7 +80,20 @@ impl Network {
             carried: 0,
             dropped: 0,
             digest: blake3::Hasher::new(),
+            handed_over: BTreeMap::new(),
+            keeps: false,
         })))
+    }
+
+    /// A deliberate fault: what comes is never freed, and kept a hundred times.
+    pub fn keep_all(&self) {
+        self.0.lock().unwrap().keeps = true;
+    }
+
+    /// Bytes of memory that a process took for others, less those that others took for it.
+    pub fn handed_over(&self, process: u64) -> i64 {
+        let wires = self.0.lock().unwrap();
+        wires.handed_over.get(&process).copied().unwrap_or(0)
     }
 
     /// A process of this number opens the port of an address.
@@ -168,6 +186,7 @@ impl Network {
             if let Some(inbox) = wires.inboxes.get_mut(&to) {
                 inbox.waiting.insert(key, content);
                 wires.carried += 1;
+                *wires.handed_over.entry(process).or_default() += datagram.len() as i64;
             }
         }
     }
@@ -199,7 +218,8 @@ impl Port for SimulatedPort {
     fn poll_receive(&self, context: &mut Context<'_>) -> Poll<(SocketAddr, Bytes)> {
         let mut timer = self.timer.lock().unwrap();
         loop {
-            let mut wires = self.network.0.lock().unwrap();
+            let mut held = self.network.0.lock().unwrap();
+            let wires = &mut *held;
             let now = wires.system.now();
             let system = wires.system.clone();
             let Some(inbox) = wires.inboxes.get_mut(&self.address) else {
@@ -216,11 +236,17 @@ impl Port for SimulatedPort {
             if due <= now
                 && let Some((_, content)) = inbox.waiting.pop_first()
             {
+                let length = content.1.len();
+                if wires.keeps {
+                    let copies = (0..100).map(|_| Bytes::copy_from_slice(&content.1));
+                    inbox.kept.extend(copies);
+                }
+                *wires.handed_over.entry(self.process).or_default() -= length as i64;
                 return Poll::Ready(content);
             }
             inbox.waker = Some(context.waker().clone());
-            drop(wires);
-            let at = tokio::time::Instant::from_std(system.instant(due));
+            drop(held);
+            let at = tokio::time::Instant::from_std(system.not_before(due));
             let mut sleep = Box::pin(sleep_until(at));
             if sleep.as_mut().poll(context).is_pending() {
                 *timer = Some(sleep);

@@ -6,6 +6,7 @@ use std::time::Duration;
 use rand::Rng;
 
 use super::checks::{Seen, keys_known};
+use super::deaths::At;
 use super::network::Shape;
 use super::operators::Operators;
 use super::orders::Order;
@@ -17,10 +18,10 @@ use super::{Broken, Counts, Options, Ran};
 const LOOK: u64 = 100 * MS;
 /// How often their stores are.
 const LOOK_INTO_STORES: u64 = 7 * SECOND;
-/// How often a site that is to die does so in the midst of its work, and at which of its
-/// next syncs at most.
+/// How often a site that is to die does so at a place of its own within its work, and how
+/// often somebody orders something right before.
 const DIES_WITHIN: f64 = 0.8;
-const MOST_SYNCS: u32 = 4;
+const ORDERED_BEFORE: f64 = 0.6;
 /// How long a run may take to set up.
 const SET_UP: u64 = 60 * SECOND;
 /// How long it has to come to rest.
@@ -210,9 +211,13 @@ impl Story {
             let power = draw >= kinds[2];
             let time = self.world.random.random_range(1..150) * 100 * MS;
             if self.world.options.within && self.world.random.random_bool(DIES_WITHIN) {
-                let nth = self.world.random.random_range(1..=MOST_SYNCS);
-                self.world.doom(side, nth, power);
-                self.say(&format!("{name} is to die at its next {nth}. sync"));
+                let at = At::by_chance(&mut self.world.random);
+                self.world.doom(side, at, power);
+                self.say(&format!("{name} is to die {at}"));
+                if self.world.random.random_bool(ORDERED_BEFORE) {
+                    let ordered = self.operators.by_chance(&mut self.world, self.guests);
+                    self.say(&ordered);
+                }
                 return Ok(());
             }
             // What it knows now it may not know again.
@@ -279,6 +284,7 @@ impl Story {
             }
             self.seen.terms.stops(&self.world)?;
             self.seen.stalled(&self.world)?;
+            self.seen.bounded(&self.world)?;
             self.operators.settle(&self.world, &self.seen.terms);
         }
         if self.world.now >= self.stores_looked + LOOK_INTO_STORES && keys_known(&self.world.hosts)
@@ -336,6 +342,7 @@ impl Story {
                 power_cuts: self.world.power_cuts,
                 catalogues_lost: self.world.catalogues_lost,
                 kills_within: self.world.kills_within,
+                kills_between: self.world.kills_between,
                 link_cuts: self.link_cuts,
                 orders: self.operators.ordered,
                 orders_done: self.operators.succeeded,
@@ -348,6 +355,7 @@ impl Story {
                 datagrams_dropped,
                 batch_bytes,
                 repeated_bytes,
+                memory: self.seen.memory,
             },
         }
     }

@@ -13,25 +13,71 @@
 )]
 
 use std::cell::{Cell, RefCell};
-use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Instant;
 
 use rand::rngs::StdRng;
 use rand::{RngCore, SeedableRng};
 
+use super::world::MS;
+
 /// The monotonic clock at virtual time 0, in seconds: some days after a boot.
 const BOOTED: u64 = 1_000_000;
 /// The wall clock at virtual time 0, in seconds since 1970.
 const WALL: u64 = 1_800_000_000;
+const MILLION: i64 = 1_000_000;
+
+/// The clocks of a site.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Clock {
+    /// How far its wall clock is off, in nanoseconds.
+    pub wall: i64,
+    /// Its time goes so many parts in a million too fast.
+    pub pace: i64,
+    /// Since when it does so: a time that is the same to the site and to all others.
+    pub started: u64,
+}
+
+impl Clock {
+    /// How far the site has come at a virtual time, as it counts: whole milliseconds, as a
+    /// runtime waits for no less.
+    pub fn comes_to(&self, at: u64) -> u64 {
+        match self.pace {
+            0 => at,
+            _ => self.started + self.counts(at - self.started) / MS * MS,
+        }
+    }
+
+    /// The first time of the site, as it counts, that is not before a virtual time.
+    fn not_before(&self, at: u64) -> u64 {
+        match self.pace {
+            0 => at,
+            _ => self.started + self.counts(at.saturating_sub(self.started)) + 2,
+        }
+    }
+
+    /// The virtual time that the site calls so.
+    fn called(&self, here: u64) -> u64 {
+        let since = u128::from(here.saturating_sub(self.started));
+        match self.pace {
+            0 => here,
+            _ => self.started + (since * MILLION as u128 / (MILLION + self.pace) as u128) as u64,
+        }
+    }
+
+    fn counts(&self, time: u64) -> u64 {
+        (u128::from(time) * (MILLION + self.pace) as u128 / MILLION as u128) as u64
+    }
+}
 
 /// Time and chance of one run, shared by all of its threads, of which one runs
 /// at a time.
 pub struct System {
     /// Virtual time outside of every runtime, in nanoseconds.
     now: AtomicU64,
-    /// How far the wall clock of the site that has its turn is off, in nanoseconds.
-    wall: AtomicI64,
+    /// The clocks of the site that has its turn.
+    clock: Mutex<Clock>,
     random: Mutex<StdRng>,
     origin: OnceLock<Instant>,
 }
@@ -46,7 +92,7 @@ impl System {
     pub fn new(seed: u64) -> Arc<System> {
         let system = Arc::new(System {
             now: AtomicU64::new(0),
-            wall: AtomicI64::new(0),
+            clock: Mutex::default(),
             random: Mutex::new(StdRng::seed_from_u64(seed)),
             origin: OnceLock::new(),
         });
@@ -70,18 +116,36 @@ impl System {
         self.now.store(now, Ordering::SeqCst);
     }
 
-    pub fn set_wall(&self, off: i64) {
-        self.wall.store(off, Ordering::SeqCst);
+    /// Which site has its turn, or is asked something.
+    pub fn set_clock(&self, clock: Clock) {
+        *self.clock.lock().unwrap() = clock;
     }
 
-    /// The instant of a virtual time.
-    pub fn instant(&self, now: u64) -> Instant {
+    fn clock(&self) -> Clock {
+        *self.clock.lock().unwrap()
+    }
+
+    /// The instant that a site calls so.
+    pub fn instant(&self, here: u64) -> Instant {
         let origin = self.origin.get().copied().unwrap_or_else(Instant::now);
-        origin + std::time::Duration::from_nanos(now)
+        origin + std::time::Duration::from_nanos(here)
     }
 
-    /// Virtual time here: of the runtime that this thread is in, if it is in one.
+    /// The first instant, as the site that has its turn counts, not before a virtual time.
+    pub fn not_before(&self, at: u64) -> Instant {
+        self.instant(self.clock().not_before(at))
+    }
+
+    /// Virtual time: of the runtime that this thread is in, if it is in one.
     pub fn now(&self) -> u64 {
+        match tokio::runtime::Handle::try_current() {
+            Ok(_) => self.clock().called(self.here()),
+            Err(_) => self.here(),
+        }
+    }
+
+    /// The same as the site counts whose runtime that is.
+    fn here(&self) -> u64 {
         let Some(origin) = self.origin.get().filter(|_| !ASKING.get()) else {
             return self.now.load(Ordering::SeqCst);
         };
@@ -111,11 +175,11 @@ pub unsafe extern "C" fn clock_gettime(
 ) -> libc::c_int {
     let told = match clock {
         libc::CLOCK_REALTIME | libc::CLOCK_REALTIME_COARSE => here(|system| {
-            let wall = WALL as i64 * 1_000_000_000 + system.wall.load(Ordering::SeqCst);
+            let wall = WALL as i64 * 1_000_000_000 + system.clock().wall;
             wall.saturating_add_unsigned(system.now()) as u64
         }),
         libc::CLOCK_MONOTONIC | libc::CLOCK_MONOTONIC_COARSE | libc::CLOCK_BOOTTIME => {
-            here(|system| BOOTED * 1_000_000_000 + system.now())
+            here(|system| BOOTED * 1_000_000_000 + system.here())
         }
         _ => None,
     };

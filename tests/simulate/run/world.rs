@@ -18,13 +18,16 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use tokio::runtime::{Builder, Runtime};
 
+use super::awaits::Awaits;
+use super::deaths::Died;
 use super::fibers::Fibers;
-use super::files::{self, moment, moment::Moment};
+use super::files;
 use super::guest::{self, Monitor};
+use super::memory::Ledger;
 use super::network::{Network, Shape};
-use super::place::{forget_terms, lose_catalogue, place_identity};
+use super::place::place_identity;
 use super::room::{Place, Room};
-use super::system::System;
+use super::system::{Clock, System};
 use super::{Broken, Fault, Options};
 
 pub const MS: u64 = 1_000_000;
@@ -37,26 +40,21 @@ pub struct Host {
     pub directory: PathBuf,
     pub disk: SimulatedDisk,
     pub process: Option<Process>,
-    /// Its clock runs so many parts in a million too fast.
+    /// Its wall clock runs so many parts in a million too fast.
     drift: i64,
+    /// And so many does time itself, as its processors count it.
+    pace: i64,
     /// What its clock was set by, in nanoseconds.
     set: i64,
     /// When the daemon is started again.
     pub starts_at: Option<u64>,
     /// Its key, in hexadecimal, once it was started.
     pub key: String,
-    /// How it is when it died in the midst of a piece of work.
-    died: Arc<Mutex<Option<Died>>>,
+    /// How it is when it died in the midst of its work.
+    pub died: Arc<Mutex<Option<Died>>>,
     /// The disk of up to 8 seconds ago, and of 8 more, for [`Fault::Sync`].
     recent: SimulatedDisk,
-    older: SimulatedDisk,
-}
-
-/// What was there when a daemon died in the midst of a piece of work.
-struct Died {
-    disk: SimulatedDisk,
-    files: Moment,
-    power: bool,
+    pub older: SimulatedDisk,
 }
 
 /// A daemon.
@@ -64,6 +62,10 @@ pub struct Process {
     pub number: u64,
     pub runtime: Runtime,
     pub site: Arc<Site>,
+    pub awaits: Awaits,
+    pub memory: Ledger,
+    /// When it was started.
+    started: u64,
 }
 
 pub struct World {
@@ -82,8 +84,9 @@ pub struct World {
     /// Since when both sites run and the link carries.
     pub whole_since: u64,
     pub kills: u64,
-    /// Of kills and losses of power: in the midst of a piece of work.
+    /// Of kills and losses of power: in the midst of a piece of work, and between two.
     pub kills_within: u64,
+    pub kills_between: u64,
     pub power_cuts: u64,
     pub catalogues_lost: u64,
     retention: Retention,
@@ -92,8 +95,9 @@ pub struct World {
     pub grouped: bool,
 }
 
-/// How often a site that dies has lost its catalogue when it comes back.
-const LOSES_ITS_CATALOGUE: f64 = 0.4;
+/// How many parts in a million too fast or slow time goes at a site, with
+/// [`Options::clocks`].
+const PACE: i64 = 10_000;
 
 /// Most guests of a run.
 pub const GUESTS: u32 = 3;
@@ -124,6 +128,9 @@ impl World {
         let fibers = Fibers::new(system, random.random());
         farhaven::work::set_labour(Some(fibers));
         files::lie(options.fault == Some(Fault::Files));
+        if options.fault == Some(Fault::Memory) {
+            network.keep_all();
+        }
         let hosts = ["east", "west"].into_iter().enumerate();
         let hosts = hosts.map(|(at, name)| Host {
             name: name.to_owned(),
@@ -132,6 +139,7 @@ impl World {
             disk: SimulatedDisk::new(),
             process: None,
             drift: random.random_range(-200..200),
+            pace: 0,
             set: random.random_range(-2_000..2_000) * MS as i64,
             starts_at: None,
             key: String::new(),
@@ -139,8 +147,13 @@ impl World {
             recent: SimulatedDisk::new(),
             older: SimulatedDisk::new(),
         });
-        let hosts = hosts.collect();
+        let mut hosts: Vec<Host> = hosts.collect();
         let all = random.random_range(10..60);
+        if options.clocks {
+            hosts
+                .iter_mut()
+                .for_each(|host| host.pace = random.random_range(-PACE..PACE));
+        }
         World {
             options: *options,
             system: system.clone(),
@@ -154,6 +167,7 @@ impl World {
             whole_since: 0,
             kills: 0,
             kills_within: 0,
+            kills_between: 0,
             power_cuts: 0,
             catalogues_lost: 0,
             retention: Retention {
@@ -202,8 +216,13 @@ impl World {
             place_identity(&config.site.state_dir.join("identity"), &mut self.random);
             files::settle(&host.directory);
         }
-        self.system.set_wall(host.wall(self.now));
+        self.system.set_clock(host.clock(self.now));
         let mut runtime = Builder::new_current_thread();
+        let awaits = Awaits::default();
+        if self.options.within {
+            awaits.watch(&mut runtime);
+        }
+        let mut memory = Ledger::new(&host.disk);
         let runtime = runtime.enable_all().start_paused(true).build().unwrap();
         let surroundings = Surroundings {
             builders: guest::builders(&self.room, side, number),
@@ -211,7 +230,7 @@ impl World {
             port: Some(self.network.open(host.address, number)),
             sled: false,
         };
-        let started = runtime.block_on(Site::start_in(config, surroundings));
+        let started = memory.of(|| runtime.block_on(Site::start_in(config, surroundings)));
         let site = started.map_err(|error| Broken {
             promise: 5,
             why: format!("site {} does not start: {error}", host.name),
@@ -223,6 +242,9 @@ impl World {
             number,
             runtime,
             site,
+            awaits,
+            memory,
+            started: self.now,
         });
         self.whole_since = self.now;
         let names = self.view(side).map(|view| view.guests).unwrap_or_default();
@@ -260,93 +282,6 @@ impl World {
         embedded.is_ok()
     }
 
-    /// Kills a site's daemon, or cuts the power of its machine.
-    pub fn kill(&mut self, side: usize, power: bool) {
-        let seed = self.random.random();
-        let chance = [0.0, 0.5, 0.9][self.random.random_range(0..3)];
-        let host = &mut self.hosts[side];
-        let Some(process) = host.process.take() else {
-            return;
-        };
-        self.network.close(host.address);
-        self.room.kill(process.number);
-        moment::spare(&host.directory);
-        let died = host.died.lock().unwrap().take();
-        if let Some(died) = &died {
-            host.disk = died.disk.copy();
-        }
-        // As it is now: what is unwound below comes too late.
-        host.disk = match power {
-            true if self.options.fault == Some(Fault::Sync) => host.older.copy(),
-            true => host.disk.power_cut(seed, chance),
-            false => host.disk.copy(),
-        };
-        let Process { runtime, site, .. } = process;
-        drop(site);
-        drop(runtime);
-        if let Some(died) = died {
-            self.kills_within += 1;
-            moment::put_back(&host.directory, &died.files);
-        }
-        if power {
-            // After the thread that writes events, which is a real one, has ended.
-            files::power_cut(&host.directory, seed, chance);
-        }
-        if self.options.catalogues && self.random.random_bool(LOSES_ITS_CATALOGUE) {
-            let host = &self.hosts[side];
-            lose_catalogue(&host.disk, &host.directory);
-            self.catalogues_lost += 1;
-        }
-        let host = &self.hosts[side];
-        self.kills += u64::from(!power);
-        self.power_cuts += u64::from(power);
-        if power {
-            let _ = std::fs::remove_dir_all(host.directory.join("ram"));
-        }
-        if self.options.fault == Some(Fault::Terms) {
-            forget_terms(&host.directory.join("terms"));
-        }
-        self.whole_since = u64::MAX;
-    }
-
-    /// A site's daemon, or the power of its machine, is to die at the `nth` time from now
-    /// that it syncs a small file or a directory.
-    pub fn doom(&self, side: usize, nth: u32, power: bool) {
-        let host = &self.hosts[side];
-        let Some(process) = &host.process else { return };
-        let (address, number) = (host.address, process.number);
-        let (disk, directory, died) =
-            (host.disk.clone(), host.directory.clone(), host.died.clone());
-        let (network, room) = (self.network.clone(), self.room.clone());
-        moment::die_at(&host.directory, nth, move || {
-            // Nothing that it does from here on is seen by anybody.
-            network.close(address);
-            room.kill(number);
-            *died.lock().unwrap() = Some(Died {
-                disk: disk.copy(),
-                files: moment::moment(&directory),
-                power,
-            });
-        });
-    }
-
-    /// Nobody dies at a sync any more.
-    pub fn spare(&self) {
-        for host in &self.hosts {
-            moment::spare(&host.directory);
-        }
-    }
-
-    /// A site that died in the midst of its work is dead; whether by its power.
-    fn bury(&mut self, side: usize) -> Option<bool> {
-        let power = {
-            let died = self.hosts[side].died.lock().unwrap();
-            died.as_ref()?.power
-        };
-        self.kill(side, power);
-        Some(power)
-    }
-
     /// Nothing from this site is carried, or all is again.
     pub fn cut(&mut self, side: usize, cut: bool) {
         self.network.cut(self.hosts[side].address, cut);
@@ -372,16 +307,18 @@ impl World {
     /// it, each with whether by its power.
     pub fn turn(&mut self) -> Vec<(usize, bool)> {
         let end = self.now + self.turn;
-        let until = tokio::time::Instant::from_std(self.system.instant(end));
         let mut died = Vec::new();
         for side in 0..self.hosts.len() {
-            let host = &self.hosts[side];
-            if let Some(process) = &host.process {
-                self.system.set_wall(host.wall(self.now));
+            let clock = self.hosts[side].clock(self.now);
+            let host = &mut self.hosts[side];
+            if let Some(process) = &mut host.process {
+                self.system.set_clock(clock);
                 self.network.rouse(host.address);
-                process
-                    .runtime
-                    .block_on(async { tokio::time::sleep_until(until).await });
+                let until = self.system.instant(clock.comes_to(end));
+                let turn = tokio::time::Instant::from_std(until);
+                let (runtime, awaits) = (&process.runtime, &process.awaits);
+                let turn = awaits.until(async { tokio::time::sleep_until(turn).await });
+                process.memory.of(|| runtime.block_on(turn));
             }
             died.extend(self.bury(side).map(|power| (side, power)));
         }
@@ -401,9 +338,16 @@ impl World {
     /// What a site tells of itself.
     pub fn view(&self, side: usize) -> Option<SiteView> {
         let process = self.hosts[side].process.as_ref()?;
-        self.system.set_wall(self.hosts[side].wall(self.now));
+        self.system.set_clock(self.hosts[side].clock(self.now));
         let _within = process.runtime.enter();
         Some(process.site.view())
+    }
+
+    /// Bytes of memory that a site's daemon holds.
+    pub fn memory(&self, side: usize) -> Option<i64> {
+        let process = self.hosts[side].process.as_ref()?;
+        let sent = self.network.handed_over(process.number);
+        Some(process.memory.held(&self.hosts[side].disk) - sent)
     }
 
     /// The site of a name.
@@ -423,8 +367,13 @@ impl World {
 }
 
 impl Host {
-    fn wall(&self, now: u64) -> i64 {
-        self.set + (now / 1_000_000) as i64 * self.drift
+    /// Its clocks at a virtual time.
+    fn clock(&self, now: u64) -> Clock {
+        Clock {
+            wall: self.set + (now / 1_000_000) as i64 * self.drift,
+            pace: self.pace,
+            started: self.process.as_ref().map_or(now, |process| process.started),
+        }
     }
 }
 

@@ -86,7 +86,10 @@ impl Simulation {
     /// When a busy host gets round to what came now.
     fn lateness(&mut self) -> Option<u64> {
         let (from, to) = self.late?;
-        self.random = self.random.wrapping_mul(6_364_136_223_846_793_005) + 1_442_695;
+        self.random = self
+            .random
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695);
         Some(self.now + from + (self.random >> 33) % (to - from))
     }
 

@@ -1,7 +1,7 @@
-//! A site's small files as they are in the midst of a piece of work, for a daemon
-//! that dies right there: at a call that syncs, before that does anything.
+//! A site's small files as they are in the midst of its work, for a daemon that dies right
+//! there: at a call that syncs, before that does anything, or elsewhere.
 //!
-//! Work cannot be ended at such a call, it goes on to its next wait. What it writes
+//! Work cannot be ended at a call, it goes on to its next wait. What it writes
 //! until then comes too late: the files are put back as they were.
 
 use std::collections::HashMap;
