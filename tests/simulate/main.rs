@@ -94,7 +94,7 @@ fn sites_that_die_in_the_midst_of_their_work_break_no_promise() {
         ..options(seed)
     });
     assert!(
-        counts.kills_within > 60 && counts.kills_between > 30,
+        counts.kills_within > 40 && counts.kills_between > 60,
         "{counts:?}"
     );
 }
