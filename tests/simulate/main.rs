@@ -127,7 +127,12 @@ fn a_seed_that_broke_a_promise_keeps_it() {
 fn a_seed_does_the_same_again() {
     for seed in [3, 14] {
         let (one, again) = (options(seed), options(seed));
-        let (one, again) = (children::run(&one, &CHILD), children::run(&again, &CHILD));
+        let [one, again] = [one, again].map(|of| {
+            let mut ran = children::run(&of, &CHILD);
+            // A daemon's one real thread, which writes events, allocates whenever it runs.
+            ran.counts.memory = 0;
+            ran
+        });
         assert!(!one.digest.is_empty());
         assert_eq!(one, again);
         let other = children::run(&options(seed + 1), &CHILD);
