@@ -238,11 +238,16 @@ async fn given_up_data_is_not_waited_for() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_that_takes_nothing_holds_its_peer_back() {
+    // A busy machine is late for longer than a test's link usually waits, and makes the
+    // path so slow that less may wait to leave.
+    let patient = Duration::from_secs(60);
     let (east, west) = (
-        Site::start_with("east", |link| link.receive_queue_bytes = 2 << 20),
-        // All of it may wait to leave, however slow a busy machine makes the path.
+        Site::start_with("east", |link| {
+            (link.receive_queue_bytes, link.idle_timeout) = (2 << 20, patient);
+        }),
         Site::start_with("west", |link| {
             (link.window_bytes, link.ahead_bytes) = (256 << 20, 256 << 20);
+            link.idle_timeout = patient;
         }),
     );
     let at_east = east.node.trust(west.record(false));
