@@ -197,9 +197,9 @@ pub(crate) fn shortened(shown: &str) -> String {
 /// How alike two words are for one to be meant by the other: of 1, which is the same.
 const ALIKE: f64 = 0.6;
 
-/// How alike two words are; those that cannot be [`ALIKE`] are not compared, which would
-/// cost the product of their lengths.
-fn likeness(one: &str, other: &str) -> f64 {
+/// How alike two words are, where that may be more than `floor`; else 0. Those that cannot
+/// be are not compared, which would cost the product of their lengths.
+fn likeness(one: &str, other: &str, floor: f64) -> f64 {
     // An edit puts at most one letter right that one has, and one that the other has.
     let mut letters = [0_i32; 64];
     let mut lengths = [0_usize; 2];
@@ -213,24 +213,36 @@ fn likeness(one: &str, other: &str) -> f64 {
     let of_other: i32 = letters.iter().filter(|count| **count < 0).sum();
     let edits = of_one.max(-of_other);
     let longest = lengths[0].max(lengths[1]) as f64;
-    match f64::from(edits) > (1.0 - ALIKE) * longest + 1e-9 {
+    match f64::from(edits) > (1.0 - floor) * longest + 1e-9 {
         true => 0.0,
         false => strsim::normalized_damerau_levenshtein(one, other),
     }
 }
 
+/// The most alike of some words, if one is [`ALIKE`] at all. `like` tells how much one is,
+/// where that may be more than what it is given.
+fn most_alike<T>(words: impl Iterator<Item = T>, like: impl Fn(&T, f64) -> f64) -> Option<T> {
+    let (mut best, mut floor) = (None, ALIKE);
+    for word in words {
+        let alike = like(&word, floor);
+        if alike >= floor {
+            (best, floor) = (Some(word), alike);
+        }
+    }
+    best
+}
+
+/// Longest words that are compared with others, in bytes.
+const COMPARED: usize = 200;
+
 /// The valid key most like `key`: in its whole, or in its last part (a key put
 /// into the wrong table).
 pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
-    // Comparing costs the product of the lengths.
-    if key.len() > 200 {
+    /// A last part that is the same counts so much.
+    const LAST: f64 = 0.9;
+    if key.len() > COMPARED {
         return None;
     }
-    let last = |key: &str| key.rsplit('.').next().unwrap_or_default().to_owned();
-    let alike = |valid: &String| {
-        let parts = 0.9 * likeness(&last(key), &last(valid));
-        likeness(key, valid).max(parts)
-    };
     // Where the operator chooses keys, theirs is the valid one.
     let parts: Vec<&str> = key.split('.').collect();
     let keys = root.keys().into_iter().map(|valid| {
@@ -243,11 +255,16 @@ pub(crate) fn nearest(root: &Shape, key: &str) -> Option<String> {
             });
         filled.collect::<Vec<_>>().join(".")
     });
-    let best = keys
-        .filter(|valid| !valid.contains(ANY_KEY) && valid != key)
-        .map(|valid| (alike(&valid), valid))
-        .max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 >= ALIKE).then_some(best.1)
+    let valid = keys.filter(|valid| !valid.contains(ANY_KEY) && valid != key);
+    most_alike(valid, |valid, floor| {
+        let whole = likeness(key, valid, floor);
+        let floor = floor.max(whole) / LAST;
+        whole.max(LAST * likeness(last_part(key), last_part(valid), floor))
+    })
+}
+
+fn last_part(key: &str) -> &str {
+    key.rsplit('.').next().unwrap_or_default()
 }
 
 /// The word most like `word`, if one is like it at all.
@@ -255,15 +272,13 @@ pub(crate) fn nearest_of<'a>(
     words: impl IntoIterator<Item = &'a str>,
     word: &str,
 ) -> Option<&'a str> {
-    if word.len() > 200 {
+    if word.len() > COMPARED {
         return None;
     }
     let word = word.to_lowercase();
-    let best = words
-        .into_iter()
-        .map(|known| (likeness(&word, known), known))
-        .max_by(|a, b| a.0.total_cmp(&b.0))?;
-    (best.0 >= ALIKE).then_some(best.1)
+    most_alike(words.into_iter(), |known, floor| {
+        likeness(&word, known, floor)
+    })
 }
 
 #[cfg(test)]
@@ -273,10 +288,27 @@ mod tests {
 
     proptest! {
         #[test]
-        fn what_is_not_compared_is_not_alike(one in "[a-cäß.]{0,12}", other in "[a-cäß.]{0,12}") {
+        fn what_is_not_compared_is_not_alike(
+            one in "[a-cäß.]{0,12}",
+            other in "[a-cäß.]{0,12}",
+            floor in ALIKE..1.2,
+        ) {
             let whole = strsim::normalized_damerau_levenshtein(&one, &other);
-            let found = likeness(&one, &other);
-            prop_assert!(found == whole || (found == 0.0 && whole < ALIKE), "{found} {whole}");
+            let found = likeness(&one, &other, floor);
+            prop_assert!(found == whole || (found == 0.0 && whole < floor), "{found} {whole}");
+        }
+
+        /// As if all were compared: the last of the most alike.
+        #[test]
+        fn the_most_alike_is_found(
+            word in "[a-c]{0,8}",
+            words in proptest::collection::vec("[a-c]{0,8}", 0..12),
+        ) {
+            let alike = |known: &str| strsim::normalized_damerau_levenshtein(&word, known);
+            let known: Vec<&str> = words.iter().map(String::as_str).collect();
+            let best = known.iter().copied().max_by(|a, b| alike(a).total_cmp(&alike(b)));
+            let best = best.filter(|best| alike(best) >= ALIKE);
+            prop_assert_eq!(nearest_of(known, &word), best);
         }
     }
 }

@@ -46,7 +46,9 @@ pub(super) enum DriveError {
     #[error("{0}")]
     Other(String),
     /// A command wants to be looked at.
-    #[error("interrupted")]
+    #[error(
+        "another order came first (a pause, the end of its protection, or a newer term of another site); see farhaven status"
+    )]
     Interrupted,
 }
 

@@ -139,7 +139,10 @@ pub(super) async fn get_ready(
         // What it asks of a host may be more than when it was started.
         let (site, record) = (driver.site.clone(), driver.record.clone());
         let record = blocking(move || site.as_it_is(record)).await?;
-        let refused = super::guests::refused_by_builder(&record, &driver.remote).await;
+        let remote = driver.remote.clone();
+        // A newer term may come before the answer does, and the guest runs on meanwhile.
+        let asked = super::guests::refused_by_builder(&record, &remote);
+        let refused = driver.interruptible(asked).await?;
         if let Some(finding) = refused.first() {
             let why = DriveError::Other(format!("{}; {}", finding.what, finding.mend));
             return Err(not_begun(driver, why));
