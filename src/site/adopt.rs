@@ -24,6 +24,10 @@ impl Standby {
         state.unwatched = Some(activation.clone());
         self.see(|s| s.active = Some(activation.clone()));
         let site = self.site()?;
+        if let (Some(returning), None) = (activation.returning, site.fence.current(self.guest)) {
+            // The file with its term is gone, and the source may have been told to go on.
+            site.fence.adopt(returning)?;
+        }
         // It runs: what of its point is damaged meanwhile ends nothing.
         let (replica, context) = self.open_in_part(activation.point)?;
         let embedded = context.definition.is_embedded();
@@ -46,7 +50,6 @@ impl Standby {
             })
             .await??
         };
-        state.unwatched = None;
         let fenced = site.fence.may_run(self.guest, site.key()).is_err();
         let why = match (found, fenced) {
             (Some(ready), false) => {
@@ -62,6 +65,7 @@ impl Standby {
                     s.active = Some(activation.clone());
                     s.trouble.clear();
                 });
+                state.unwatched = None;
                 self.look_after(&mut state, activation, Arc::new(ready));
                 return Ok(());
             }
@@ -72,25 +76,16 @@ impl Standby {
                     && activation.returning == site.fence.current(self.guest) =>
             {
                 let stopped = step(move || ready.stop().map(|()| ready)).await;
-                return match stopped.and_then(|done| done) {
-                    Ok(ready) => {
-                        let told = super::turn::in_doubt(self);
-                        self.see(|s| s.trouble = told);
-                        self.look_after(&mut state, activation, Arc::new(ready));
-                        Ok(())
-                    }
-                    Err(error) => {
-                        state.unwatched = Some(activation);
-                        Err(error)
-                    }
-                };
+                let ready = stopped.and_then(|done| done)?;
+                let told = super::turn::in_doubt(self);
+                self.see(|s| s.trouble = told);
+                state.unwatched = None;
+                self.look_after(&mut state, activation, Arc::new(ready));
+                return Ok(());
             }
             // A newer term was heard, and this daemon ended before it had obeyed.
             (Some(ready), true) => {
-                if let Err(error) = step(move || ready.stop()).await.and_then(|done| done) {
-                    state.unwatched = Some(activation);
-                    return Err(error);
-                }
+                step(move || ready.stop()).await.and_then(|done| done)?;
                 "fenced: it runs elsewhere under a newer term; it was stopped here and is kept as evidence"
             }
             (None, true) => "fenced: it ran here under an older term",
@@ -104,6 +99,8 @@ impl Standby {
                 "it was being taken over when this site was stopped, and never ran; it can be taken over again"
             }
         };
+        // Only now: what may run and is not watched is neither given up nor taken for stopped.
+        state.unwatched = None;
         self.see(|s| {
             s.active = None;
             s.trouble = why.to_owned();

@@ -144,6 +144,11 @@ impl Command {
             _ => false,
         }
     }
+
+    /// Is it a newer term of another site? It comes before whatever was ordered before.
+    pub(super) fn is_fence(&self) -> bool {
+        matches!(self, Command::Fence(..))
+    }
 }
 
 /// Why a guest was not moved.
@@ -213,6 +218,11 @@ impl Driver {
         &mut self,
         attached: &mut Attached,
     ) -> Result<Next, DriveError> {
+        if let Some(first) = self.waiting.iter().position(Command::is_fence)
+            && let Some(fence) = self.waiting.remove(first)
+        {
+            self.waiting.push_front(fence);
+        }
         while let Some(command) = self.waiting.pop_front() {
             match command {
                 Command::Pause => self.set_paused(true).await,

@@ -92,9 +92,7 @@ pub(super) async fn make(
     group: Option<Arc<GroupCut>>,
 ) -> Result<Made, DriveError> {
     let began = Instant::now();
-    if after == After::Hold
-        && let Err(error) = driver.shut_down_first(attached).await
-    {
+    if let Err(error) = driver.ready_for_a_cut(attached, after).await {
         if let Some(group) = &group {
             group.gate.give_up(&error.to_string());
         }
@@ -112,6 +110,7 @@ pub(super) async fn make(
     let point = attached.next;
     driver.last_point = driver.last_point.max(point);
     let quiesce = driver.quiesces(after);
+    let _leaves = group.as_ref().map(|g| g.left_at(driver.stop.subscribe()));
     let work = blocking(move || {
         let with = group.as_deref();
         guest.quiesce_cuts(quiesce);

@@ -254,6 +254,9 @@ impl Driver {
             return self.resolve_move().await;
         }
         if self.is_kept() {
+            if let Some(next) = self.is_anothers_still().await? {
+                return Ok(next);
+            }
             // Handed back, and this daemon ended before its guest went on.
             self.regain().await.map_err(DriveError::Other)?;
         }
@@ -290,6 +293,10 @@ impl Driver {
         }
         let ended = match ended {
             Err(DriveError::Interrupted) => self.attached_commands(&mut attached).await,
+            // Whatever else it is told to be: what runs is stopped first.
+            Err(_) if self.waiting.iter().any(Command::is_fence) => {
+                self.attached_commands(&mut attached).await
+            }
             other => other,
         };
         if let Some(guest) = attached.guest.take() {
@@ -340,6 +347,9 @@ impl Driver {
                     Ok(None) => return Err(DriveError::Interrupted),
                     Err(_) => {}
                 }
+            }
+            if self.waiting.iter().any(Command::is_fence) {
+                return Err(DriveError::Interrupted);
             }
             match self.waiting.pop_front() {
                 None => {}
@@ -433,13 +443,13 @@ impl Driver {
         self.view.send_modify(|v| v.phase = phase);
     }
 
-    fn look_at_commands(&mut self) {
+    pub(super) fn look_at_commands(&mut self) {
         while let Ok(command) = self.commands.try_recv() {
             self.waiting.push_back(command);
         }
     }
 
-    async fn wait_for_command(&mut self) -> Next {
+    pub(super) async fn wait_for_command(&mut self) -> Next {
         if self.waiting.is_empty() {
             match self.commands.recv().await {
                 Some(command) => self.waiting.push_back(command),

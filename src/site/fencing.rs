@@ -8,6 +8,7 @@ use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
 
 use farhaven_policies::alert::Severity;
+use tokio::sync::watch;
 
 use super::Site;
 use super::alerts::{Alert, Kind};
@@ -21,6 +22,8 @@ use crate::activate::fence::{FenceError, Term};
 use crate::guest::Guest;
 use crate::replicate::message::{Message, Refusal};
 
+mod overruled;
+
 /// What did not stop is tried again so soon: it may run beside the one that owns it.
 const STOP_AGAIN: Duration = Duration::from_secs(1);
 
@@ -31,6 +34,16 @@ pub(super) struct Unstopped {
     terms: BTreeMap<GuestId, Term>,
     /// Groups that are tried again.
     tried: BTreeSet<GuestId>,
+    /// Changes with every term that is heard.
+    told: watch::Sender<()>,
+}
+
+impl Unstopped {
+    /// This term is in force, and something may run here against it.
+    fn heard(&mut self, term: Term) {
+        self.terms.insert(term.group, term);
+        self.told.send_replace(());
+    }
 }
 
 /// Why a term that a peer told is not obeyed.
@@ -135,7 +148,7 @@ impl Site {
         if term.owner == self.key() || !self.fence.heed(term) {
             return Ok(());
         }
-        self.unstopped().terms.insert(term.group, term);
+        self.unstopped().heard(term);
         self.stop_for(term).await
     }
 
@@ -152,7 +165,7 @@ impl Site {
 
     /// What runs here against this term did not stop: it is tried again until it has.
     pub(super) fn keep_stopping(self: &Arc<Self>, term: Term) {
-        self.unstopped().terms.insert(term.group, term);
+        self.unstopped().heard(term);
         self.stop_again(term.group);
     }
 
@@ -192,6 +205,11 @@ impl Site {
             unstopped.tried.remove(&group);
         }
         term
+    }
+
+    /// Changes once a newer term of any group is in force here.
+    pub(super) fn terms_heard(&self) -> watch::Receiver<()> {
+        self.unstopped().told.subscribe()
     }
 
     fn unstopped(&self) -> std::sync::MutexGuard<'_, Unstopped> {
@@ -243,7 +261,7 @@ impl Site {
             return Ok(None);
         }
         if Some(now) != before {
-            unstopped.terms.insert(now.group, now);
+            unstopped.heard(now);
         }
         Ok(unstopped.terms.contains_key(&now.group).then_some(now))
     }
@@ -262,6 +280,24 @@ impl Site {
     /// # Errors
     /// When it could not be stopped; the sentence says what to do.
     pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
+        self.stop_own(term).await?;
+        let standby = {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            standbys.get(&term.group).cloned()
+        };
+        if let Some(standby) = standby {
+            let was_own = standby.is_turned();
+            standby.fenced(term).await?;
+            if standby.is_turned() && !was_own {
+                // It turned round while its copy here was waited for.
+                self.stop_own(term).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// What runs here as this site's own guest is stopped.
+    async fn stop_own(self: &Arc<Self>, term: Term) -> Result<(), String> {
         let driver = {
             let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
             drivers.get(&term.group).cloned()
@@ -273,20 +309,12 @@ impl Site {
                 // What cannot be sent is dropped with its way to answer.
                 let _ = driver.commands.send(Command::Fence(term, done)).await;
                 match stopped.await {
-                    Ok(stopped) => stopped?,
-                    Err(_) => self.stop_unprotected(term).await?,
+                    Ok(stopped) => stopped,
+                    Err(_) => self.stop_unprotected(term).await,
                 }
             }
-            None => self.stop_unprotected(term).await?,
+            None => self.stop_unprotected(term).await,
         }
-        let standby = {
-            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-            standbys.get(&term.group).cloned()
-        };
-        if let Some(standby) = standby {
-            standby.fenced(term).await?;
-        }
-        Ok(())
     }
 
     /// A guest that is protected no more was taken over from a point it left behind.

@@ -20,7 +20,7 @@ use crate::guest::qemu::check::{self, Finding};
 use crate::guest::qemu::options::Argument;
 use crate::guest::qemu::peer::{self, PeerFacts};
 use crate::guest::qemu::qmp::{Qmp, QmpError};
-use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent};
+use crate::guest::qemu::{self, AttachOptions, QemuGuest, agent, keep_held};
 use crate::guest::{Definition, Guest, GuestError, embedded};
 use crate::replicate::message::Message;
 
@@ -230,7 +230,18 @@ impl Site {
             return self.resume_hosted(record);
         }
         let mut guest = self.attach(record, self.tracking_key.clone(), 1)?;
+        // Attaching may have taken a while.
+        self.still_ours(record.id)?;
         guest.resume()
+    }
+
+    /// May this guest run here by what is known now?
+    ///
+    /// # Errors
+    /// When another site owns it.
+    pub(super) fn still_ours(&self, guest: GuestId) -> Result<(), GuestError> {
+        let ours = self.fence.may_run(guest, self.key());
+        ours.map_err(|error| GuestError::State(error.to_string()))
     }
 
     /// Ends a held guest that nobody is attached to; one that is gone has ended.
@@ -239,6 +250,8 @@ impl Site {
             self.end_hosted(record.id);
             return Ok(());
         }
+        // Attaching would let one go on that a dead daemon had left stopped in a cut.
+        keep_held(&self.run_directory(record.id))?;
         match self.attach(record, self.tracking_key.clone(), 1) {
             Ok(mut guest) => guest.let_go(),
             Err(GuestError::Qmp(QmpError::Connect { .. })) => Ok(()),

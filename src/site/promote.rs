@@ -269,6 +269,10 @@ impl Standby {
             commit_told: false,
             returning: None,
         };
+        // Whoever told a newer one meanwhile waits for this to end.
+        if site.fence.current(self.guest) != Some(term) {
+            return Err(ActivateError::Superseded(self.name()));
+        }
         // Before it can run: a daemon that dies now must find its guest again.
         site.keep_activation(&activation)?;
         // From here on, the RAM files are the guest's.

@@ -79,11 +79,11 @@ impl Driver {
         reply: oneshot::Sender<Result<(), String>>,
     ) -> Result<(), DriveError> {
         let mut guest = take(&mut attached.guest)?;
-        let (guest, answered) = blocking(move || {
+        let asked = blocking(move || {
             let answered = guest.ask_agent(ANSWER);
             (guest, answered)
-        })
-        .await?;
+        });
+        let (guest, answered) = self.finishing(asked).await?;
         attached.guest = Some(guest);
         if answered.is_ok() && next_points {
             self.quiesce_next = CUTS;

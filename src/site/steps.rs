@@ -60,6 +60,8 @@ impl Driver {
         if !self.left_stopped {
             return Ok(guest);
         }
+        // Attaching may have taken a while.
+        self.site.fence.may_run(self.record.id, self.site.key())?;
         let (guest, resumed) = blocking(move || {
             let resumed = match guest.running() {
                 Some(false) => guest.resume(),
@@ -263,6 +265,23 @@ impl Driver {
         attached.guest = Some(guest);
         attached.shipment = Some(shipment);
         self.interrupted_or(done)
+    }
+
+    /// Nothing comes before the cut: no urgent order, and before a last one the shutdown
+    /// of a guest that boots at the peer.
+    pub(super) async fn ready_for_a_cut(
+        &mut self,
+        attached: &mut Attached,
+        after: After,
+    ) -> Result<(), DriveError> {
+        self.look_at_commands();
+        if self.waiting.iter().any(Command::is_urgent) {
+            return Err(DriveError::Interrupted);
+        }
+        match after {
+            After::Hold => self.shut_down_first(attached).await,
+            After::Continue => Ok(()),
+        }
     }
 
     /// Cuts, ships and seals one point.

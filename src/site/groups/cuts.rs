@@ -13,7 +13,8 @@ use std::time::{Duration, SystemTime};
 use farhaven_policies::files::Mode;
 use farhaven_storage_sync::unit::GuestId;
 use serde::{Deserialize, Serialize};
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
+use tokio::task::JoinSet;
 
 use super::GroupRecord;
 use crate::guest::gate::{Patience, Rendezvous, SKEW};
@@ -77,6 +78,22 @@ impl GroupCut {
             cut: unix_ns(SystemTime::now()) / 1_000_000,
             group: group.clone(),
         }
+    }
+
+    /// Given up once a guest of it is to stop for something else, which waits for nobody;
+    /// as long as what this returns is kept.
+    pub(in crate::site) fn left_at(
+        self: &Arc<Self>,
+        mut stop: watch::Receiver<bool>,
+    ) -> JoinSet<()> {
+        let (cut, mut leaves) = (self.clone(), JoinSet::new());
+        leaves.spawn(async move {
+            if stop.wait_for(|stop| *stop).await.is_ok() {
+                cut.gate
+                    .give_up("something else came first for one of its guests");
+            }
+        });
+        leaves
     }
 
     /// What its points tell, once all were stopped.
@@ -241,6 +258,7 @@ impl State {
 mod tests {
     use super::super::GroupMember;
     use super::*;
+    use crate::guest::gate::CutGate;
 
     fn group(guests: &[GuestId]) -> GroupRecord {
         let member = |guest: &GuestId| GroupMember {
@@ -276,6 +294,31 @@ mod tests {
         let waits = of_a.wants_cut();
         drop(of_b);
         assert!(waits.blocking_recv().unwrap().is_none());
+    }
+
+    #[test]
+    fn who_is_to_stop_for_something_else_waits_for_nobody_at_the_gate() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .build()
+            .unwrap();
+        runtime.block_on(async {
+            let cut = Arc::new(GroupCut::held(&group(&[
+                GuestId::random(),
+                GuestId::random(),
+            ])));
+            let (stop, leaves) = (watch::Sender::new(false), watch::Sender::new(false));
+            let _others = cut.left_at(stop.subscribe());
+            drop(cut.left_at(leaves.subscribe()));
+            // The one that has left already stops for nobody.
+            leaves.send_replace(true);
+            let gate = cut.clone();
+            let waits = tokio::task::spawn_blocking(move || gate.gate.gather());
+            tokio::task::yield_now().await;
+            assert!(!waits.is_finished());
+            stop.send_replace(true);
+            let why = waits.await.unwrap().unwrap_err();
+            assert!(why.to_string().contains("came first"), "{why}");
+        });
     }
 
     #[test]

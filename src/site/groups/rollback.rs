@@ -134,9 +134,11 @@ impl Site {
         // In one order, whoever takes several of them: nobody waits for each other.
         let mut by_guest: Vec<_> = here.iter().enumerate().collect();
         by_guest.sort_by_key(|(_, (member, _))| member.guest);
-        let mut going = Vec::new();
+        let (mut going, mut running) = (Vec::new(), Vec::new());
         for (place, (_, standby)) in by_guest {
-            let mut state = standby.state.clone().lock_owned().await;
+            // Those before run here, and are held by their locks.
+            let lock = standby.state.clone().lock_owned();
+            let mut state = self.unless_overruled(&running, lock).await?;
             let Some((mut active, ready)) = state.active.clone() else {
                 return Err(not_here(standby));
             };
@@ -146,7 +148,9 @@ impl Site {
                 active.returning = None;
             }
             if active.returning.is_none() {
-                self.may_go_back(standby, &active, accept_loss).await?;
+                running.push(standby.guest);
+                let may = self.may_go_back(standby, &active, accept_loss);
+                self.unless_overruled(&running, may).await??;
             }
             let one = Going {
                 standby: standby.clone(),

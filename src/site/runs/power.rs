@@ -196,6 +196,8 @@ impl Driver {
         let (site, record) = (self.site.clone(), self.record.clone());
         blocking(move || {
             let mut guest = site.attach(&record, site.tracking_key.clone(), 1)?;
+            // Attaching may have taken a while.
+            site.still_ours(record.id)?;
             boot(&mut *guest)
         })
         .await??;

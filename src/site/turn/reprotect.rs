@@ -151,10 +151,20 @@ impl Site {
         let Some((active, ready)) = state.active.clone() else {
             return Err(not_here(standby));
         };
-        let record = self
-            .as_own(standby, &mut state, &active, &ready, &protection)
-            .await?;
+        let held = !ready.is_ended();
+        let own = self.as_own(standby, &mut state, &active, &ready, &protection);
+        let own = own.await;
+        let lost = own.is_err() && held && ready.is_ended();
+        if lost {
+            // Let go of, and nobody else has it: else no newer term could stop it.
+            state.active = None;
+            state.unwatched = Some(active.clone());
+        }
         drop(state);
+        if lost {
+            standby.find_again(active).await;
+        }
+        let record = own?;
         tracing::warn!(
             guest = record.name,
             to = protection.to,
@@ -303,7 +313,8 @@ impl Site {
                     run: Some(active.directory().to_owned()),
                     definition: placed(definition.map_err(failed)?, &ram),
                 };
-                self.fits_at(&record, standby.remote()).await?;
+                let fits = self.fits_at(&record, standby.remote());
+                self.unless_overruled(&[standby.guest], fits).await??;
                 self.keep_guest(&record)?;
                 record
             }

@@ -92,7 +92,8 @@ impl Site {
         if active.returning.is_some() {
             return self.hand_back(standby, state, Instant::now()).await;
         }
-        self.may_go_back(standby, &active, accept_loss).await?;
+        let may = self.may_go_back(standby, &active, accept_loss);
+        self.unless_overruled(&[standby.guest], may).await??;
         let begun = Instant::now();
         let term = self
             .stop_to_go_back(standby, state, &active, &ready)
@@ -152,6 +153,9 @@ impl Site {
         active: &Activation,
         ready: &Arc<Ready>,
     ) -> Result<Term, OperateError> {
+        self.fence
+            .may_run(standby.guest, self.key())
+            .map_err(failed)?;
         let number = self.fence.current(standby.guest).map_or(0, |t| t.number);
         let term = Term {
             group: standby.guest,

@@ -2,6 +2,7 @@
 //! keeps stopped, and how that goes on when the guest is rolled back.
 
 use std::sync::{Arc, PoisonError};
+use std::time::Duration;
 
 use farhaven_storage_sync::catalogue::Table;
 use farhaven_storage_sync::unit::GuestId;
@@ -9,14 +10,14 @@ use tokio::sync::oneshot;
 
 use super::super::answer::refused;
 use super::super::commands::Command;
-use super::super::driver::{Driver, DriverHandle};
+use super::super::driver::{Driver, DriverHandle, Next};
 use super::super::records::{GuestRecord, Protection};
 use super::super::remote::Remote;
 use super::super::steps::blocking;
 use super::super::view::Phase;
 use super::super::{Site, guests};
 use super::TurnOrder;
-use crate::activate::fence::Term;
+use crate::activate::fence::{FenceError, Term};
 use crate::replicate::message::{ActivationTimes, CopyState, Message, Refusal, TurnMessage};
 
 /// Answers the site that runs a guest now.
@@ -206,6 +207,33 @@ impl Driver {
         self.protection.moved.is_some() || self.protection.stopped
     }
 
+    /// Where its term is not known here any more, or only an older one (its file was
+    /// damaged, and removed): the copy that was stopped for the other site stays that
+    /// one's. `None`: it was handed back.
+    ///
+    /// # Errors
+    /// When the term of its hand-over cannot be written down again.
+    pub(in crate::site) async fn is_anothers_still(&mut self) -> Result<Option<Next>, FenceError> {
+        let known = self.site.fence.current(self.record.id);
+        let older = |moved: Term| known.is_none_or(|known| known.number < moved.number);
+        if let Some(moved) = self.protection.moved.filter(|moved| older(*moved)) {
+            self.site.fence.adopt(moved)?;
+            return Ok(Some(Next::Again(Duration::ZERO)));
+        }
+        if known.is_some() {
+            return Ok(None);
+        }
+        let why = format!(
+            "its copy here was stopped for a newer term of '{}', which is not known here any more: it stays stopped until that site tells it",
+            self.protection.to
+        );
+        self.view.send_modify(|v| {
+            v.phase = Phase::Fenced;
+            v.trouble = why;
+        });
+        Ok(Some(self.wait_for_command().await))
+    }
+
     /// The guest was handed back: its stopped copy goes on. One that cannot is
     /// handed to the other site again, which has all of its own still.
     ///
@@ -229,6 +257,9 @@ impl Driver {
             }
             Err(why) => {
                 let id = self.record.id;
+                if self.site.fence.may_run(id, self.site.key()).is_err() {
+                    return Err(format!("its copy here may not go on any more: {why}"));
+                }
                 let number = self.site.fence.current(id).map_or(0, |t| t.number) + 1;
                 let theirs = Term {
                     group: id,
@@ -236,6 +267,10 @@ impl Driver {
                     owner: self.remote.record.key,
                 };
                 self.site.fence.adopt(theirs).map_err(|e| e.to_string())?;
+                // It may go on all the same: the other site's own is not let go before
+                // this one has stopped.
+                self.site.keep_stopping(theirs);
+                self.phase(Phase::Fenced);
                 self.site.tell_terms();
                 tracing::error!(guest = %self.record.name, why, "it was handed back, and cannot go on here");
                 Err(format!("its copy here cannot go on: {why}"))

@@ -45,8 +45,9 @@ impl Site {
             .await
             .map_err(failed)?
             .map_err(failed)?;
-        self.announce_term(standby.remote(), term)
-            .await
+        let announced = self.announce_term(standby.remote(), term);
+        self.unless_overruled(&[guest], announced)
+            .await?
             .map_err(|why| OperateError::Failed(format!("'{name}' runs on here: {why}")))?;
         let lost = crate::site::age(active.at);
         state.active = None;

@@ -1,0 +1,90 @@
+//! Waiting for a peer's word while guests run here that nobody else can stop: whoever
+//! hears a newer term of one waits for what is held of it
+//! ([`crate::site::standby::State`]),
+//! so the wait ends with such a term.
+
+use farhaven_storage_sync::unit::GuestId;
+use tokio::sync::watch;
+
+use crate::site::Site;
+use crate::site::operate::{OperateError, failed};
+
+impl Site {
+    /// Waits for `asked`, as long as all of these guests are this site's.
+    ///
+    /// # Errors
+    /// When one of them is another site's: it is to be let go of at once.
+    pub(in crate::site) async fn unless_overruled<T>(
+        &self,
+        guests: &[GuestId],
+        asked: impl Future<Output = T>,
+    ) -> Result<T, OperateError> {
+        let ours = || {
+            let mut guests = guests.iter();
+            guests.try_for_each(|guest| self.fence.may_run(*guest, self.key()))
+        };
+        while_it_holds(self.terms_heard(), ours, asked)
+            .await
+            .map_err(failed)
+    }
+}
+
+/// Waits for `asked` as long as `holds` does, which is looked at whenever `heard` changes.
+async fn while_it_holds<T, E>(
+    mut heard: watch::Receiver<()>,
+    holds: impl Fn() -> Result<(), E>,
+    asked: impl Future<Output = T>,
+) -> Result<T, E> {
+    let mut asked = std::pin::pin!(asked);
+    loop {
+        // What is heard after this look is a change.
+        holds()?;
+        tokio::select! {
+            answer = &mut asked => return Ok(answer),
+            Ok(()) = heard.changed() => {}
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_wait_ends_with_the_term_that_overrules_it() {
+        let (told, ours) = (watch::Sender::new(()), AtomicBool::new(true));
+        let holds = || ours.load(Ordering::SeqCst).then_some(()).ok_or("not ours");
+        let begun = tokio::time::Instant::now();
+        let answer = tokio::time::sleep(Duration::from_secs(30));
+        let waits = while_it_holds(told.subscribe(), holds, answer);
+        let overrules = async {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            // Of another guest: the wait goes on.
+            told.send_replace(());
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            ours.store(false, Ordering::SeqCst);
+            told.send_replace(());
+        };
+        let (ended, ()) = tokio::join!(waits, overrules);
+        assert_eq!(ended, Err("not ours"));
+        assert_eq!(begun.elapsed().as_secs(), 2);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn an_answer_is_waited_for_though_nobody_tells_terms() {
+        let told = watch::Sender::new(());
+        let answer = async {
+            tokio::time::sleep(Duration::from_secs(3)).await;
+            7
+        };
+        let heard = told.subscribe();
+        drop(told);
+        assert_eq!(
+            while_it_holds(heard, || Ok::<_, ()>(()), answer).await,
+            Ok(7)
+        );
+    }
+}
