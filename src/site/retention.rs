@@ -260,11 +260,20 @@ async fn perform(
     Ok(report)
 }
 
-/// Drops every point of a guest that is given up, and frees what only they needed.
+/// Drops every point of a guest that is given up, and frees what only they needed. Fails
+/// while any is left: who forgot the guest then would leave it to nobody.
 pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
     let keep = Keep::from([(guest, BTreeSet::new())]);
     perform(remote, keep, &[]).await?;
-    Ok(())
+    let left = remote.incoming.store.points(guest);
+    let Some(first) = left.first() else {
+        return Ok(());
+    };
+    Err(format!(
+        "{} of its points stay, the first is {}: they are in use, were given a name, or came meanwhile; end what reads them, release them (farhaven point release), then ask for this again",
+        left.len(),
+        first.point
+    ))
 }
 
 impl Site {

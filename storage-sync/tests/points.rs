@@ -5,10 +5,13 @@
 mod common;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::Arc;
 
 use common::{Model, Site, open, send};
+use farhaven_storage_sync::disk::simulated::{Fault, SimulatedDisk};
 use farhaven_storage_sync::replica::ReplicaError;
-use farhaven_storage_sync::store::SealError;
+use farhaven_storage_sync::store::{SealError, Store};
 use proptest::prelude::*;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
@@ -86,9 +89,8 @@ fn a_point_with_a_name_is_dropped_by_no_prune() {
     let retired = planned.retire.iter().copied().collect();
     site.index.lock().unwrap().remove_seqs(&retired);
     store.perform_prune(&planned).unwrap();
-    let numbers = |store: &farhaven_storage_sync::store::Store| -> Vec<u64> {
-        store.points(guest.id).iter().map(|p| p.point).collect()
-    };
+    let numbers =
+        |store: &Store| -> Vec<u64> { store.points(guest.id).iter().map(|p| p.point).collect() };
     assert_eq!(numbers(&store), [2, 5]);
     for (point, name) in [(2, "4711"), (2, ""), (3, "gone"), (5, "before upgrade")] {
         assert!(store.keep_point(guest.id, point, name).is_err(), "{name}");
@@ -124,13 +126,7 @@ fn a_point_with_a_name_is_dropped_by_no_prune() {
     );
 }
 
-fn started() -> (
-    tempfile::TempDir,
-    Site,
-    farhaven_storage_sync::store::Store,
-    Model,
-    StdRng,
-) {
+fn started() -> (tempfile::TempDir, Site, Store, Model, StdRng) {
     let dir = tempfile::tempdir().unwrap();
     let (store, _) = open(dir.path());
     (
@@ -330,6 +326,84 @@ fn a_guest_that_is_given_up_frees_its_space() {
     drop(store);
     let (store, _) = open(dir.path());
     assert_eq!(store.last_seq(), last, "batch numbers are not used twice");
+}
+
+#[test]
+fn an_older_point_that_stays_is_itself_when_its_guest_is_given_up() {
+    let (dir, site, store, mut guest, mut random) = started();
+    for point in 1..=5 {
+        guest.step(&site, &store, point, &mut random).unwrap();
+    }
+    let given_up = BTreeMap::from([(guest.id, BTreeSet::new())]);
+    let planned = store.plan_prune(&given_up).unwrap();
+    assert_eq!(planned.dropped.len(), 5);
+    // Something reads one by the time that all are to go.
+    let replica = store.open_point(guest.id, 2).unwrap();
+    let retired = planned.retire.iter().copied().collect();
+    site.index.lock().unwrap().remove_seqs(&retired);
+    assert_eq!(store.perform_prune(&planned).unwrap().points, 4);
+    drop(replica);
+    guest.sealed.retain(|&point, _| point == 2);
+    guest.check(&store);
+    // And what builds on it tells what changed since it, not since the dropped one.
+    guest.now = guest.sealed[&2].clone();
+    guest.step(&site, &store, 6, &mut random).unwrap();
+    guest.check(&store);
+    drop(store);
+    guest.check(&open(dir.path()).0);
+}
+
+#[test]
+fn every_point_is_itself_after_a_prune_that_failed() {
+    let disk = SimulatedDisk::new();
+    let open = |disk: &SimulatedDisk| {
+        let disk = Arc::new(disk.clone());
+        Store::open_on(disk, Path::new("/store"), common::options()).unwrap()
+    };
+    let (store, _) = open(&disk);
+    let (site, mut guest) = (Site::new(), Model::new(1, &[40, 40]));
+    let mut random = StdRng::seed_from_u64(8);
+    for point in 1..=5 {
+        guest.step(&site, &store, point, &mut random).unwrap();
+    }
+    drop(store);
+    let given_up = BTreeMap::from([(guest.id, BTreeSet::new())]);
+    let mut failed = 0;
+    for nth in 1.. {
+        let disk = disk.copy();
+        let (store, _) = open(&disk);
+        // Two stay in one half of the tries, none in the other.
+        let pinned = (nth % 2 == 0).then(|| [1, 3].map(|at| store.open_point(guest.id, at)));
+        let planned = store.plan_prune(&given_up).unwrap();
+        disk.fail(1 + nth / 2, Fault::Io);
+        let outcome = store.perform_prune(&planned);
+        let hit = disk.heal();
+        drop(pinned);
+        failed += u32::from(outcome.is_err());
+        let check = |store: &Store| {
+            let points = store.points(guest.id);
+            for header in &points {
+                let of = if header.point == 6 {
+                    header.parent
+                } else {
+                    header.point
+                };
+                let content = &guest.sealed[&of];
+                common::check_point(store, guest.id, header.point, content);
+            }
+            points.last().map(|newest| newest.point)
+        };
+        if let Some(newest) = check(&store) {
+            store.seal(guest.seal_of(6, newest, &[])).unwrap();
+        }
+        check(&store);
+        drop(store);
+        check(&open(&disk).0);
+        if hit.is_none() && nth % 2 == 1 {
+            break;
+        }
+    }
+    assert!(failed > 10, "{failed}");
 }
 
 #[test]

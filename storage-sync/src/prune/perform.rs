@@ -1,6 +1,6 @@
 //! Performing a plan: each step leaves a whole store.
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use super::{Drops, PruneError, PrunePlan, PruneReport, live_batches, unsealed, walk};
@@ -9,7 +9,7 @@ use crate::files::{FileError, is_bad_sector, sync_dir};
 use crate::log::LogError;
 use crate::manifest;
 use crate::map::PointMap;
-use crate::store::{Inner, PointEntry, held};
+use crate::store::{GuestState, Inner, PointEntry, held};
 use crate::unit::GuestId;
 
 pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, PruneError> {
@@ -114,35 +114,96 @@ fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), Pr
     })
 }
 
-/// Removes manifests, newest first, so that none is left without its base.
+/// Drops points, and removes their manifests.
 fn drop_points(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<usize, PruneError> {
+    let known = match held(&inner.state).guests.get(&guest) {
+        Some(state) => state.points.clone(),
+        None => return Ok(0),
+    };
+    // Where the newest goes and an older one stays, that one is what the next builds on:
+    // its map is there before anything goes, or nothing does.
+    let newest = match known.last_key_value() {
+        Some((newest, _)) if drops.contains(newest) => {
+            let left = known.keys().rfind(|point| !drops.contains(point));
+            Some(inner.load_map(guest, left.copied().unwrap_or(0))?)
+        }
+        _ => None,
+    };
+    if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+        state.points.retain(|point, _| !drops.contains(point));
+        if let Some(map) = newest {
+            state.newest = Arc::new(map);
+        }
+    }
+    if let Err((failed, error)) = remove_manifests(inner, guest, drops, &known) {
+        let mut back = known;
+        back.retain(|point, _| *point <= failed && drops.contains(point));
+        put_back(inner, guest, back);
+        return Err(error.into());
+    }
+    if let Some(state) = held(&inner.state).guests.get_mut(&guest)
+        && state.points.is_empty()
+    {
+        state.unsealed.clear();
+        state.rebuilt.clear();
+    }
+    Ok(drops.len())
+}
+
+/// Removes manifests, newest first, so that none is left without its base. An error
+/// comes with the point from which on, downward, they are still there.
+fn remove_manifests(
+    inner: &Inner,
+    guest: GuestId,
+    drops: &BTreeSet<u64>,
+    known: &BTreeMap<u64, PointEntry>,
+) -> Result<(), (u64, FileError)> {
     let dir = inner.manifests.join(guest.to_string());
-    let mut removed: Option<PointEntry> = None;
+    let mut removed: Option<&PointEntry> = None;
     for &point in drops.iter().rev() {
         // A disk may keep one removal and lose another: a base goes when it is
         // sure that what builds on it has gone.
         if removed.is_some_and(|above| above.base == point) {
-            sync_dir(&*inner.disk, &dir)?;
+            sync_dir(&*inner.disk, &dir).map_err(|error| (point, error))?;
         }
-        removed = inner.entry(guest, point);
+        removed = known.get(&point);
         let path = manifest::path_of(&inner.manifests, guest, point);
         match inner.disk.remove(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(FileError::at("remove", &path)(error).into());
+                return Err((point, FileError::at("remove", &path)(error)));
             }
             _ => {}
         }
-        if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
-            state.points.remove(&point);
-            if state.points.is_empty() {
-                state.newest = Arc::default();
-                state.unsealed.clear();
-                state.rebuilt.clear();
+    }
+    sync_dir(&*inner.disk, &dir).map_err(|error| (0, error))
+}
+
+/// Points whose manifests could not be removed are there as before, for the next prune.
+fn put_back(inner: &Inner, guest: GuestId, mut back: BTreeMap<u64, PointEntry>) {
+    let left = held(&inner.state)
+        .guests
+        .get(&guest)
+        .map_or(0, GuestState::newest_point);
+    let mut newest = None;
+    while let Some((&point, _)) = back.last_key_value()
+        && point > left
+        && newest.is_none()
+    {
+        match inner.load_map(guest, point) {
+            Ok(map) => newest = Some(Arc::new(map)),
+            // As when the store is opened: the newest point must be whole.
+            Err(error) => {
+                tracing::error!(%guest, point, %error, "a point that was to be dropped is left out");
+                back.remove(&point);
             }
         }
     }
-    sync_dir(&*inner.disk, &dir)?;
-    Ok(drops.len())
+    if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+        state.points.extend(back);
+        if let Some(map) = newest {
+            state.newest = map;
+        }
+    }
 }
 
 /// Copies what is needed of a segment to the end of the log.
