@@ -259,11 +259,13 @@ impl Outgoing {
 
     /// Takes notice of what the peer acknowledged.
     pub(super) fn settle(&self) {
-        let acknowledged = *self.peer.acknowledged().borrow();
         let mut on_the_way = self
             .on_the_way
             .lock()
             .unwrap_or_else(PoisonError::into_inner);
+        // After the lock: what another thread submits from here on is not among those on
+        // their way, so nothing is taken for acknowledged that this does not know of.
+        let acknowledged = *self.peer.acknowledged().borrow();
         let mut index = self.index.lock().unwrap_or_else(PoisonError::into_inner);
         if index.forgotten() > 0 {
             self.asking.index_forgot();
