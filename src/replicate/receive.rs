@@ -16,7 +16,7 @@ use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::store::{Seal, SealError, Store, StoreError};
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, VolumeIndex};
-use farhaven_storage_sync::{PointHeader, PointStats};
+use farhaven_storage_sync::{LogError, PointHeader, PointStats};
 use farhaven_wan::Peer;
 use tokio::sync::{mpsc, watch};
 
@@ -327,6 +327,18 @@ impl Appending {
         })
     }
 
+    /// Says once what hinders the store.
+    fn tell(&self, what: String) {
+        self.trouble.send_if_modified(|known| {
+            let new = *known != what;
+            if new {
+                tracing::error!("replicated data cannot be stored: {what}");
+                *known = what;
+            }
+            new
+        });
+    }
+
     fn run(self, mut queue: mpsc::UnboundedReceiver<(u64, Bytes)>) {
         let mut batches = Vec::new();
         while let Some((_, first)) = crate::work::receive(&mut queue) {
@@ -366,16 +378,15 @@ impl Appending {
                     self.peer.refuse_data("a batch does not verify");
                     return true;
                 }
+                Err(Full::Store(StoreError::Log(error @ LogError::Conflict { .. }))) => {
+                    // It is one however often it is tried, and others wait behind it: the
+                    // peer's next daemon numbers its batches from what is here.
+                    self.tell(error.to_string());
+                    self.peer.refuse_data("a batch has the number of another");
+                    return true;
+                }
                 Err(error) => {
-                    let what = error.to_string();
-                    self.trouble.send_if_modified(|known| {
-                        let new = *known != what;
-                        if new {
-                            tracing::error!("replicated data cannot be stored: {what}");
-                            known.clone_from(&what);
-                        }
-                        new
-                    });
+                    self.tell(error.to_string());
                     if queue.is_closed() {
                         return false;
                     }
