@@ -12,6 +12,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
 use crate::codec::BatchHeader;
@@ -101,6 +102,25 @@ struct Writer {
     failed: Option<String>,
 }
 
+/// The largest numbers that batches are known to have had, here or lost: one of a
+/// source's, one of an image's. A lost batch that gave its number to another would have
+/// what names a place in it read the other's units.
+#[derive(Default)]
+struct Given([AtomicU64; 2]);
+
+impl Given {
+    fn of(&self, image: bool) -> &AtomicU64 {
+        &self.0[usize::from(image)]
+    }
+
+    fn note(&self, seq: u64) {
+        let largest = self.of(seq >= IMAGE_SEQ);
+        if largest.load(Ordering::Relaxed) < seq {
+            largest.fetch_max(seq, Ordering::Relaxed);
+        }
+    }
+}
+
 /// The segments of one store.
 pub(crate) struct Log {
     disk: Arc<dyn Disk>,
@@ -111,6 +131,7 @@ pub(crate) struct Log {
     segments: Mutex<BTreeMap<u32, u64>>,
     writer: Mutex<Writer>,
     readers: Mutex<HashMap<u32, OpenFile>>,
+    given: Given,
 }
 
 fn held<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -134,7 +155,8 @@ impl Log {
         // Names that a killed process made last forever from here on.
         sync_dir(&*disk, dir)?;
         let mut index = BTreeMap::new();
-        let (segments, report) = scan::scan(&*disk, dir, &mut index, seen)?;
+        let given = Given::default();
+        let (segments, report) = scan::scan(&*disk, dir, &mut index, &given, seen)?;
         let last = segments
             .last_key_value()
             .map(|(&number, &bytes)| (number, bytes));
@@ -164,6 +186,7 @@ impl Log {
             segments: Mutex::new(segments),
             writer: Mutex::new(writer),
             readers: Mutex::new(HashMap::new()),
+            given,
         };
         Ok((log, report))
     }
@@ -369,14 +392,29 @@ impl Log {
         of_source.take(count).map(|(seq, _)| *seq).collect()
     }
 
-    /// The largest number of a source's batch in the log, 0 when there is none.
+    /// The largest number of a source's batch that is or was in the log, 0 when there is
+    /// none.
     pub(crate) fn last_seq(&self) -> u64 {
-        self.last_in(0..IMAGE_SEQ)
+        let lost = self.given.of(false).load(Ordering::Relaxed);
+        self.last_in(0..IMAGE_SEQ).max(lost)
     }
 
-    /// The largest number of an image's batch in the log, 0 when there is none.
+    /// The largest number of an image's batch that is or was in the log, 0 when there is
+    /// none.
     pub(crate) fn last_image_seq(&self) -> u64 {
-        self.last_in(IMAGE_SEQ..SEQ)
+        let lost = self.given.of(true).load(Ordering::Relaxed);
+        self.last_in(IMAGE_SEQ..SEQ).max(lost)
+    }
+
+    /// The batches of the largest numbers, a source's and an image's: as long as they stay
+    /// the next start of the daemon knows those numbers.
+    pub(crate) fn last_kept(&self) -> [u64; 2] {
+        [self.last_in(0..IMAGE_SEQ), self.last_in(IMAGE_SEQ..SEQ)]
+    }
+
+    /// Something names a place in this batch, which need not be here: its number was given.
+    pub(crate) fn was_given(&self, seq: u64) {
+        self.given.note(seq);
     }
 
     fn last_in(&self, range: Range<u64>) -> u64 {

@@ -194,7 +194,7 @@ impl Store {
         let given_up: BTreeSet<GuestId> = emptied(keep);
         let mut live = live_batches(inner, &drops)?;
         live.extend(unsealed(inner, &given_up, &mut HashSet::new())?);
-        live.extend([inner.log.last_seq(), inner.log.last_image_seq()]);
+        live.extend(inner.log.last_kept());
         let mut sizes: BTreeMap<u32, (u64, Vec<u64>)> = BTreeMap::new();
         inner.log.each(&mut |seq, location| {
             let (live_bytes, dead) = sizes.entry(location.segment).or_default();

@@ -336,7 +336,8 @@ impl Store {
         self.0.log.locate(seq).is_some()
     }
 
-    /// The largest number of a source's batch in the log; 0 when there is none.
+    /// The largest number of a source's batch that is or was in the log, as far as is
+    /// known; 0 when there is none. The next one is to have a larger number.
     pub fn last_seq(&self) -> u64 {
         self.0.log.last_seq()
     }

@@ -7,9 +7,10 @@
 
 use std::collections::BTreeMap;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use super::{Location, segment_path};
+use super::{Given, Location, segment_path};
 use crate::codec::{BatchError, BatchHeader, BatchView, EntriesView, MAGIC, newer};
 use crate::disk::{Disk, OpenFile};
 use crate::files::{self, FileError, is_bad_sector, open_private, open_settled};
@@ -44,6 +45,7 @@ pub struct ScanReport {
 struct Scan<'a> {
     disk: &'a dyn Disk,
     index: &'a mut BTreeMap<u64, Location>,
+    given: &'a Given,
     seen: &'a mut dyn FnMut(&BatchHeader),
     report: ScanReport,
 }
@@ -54,6 +56,7 @@ pub(super) fn scan(
     disk: &dyn Disk,
     dir: &Path,
     index: &mut BTreeMap<u64, Location>,
+    given: &Given,
     seen: &mut dyn FnMut(&BatchHeader),
 ) -> Result<(Segments, ScanReport), FileError> {
     let mut numbers = Vec::new();
@@ -77,6 +80,7 @@ pub(super) fn scan(
     let mut scan = Scan {
         disk,
         index,
+        given,
         seen,
         report: ScanReport::default(),
     };
@@ -124,6 +128,12 @@ impl Scan<'_> {
             };
             let next = resume(&mut file, offset + 1, length, &mut buffer)?;
             let unreadable = file.bad_sectors > before;
+            self.lost(
+                &mut file,
+                offset..next.unwrap_or(length),
+                length,
+                &mut buffer,
+            )?;
             match next {
                 Some(next) => {
                     self.bad(path, offset, next - offset, why, unreadable);
@@ -145,6 +155,31 @@ impl Scan<'_> {
             }
         }
         Ok(Ok(length))
+    }
+
+    /// Notes the numbers of batches in bytes that are lost, as far as these follow one
+    /// another with whole headers. None is looked for behind: a guest's own data may look
+    /// like one, and would use up the numbers.
+    fn lost(
+        &self,
+        file: &mut Patient,
+        lost: Range<u64>,
+        length: u64,
+        buffer: &mut Vec<u8>,
+    ) -> io::Result<()> {
+        let mut offset = lost.start;
+        while offset < lost.end {
+            let most = (BATCH_HEADER + BATCH_ENTRIES_BYTES) as u64;
+            buffer.clear();
+            buffer.resize((length - offset).min(most) as usize, 0);
+            file.read(buffer, offset)?;
+            let Ok(EntriesView { header, .. }) = EntriesView::parse(buffer) else {
+                break;
+            };
+            self.given.note(header.seq);
+            offset += header.bytes() as u64;
+        }
+        Ok(())
     }
 
     fn bad(&mut self, path: &Path, offset: u64, bytes: u64, why: String, unreadable: bool) {

@@ -32,7 +32,7 @@ pub(super) fn perform(inner: &Inner, plan: &PrunePlan) -> Result<PruneReport, Pr
     let mut read = HashSet::new();
     live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
     live.extend(unsealed(inner, &BTreeSet::new(), &mut read)?);
-    live.extend([inner.log.last_seq(), inner.log.last_image_seq()]);
+    live.extend(inner.log.last_kept());
     let retire = plan.retire.iter().filter(|seq| !plan.stay.contains(seq));
     let (revived, dead): (Vec<u64>, Vec<u64>) = retire.partition(|&seq| live.contains(seq));
     report.revived = revived.len();

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use super::hints::Hints;
 use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Store, StoreError};
 use super::{StoreOptions, held, kept};
-use crate::codec::Sequence;
+use crate::codec::{BatchHeader, Sequence};
 use crate::disk::{Access, Disk};
 use crate::files::{FileError, is_bad_sector, lock, make_dir, sync_dir};
 use crate::limits::{IMAGE_SEQ, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
@@ -39,7 +39,6 @@ pub(super) fn open(
         options.bytes_most,
         &mut |header| noted.push(*header),
     )?;
-    let image_numbers = Sequence::starting_at(log.last_image_seq().max(IMAGE_SEQ) + 1);
     let unreadable = log_report.bad.iter().filter(|bad| bad.unreadable);
     let unreadable = unreadable.map(|bad| bad.path.clone()).collect();
     let mut inner = Inner {
@@ -52,7 +51,7 @@ pub(super) fn open(
         manifests,
         log,
         state: Mutex::new(State::default()),
-        image_numbers: Arc::new(image_numbers),
+        image_numbers: Arc::new(Sequence::starting_at(IMAGE_SEQ + 1)),
         options,
         writing: Mutex::new(()),
         pruning: Mutex::new(()),
@@ -71,6 +70,8 @@ pub(super) fn open(
             load_guest(&mut inner, guest, &mut report)?;
         }
     }
+    name_older(&inner, &noted);
+    inner.image_numbers.raise_to(inner.log.last_image_seq() + 1);
     let mut state = held(&inner.state);
     // What was stored here by itself and not to its end is none: a prune frees its batches.
     let points = noted.iter().filter(|header| header.seq < IMAGE_SEQ);
@@ -151,6 +152,8 @@ fn load_guest(
             (0, _) => None,
             (_, Some(base)) => Some(base),
             (base, None) => {
+                // It is none, but may be one again.
+                name_all(inner, &path);
                 damage(format!(
                     "point {base}, on which it builds, is missing or damaged"
                 ));
@@ -167,6 +170,33 @@ fn load_guest(
     state.kept = kept;
     held(&inner.state).guests.insert(guest, state);
     choose_newest(inner, guest, report)
+}
+
+/// Has it known which numbers a manifest names. What is wrong with it is told elsewhere.
+fn name_all(inner: &Inner, path: &Path) {
+    if let Err(error) = manifest::read(&*inner.disk, path, &mut |run| inner.names(&run)) {
+        tracing::debug!(%error, "nobody knows which batches it names");
+    }
+}
+
+/// A batch that was lost may have had a number above all that are here, and an older
+/// point may be the only one that names it. A guest's batches have rising numbers: points
+/// before one of which something is here name nothing above that.
+fn name_older(inner: &Inner, noted: &[BatchHeader]) {
+    let mut here: BTreeMap<GuestId, u64> = BTreeMap::new();
+    for header in noted.iter().filter(|header| header.seq < IMAGE_SEQ) {
+        let point = here.entry(header.guest).or_default();
+        *point = header.point.max(*point);
+    }
+    let mut older = Vec::new();
+    for (&guest, state) in &held(&inner.state).guests {
+        let from = here.get(&guest).copied().unwrap_or(0);
+        // The newest was read already.
+        let newest = state.newest_point();
+        let points = state.points.range(from.min(newest)..newest);
+        older.extend(points.map(|(&point, _)| manifest::path_of(&inner.manifests, guest, point)));
+    }
+    older.iter().for_each(|path| name_all(inner, path));
 }
 
 /// The newest point must be whole, for the next one builds on it.

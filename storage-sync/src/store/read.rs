@@ -9,7 +9,7 @@ use crate::files::is_bad_sector;
 use crate::limits::MAP_LEAF;
 use crate::log::LogError;
 use crate::manifest::{self, ManifestError};
-use crate::map::PointMap;
+use crate::map::{PointMap, Run};
 use crate::unit::{GuestId, Place};
 
 /// Why a stored batch could not be read.
@@ -196,6 +196,14 @@ impl Inner {
         Ok(map)
     }
 
+    /// A manifest names these places: the numbers in them were given, whatever became of
+    /// their batches.
+    pub(crate) fn names(&self, run: &Run) {
+        if run.place != Place::ZERO {
+            self.log.was_given(*run.seqs().end());
+        }
+    }
+
     /// Applies one manifest to the map of its base.
     pub(crate) fn apply(
         &self,
@@ -205,6 +213,7 @@ impl Inner {
         let most = self.options.map_bytes;
         let mut fits = true;
         let head = manifest::read(&*self.disk, path, &mut |run| {
+            self.names(&run);
             // A few bytes may tell of more units than there is memory for.
             for part in run.parts(STEP) {
                 fits = fits && leaf_bytes(map) <= most;
