@@ -285,7 +285,7 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure { why, status }) => {
-            eprintln!("farhaven: {why}");
+            eprintln!("farhaven: {}", out::fit(&why));
             ExitCode::from(status)
         }
     }
@@ -428,7 +428,8 @@ fn escaped(name: &str) -> String {
 /// Prints a value for programs.
 fn print_json(value: &impl serde::Serialize) -> Outcome {
     let text = serde_json::to_string_pretty(value).map_err(|e| e.to_string())?;
-    say!("{text}");
+    // For programs: as it is, control characters escaped.
+    out::exact(&format!("{text}\n"));
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use clap::Args;
 use comfy_table::presets::UTF8_HORIZONTAL_ONLY;
 use comfy_table::{Cell, Color, ContentArrangement, Table, TableComponent};
 
-use super::{Outcome, guest_path, print_json, told};
+use super::{Outcome, guest_path, out, print_json, told};
 use crate::client::Client;
 use crate::guest::qemu::check::{Finding, Severity};
 use crate::site::records::GuestRecord;
@@ -37,7 +37,7 @@ pub(super) async fn status(client: &Client, status: Status) -> Outcome {
             Ok(view) => {
                 if status.watch && std::io::stdout().is_terminal() {
                     // Home and clear to the end: no flicker.
-                    put!("\x1b[H\x1b[J");
+                    out::exact("\x1b[H\x1b[J");
                 }
                 whole(&view);
                 let _ = std::io::stdout().flush();

@@ -180,6 +180,7 @@ fn groups() -> Vec<Message> {
         },
         GroupMessage::TakenOver {
             members: vec![Taken {
+                runs: true,
                 guest: GUEST,
                 times: ActivationTimes::default(),
                 note: "not healthy".to_owned(),

@@ -29,6 +29,11 @@ const BATCHES_A_SYNC: usize = 256;
 /// Bytes of batches that may wait for the disk: twice the widest window of a session.
 const WAITING_BYTES: usize = 64 << 20;
 
+/// What a batch that waits for the disk counts for, however small it is.
+fn room_of(batch: &Bytes) -> usize {
+    batch.len().max(256)
+}
+
 /// Batches that are told to the session as stored when a daemon starts: twice
 /// what a sender keeps unacknowledged.
 const STORED_BATCHES: usize = 2 * farhaven_wan::limits::MAX_UNACKNOWLEDGED_BATCHES;
@@ -88,7 +93,7 @@ impl Incoming {
     /// Takes one batch. Messages must never wait behind data, so this does not
     /// wait; a peer whose window is wider than what may wait here is refused.
     pub fn batch(&self, seq: u64, bytes: Bytes) {
-        let size = bytes.len();
+        let size = room_of(&bytes);
         if self.waiting.load(Ordering::Relaxed) + size > WAITING_BYTES {
             self.peer
                 .refuse_data("more data was sent than may wait for the disk here");
@@ -349,7 +354,7 @@ impl Appending {
             {
                 batches.push(next);
             }
-            let bytes: usize = batches.iter().map(Bytes::len).sum();
+            let bytes: usize = batches.iter().map(room_of).sum();
             if !self.append(&batches, &queue) {
                 return;
             }

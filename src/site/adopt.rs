@@ -21,6 +21,15 @@ impl Standby {
         activation: Activation,
     ) -> Result<(), ActivateError> {
         let mut state = self.state.lock().await;
+        self.adopt_in(&mut state, activation).await
+    }
+
+    /// As [`Standby::adopt`], by who holds its state: nobody finds it unwatched between.
+    pub(super) async fn adopt_in(
+        self: &Arc<Self>,
+        state: &mut State,
+        activation: Activation,
+    ) -> Result<(), ActivateError> {
         state.unwatched = Some(activation.clone());
         self.see(|s| s.active = Some(activation.clone()));
         let site = self.site()?;
@@ -66,7 +75,7 @@ impl Standby {
                     s.trouble.clear();
                 });
                 state.unwatched = None;
-                self.look_after(&mut state, activation, Arc::new(ready));
+                self.look_after(state, activation, Arc::new(ready));
                 return Ok(());
             }
             // A rollback of which it is not known how it ended: it is asked for on, and
@@ -80,12 +89,13 @@ impl Standby {
                 let told = super::turn::in_doubt(self);
                 self.see(|s| s.trouble = told);
                 state.unwatched = None;
-                self.look_after(&mut state, activation, Arc::new(ready));
+                self.look_after(state, activation, Arc::new(ready));
                 return Ok(());
             }
             // A newer term was heard, and this daemon ended before it had obeyed.
             (Some(ready), true) => {
                 step(move || ready.stop()).await.and_then(|done| done)?;
+                self.tell_fenced("fenced: it ran here against a newer term; it was stopped here and is kept as evidence");
                 "fenced: it runs elsewhere under a newer term; it was stopped here and is kept as evidence"
             }
             (None, true) => "fenced: it ran here under an older term",
@@ -105,7 +115,7 @@ impl Standby {
             s.active = None;
             s.trouble = why.to_owned();
         });
-        self.leave_evidence(&mut state, &site);
+        self.leave_evidence(state, &site);
         Ok(())
     }
 
@@ -125,6 +135,11 @@ impl Standby {
             return;
         };
         tracing::error!(guest = %self.name(), %error, "what runs here cannot be watched yet");
+        self.keep_finding(activation, &error);
+    }
+
+    /// What runs here and cannot be watched is asked for again and again.
+    pub(super) fn keep_finding(self: &Arc<Self>, activation: Activation, error: &ActivateError) {
         self.see(|s| s.trouble = format!("what runs here cannot be watched yet: {error}"));
         let standby = self.clone();
         tokio::spawn(async move {

@@ -64,6 +64,7 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         }
         Message::Seal(request) => seal(site, remote, *request).await,
         Message::Prepare { guest } => match site.standby_of(remote, guest) {
+            Some(standby) if !site.is_theirs(remote, &standby) => not_theirs(),
             Some(standby) => match standby.prepare().await {
                 Ok(()) => Message::Prepared,
                 Err(error) => refused(Refusal::Unable, error),
@@ -81,12 +82,15 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
         Message::Lost(lost) => site.lost_at_peer(remote, *lost),
         Message::Group(told) => site.hear_of_groups(remote, *told).await,
         Message::Close { guest, discard } => {
-            if let Some(standby) = site.standby_of(remote, guest)
-                && let Err(error) = standby.close(discard).await
-            {
-                return refused(Refusal::Unable, error);
+            match site.standby_of(remote, guest) {
+                // It came from there once, and is this site's own by now.
+                Some(standby) if standby.is_turned() => not_theirs(),
+                Some(standby) => match standby.close(discard).await {
+                    Ok(()) => Message::Done,
+                    Err(error) => refused(Refusal::Unable, error),
+                },
+                None => Message::Done,
             }
-            Message::Done
         }
         Message::Points { guest } => match site.standby_of(remote, guest) {
             Some(standby) => {
@@ -266,8 +270,16 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
     };
     match site.fence.current(request.guest) {
         Some(term) if term.owner == remote.record.key && term.number == request.context.term => {}
-        // The answer to an earlier attempt at the same hand-over was lost.
-        Some(term) if Some(term) == request.activate => {}
+        // The answer to an earlier attempt at the same hand-over was lost: nothing is begun.
+        Some(term) if Some(term) == request.activate => {
+            return match standby.active() {
+                Some(active) if active.term == term && active.point == request.point => {
+                    let times = active.times;
+                    Message::Running { times, term }
+                }
+                _ => not_theirs(),
+            };
+        }
         _ => return refused(Refusal::Fenced, "a newer term of this guest is known here"),
     }
     // A hand-over is of this guest, to this site: no other term is its to give.
@@ -327,6 +339,14 @@ pub(super) fn refused(code: Refusal, why: impl ToString) -> Message {
         code,
         why: why.to_string(),
     }
+}
+
+/// For a guest whose term is not the peer's.
+pub(super) fn not_theirs() -> Message {
+    refused(
+        Refusal::Fenced,
+        "this guest's term is not that site's: nothing of it is prepared, run or ended here by its word",
+    )
 }
 
 pub(super) fn unknown_guest() -> Message {

@@ -92,6 +92,9 @@ pub(super) async fn make(
     group: Option<Arc<GroupCut>>,
 ) -> Result<Made, DriveError> {
     let began = Instant::now();
+    if after == After::Hold {
+        driver.stood_before = driver.stands(attached).await?;
+    }
     if let Err(error) = driver.ready_for_a_cut(attached, after).await {
         if let Some(group) = &group {
             group.gate.give_up(&error.to_string());
@@ -163,6 +166,7 @@ impl Driver {
         let name = &self.record.name;
         let alert = match error {
             GuestError::Sink(SinkError::Closed) => return,
+            GuestError::Gate(_) if *self.stop.borrow() => return,
             GuestError::LeftStopped { .. } => Alert::new(
                 Kind::GuestStopped,
                 name,

@@ -82,6 +82,8 @@ pub(super) struct Driver {
     pub(super) last_point: u64,
     /// A cut of ours stopped it and could not let it go on.
     pub(super) left_stopped: bool,
+    /// It stood before its last cut was made: it is not for its move to let it go on.
+    pub(super) stood_before: bool,
     /// When the newest sealed cut of this process was made.
     pub(super) last_cut: Option<Instant>,
     /// So many of its next cuts are to be of frozen filesystems, whatever its policy says.
@@ -150,6 +152,7 @@ impl Driver {
             flow,
             last_point: 0,
             left_stopped: false,
+            stood_before: false,
             last_cut: None,
             quiesce_next: 0,
             accept_hard_stop: false,

@@ -280,20 +280,20 @@ impl Site {
     /// # Errors
     /// When it could not be stopped; the sentence says what to do.
     pub(super) async fn fenced(self: &Arc<Self>, term: Term) -> Result<(), String> {
-        self.stop_own(term).await?;
+        let own = self.stop_own(term).await;
         let standby = {
             let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
             standbys.get(&term.group).cloned()
         };
-        if let Some(standby) = standby {
-            let was_own = standby.is_turned();
-            standby.fenced(term).await?;
-            if standby.is_turned() && !was_own {
-                // It turned round while its copy here was waited for.
-                self.stop_own(term).await?;
-            }
+        let Some(standby) = standby else { return own };
+        let was_own = standby.is_turned();
+        standby.fenced(term).await?;
+        match standby.is_turned() && !was_own || own.is_err() {
+            // It turned round while its copy here was waited for; or whoever watched that
+            // copy had its control, and has let go of it.
+            true => self.stop_own(term).await,
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// What runs here as this site's own guest is stopped.
@@ -367,6 +367,7 @@ impl Driver {
         }
         if stopped.is_ok() && !self.is_kept() {
             self.protection.stopped = true;
+            self.protection.stopped_by = Some(term);
             // A move under an older term came to nothing, whatever its peer says of it.
             let overruled = |moving: Term| moving.number < term.number;
             if self.protection.moving.is_some_and(overruled) {
@@ -458,7 +459,7 @@ impl Standby {
     }
 
     /// Raises an alert, until its source sends it here again.
-    fn tell_fenced(&self, why: &str) {
+    pub(super) fn tell_fenced(&self, why: &str) {
         let Ok(site) = self.site() else { return };
         let name = self.name();
         site.raise(Alert::new(

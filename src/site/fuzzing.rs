@@ -227,6 +227,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         held: None,
         moved: None,
         stopped: false,
+        stopped_by: None,
         committed: false,
     };
     let group =

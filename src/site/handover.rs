@@ -72,8 +72,9 @@ async fn hand_over(
     let made = match cut::make(driver, attached, After::Hold, None).await {
         Ok(made) => made,
         Err(error) => {
-            runs_on(driver, attached).await?;
+            let went_on = runs_on(driver, attached).await;
             give_up(driver);
+            went_on?;
             return Err(not_begun(driver, error));
         }
     };
@@ -237,6 +238,7 @@ pub(super) fn report(
     MoveReport {
         guest: driver.record.name.clone(),
         to: driver.protection.to.clone(),
+        runs: true,
         point: made.point,
         blackout_ms: blackout.as_secs_f64() * 1e3,
         expected_blackout_ms: converged.expected.as_secs_f64() * 1e3,
@@ -360,7 +362,10 @@ async fn run_here(
 ) -> Result<(), DriveError> {
     own_again(driver, own)?;
     let (site, record) = (driver.site.clone(), driver.record.clone());
+    let stood = driver.stood_before;
     let resumed = blocking(move || match guest {
+        // Whoever stopped it before the move lets it go on.
+        Some(_) if stood => Ok(()),
         Some(mut guest) => guest.resume(),
         None => site.resume_guest(&record),
     })
@@ -412,19 +417,21 @@ pub(super) async fn runs_on(
     driver: &mut Driver,
     attached: &mut Attached,
 ) -> Result<(), DriveError> {
-    let (site, id) = (&driver.site, driver.record.id);
-    site.fence.may_run(id, site.key())?;
-    resume(driver, attached).await?;
+    let (site, id) = (driver.site.clone(), driver.record.id);
+    let ours = site.fence.may_run(id, site.key());
+    if ours.is_ok() {
+        resume(driver, attached).await?;
+    }
     driver.protection.moving = None;
     driver.protection.held = None;
     // Should this fail: the peer has given up by then, and says so.
     let _ = driver.keep_protection().await;
-    Ok(())
+    Ok(ours?)
 }
 
 pub(super) async fn resume(driver: &Driver, attached: &mut Attached) -> Result<(), DriveError> {
-    if driver.protection.shut_down {
-        // It stood before, and its run decides when it boots.
+    if driver.protection.shut_down || driver.stood_before {
+        // Its run decides when it boots, or whoever stopped it when it goes on.
         return Ok(());
     }
     let mut guest = take(&mut attached.guest)?;

@@ -252,6 +252,7 @@ impl Site {
             held: None,
             moved: None,
             stopped: false,
+            stopped_by: None,
             committed: false,
         })
     }

@@ -102,6 +102,9 @@ pub struct Protection {
     /// the point that runs there.
     #[serde(default)]
     pub stopped: bool,
+    /// Which one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub stopped_by: Option<Term>,
     /// The peer committed: it is not rolled back to here any more.
     #[serde(default)]
     pub committed: bool,

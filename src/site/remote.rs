@@ -93,6 +93,15 @@ pub struct Remote {
     pub(super) conduct: Conduct,
 }
 
+/// A question that is waited for, as long as this is there.
+struct Waits<'a>(&'a Remote, u64);
+
+impl Drop for Waits<'_> {
+    fn drop(&mut self) {
+        self.0.lock_pending().remove(&self.1);
+    }
+}
+
 impl Remote {
     /// Wraps a trusted peer.
     pub fn new(record: PeerRecord, peer: Peer, incoming: Incoming) -> Self {
@@ -156,32 +165,33 @@ impl Remote {
         let id = self.next_id.fetch_add(1, Ordering::Relaxed);
         let (answer, answered) = oneshot::channel();
         self.lock_pending().insert(id, answer);
+        // However this ends: nobody waits for it any more.
+        let _waits = Waits(self, id);
         let envelope = Envelope {
             id: Some(id),
             answers: None,
             body: question,
         };
-        let sent = match envelope.encode() {
-            Ok(bytes) => self.peer.send_message(bytes).await.is_ok(),
-            Err(error) => {
-                tracing::error!(%error, "a message cannot be sent");
-                false
+        let bytes = envelope.encode().map_err(|error| {
+            tracing::error!(%error, "a message cannot be sent");
+            AskError::Unreachable(site())
+        })?;
+        let asked = async {
+            // A peer that reads nothing lets nothing leave.
+            let sent = self.peer.send_message(bytes).await.is_ok();
+            match sent && self.connected() {
+                true => answered.await.ok(),
+                false => None,
             }
         };
-        if !sent || !self.connected() {
-            self.lock_pending().remove(&id);
-            return Err(AskError::Unreachable(site()));
-        }
-        let answer = tokio::time::timeout(patience, answered).await;
-        self.lock_pending().remove(&id);
-        match answer {
-            Ok(Ok(Message::Refused { code, why })) => Err(AskError::Refused {
+        match tokio::time::timeout(patience, asked).await {
+            Ok(Some(Message::Refused { code, why })) => Err(AskError::Refused {
                 site: site(),
                 code,
                 why,
             }),
-            Ok(Ok(message)) => Ok(message),
-            Ok(Err(_)) => Err(AskError::Unreachable(site())),
+            Ok(Some(message)) => Ok(message),
+            Ok(None) => Err(AskError::Unreachable(site())),
             Err(_) => Err(AskError::TimedOut(site(), patience)),
         }
     }
@@ -300,7 +310,9 @@ impl Remote {
                 event = self.peer.event() => event,
                 Ok(()) = trouble.changed() => {
                     let what = trouble.borrow_and_update().clone();
-                    self.tell(Message::Trouble { what }).await;
+                    // What is heard does not wait for what leaves.
+                    let remote = self.clone();
+                    tokio::spawn(async move { remote.tell(Message::Trouble { what }).await });
                     continue;
                 }
             };
@@ -312,13 +324,16 @@ impl Remote {
                     let what = format!("site '{}' is reached", self.record.site);
                     site.note(EventKind::PeerConnected, &self.record.site, &what);
                     self.connections.send_modify(|n| *n += 1 + *n % 2);
-                    self.tell_terms(&site).await;
                     let what = trouble.borrow_and_update().clone();
-                    if !what.is_empty() {
-                        self.tell(Message::Trouble { what }).await;
-                    }
-                    self.tell_images().await;
-                    self.tell_key(&site.tracking_key);
+                    let remote = self.clone();
+                    tokio::spawn(async move {
+                        remote.tell_terms(&site).await;
+                        if !what.is_empty() {
+                            remote.tell(Message::Trouble { what }).await;
+                        }
+                        remote.tell_images().await;
+                        remote.tell_key(&site.tracking_key);
+                    });
                 }
                 Some(PeerEvent::Disconnected { why }) => {
                     tracing::warn!(peer = %self.record.site, why, "disconnected");
@@ -337,6 +352,7 @@ impl Remote {
             }
         }
         // Nothing comes any more: nobody waits to the end for it.
+        self.connections.send_modify(|n| *n += *n % 2);
         self.lock_pending().clear();
     }
 
@@ -379,6 +395,7 @@ impl Remote {
             return;
         };
         let (remote, site) = (self.clone(), site.clone());
+        let asked_on = *self.connections.borrow();
         tokio::spawn(async move {
             let _room = room;
             let _turn = remote.conduct.turn(&envelope.body).await;
@@ -390,7 +407,10 @@ impl Remote {
                 // Whoever asks under an old term has not heard of the new one.
                 remote.tell_terms(&site).await;
             }
-            if let Some(id) = envelope.id {
+            // Who asked on another connection waits no more; its successor may have a
+            // question of that number, which this is no answer to.
+            let same = *remote.connections.borrow() == asked_on;
+            if let Some(id) = envelope.id.filter(|_| same) {
                 remote.reply(id, answer).await;
             }
         });

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::events::EventKind;
 use super::groups::{self, Fates};
 use super::operate::{OperateError, failed};
-use super::remote::Remote;
+use super::remote::{AskError, Remote};
 use super::standby::Standby;
 use super::{Site, age};
 use crate::replicate::message::{Message, Opening, RETIRE_BATCHES};
@@ -233,7 +233,12 @@ async fn perform(
         let retire = Message::Retire {
             seqs: seqs.to_vec(),
         };
-        if let Err(error) = remote.ask_within(retire, FORGET).await {
+        let told = match remote.ask_within(retire, FORGET).await {
+            Ok(Message::Done) => Ok(()),
+            Ok(_) => Err(AskError::Unfitting(remote.record.site.clone())),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
             store.give_up_prune(&plan);
             return Err(error.to_string());
         }

@@ -267,6 +267,18 @@ impl Driver {
         self.interrupted_or(done)
     }
 
+    /// Does it stand by somebody else's word?
+    pub(super) async fn stands(&mut self, attached: &mut Attached) -> Result<bool, DriveError> {
+        let mut guest = take(&mut attached.guest)?;
+        let (guest, running) = blocking(move || {
+            let running = guest.running();
+            (guest, running)
+        })
+        .await?;
+        attached.guest = Some(guest);
+        Ok(running == Some(false))
+    }
+
     /// Nothing comes before the cut: no urgent order, and before a last one the shutdown
     /// of a guest that boots at the peer.
     pub(super) async fn ready_for_a_cut(

@@ -35,6 +35,13 @@ impl Site {
             .cloned()
     }
 
+    /// May this peer say what is done here with a guest that it sends? Only while the
+    /// guest's term is its own.
+    pub(super) fn is_theirs(&self, remote: &Remote, standby: &Standby) -> bool {
+        let owner = self.fence.current(standby.guest).map(|term| term.owner);
+        owner == Some(remote.record.key) && !standby.is_turned()
+    }
+
     /// A peer opens a guest: it is remembered.
     pub(super) fn standby(
         self: &Arc<Self>,
@@ -344,7 +351,8 @@ impl Site {
                 return Ok(false);
             }
             match tokio::time::timeout(Duration::from_millis(100), &mut told).await {
-                Ok(Ok(_)) => return Ok(true),
+                Ok(Ok(Message::Done)) => return Ok(true),
+                Ok(Ok(_)) => return Err("its answer does not fit the question".to_owned()),
                 Ok(Err(error)) if !remote.alive() => {
                     tracing::warn!(%error, "the source fell silent before it stopped its guest");
                     return Ok(false);

@@ -419,6 +419,10 @@ pub struct TestEnded {
     pub removed: Vec<String>,
 }
 
+fn usually() -> bool {
+    true
+}
+
 /// What a planned move did.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct MoveReport {
@@ -426,6 +430,9 @@ pub struct MoveReport {
     pub guest: String,
     /// Where it runs now.
     pub to: String,
+    /// Does it? Of a group that site may have the terms of all, and cannot run one.
+    #[serde(default = "usually")]
+    pub runs: bool,
     /// The point it was handed over with.
     pub point: u64,
     /// From the stop here until word came that it runs there: the blackout and half a round trip.

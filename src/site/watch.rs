@@ -83,6 +83,7 @@ impl<K: Ord + Clone> Since<K> {
 struct Watch {
     unsealed: Since<String>,
     still: Since<String>,
+    nowhere: Since<String>,
     degraded: Since<String>,
     silent: Since<String>,
     troubled: Since<String>,
@@ -104,7 +105,7 @@ impl Watch {
     async fn look(&mut self, site: &Arc<Site>) {
         let facts = Facts {
             sources: self.sources(site),
-            standbys: standbys(site),
+            standbys: self.standbys(site),
             peers: self.peers(site),
             store: self.store(site).await,
         };
@@ -178,6 +179,44 @@ impl Watch {
         }
     }
 
+    fn standbys(&mut self, site: &Site) -> Vec<StandbyFacts> {
+        let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
+        let protected: Vec<GuestId> = drivers.keys().copied().collect();
+        drop(drivers);
+        let standbys = site.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        let standbys: Vec<_> = standbys.values().cloned().collect();
+        let known = |id: &String| standbys.iter().any(|s| s.guest.to_string() == *id);
+        self.nowhere.only(known);
+        let facts = standbys.iter().map(|standby| {
+            let guest = standby.guest;
+            let name = standby.name();
+            let active = standby.active();
+            let ours = site.fence.current(guest);
+            let ours = ours.is_some_and(|term| term.owner == site.key());
+            let nowhere = ours
+                && active.is_none()
+                && !protected.contains(&guest)
+                && !standby.is_turned()
+                && site.runs.of_guest(&name).is_none();
+            let nowhere = self.nowhere.holds(&guest.to_string(), nowhere);
+            let active = active.filter(|_| !protected.contains(&guest));
+            let (tested, untested_for) = match standby.newest() {
+                0 => (false, None),
+                _ => site.alerts.untested(guest),
+            };
+            StandbyFacts {
+                name,
+                from: standby.from(),
+                runs_nowhere_for: nowhere,
+                trouble: standby.seen().trouble,
+                unprotected_for: active.map(|active| age(active.at)),
+                untested_for,
+                tested,
+            }
+        });
+        facts.collect()
+    }
+
     fn peers(&mut self, site: &Arc<Site>) -> Vec<PeerFacts> {
         let remotes = site.remotes.read().unwrap_or_else(PoisonError::into_inner);
         let remotes: Vec<Arc<Remote>> = remotes.values().cloned().collect();
@@ -240,31 +279,6 @@ fn stands_still(since: Duration, trouble: &str) -> Option<String> {
         "" => "its last cut is on its way to the peer".to_owned(),
         trouble => trouble.to_owned(),
     })
-}
-
-fn standbys(site: &Site) -> Vec<StandbyFacts> {
-    let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
-    let protected: Vec<GuestId> = drivers.keys().copied().collect();
-    drop(drivers);
-    let standbys = site.standbys.read().unwrap_or_else(PoisonError::into_inner);
-    let standbys: Vec<_> = standbys.values().cloned().collect();
-    let facts = standbys.iter().map(|standby| {
-        let guest = standby.guest;
-        let active = standby.active();
-        let active = active.filter(|_| !protected.contains(&guest));
-        let (tested, untested_for) = match standby.newest() {
-            0 => (false, None),
-            _ => site.alerts.untested(guest),
-        };
-        StandbyFacts {
-            name: standby.name(),
-            from: standby.from(),
-            unprotected_for: active.map(|active| age(active.at)),
-            untested_for,
-            tested,
-        }
-    });
-    facts.collect()
 }
 
 /// Asks a peer for the time, some times over.

@@ -159,12 +159,13 @@ async fn what_was_handed_over_and_did_not_start_is_started_by_the_next_daemon() 
     let (east, west) = (bank.stage.east.clone(), bank.stage.west.clone());
     *bank.stage.at_west.bad_starts.lock().unwrap() = 2;
     let moved = east.move_group("bank", true).await.unwrap();
-    // It was decided: both are west's, though neither runs yet.
+    // It was decided: both are west's, though neither runs yet, and nobody is told so.
+    assert_ne!(moved.remains, "", "{moved:?}");
     for member in &moved.members {
-        let note = &member.report.as_ref().unwrap().note;
+        let (report, why) = (member.report.as_ref().unwrap(), &member.error);
         assert!(
-            note.contains("does not run") || note.contains("not started"),
-            "{note}"
+            !report.runs && (why.contains("does not run") || why.contains("not started")),
+            "{moved:?}"
         );
         assert_eq!(source(&east, &member.guest).phase, Phase::Moved);
     }

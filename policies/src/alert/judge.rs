@@ -10,6 +10,8 @@ use crate::units::Period;
 const UNREACHABLE: Duration = Duration::from_secs(60);
 /// Something that hinders a peer for less than this is not told of.
 const TROUBLED: Duration = Duration::from_secs(30);
+/// A guest that is taken over runs long before.
+const NOWHERE: Duration = Duration::from_secs(60);
 /// An RPO that is kept for so many times its target is kept again...
 const CALM: u32 = 3;
 /// ...within these bounds.
@@ -71,6 +73,10 @@ pub struct StandbyFacts {
     pub name: String,
     /// The peer that sends it.
     pub from: String,
+    /// By its term it is this site's to run, and for so long it has not run here.
+    pub runs_nowhere_for: Option<Duration>,
+    /// What keeps it from that, where that is known.
+    pub trouble: String,
     /// It was taken over and runs here, protected to nowhere, for so long.
     pub unprotected_for: Option<Duration>,
     /// Since its last good test, or since it is known without one; `None`: it
@@ -252,6 +258,24 @@ fn of_source(thresholds: &Alerts, of: &SourceFacts) -> Option<Finding> {
 
 fn of_standby(thresholds: &Alerts, of: &StandbyFacts, found: &mut Vec<Finding>) {
     let name = &of.name;
+    if let Some(since) = of.runs_nowhere_for
+        && since >= NOWHERE
+    {
+        let why = match of.trouble.as_str() {
+            "" => String::new(),
+            trouble => format!(": {trouble}"),
+        };
+        found.push(Finding::new(
+            Kind::GuestStopped,
+            name,
+            Severity::Critical,
+            format!(
+                "'{name}' was handed over to this site or taken over here, and runs nowhere for {}{why}",
+                whole(since)
+            ),
+            format!("run it here from its newest point: farhaven failover {name}"),
+        ));
+    }
     if let Some(since) = of.unprotected_for
         && since >= thresholds.unprotected_after.duration()
     {

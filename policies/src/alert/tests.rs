@@ -199,6 +199,13 @@ fn every_measured_alert_has_its_threshold() {
         judged(standby(31, Some(days(1)))),
         [(Kind::Unprotected, Critical)]
     );
+    let nowhere = |seconds| {
+        let mut facts = standby(0, None);
+        facts.standbys[0].runs_nowhere_for = Some(Duration::from_secs(seconds));
+        facts
+    };
+    assert_eq!(judged(nowhere(59)), []);
+    assert_eq!(judged(nowhere(60)), [(Kind::GuestStopped, Critical)]);
     let peer = |peer| Facts {
         peers: vec![peer],
         ..Facts::default()

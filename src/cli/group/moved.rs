@@ -43,10 +43,14 @@ pub(in crate::cli) async fn run(
 }
 
 fn show(moved: &GroupMove) {
+    let all_run = moved.members.iter().all(|m| m.error.is_empty());
+    let (name, to) = (&moved.group, &moved.to);
+    let came = match all_run {
+        true => format!("Group '{name}' runs at '{to}' now"),
+        false => format!("Group '{name}' was moved to '{to}', and NOT ALL OF IT RUNS THERE"),
+    };
     say!(
-        "Group '{}' runs at '{}' now; nothing was lost. All were stopped within {:.2} ms; the longest stood still for {:.0} ms.",
-        moved.group,
-        moved.to,
+        "{came}; nothing was lost. All were stopped within {:.2} ms; the longest stood still for {:.0} ms.",
         moved.skew_ms,
         moved.blackout_ms
     );
@@ -61,6 +65,10 @@ fn show(moved: &GroupMove) {
     for member in &moved.members {
         let mut row = vec![Cell::new(member.wave + 1), Cell::new(&member.guest)];
         match &member.report {
+            Some(report) if !report.runs => row.extend([
+                Cell::new(report.term),
+                Cell::new("does not run").fg(Color::Red),
+            ]),
             Some(report) => row.extend([
                 Cell::new(report.term),
                 Cell::new(format!("{:.0} ms", report.blackout_ms)),

@@ -67,7 +67,9 @@ impl QemuGuest {
         }
         let was_running = match status(&mut self.qmp)?.as_str() {
             "running" => true,
-            "paused" | "prelaunch" | "suspended" => false,
+            // Not "suspended": QEMU before 9.0 does not stop such a guest, and wakes it for
+            // its device state; from then on, no more than `cont` brings it back.
+            "paused" | "prelaunch" => false,
             // It has no state beside its disks, which are as it left them.
             "shutdown" if self.options.disk_only => false,
             other => {

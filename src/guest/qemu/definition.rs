@@ -285,6 +285,25 @@ impl HostFile {
             blake3: hasher.finalize().to_hex().to_string(),
         })
     }
+
+    /// The file of that name here, for a peer: itself where it is the same, else only
+    /// that it is another. Nothing else of this host's files is told.
+    pub fn compared(&self) -> Option<Self> {
+        let about = std::fs::metadata(&self.path).ok()?;
+        let other = HostFile {
+            path: self.path.clone(),
+            bytes: 0,
+            blake3: String::new(),
+        };
+        if !about.is_file() {
+            return None;
+        }
+        if about.len() != self.bytes {
+            return Some(other);
+        }
+        let here = Self::read(&self.path).ok()?;
+        Some(if here == *self { here } else { other })
+    }
 }
 
 #[cfg(test)]

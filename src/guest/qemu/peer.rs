@@ -1,5 +1,6 @@
 //! What the peer's host has, gathered there, and compared with what a guest needs.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -7,6 +8,9 @@ use serde::{Deserialize, Serialize};
 
 use super::check::{Finding, OLDEST_QEMU};
 use super::definition::{Definition, HostFile};
+
+/// Files of one definition that are looked at.
+const MOST_FILES: usize = 64;
 
 /// What a host offers for one guest.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -64,13 +68,17 @@ pub fn peer_facts(program: &Path, definition: &Definition, ram: &Path, store: &P
             .open("/dev/kvm")
             .is_ok(),
         qemu_img: !output(Path::new("qemu-img"), &["--version"]).is_empty(),
-        files: definition
-            .files
-            .iter()
-            .filter_map(|file| HostFile::read(&file.path).ok())
-            .collect(),
+        files: compared(&definition.files),
         ..host_facts(ram, store)
     }
+}
+
+/// Those of these files that are here, each looked at once.
+fn compared(files: &[HostFile]) -> Vec<HostFile> {
+    let mut seen = BTreeSet::new();
+    let once = files.iter().filter(|file| seen.insert(&file.path));
+    let few = once.take(MOST_FILES);
+    few.filter_map(HostFile::compared).collect()
 }
 
 /// The largest socket buffer that a program may ask for here: receive, send.

@@ -63,6 +63,9 @@ pub struct Handed {
 pub struct Taken {
     /// Who.
     pub guest: GuestId,
+    /// Does it run there?
+    #[serde(default)]
+    pub runs: bool,
     /// From the question until it ran; nothing of one that does not run yet.
     pub times: ActivationTimes,
     /// Why it does not run, or is not healthy; empty when all is well.

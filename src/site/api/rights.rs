@@ -89,8 +89,12 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("POST", "/v1/scrub", Right::Operate),
     ("POST", "/v1/guests/{name}/points/keep", Right::Operate),
     ("POST", "/v1/groups/{name}/points/keep", Right::Operate),
-    ("POST", "/v1/groups/{name}/points/release", Right::Operate),
     // What was kept may go then, with its time.
+    (
+        "POST",
+        "/v1/groups/{name}/points/release",
+        Right::Administer,
+    ),
     (
         "POST",
         "/v1/guests/{name}/points/release",

@@ -13,7 +13,8 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::Request;
-use axum::http::StatusCode;
+use axum::http::header::CONNECTION;
+use axum::http::{HeaderValue, StatusCode};
 use farhaven_wan::SiteKey;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
@@ -168,7 +169,13 @@ pub(super) async fn converse(
         async move {
             let caller = match caller {
                 Ok(caller) => caller,
-                Err((status, why)) => return Ok::<_, Infallible>(refusal(status, why)),
+                Err((status, why)) => {
+                    // Who is not known keeps no place.
+                    let mut refused = refusal(status, why);
+                    let close = HeaderValue::from_static("close");
+                    refused.headers_mut().insert(CONNECTION, close);
+                    return Ok::<_, Infallible>(refused);
+                }
             };
             let mut request = match whole_body(request).await {
                 Ok(request) => request,

@@ -184,7 +184,7 @@ impl Door {
     /// came from the same address: else anybody behind it could lock all out.
     fn refuse(&self, from: SocketAddr, shown: bool) -> Refused {
         self.say(from, "it shows no token that counts");
-        if self.failed(from.ip(), Instant::now()) {
+        if self.failed(network(from.ip()), Instant::now()) {
             return (
                 StatusCode::TOO_MANY_REQUESTS,
                 format!("too many wrong tokens; wait {WINDOW:?}"),
@@ -221,8 +221,17 @@ impl Door {
 /// A connection of an address, until it is dropped.
 struct Entered(Arc<Door>, IpAddr);
 
+/// Who is counted as one: an address, or the IPv6 network of one host.
+fn network(from: IpAddr) -> IpAddr {
+    match from.to_canonical() {
+        IpAddr::V6(from) => IpAddr::V6((u128::from(from) & !(u128::from(u64::MAX))).into()),
+        from => from,
+    }
+}
+
 impl Entered {
     fn by(door: &Arc<Door>, from: IpAddr) -> Option<Self> {
+        let from = network(from);
         let mut open = door.open.lock().unwrap_or_else(PoisonError::into_inner);
         let count = open.entry(from).or_insert(0);
         if *count >= OF_ADDRESS {

@@ -3,11 +3,13 @@
 //! ([`crate::site::standby::State`]),
 //! so the wait ends with such a term.
 
+use std::sync::PoisonError;
+
 use farhaven_storage_sync::unit::GuestId;
 use tokio::sync::watch;
 
 use crate::site::Site;
-use crate::site::operate::{OperateError, failed};
+use crate::site::operate::OperateError;
 
 impl Site {
     /// Waits for `asked`, as long as all of these guests are this site's.
@@ -20,12 +22,21 @@ impl Site {
         asked: impl Future<Output = T>,
     ) -> Result<T, OperateError> {
         let ours = || {
-            let mut guests = guests.iter();
-            guests.try_for_each(|guest| self.fence.may_run(*guest, self.key()))
+            let theirs = |guest: &&GuestId| self.fence.may_run(**guest, self.key()).is_err();
+            match guests.iter().find(theirs) {
+                Some(guest) => Err(*guest),
+                None => Ok(()),
+            }
         };
-        while_it_holds(self.terms_heard(), ours, asked)
-            .await
-            .map_err(failed)
+        let waited = while_it_holds(self.terms_heard(), ours, asked).await;
+        waited.map_err(|guest| {
+            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+            let name = standbys.get(&guest).map(|standby| standby.name());
+            OperateError::Conflict(format!(
+                "'{}' is another site's by a newer term that came meanwhile, and nothing was done; see farhaven status there",
+                name.unwrap_or_else(|| guest.to_string())
+            ))
+        })
     }
 }
 

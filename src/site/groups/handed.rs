@@ -159,6 +159,9 @@ impl Site {
             if state.ready.is_none() {
                 return Err(ActivateError::NotPrepared(standby.name()));
             }
+            if !self.is_theirs(standby.remote(), standby) {
+                return Err(ActivateError::Superseded(standby.name()));
+            }
             if standby.newest() != handed.point {
                 let what = format!("point {} as its newest", handed.point);
                 return Err(ActivateError::NoPoint(standby.name(), what));
@@ -302,6 +305,7 @@ impl Site {
         started
             .into_iter()
             .map(|started| {
+                let runs = started.ran.is_ok();
                 let (times, note) = match started.ran {
                     Ok(times) => (
                         times,
@@ -312,6 +316,7 @@ impl Site {
                 };
                 Taken {
                     guest: started.member.guest,
+                    runs,
                     times,
                     note: note.unwrap_or_default(),
                 }

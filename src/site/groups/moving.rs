@@ -169,6 +169,7 @@ impl Site {
             Ok(taken) => {
                 for taken in taken {
                     let verdict = Verdict::There {
+                        runs: taken.runs,
                         times: taken.times,
                         note: plain(&taken.note),
                         asked,
@@ -231,13 +232,23 @@ impl Site {
         let mut bad = Vec::new();
         for (member, moved) in members.into_iter().zip(moved) {
             let (report, error) = match moved {
-                Ok(report) => {
+                Ok(report) if report.runs => {
                     let what = format!(
                         "'{}' was moved to '{}' with its group, nothing was lost",
                         member.name, report.to
                     );
                     self.note(EventKind::Moved, &member.name, &what);
                     (Some(report), String::new())
+                }
+                Ok(mut report) => {
+                    let why = std::mem::take(&mut report.note);
+                    let what = format!(
+                        "'{}' was handed over to '{}' with its group, and DOES NOT RUN there: {why}",
+                        member.name, report.to
+                    );
+                    self.note(EventKind::Moved, &member.name, &what);
+                    bad.push(member.name.clone());
+                    (Some(report), why)
                 }
                 Err(NotMoved::TooLong(why) | NotMoved::GivenUp(why) | NotMoved::Failed(why)) => {
                     bad.push(member.name.clone());

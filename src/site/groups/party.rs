@@ -26,6 +26,8 @@ use crate::site::converge::HAND_OVER;
 pub(in crate::site) enum Verdict {
     /// At the other site, or it will: its term is that site's.
     There {
+        /// Does it run by now? Else that site says why not.
+        runs: bool,
         /// What running it took there, and what that site has to say of it.
         times: ActivationTimes,
         note: String,

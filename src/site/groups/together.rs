@@ -8,6 +8,7 @@ use super::party::{Place, Verdict};
 use crate::guest::After;
 use crate::replicate::message::Handed;
 use crate::site::commands::Convoy;
+use crate::site::converge::Converged;
 use crate::site::cut;
 use crate::site::driver::{Attached, DriveError, Driver};
 use crate::site::handover::{
@@ -64,15 +65,30 @@ pub(in crate::site) async fn hand_over(
     let verdict = driver.interruptible(place.verdict()).await?;
     let name = driver.record.name.clone();
     match verdict {
-        Verdict::There { times, note, asked } => {
+        Verdict::There {
+            runs,
+            times,
+            note,
+            asked,
+        } => {
             end(driver, attached.guest.take(), term).await?;
+            if !runs {
+                let to = &driver.protection.to;
+                let told = format!("handed over to '{to}', and does not run there: {note}");
+                driver.view.send_modify(|v| v.trouble = told);
+            }
             let blackout = asked.duration_since(made.stopped) + times.total;
             tracing::info!(guest = %name, blackout_ms = blackout.as_millis() as u64, "moved with its group");
             let total = declared.elapsed();
-            let converged = join(converged, note);
-            Ok(report(
-                driver, &made, blackout, total, times, term, converged,
-            ))
+            // What it has to say of one that does not run is all there is to tell.
+            let converged = match runs {
+                true => join(converged, note),
+                false => Converged { note, ..converged },
+            };
+            Ok(MoveReport {
+                runs,
+                ..report(driver, &made, blackout, total, times, term, converged)
+            })
         }
         Verdict::Here(why) => {
             let error = DriveError::Other(why);
@@ -106,7 +122,8 @@ async fn goes_on(
     let name = &driver.record.name;
     let party = place.party();
     party.give_up(&format!("'{name}' was not moved: {error}"));
-    runs_on(driver, attached).await?;
+    let went_on = runs_on(driver, attached).await;
     give_up(driver);
+    went_on?;
     Ok(not_begun(driver, error))
 }

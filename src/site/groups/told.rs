@@ -10,7 +10,7 @@ use farhaven_storage_sync::unit::GuestId;
 
 use super::{GroupRecord, MAX_MEMBERS};
 use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
-use crate::site::answer::{refused, unknown_guest};
+use crate::site::answer::{not_theirs, refused, unknown_guest};
 use crate::site::operate::OperateError;
 use crate::site::protect::is_guest_name;
 use crate::site::remote::{AskError, Remote};
@@ -88,6 +88,9 @@ impl Site {
                 let Some(standby) = self.standby_of(remote, guest) else {
                     return unknown_guest();
                 };
+                if !self.is_theirs(remote, &standby) {
+                    return not_theirs();
+                }
                 let opening = Opening {
                     warm,
                     retention,

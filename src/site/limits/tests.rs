@@ -143,6 +143,7 @@ async fn a_groups_share_is_of_the_link_and_of_all_its_guests_together() {
         held: None,
         moved: None,
         stopped: false,
+        stopped_by: None,
         committed: false,
     };
     let protections = [

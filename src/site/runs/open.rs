@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use farhaven_policies::runbook::plan::Plan;
 use farhaven_policies::runbook::run::{Forward, Outcome, Run};
@@ -11,6 +12,7 @@ use farhaven_policies::runbook::{Kind, Mode};
 use super::Open;
 use super::facts::FactsFile;
 use super::perform::AtSite;
+use super::stage::Expecting;
 use super::targets::{Target, of_group};
 use super::{planned, trial};
 use crate::replicate::message::{Message, RunMessage};
@@ -18,6 +20,9 @@ use crate::runbook::conduct::{Baton, Conductor, Process};
 use crate::runbook::record::AuditLog;
 use crate::site::Site;
 use crate::site::operate::{OperateError, failed};
+
+/// What an ended run could not let go of is tried again so often.
+const LET_GO_AGAIN: Duration = Duration::from_secs(5);
 
 type Conducts = Conductor<AtSite, Process>;
 
@@ -112,13 +117,18 @@ impl Site {
         let (conductor, baton) = Conductor::resume(&path, performer, Process).map_err(failed)?;
         tracing::warn!(run = id, "a run goes on where it was");
         let guests = run.plan().groups.values().flatten().cloned().collect();
+        // Until what had started runs again, nobody is told that it does not run here.
+        let started = known.guests.iter();
+        let started = started.filter(|(_, g)| g.started_at.is_some() && g.committed_at.is_none());
+        let standbys = started.filter_map(|(name, _)| self.standby_named(name));
+        let expecting = standbys.map(|standby| standby.expect()).collect();
         // Held over both: its end looks for it there.
         let mut open = self.runs.lock();
         let task = tokio::spawn(conducted(
             Arc::downgrade(self),
             id.to_owned(),
             conductor,
-            Some((run, perform.clone())),
+            Some((run, perform.clone(), expecting)),
         ));
         open.insert(
             id.to_owned(),
@@ -133,13 +143,45 @@ impl Site {
     }
 
     /// What a run that is over held is decided: its guests run here, or at their source.
+    /// Those of which that cannot be written down are tried again, as long as this
+    /// daemon lives.
     async fn let_all_go(self: &Arc<Self>, run: &AtSite) {
+        if self.let_go_of(run).await {
+            return;
+        }
+        let (site, run) = (Arc::downgrade(self), run.clone());
+        tokio::spawn(async move {
+            loop {
+                tokio::time::sleep(LET_GO_AGAIN).await;
+                let Some(site) = site.upgrade() else { return };
+                if site.let_go_of(&run).await {
+                    return;
+                }
+            }
+        });
+    }
+
+    /// Is nothing held any more?
+    async fn let_go_of(self: &Arc<Self>, run: &AtSite) -> bool {
+        let mut all = true;
         let held = run.facts.now().guests.into_iter();
         for (name, known) in held.filter(|(_, known)| known.held) {
-            let targets = of_group(self, &known.group, std::slice::from_ref(&name));
-            for target in targets.unwrap_or_default() {
+            if self.runs.of_guest(&name).is_some_and(|id| id != run.run) {
+                // What holds it is another run by now.
+                continue;
+            }
+            let targets = match of_group(self, &known.group, std::slice::from_ref(&name)) {
+                Ok(targets) => targets,
+                Err(error) => {
+                    // Forgotten here since: there is nobody to hold it for.
+                    tracing::error!(run = run.run, guest = name, %error, "its source still waits");
+                    continue;
+                }
+            };
+            for target in targets {
                 if let Err(error) = planned::release(run, &target).await {
                     tracing::error!(run = run.run, guest = name, %error, "its source still waits");
+                    all = false;
                     continue;
                 }
                 let (remote, guest) = (target.standby.remote().clone(), target.standby.guest);
@@ -150,6 +192,7 @@ impl Site {
                 });
             }
         }
+        all
     }
 
     /// A run is over. Its guests are free for others when this returns.
@@ -181,10 +224,11 @@ async fn conducted(
     site: std::sync::Weak<Site>,
     id: String,
     conductor: Conducts,
-    resumed: Option<(Run, AtSite)>,
+    resumed: Option<(Run, AtSite, Vec<Expecting>)>,
 ) {
-    if let (Some((run, perform)), Some(site)) = (resumed, site.upgrade()) {
+    if let (Some((run, perform, expecting)), Some(site)) = (resumed, site.upgrade()) {
         run_again(&site, &run, &perform).await;
+        drop(expecting);
     }
     match conductor.conduct().await {
         Ok(outcome) => {

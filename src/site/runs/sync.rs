@@ -368,7 +368,17 @@ async fn handed_over(run: &AtSite, held: &[(Target, HeldGuest)]) -> Ended<()> {
             }
         })
     });
-    noted.await.map_err(fault)??;
+    let noted = noted
+        .await
+        .map_err(fault)
+        .and_then(|noted| noted.map_err(Into::into));
+    if let Err(error) = noted {
+        // Else its source would be told for ever that this run decides.
+        for (target, _) in held {
+            target.standby.stage(None).await;
+        }
+        return Err(error);
+    }
     let targets: Vec<Target> = held.iter().map(|(target, _)| target.clone()).collect();
     let points = held
         .iter()

@@ -145,6 +145,7 @@ impl Site {
             held: None,
             moved: None,
             stopped: false,
+            stopped_by: None,
             committed: false,
         };
         let mut state = standby.state.lock().await;
@@ -152,18 +153,21 @@ impl Site {
             return Err(not_here(standby));
         };
         let held = !ready.is_ended();
+        let before = self
+            .catalogue
+            .find(Table::Guests, &standby.guest.to_string());
+        let before = before.map_err(failed)?;
         let own = self.as_own(standby, &mut state, &active, &ready, &protection);
         let own = own.await;
-        let lost = own.is_err() && held && ready.is_ended();
-        if lost {
+        if own.is_err() && held && ready.is_ended() {
             // Let go of, and nobody else has it: else no newer term could stop it.
+            self.not_own(standby, before);
             state.active = None;
-            state.unwatched = Some(active.clone());
+            if let Err(error) = standby.adopt_in(&mut state, active.clone()).await {
+                standby.keep_finding(active, &error);
+            }
         }
         drop(state);
-        if lost {
-            standby.find_again(active).await;
-        }
         let record = own?;
         tracing::warn!(
             guest = record.name,
@@ -331,6 +335,27 @@ impl Site {
             s.trouble.clear();
         });
         Ok(record)
+    }
+
+    /// It did not become this site's own: it is the other's still, taken over here. What
+    /// cannot be taken back of that goes with the daemon's next start.
+    fn not_own(&self, standby: &Standby, before: Option<GuestRecord>) {
+        let key = standby.guest.to_string();
+        standby.turn(false, standby.base());
+        let kept = self.keep_standby(standby);
+        let unprotected = self.catalogue.remove(Table::Protections, &key).map(drop);
+        let forgotten = match before {
+            Some(record) => self.catalogue.put(Table::Guests, &key, &record),
+            None => {
+                self.drop_guest_notes(standby.guest);
+                self.catalogue.remove(Table::Guests, &key).map(drop)
+            }
+        };
+        for done in [kept, unprotected, forgotten, self.catalogue.flush()] {
+            if let Err(error) = done {
+                tracing::error!(guest = key, %error, "the catalogue cannot be written");
+            }
+        }
     }
 
     /// What stops it from running at the other site.

@@ -302,7 +302,12 @@ impl Site {
         // Not `announce_term`: a source that falls silent may run it. And not
         // written down here before that is confirmed: it is not ours until then.
         let told = remote.ask_within(Message::Terms { terms: vec![own] }, FENCE_WAIT);
-        if let Err(error) = told.await {
+        let told = match told.await {
+            Ok(Message::Done) => Ok(()),
+            Ok(_) => Err(AskError::Unfitting(standby.from())),
+            Err(error) => Err(error),
+        };
+        if let Err(error) = told {
             let name = standby.name();
             let why = format!(
                 "'{name}' is stopped here for its rollback, and '{}' did not confirm that it is stopped there: it is asked again. If that site is lost for good: farhaven take-back {name} --force",

@@ -216,8 +216,10 @@ impl Driver {
     pub(in crate::site) async fn is_anothers_still(&mut self) -> Result<Option<Next>, FenceError> {
         let known = self.site.fence.current(self.record.id);
         let older = |moved: Term| known.is_none_or(|known| known.number < moved.number);
-        if let Some(moved) = self.protection.moved.filter(|moved| older(*moved)) {
-            self.site.fence.adopt(moved)?;
+        let by = [self.protection.moved, self.protection.stopped_by];
+        let newest = by.into_iter().flatten().max_by_key(|term| term.number);
+        if let Some(theirs) = newest.filter(|theirs| older(*theirs)) {
+            self.site.fence.adopt(theirs)?;
             return Ok(Some(Next::Again(Duration::ZERO)));
         }
         if known.is_some() {

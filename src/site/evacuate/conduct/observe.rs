@@ -219,6 +219,13 @@ impl Conductor {
             let member = members.iter().find(|member| member.guest == *name);
             let ended = match member {
                 Some(member) => match &member.report {
+                    Some(report) if !report.runs => {
+                        // It is no more this site's to move.
+                        let why = member.error.clone();
+                        self.record.guests[*index].report = Some(report.clone());
+                        self.settle(*index, GuestState::Failed, why);
+                        continue;
+                    }
                     Some(report) => Ok(Box::new(report.clone())),
                     None => Err(OperateError::Failed(member.error.clone())),
                 },

@@ -148,7 +148,7 @@ impl Site {
                         .map(|m| {
                             (
                                 m.guest.as_str(),
-                                m.report.is_some(),
+                                m.report.as_ref().is_some_and(|report| report.runs),
                                 m.error.as_str(),
                                 &[][..],
                             )

@@ -7,6 +7,7 @@ use super::{committed, not_here};
 use crate::replicate::message::ActivationTimes;
 use crate::site::Site;
 use crate::site::operate::{OperateError, failed};
+use crate::site::promote::ActivateError;
 use crate::site::standby::{Standby, step};
 use crate::site::turn::view::RollbackReport;
 
@@ -39,7 +40,8 @@ impl Site {
             )));
         }
         // What can fail is done while it still runs.
-        standby.open(point).map_err(failed)?;
+        let _stays = standby.open(point).map_err(failed)?;
+        standby.refuse_missing_networks().await.map_err(failed)?;
         let (site, guest) = (self.clone(), standby.guest);
         let term = step(move || site.fence.overrule(guest, site.key()))
             .await
@@ -62,6 +64,11 @@ impl Site {
             .run(state, point, term, begun, ActivationTimes::default())
             .await;
         let times = ran.map_err(|error| {
+            if matches!(error, ActivateError::Superseded(_)) {
+                return OperateError::Failed(format!(
+                    "'{name}' was ended here, and is another site's by a newer term that came meanwhile; see farhaven status there"
+                ));
+            }
             OperateError::Failed(format!(
                 "'{name}' runs nowhere now: point {point} could not be run ({error}). Take it over from another: farhaven failover {name} --force --point NUMBER"
             ))
