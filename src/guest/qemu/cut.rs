@@ -30,7 +30,7 @@ use super::super::{After, Cut, CutTimes, DiskInstant, GuestError, Quiesced, Sink
 use super::QemuGuest;
 use super::attach::{CUT_MARK, HELD_MARK, idle, same_ram, status, sweep};
 use super::disk::{self, Disk};
-use super::fleece::prepare_fleece;
+use super::fleece::{prepare_fleece, written_through};
 use super::qmp::{Qmp, QmpError};
 use super::scan::Look;
 use super::stop::Stop;
@@ -90,7 +90,9 @@ impl QemuGuest {
         };
         let mut times = CutTimes::default();
         let Stop { at, begun, stood } = self.stop_at(point, was_running, gate, &mut times)?;
-        let fixed = stood.and_then(|()| self.fix(point, after, &inlet, sink, &mut times));
+        let fixed = stood
+            .and_then(|()| self.fix(point, after, &inlet, sink, &mut times))
+            .and_then(|fixed| self.stood_still().map(|()| fixed));
         drop(inlet);
         if was_running && (after == After::Continue || fixed.is_err()) {
             let went_on = self.go_on();
@@ -235,6 +237,11 @@ impl QemuGuest {
 
     /// The disks, readable as they were at the cut.
     fn open_instants(&mut self, after: After) -> Result<Vec<Box<dyn DiskInstant>>, GuestError> {
+        // Looked at again: nobody holds other tools off between.
+        written_through(&mut self.qmp, &self.disks, |disk| match after {
+            After::Continue => disk.filter(),
+            After::Hold => disk.node.clone(),
+        })?;
         let mut instants: Vec<Box<dyn DiskInstant>> = Vec::with_capacity(self.disks.len());
         for disk in &self.disks {
             let node = match after {
@@ -414,7 +421,8 @@ fn fix_disks(
         actions.extend(disk.chain.cut_actions(point));
         if after == After::Continue {
             actions.push(json!({"type": "blockdev-backup", "data": {
-                "job-id": disk.job(), "device": disk.node, "target": disk.fleece(), "sync": "none"}}));
+                "job-id": disk.job(), "device": disk.node, "target": disk.fleece(),
+                "filter-node-name": disk.filter(), "sync": "none"}}));
         }
     }
     transaction(qmp, actions)?;

@@ -77,6 +77,11 @@ impl Disk {
         format!("{PREFIX}file-{}", self.volume)
     }
 
+    /// What keeps for the fleece what the guest overwrites, between it and the disk.
+    pub(super) fn filter(&self) -> String {
+        format!("{PREFIX}filter-{}", self.volume)
+    }
+
     pub(super) fn job(&self) -> String {
         format!("{PREFIX}job-{}", self.volume)
     }

@@ -10,7 +10,7 @@ use serde_json::json;
 use super::super::GuestError;
 use super::disk::Disk;
 use super::qmp::Qmp;
-use super::tracking::nodes;
+use super::tracking::{nodes, written};
 
 /// How long a block job may take to write an empty image.
 const CREATE: Duration = Duration::from_secs(20);
@@ -76,12 +76,36 @@ pub(super) fn prepare_fleece(
     Ok(())
 }
 
+/// Does the guest write to this node of each disk, `top`, and nowhere else? What goes to
+/// an overlay or to a copy that was pivoted to is in no bitmap of ours.
+///
+/// # Errors
+/// Of the first to which it does not; the sentence says what to do.
+pub(super) fn written_through(
+    qmp: &mut Qmp,
+    disks: &[Disk],
+    top: impl Fn(&Disk) -> String,
+) -> Result<(), GuestError> {
+    if disks.is_empty() {
+        return Ok(());
+    }
+    let written = written(qmp)?;
+    match disks.iter().find(|disk| !written.contains(&top(disk))) {
+        None => Ok(()),
+        Some(disk) => Err(GuestError::State(format!(
+            "the guest does not write to disk node '{}' itself any more: a snapshot, a mirror or a filter of another tool is between, and what changes is not recorded. Merge it back (block-commit), or run farhaven unprotect, farhaven guest add and protect it anew",
+            disk.node
+        ))),
+    }
+}
+
 /// Sizes and bitmaps of the disks as they are now.
 pub(super) fn begin_tracking(qmp: &mut Qmp, disks: &mut [Disk]) -> Result<(), GuestError> {
     if disks.is_empty() {
         return Ok(());
     }
     let nodes = nodes(qmp)?;
+    written_through(qmp, disks, |disk| disk.node.clone())?;
     for disk in disks {
         let node = nodes.iter().find(|n| n.name == disk.node).ok_or_else(|| {
             GuestError::State(format!(
@@ -97,9 +121,14 @@ pub(super) fn begin_tracking(qmp: &mut Qmp, disks: &mut [Disk]) -> Result<(), Gu
         }
         match disk.chain.recording() {
             None => disk.chain.begin(qmp, &node.bitmaps)?,
-            Some(name) if !node.bitmaps.iter().any(|b| b.name == name && b.usable) => {
+            Some(name)
+                if !node
+                    .bitmaps
+                    .iter()
+                    .any(|b| b.name == name && b.usable && b.recording) =>
+            {
                 return Err(GuestError::State(format!(
-                    "the dirty bitmap {name} of disk '{}' is gone: changes may have been missed. Farhaven attaches again and compares the disk",
+                    "the dirty bitmap {name} of disk '{}' is gone or stopped: changes may have been missed. Farhaven attaches again and compares the disk",
                     disk.node
                 )));
             }

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::gate::{CutGate, Stood};
 use super::super::{CutTimes, GuestError};
 use super::QemuGuest;
-use super::attach::CUT_MARK;
+use super::attach::{CUT_MARK, status};
 
 /// How a guest was stopped for a cut.
 pub(super) struct Stop {
@@ -62,7 +62,20 @@ impl QemuGuest {
         self.qmp.execute("stop", json!({}))?;
         // A guest that was paused before has no such event, and stands all along.
         let event = self.newest_stop();
+        while self.qmp.take_event("RESUME").is_some() {}
         Ok(event.map_or(begun, |event| since(&event, begun)))
+    }
+
+    /// Did nobody let it go on since [`Self::stop_now`]? Memory, device state and disks
+    /// would be of different instants.
+    pub(super) fn stood_still(&mut self) -> Result<(), GuestError> {
+        let running = status(&mut self.qmp)? == "running";
+        if running || self.qmp.take_event("RESUME").is_some() {
+            return Err(GuestError::State(
+                "somebody let the guest go on while a point of it was taken; is another tool driving this guest?".to_owned(),
+            ));
+        }
+        Ok(())
     }
 
     /// Takes all kept `STOP` events, and returns the last.

@@ -57,6 +57,7 @@ impl Bits {
 pub(super) struct Bitmap {
     pub(super) name: String,
     pub(super) usable: bool,
+    pub(super) recording: bool,
 }
 
 /// A block node as QEMU lists it.
@@ -93,10 +94,19 @@ fn node(listed: &Value) -> Option<Node> {
                 Some(Bitmap {
                     name: b["name"].as_str()?.to_owned(),
                     usable: !flag("inconsistent") && !flag("busy"),
+                    recording: flag("recording"),
                 })
             })
             .collect(),
     })
+}
+
+/// The nodes that the guest's devices write to.
+pub(super) fn written(qmp: &mut Qmp) -> Result<Vec<String>, GuestError> {
+    let listed = qmp.execute("query-block", json!({}))?;
+    let devices = listed.as_array().map(Vec::as_slice).unwrap_or_default();
+    let node = |device: &Value| Some(device["inserted"]["node-name"].as_str()?.to_owned());
+    Ok(devices.iter().filter_map(node).collect())
 }
 
 /// The bitmaps of one disk, oldest first; the last is recording.

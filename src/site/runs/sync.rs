@@ -368,10 +368,7 @@ async fn handed_over(run: &AtSite, held: &[(Target, HeldGuest)]) -> Ended<()> {
             }
         })
     });
-    let noted = noted
-        .await
-        .map_err(fault)
-        .and_then(|noted| noted.map_err(Into::into));
+    let noted = noted.await.map_err(fault).unwrap_or_else(Err);
     if let Err(error) = noted {
         // Else its source would be told for ever that this run decides.
         for (target, _) in held {
