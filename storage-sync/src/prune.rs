@@ -199,7 +199,8 @@ impl Store {
         inner.log.each(&mut |seq, location| {
             let (live_bytes, dead) = sizes.entry(location.segment).or_default();
             match live.contains(&seq) {
-                true => *live_bytes += u64::from(location.bytes),
+                true if *live_bytes == 0 => *live_bytes = location.front() + location.stored(),
+                true => *live_bytes += location.stored(),
                 false => dead.push(seq),
             }
         });
