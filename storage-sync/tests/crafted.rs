@@ -35,7 +35,7 @@ fn crafted(guest: GuestId, number: u64, point: u64) -> Vec<u8> {
     let numbers = Arc::new(Sequence::starting_at(number));
     let mut encoder = Encoder::new(guest, point, numbers, index, 3);
     let site = Site::new();
-    for at in 0..3 {
+    for at in 0..8 {
         let bytes = vec![0x66 + at as u8; UNIT];
         encoder.unit(0, at, &bytes, site.key.of(&bytes)).unwrap();
     }
