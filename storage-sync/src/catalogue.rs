@@ -21,7 +21,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::disk::{Disk, OpenFile, SystemDisk};
-use crate::files::{FileError, LockError, lock, make_dir, put_whole, read_front, sync_dir};
+use crate::files::{FileError, LockError, aside, lock, make_dir, put_whole, read_front, set_aside};
 use crate::limits::{CATALOGUE_KEY, CATALOGUE_VALUE};
 use journal::Journal;
 pub use table::Table;
@@ -452,27 +452,6 @@ fn make_equal(database: &sled::Db, stored: &Rows, rows: &Rows) -> Result<(), sle
         database.insert(&key[..], &value[..])?;
     }
     Ok(())
-}
-
-/// Where what is damaged can be looked at later: no such file is there.
-fn aside(disk: &dyn Disk, path: &Path) -> PathBuf {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
-    (1..)
-        .map(named)
-        .find(|aside| !disk.exists(aside).unwrap_or(false))
-        .unwrap_or_else(|| named(0))
-}
-
-/// Renames what is damaged.
-fn set_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
-    let aside = aside(disk, path);
-    disk.rename(path, &aside)
-        .map_err(FileError::at("rename", path))?;
-    if let Some(dir) = path.parent() {
-        sync_dir(disk, dir)?;
-    }
-    Ok(aside)
 }
 
 /// Copies a file that is damaged.

@@ -195,6 +195,27 @@ pub(crate) fn put_whole(disk: &dyn Disk, path: &Path, parts: &[&[u8]]) -> Result
     }
 }
 
+/// Where what is damaged can be looked at later: no such file is there.
+pub(crate) fn aside(disk: &dyn Disk, path: &Path) -> PathBuf {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    let named = |number: u32| path.with_file_name(format!("{name}.bad-{number}"));
+    (1..)
+        .map(named)
+        .find(|aside| !disk.exists(aside).unwrap_or(false))
+        .unwrap_or_else(|| named(0))
+}
+
+/// Renames what is damaged, durably. Returns its new name.
+pub(crate) fn set_aside(disk: &dyn Disk, path: &Path) -> Result<PathBuf, FileError> {
+    let aside = aside(disk, path);
+    disk.rename(path, &aside)
+        .map_err(FileError::at("rename", path))?;
+    if let Some(dir) = path.parent() {
+        sync_dir(disk, dir)?;
+    }
+    Ok(aside)
+}
+
 /// Takes the directory for this process; held as long as the file is.
 pub(crate) fn lock(disk: &dyn Disk, dir: &Path) -> Result<OpenFile, LockError> {
     let path = dir.join("lock");

@@ -20,6 +20,7 @@ use crate::digest::DigestKey;
 use crate::disk::simulated::SimulatedDisk;
 use crate::disk::{Access, Disk};
 use crate::limits::{BATCH_BODY_RAW, BATCH_BYTES, IMAGE_SEQ, VOLUME_UNITS, VOLUMES};
+use crate::log::segment_of;
 use crate::manifest::{self, PointStats};
 use crate::store::{OpenReport, Seal, Store, StoreError, StoreOptions};
 use crate::unit::{GROUP, GuestId, UNIT, Volume, VolumeKind};
@@ -208,10 +209,11 @@ pub fn manifests(bytes: &[u8]) {
     }
 }
 
-/// A directory of segments.
+/// A directory of segments; also one whose batches have marks.
 pub fn segments(bytes: &[u8]) {
-    let fitted: Vec<u8> = fit::pieces(bytes).concat();
-    for bytes in [bytes, &fitted[..]] {
+    let pieces = fit::pieces(bytes);
+    let (fitted, marked) = (pieces.concat(), segment_of(&pieces));
+    for bytes in [bytes, &fitted[..], &marked[..]] {
         let (one, other) = match bytes.first() {
             Some(b'F') | None => (bytes, &[][..]),
             Some(_) => bytes.split_at(bytes.len() / 2),

@@ -2,11 +2,14 @@
 //!
 //! Batches come in verified, are written behind one another, synced, and only
 //! then known to the index (number -> segment, offset, length). Opening scans
-//! the segments (`scan.rs`). A place names a batch by number, so prune may copy
+//! the segments (`scan.rs`); marks that no guest can make (`front.rs`) lead it past
+//! damage. A place names a batch by number, so prune may copy
 //! live batches to the end and remove old segments.
 
+mod front;
 mod read;
 mod scan;
+mod search;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -20,6 +23,10 @@ use crate::disk::{Access, Disk, OpenFile};
 use crate::files::{FileError, make_dir, open_private, sync_dir};
 use crate::limits::{IMAGE_SEQ, SEQ};
 
+#[cfg(any(test, feature = "fuzzing"))]
+pub(crate) use front::segment_of;
+use front::{FRONT, MARK, Secret};
+use scan::Scanned;
 pub use scan::{BadRange, ScanReport};
 
 /// Where a batch lies on disk.
@@ -31,6 +38,20 @@ pub(crate) struct Location {
     pub(crate) literals: u8,
     /// Are some of its slots differences?
     pub(crate) deltas: bool,
+    /// Bytes of its mark, which is before it; 0 in segments of version 1.
+    pub(crate) mark: u8,
+}
+
+impl Location {
+    /// Bytes that it takes in its segment.
+    pub(crate) fn stored(&self) -> u64 {
+        u64::from(self.bytes) + u64::from(self.mark)
+    }
+
+    /// Bytes of its segment before the first batch.
+    pub(crate) fn front(&self) -> u64 {
+        if self.mark > 0 { FRONT } else { 0 }
+    }
 }
 
 /// Why the log refused.
@@ -100,6 +121,7 @@ struct Writer {
     /// Up to here the file was synced.
     synced: u64,
     failed: Option<String>,
+    secret: Secret,
 }
 
 /// The largest numbers that batches are known to have had, here or lost: one of a
@@ -156,25 +178,33 @@ impl Log {
         sync_dir(&*disk, dir)?;
         let mut index = BTreeMap::new();
         let given = Given::default();
-        let (segments, report) = scan::scan(&*disk, dir, &mut index, &given, seen)?;
+        let Scanned {
+            segments,
+            fronts,
+            report,
+        } = scan::scan(&*disk, dir, &mut index, &given, seen)?;
         let last = segments
             .last_key_value()
             .map(|(&number, &bytes)| (number, bytes));
+        let known = fronts.last_key_value().map(|(_, front)| front.secret);
         let mut writer = Writer {
             segment: 0,
             file: None,
             offset: 0,
             synced: 0,
             failed: None,
+            secret: known.unwrap_or_else(Secret::new),
         };
         if let Some((segment, offset)) = last {
             let file = open_private(&*disk, &segment_path(dir, segment))?;
+            // Nothing is added to one without a front: the next batch begins a new one.
+            let goes_on = offset == 0 || fronts.contains_key(&segment);
             writer = Writer {
                 segment,
-                file: Some(file),
+                file: goes_on.then_some(file),
                 offset,
                 synced: offset,
-                failed: None,
+                ..writer
             };
         }
         let log = Log {
@@ -264,14 +294,17 @@ impl Log {
                 limit,
             });
         }
-        if writer.file.is_none() || writer.offset + bytes.len() as u64 > self.segment_bytes {
+        let stored = |offset| offset + front::before(offset) + bytes.len() as u64;
+        if writer.file.is_none() || stored(writer.offset) > self.segment_bytes {
             self.roll(writer)?;
         }
+        let (segment, start) = (writer.segment, writer.offset);
+        let framed = (writer.secret).framed(segment, start, &header.hash, bytes);
         let path = segment_path(&self.dir, writer.segment);
         let Some(file) = &writer.file else {
             return Err(self.lost(writer));
         };
-        if let Err(source) = file.write_all_at(bytes, writer.offset) {
+        if let Err(source) = file.write_all_at(&framed, start) {
             // Back to the last whole record: whatever came of it must not stay.
             if let Err(error) = file.set_len(writer.offset) {
                 let why = format!("cannot cut {} back: {error}", path.display());
@@ -291,13 +324,14 @@ impl Log {
             });
         }
         let location = Location {
-            segment: writer.segment,
-            offset: writer.offset as u32,
+            segment,
+            offset: (start + front::before(start)) as u32,
             bytes: bytes.len() as u32,
             literals: header.literals,
             deltas: header.deltas,
+            mark: MARK as u8,
         };
-        writer.offset += bytes.len() as u64;
+        writer.offset = stored(start);
         held(&self.segments).insert(writer.segment, writer.offset);
         Ok(location)
     }
@@ -326,6 +360,7 @@ impl Log {
             offset: 0,
             synced: 0,
             failed: None,
+            secret: writer.secret,
         };
         held(&self.segments).insert(segment, 0);
         Ok(())

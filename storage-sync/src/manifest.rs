@@ -278,7 +278,16 @@ pub(crate) fn decode(
 /// Is a manifest, of whatever version, as it was written? Every version ends with a hash
 /// over all that is before.
 pub(crate) fn is_whole(disk: &dyn Disk, path: &Path) -> bool {
-    let bytes = read_front(disk, path, u64::MAX).unwrap_or_default();
+    has_its_hash(&read_front(disk, path, u64::MAX).unwrap_or_default())
+}
+
+/// Is a manifest not as it was written, as far as the disk reads it?
+pub(crate) fn is_rotten(disk: &dyn Disk, path: &Path) -> bool {
+    let bytes = read_front(disk, path, u64::MAX);
+    bytes.is_ok_and(|bytes| !has_its_hash(&bytes))
+}
+
+fn has_its_hash(bytes: &[u8]) -> bool {
     let parts = bytes.split_last_chunk::<32>();
     parts.is_some_and(|(told, hash)| blake3::hash(told).as_bytes() == hash)
 }
@@ -311,6 +320,12 @@ pub(crate) fn read(
 /// Where a point's manifest is, under the store's directory of manifests.
 pub(crate) fn path_of(dir: &Path, guest: GuestId, point: u64) -> PathBuf {
     dir.join(guest.to_string()).join(format!("{point:020}.man"))
+}
+
+/// The point whose manifest was set aside under this name.
+pub(crate) fn set_aside_as(path: &Path) -> Option<u64> {
+    let name = path.file_name()?.to_str()?;
+    name.split_once(".man.bad-")?.0.parse().ok()
 }
 
 /// Puts a manifest in place, durably.

@@ -199,7 +199,8 @@ impl Store {
         inner.log.each(&mut |seq, location| {
             let (live_bytes, dead) = sizes.entry(location.segment).or_default();
             match live.contains(&seq) {
-                true => *live_bytes += u64::from(location.bytes),
+                true if *live_bytes == 0 => *live_bytes = location.front() + location.stored(),
+                true => *live_bytes += location.stored(),
                 false => dead.push(seq),
             }
         });
@@ -254,10 +255,12 @@ fn emptied(keep: &Keep) -> BTreeSet<GuestId> {
         .collect()
 }
 
-/// Walks a guest's points upward with the map of each, without building one twice.
+/// Walks a guest's points upward with the map of each, without building one twice. One that
+/// is dropped and whose manifest rotted is passed by: nothing that stays can build on it.
 fn walk(
     inner: &Inner,
     guest: GuestId,
+    drops: Option<&BTreeSet<u64>>,
     each: &mut dyn FnMut(&PointEntry, &PointMap, manifest::Head) -> Result<(), PruneError>,
 ) -> Result<(), PruneError> {
     let entries: Vec<PointEntry> = match held(&inner.state).guests.get(&guest) {
@@ -271,10 +274,21 @@ fn walk(
         let path = manifest::path_of(&inner.manifests, guest, point);
         if entry.base == 0 {
             map = PointMap::default();
-        } else if entry.base != before {
-            map = inner.load_map(guest, entry.base)?;
         }
-        let head = inner.apply(&path, &mut map)?;
+        let below = match entry.base {
+            base if base == 0 || base == before => Ok(()),
+            base => inner.load_map(guest, base).map(|loaded| map = loaded),
+        };
+        let head = match below.and_then(|()| inner.apply(&path, &mut map)) {
+            Ok(head) => head,
+            Err(ManifestError::Damaged { .. } | ManifestError::Newer { .. })
+                if drops.is_some_and(|drops| drops.contains(&point)) =>
+            {
+                before = 0;
+                continue;
+            }
+            Err(error) => return Err(error.into()),
+        };
         before = point;
         each(entry, &map, head)?;
     }
@@ -349,11 +363,9 @@ fn live_batches(inner: &Inner, drops: &Drops) -> Result<HashSet<u64>, PruneError
     let mut needed = Needed::new();
     for guest in guests {
         let mut kept = PointMap::default();
-        walk(inner, guest, &mut |entry, map, _| {
-            if drops
-                .get(&guest)
-                .is_some_and(|drops| drops.contains(&entry.header.point))
-            {
+        let drops = drops.get(&guest);
+        walk(inner, guest, drops, &mut |entry, map, _| {
+            if drops.is_some_and(|drops| drops.contains(&entry.header.point)) {
                 return Ok(());
             }
             let changes: Vec<Run> = map.since(&kept);

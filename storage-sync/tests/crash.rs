@@ -15,6 +15,10 @@ use farhaven_storage_sync::store::{Store, StoreError, StoreOptions};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
+/// Bytes of a segment before the first mark, and of a mark, which is before each batch.
+const FRONT: usize = 240;
+const MARK: usize = 16;
+
 fn segments(dir: &Path) -> Vec<PathBuf> {
     let mut files: Vec<PathBuf> = fs::read_dir(dir.join("segments"))
         .unwrap()
@@ -50,7 +54,7 @@ fn a_torn_last_batch_is_cut_off_at_every_byte() {
     let bytes = fs::read(&path).unwrap();
     // Every byte of header and entries and of the end; the body in steps.
     let close = |end: &usize| {
-        end - before as usize <= 160 || bytes.len() - end < 64 || end.is_multiple_of(41)
+        end - before as usize <= MARK + 160 || bytes.len() - end < 64 || end.is_multiple_of(41)
     };
     for end in (before as usize..bytes.len()).filter(close) {
         fs::write(&path, &bytes[..end]).unwrap();
@@ -58,7 +62,7 @@ fn a_torn_last_batch_is_cut_off_at_every_byte() {
         assert_eq!(report.log.torn_bytes, end as u64 - before);
         assert!(report.log.bad.is_empty());
         // Once what is told of its number is whole, that number is not given again.
-        let told = EntriesView::parse(&bytes[before as usize..end]);
+        let told = EntriesView::parse(&bytes[end.min(before as usize + MARK)..end]);
         let last = told.map_or(whole[0].seq, |told| told.header.seq);
         assert_eq!((store.bytes(), store.last_seq()), (before, last));
         assert_eq!(store.newest_seqs(9), [whole[0].seq]);
@@ -98,13 +102,13 @@ fn damage_in_the_middle_costs_only_what_lies_there() {
     let path = segments(dir.path()).pop().unwrap();
     assert_eq!(segments(dir.path()).len(), 1);
     let mut bytes = fs::read(&path).unwrap();
-    let start = guests[0].2;
+    let start = FRONT + MARK + guests[0].2;
     bytes[start..start + 300].fill(0xee);
     fs::write(&path, &bytes).unwrap();
     let (store, report) = open(dir.path());
     assert_eq!(report.log.bad.len(), 1, "{report:?}");
     assert_eq!(report.log.bad[0].offset, start as u64);
-    assert_eq!(report.log.bad[0].bytes, guests[1].2 as u64);
+    assert_eq!(report.log.bad[0].bytes, (MARK + guests[1].2) as u64);
     assert_eq!(
         (report.log.torn_bytes, report.log.batches),
         (0, batches - 1)

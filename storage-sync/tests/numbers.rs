@@ -13,6 +13,9 @@ use farhaven_storage_sync::codec::{Batch, DedupIndex, Encoder, Sequence};
 use farhaven_storage_sync::store::{ImageProgress, Store};
 use farhaven_storage_sync::unit::UNIT;
 
+/// Bytes of a mark, which is before each batch.
+const MARK: usize = 16;
+
 /// The only segment.
 fn segment(dir: &Path) -> PathBuf {
     dir.join("segments").join("00000001.seg")
@@ -76,7 +79,7 @@ fn a_point_whose_last_batch_was_lost_never_reads_another_s() {
         drop(store);
         rot(dir.path(), if header { last.bytes.len() } else { 1 });
         let (store, report) = open(dir.path());
-        assert_eq!(report.log.torn_bytes, last.bytes.len() as u64);
+        assert_eq!(report.log.torn_bytes, (MARK + last.bytes.len()) as u64);
         assert_eq!((report.damaged.len(), report.points), (1, 1));
         // Also when nothing came in between.
         drop(store);
@@ -105,7 +108,8 @@ fn what_only_an_older_point_needs_keeps_its_number_too() {
     guest.now[0][0] = 0;
     lost.extend(step(&site, &store, &mut guest, 3, 0));
     drop(store);
-    rot(dir.path(), lost.iter().map(|batch| batch.bytes.len()).sum());
+    let bytes = lost.iter().map(|batch| MARK + batch.bytes.len());
+    rot(dir.path(), bytes.sum());
     for _ in 0..2 {
         let (store, report) = open(dir.path());
         assert_eq!((report.damaged.len(), report.points), (0, 3));
@@ -136,7 +140,7 @@ fn a_batch_that_is_cut_off_keeps_its_number() {
     rot(dir.path(), 1);
     let path = segment(dir.path());
     let mut log = fs::read(&path).unwrap();
-    let at = log.len() - batches[1].bytes.len() - 1;
+    let at = log.len() - batches[1].bytes.len() - MARK - 1;
     log[at] ^= 1;
     fs::write(&path, log).unwrap();
     let (store, report) = open(dir.path());

@@ -23,9 +23,10 @@ pub(crate) mod varint;
 mod view;
 
 pub use bases::Bases;
-pub use batch::{Batch, BatchError, BatchHeader, MAGIC, VERSION};
+pub(crate) use batch::hash_of;
 #[cfg(any(test, feature = "fuzzing"))]
-pub(crate) use batch::{hash_of, lay_out};
+pub(crate) use batch::lay_out;
+pub use batch::{Batch, BatchError, BatchHeader, MAGIC, VERSION};
 pub use body::{Body, Slot};
 pub use chain::Chain;
 pub use compress::{Codec, Expander};

@@ -3,18 +3,20 @@
 //! Segments before the last were synced whole: header and entries of their
 //! batches are verified. The last one may end in what a crash left: all its
 //! batches are verified in full, and it is cut after the last whole one. Damage in the middle is told, and
-//! the search goes on behind it.
+//! the search goes on behind it (`search.rs`).
 
 use std::collections::BTreeMap;
 use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use super::front::{self, FRONT, Front, MARK, Secret};
+use super::search::{self, Next};
 use super::{Given, Location, segment_path};
-use crate::codec::{BatchError, BatchHeader, BatchView, EntriesView, MAGIC, newer};
+use crate::codec::{BatchError, BatchHeader, BatchView, EntriesView, newer};
 use crate::disk::{Disk, OpenFile};
 use crate::files::{self, FileError, is_bad_sector, open_private, open_settled};
-use crate::limits::{BATCH_BYTES, BATCH_ENTRIES_BYTES, BATCH_HEADER, SEGMENT_BYTES_MOST};
+use crate::limits::{BATCH_ENTRIES_BYTES, BATCH_HEADER, SEGMENT_BYTES_MOST};
 
 /// Bytes of a segment that are no batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,10 +49,20 @@ struct Scan<'a> {
     index: &'a mut BTreeMap<u64, Location>,
     given: &'a Given,
     seen: &'a mut dyn FnMut(&BatchHeader),
+    fronts: BTreeMap<u32, Front>,
+    /// Those of all fronts, each once.
+    secrets: Vec<Secret>,
     report: ScanReport,
 }
 
-type Segments = BTreeMap<u32, u64>;
+/// What is there.
+pub(super) struct Scanned {
+    /// Bytes of every segment.
+    pub(super) segments: BTreeMap<u32, u64>,
+    /// Of every segment that has a front.
+    pub(super) fronts: BTreeMap<u32, Front>,
+    pub(super) report: ScanReport,
+}
 
 pub(super) fn scan(
     disk: &dyn Disk,
@@ -58,14 +70,13 @@ pub(super) fn scan(
     index: &mut BTreeMap<u64, Location>,
     given: &Given,
     seen: &mut dyn FnMut(&BatchHeader),
-) -> Result<(Segments, ScanReport), FileError> {
+) -> Result<Scanned, FileError> {
     let mut numbers = Vec::new();
     for name in disk.list(dir).map_err(FileError::at("list", dir))? {
         let number = name.to_str().and_then(|name| name.strip_suffix(".seg"));
         numbers.extend(number.and_then(|number| number.parse::<u32>().ok()));
     }
     numbers.sort_unstable();
-    let mut segments = Segments::new();
     // The last one that holds anything is where a crash left its traces: an
     // empty one behind it may have been made while this one was written on.
     let mut tail = 0;
@@ -82,17 +93,49 @@ pub(super) fn scan(
         index,
         given,
         seen,
+        fronts: BTreeMap::new(),
+        secrets: Vec::new(),
         report: ScanReport::default(),
     };
+    // All of them first: where one is lost, those of the others tell its batches.
+    for &number in &numbers {
+        scan.front(dir, number)?;
+    }
+    let mut segments = BTreeMap::new();
     for &number in &numbers {
         let bytes = scan.segment(dir, number, number >= tail)?;
         segments.insert(number, bytes);
     }
     scan.report.batches = scan.index.len() as u64;
-    Ok((segments, scan.report))
+    Ok(Scanned {
+        segments,
+        fronts: scan.fronts,
+        report: scan.report,
+    })
 }
 
 impl Scan<'_> {
+    fn front(&mut self, dir: &Path, number: u32) -> Result<(), FileError> {
+        let path = segment_path(dir, number);
+        let mut file = Patient {
+            file: open_private(self.disk, &path)?,
+            bad_sectors: 0,
+        };
+        let mut bytes = Vec::new();
+        let mut read = || {
+            bytes.resize(file.file.bytes()?.min(FRONT) as usize, 0);
+            file.read(&mut bytes, 0)
+        };
+        read().map_err(FileError::at("read", &path))?;
+        if let Some(front) = front::parse(&bytes) {
+            self.fronts.insert(number, front);
+            if !self.secrets.contains(&front.secret) {
+                self.secrets.push(front.secret);
+            }
+        }
+        Ok(())
+    }
+
     /// Returns the bytes of the segment that are kept.
     fn segment(&mut self, dir: &Path, number: u32, last: bool) -> Result<u64, FileError> {
         let path = segment_path(dir, number);
@@ -114,47 +157,83 @@ impl Scan<'_> {
     ) -> io::Result<Result<u64, (&'static str, io::Error)>> {
         // A longer file is none of ours; offsets beyond this cannot be named.
         let length = file.file.bytes()?.min(SEGMENT_BYTES_MOST);
-        let mut offset = 0;
+        // Batches of a segment with a front have marks before them.
+        let (mut offset, mut mark) = (0, 0);
+        if let Some(front) = self.fronts.get(&number).copied() {
+            if length < FRONT {
+                let why = "its front is cut short".to_string();
+                return self.end(path, file, 0..length, last, why, false);
+            }
+            if !front.whole {
+                let why = "one copy of its front is damaged, the other is whole";
+                self.bad(path, 0, FRONT, why.to_string(), false);
+            }
+            (offset, mark) = (FRONT, MARK);
+        }
         let mut buffer = Vec::new();
         while offset < length {
             let before = file.bad_sectors;
-            let why = match record(&mut file, offset, length, last, &mut buffer)? {
+            let why = match record(&mut file, offset + mark, length, last, &mut buffer)? {
                 Ok(header) => {
-                    self.keep(&header, number, offset);
-                    offset += header.bytes() as u64;
+                    self.keep(&header, number, offset, mark);
+                    offset += mark + header.bytes() as u64;
                     continue;
                 }
                 Err(why) => why,
             };
-            let next = resume(&mut file, offset + 1, length, &mut buffer)?;
+            let mut next = Next::Nothing;
+            // The first one: the front may be what is lost.
+            if mark > 0 || offset == 0 {
+                let marks = (number, &self.secrets[..]);
+                next = search::marked(&mut file, marks, offset, length, &mut buffer)?;
+            }
+            if mark == 0 && next == Next::Nothing {
+                next = search::unmarked(&mut file, offset, length, &mut buffer)?;
+            }
             let unreadable = file.bad_sectors > before;
-            self.lost(
-                &mut file,
-                offset..next.unwrap_or(length),
-                length,
-                &mut buffer,
-            )?;
+            let end = match next {
+                Next::At(next, _) => next,
+                Next::Nothing | Next::Untold => length,
+            };
+            self.lost(&mut file, offset..end, mark, length, &mut buffer)?;
             match next {
-                Some(next) => {
+                Next::At(next, its_mark) => {
                     self.bad(path, offset, next - offset, why, unreadable);
-                    offset = next;
+                    (offset, mark) = (next, its_mark);
                 }
-                // What cannot be read now may be read another day: nothing is cut off.
-                None if last && !unreadable => {
-                    self.report.torn_bytes += length - offset;
-                    let file = file.file;
-                    return Ok(match file.set_len(offset) {
-                        Err(error) => Err(("cut", error)),
-                        Ok(()) => (file.sync().map(|()| offset)).map_err(|error| ("sync", error)),
-                    });
+                Next::Nothing => {
+                    return self.end(path, file, offset..length, last, why, unreadable);
                 }
-                None => {
-                    self.bad(path, offset, length - offset, why, unreadable);
-                    return Ok(Ok(length));
+                Next::Untold => {
+                    return self.end(path, file, offset..length, false, why, unreadable);
                 }
             }
         }
         Ok(Ok(length))
+    }
+
+    /// No batch of a segment is behind these bytes: what a crash left is cut off.
+    fn end(
+        &mut self,
+        path: &Path,
+        file: Patient,
+        rest: Range<u64>,
+        torn: bool,
+        why: String,
+        unreadable: bool,
+    ) -> io::Result<Result<u64, (&'static str, io::Error)>> {
+        let (offset, bytes) = (rest.start, rest.end - rest.start);
+        // What cannot be read now may be read another day: nothing is cut off.
+        if !torn || unreadable {
+            self.bad(path, offset, bytes, why, unreadable);
+            return Ok(Ok(rest.end));
+        }
+        self.report.torn_bytes += bytes;
+        let file = file.file;
+        Ok(match file.set_len(offset) {
+            Err(error) => Err(("cut", error)),
+            Ok(()) => (file.sync().map(|()| offset)).map_err(|error| ("sync", error)),
+        })
     }
 
     /// Notes the numbers of batches in bytes that are lost, as far as these follow one
@@ -164,20 +243,16 @@ impl Scan<'_> {
         &self,
         file: &mut Patient,
         lost: Range<u64>,
+        mark: u64,
         length: u64,
         buffer: &mut Vec<u8>,
     ) -> io::Result<()> {
         let mut offset = lost.start;
         while offset < lost.end {
-            let most = (BATCH_HEADER + BATCH_ENTRIES_BYTES) as u64;
-            buffer.clear();
-            buffer.resize((length - offset).min(most) as usize, 0);
-            file.read(buffer, offset)?;
-            let Ok(EntriesView { header, .. }) = EntriesView::parse(buffer) else {
-                break;
-            };
+            let header = search::header_at(file, offset + mark, length, buffer)?;
+            let Some(header) = header else { break };
             self.given.note(header.seq);
-            offset += header.bytes() as u64;
+            offset += mark + header.bytes() as u64;
         }
         Ok(())
     }
@@ -193,13 +268,14 @@ impl Scan<'_> {
         });
     }
 
-    fn keep(&mut self, header: &BatchHeader, segment: u32, offset: u64) {
+    fn keep(&mut self, header: &BatchHeader, segment: u32, offset: u64, mark: u64) {
         // Two copies of a batch are what a crash in a prune leaves, or a batch
         // that was sent again because the first copy was damaged: the later one it is.
         let location = Location {
             segment,
-            offset: offset as u32,
+            offset: (offset + mark) as u32,
             bytes: header.bytes() as u32,
+            mark: mark as u8,
             literals: header.literals,
             deltas: header.deltas,
         };
@@ -209,13 +285,13 @@ impl Scan<'_> {
 }
 
 /// Reads around bad sectors: a block that the disk cannot read is zeros, and counted.
-struct Patient {
+pub(super) struct Patient {
     file: OpenFile,
     bad_sectors: u64,
 }
 
 impl Patient {
-    fn read(&mut self, out: &mut [u8], offset: u64) -> io::Result<()> {
+    pub(super) fn read(&mut self, out: &mut [u8], offset: u64) -> io::Result<()> {
         match self.file.read_exact_at(out, offset) {
             Err(error) if is_bad_sector(&error) => {}
             other => return other,
@@ -237,20 +313,23 @@ impl Patient {
 const BLOCK: usize = 4096;
 
 /// What is read of a batch at first: usually all but its body.
-const FRONT: u64 = 2048;
+const FIRST: u64 = 2048;
 
-type Found = Result<BatchHeader, String>;
+pub(super) type Found = Result<BatchHeader, String>;
 
 /// The batch at `offset`: header and entries verified; its body too when `whole`.
-fn record(
+pub(super) fn record(
     file: &mut Patient,
     offset: u64,
     length: u64,
     whole: bool,
     buffer: &mut Vec<u8>,
 ) -> io::Result<Found> {
+    if offset >= length {
+        return Ok(Err("it ends within a mark".to_string()));
+    }
     let left = length - offset;
-    let mut want = left.min(FRONT) as usize;
+    let mut want = left.min(FIRST) as usize;
     loop {
         buffer.clear();
         buffer.resize(want, 0);
@@ -303,34 +382,4 @@ fn refuse_newer(
         Some(what) => Err(files::newer(format!("a batch of {what}"))),
         None => Ok(()),
     }
-}
-
-/// The next offset from `from` on where a whole, verified batch starts.
-fn resume(
-    file: &mut Patient,
-    from: u64,
-    length: u64,
-    buffer: &mut Vec<u8>,
-) -> io::Result<Option<u64>> {
-    const WINDOW: u64 = 4 * BATCH_BYTES as u64;
-    let mut window = Vec::new();
-    let mut start = from;
-    while start < length {
-        window.resize((length - start).min(WINDOW) as usize, 0);
-        file.read(&mut window, start)?;
-        for at in 0..window.len().saturating_sub(MAGIC.len() - 1) {
-            if window[at..at + MAGIC.len()] != MAGIC {
-                continue;
-            }
-            let offset = start + at as u64;
-            if record(file, offset, length, true, buffer)?.is_ok() {
-                return Ok(Some(offset));
-            }
-        }
-        // Windows overlap by three bytes, so that no start is missed.
-        start += (window.len() as u64)
-            .saturating_sub(MAGIC.len() as u64 - 1)
-            .max(1);
-    }
-    Ok(None)
 }

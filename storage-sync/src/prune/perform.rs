@@ -79,7 +79,7 @@ fn still_to_drop(inner: &Inner, plan: &PrunePlan) -> Drops {
 /// Writes kept points that build on dropped ones anew, on the kept one before.
 fn rebase(inner: &Inner, guest: GuestId, drops: &BTreeSet<u64>) -> Result<(), PruneError> {
     let mut kept: Option<(PointEntry, PointMap)> = None;
-    walk(inner, guest, &mut |entry, map, head| {
+    walk(inner, guest, Some(drops), &mut |entry, map, head| {
         let point = entry.header.point;
         if drops.contains(&point) {
             return Ok(());

@@ -1,7 +1,7 @@
 //! Opening a store: the log, then every guest's manifests.
 
-use std::collections::BTreeMap;
-use std::path::Path;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use super::hints::Hints;
@@ -9,7 +9,7 @@ use super::{DamagedPoint, GuestState, Inner, OpenReport, PointEntry, State, Stor
 use super::{StoreOptions, held, kept};
 use crate::codec::{BatchHeader, Sequence};
 use crate::disk::{Access, Disk};
-use crate::files::{FileError, is_bad_sector, lock, make_dir, sync_dir};
+use crate::files::{FileError, is_bad_sector, lock, make_dir, set_aside, sync_dir};
 use crate::limits::{IMAGE_SEQ, SEGMENT_BYTES_LEAST, SEGMENT_BYTES_MOST};
 use crate::log::{Log, LogError};
 use crate::manifest::{self, ManifestError};
@@ -91,6 +91,7 @@ fn load_guest(
     sync_dir(&*inner.disk, &dir)?;
     let mut state = GuestState::default();
     let (mut found, mut kept) = (BTreeMap::new(), BTreeMap::new());
+    let mut aside = Vec::new();
     let names = inner.disk.list(&dir);
     for name in names.map_err(FileError::at("list", &dir))? {
         let path = dir.join(name);
@@ -113,7 +114,18 @@ fn load_guest(
                 let removed = inner.disk.remove(&path);
                 removed.map_err(FileError::at("remove", &path))?;
             }
-            _ => {}
+            _ => aside.extend(manifest::set_aside_as(&path).map(|point| (point, path))),
+        }
+    }
+    for (point, path) in aside {
+        // Its number was given, and is not given again.
+        state.largest = state.largest.max(point);
+        if !found.contains_key(&point) {
+            report.damaged.push(DamagedPoint {
+                guest: Some(guest),
+                path,
+                why: "it was found damaged, and set aside; the point is lost".into(),
+            });
         }
     }
     for (point, path) in found {
@@ -140,7 +152,12 @@ fn load_guest(
                 return Err(FileError::newer(&path, format!("manifest {version}")).into());
             }
             Err(error) => {
-                damage(error.to_string());
+                let path = put_aside(inner, &path);
+                report.damaged.push(DamagedPoint {
+                    guest: Some(guest),
+                    path,
+                    why: error.to_string(),
+                });
                 continue;
             }
         };
@@ -154,9 +171,7 @@ fn load_guest(
             (base, None) => {
                 // It is none, but may be one again.
                 name_all(inner, &path);
-                damage(format!(
-                    "point {base}, on which it builds, is missing or damaged"
-                ));
+                damage(lacks_base(base));
                 continue;
             }
         };
@@ -170,6 +185,23 @@ fn load_guest(
     state.kept = kept;
     held(&inner.state).guests.insert(guest, state);
     choose_newest(inner, guest, report)
+}
+
+/// Gives a manifest that rotted another name, so that no later start takes it for one: its
+/// front may be whole, and the rest of it needed. Returns what it is called now.
+fn put_aside(inner: &Inner, path: &Path) -> PathBuf {
+    // What a whole one says may only be too much for this machine.
+    if !manifest::is_rotten(&*inner.disk, path) {
+        return path.to_path_buf();
+    }
+    set_aside(&*inner.disk, path).unwrap_or_else(|error| {
+        tracing::error!(%error, "a damaged manifest stays where it is");
+        path.to_path_buf()
+    })
+}
+
+fn lacks_base(base: u64) -> String {
+    format!("point {base}, on which it builds, is missing or damaged")
 }
 
 /// Has it known which numbers a manifest names. What is wrong with it is told elsewhere.
@@ -231,7 +263,13 @@ fn choose_newest(
                 error.to_string()
             }
             Err(ManifestError::File(error)) => return Err(error.into()),
-            Err(error) => error.to_string(),
+            Err(error) => {
+                if let Some(rotten) = rotten_below(inner, guest, newest) {
+                    leave_out(inner, guest, rotten, error.to_string(), report);
+                    continue;
+                }
+                error.to_string()
+            }
         };
         let path = manifest::path_of(&inner.manifests, guest, newest);
         if unreadable {
@@ -245,5 +283,48 @@ fn choose_newest(
         if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
             state.points.remove(&newest);
         }
+    }
+}
+
+/// The point whose manifest rotted, of those that this one builds on, itself included.
+fn rotten_below(inner: &Inner, guest: GuestId, point: u64) -> Option<u64> {
+    let mut at = point;
+    while at != 0 {
+        let path = manifest::path_of(&inner.manifests, guest, at);
+        if manifest::is_rotten(&*inner.disk, &path) {
+            return Some(at);
+        }
+        at = inner.entry(guest, at)?.base;
+    }
+    None
+}
+
+/// Leaves out a point whose manifest rotted, and all that build on it.
+fn leave_out(inner: &Inner, guest: GuestId, rotten: u64, why: String, report: &mut OpenReport) {
+    let path = manifest::path_of(&inner.manifests, guest, rotten);
+    report.damaged.push(DamagedPoint {
+        guest: Some(guest),
+        path: put_aside(inner, &path),
+        why,
+    });
+    let mut gone = BTreeSet::from([rotten]);
+    if let Some(state) = held(&inner.state).guests.get_mut(&guest) {
+        // Upward: each builds on a lower one.
+        state.points.retain(|&point, entry| {
+            let goes = point == rotten || gone.contains(&entry.base);
+            if goes {
+                gone.insert(point);
+            }
+            !goes
+        });
+    }
+    for point in gone.into_iter().filter(|&point| point != rotten) {
+        let path = manifest::path_of(&inner.manifests, guest, point);
+        name_all(inner, &path);
+        report.damaged.push(DamagedPoint {
+            guest: Some(guest),
+            path,
+            why: lacks_base(rotten),
+        });
     }
 }
