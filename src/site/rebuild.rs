@@ -129,6 +129,7 @@ impl Site {
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
+                key: Some(remote.record.key),
                 opening,
                 base: if context.base { newest.point } else { 0 },
                 turned: false,
