@@ -52,6 +52,7 @@ mod quiesce;
 mod rebuild;
 mod rounds;
 mod sealed;
+mod sound;
 mod standby;
 mod start;
 mod status;

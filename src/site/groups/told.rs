@@ -4,24 +4,19 @@
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
-use farhaven_policies::files::is_bridge_name;
 use farhaven_storage_sync::catalogue::CatalogueError;
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::{PeerRecord, SiteKey};
 
-use super::{GroupRecord, MAX_MEMBERS};
+use super::GroupRecord;
 use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
 use crate::site::answer::{not_theirs, refused, unknown_guest};
 use crate::site::operate::OperateError;
-use crate::site::protect::is_guest_name;
 use crate::site::remote::{AskError, Remote};
-use crate::site::{Site, hex, rebuild};
+use crate::site::{Site, hex, rebuild, sound};
 
 /// Most groups that one peer may have here.
 const MOST_GROUPS: usize = 4096;
-
-/// Most health checks, networks or guests to wait for of one member.
-const MOST_TERMS: usize = 256;
 
 impl Site {
     /// Tells every peer that is connected what it does not know yet.
@@ -112,7 +107,7 @@ impl Site {
     }
 
     fn hear_group(&self, remote: &Remote, group: GroupRecord) -> Result<(), OperateError> {
-        if let Some(why) = unsound(&group) {
+        if let Some(why) = sound::unsound_group(&group) {
             return Err(OperateError::Conflict(why.to_owned()));
         }
         let PeerRecord {
@@ -214,7 +209,7 @@ impl Site {
         }
         let noted = rebuild::note::<Vec<GroupRecord>>(&self.groups_note(remote));
         for group in noted.into_iter().flatten().take(MOST_GROUPS) {
-            if !group.is_of(peer) || unsound(&group).is_some() {
+            if !group.is_of(peer) || sound::unsound_group(&group).is_some() {
                 continue;
             }
             let group = GroupRecord {
@@ -248,91 +243,4 @@ async fn tell(
         ask(GroupMessage::Known(group.clone())).await?;
     }
     Ok(())
-}
-
-/// What an honest site would not tell.
-fn unsound(group: &GroupRecord) -> Option<&'static str> {
-    if !is_guest_name(&group.name) {
-        return Some("that is no name for a group");
-    }
-    if group.members.is_empty() || group.members.len() > MAX_MEMBERS {
-        return Some("a group has 1 to 64 guests");
-    }
-    let mut guests: Vec<_> = group.members.values().map(|m| m.guest).collect();
-    guests.sort();
-    guests.dedup();
-    if guests.len() < group.members.len() {
-        return Some("a guest is in the group twice");
-    }
-    let sound = |(name, member): (&String, &super::GroupMember)| {
-        let terms = &member.terms;
-        is_guest_name(name)
-            && terms.after.len() <= MOST_TERMS
-            && terms.health.len() <= MOST_TERMS
-            && terms.networks.len() <= MOST_TERMS
-            && terms.networks.values().all(|networks| {
-                // A bridge's name goes into QEMU's command line here.
-                networks.len() <= MOST_TERMS && networks.values().all(|n| is_bridge_name(&n.bridge))
-            })
-    };
-    (!group.members.iter().all(sound)).then_some("a guest of the group is told unsoundly")
-}
-
-#[cfg(test)]
-mod tests {
-    use farhaven_policies::files::Network;
-
-    use super::super::GroupMember;
-    use super::*;
-
-    #[test]
-    fn what_no_honest_site_tells_is_refused() {
-        let member = GroupMember {
-            guest: GuestId::random(),
-            terms: Default::default(),
-        };
-        let sound = GroupRecord {
-            id: GuestId::random(),
-            name: "bank".to_owned(),
-            from: None,
-            peer: "west".to_owned(),
-            key: None,
-            policy: "gold".to_owned(),
-            owed: Default::default(),
-            members: [("db".to_owned(), member.clone())].into(),
-        };
-        assert_eq!(unsound(&sound), None);
-        let change = |change: &dyn Fn(&mut GroupRecord)| {
-            let mut group = sound.clone();
-            change(&mut group);
-            unsound(&group)
-        };
-        assert!(change(&|g| g.name = "../etc".to_owned()).is_some());
-        assert!(change(&|g| g.members.clear()).is_some());
-        let bridge = |bridge: &str| {
-            let network = Network {
-                bridge: bridge.to_owned(),
-                ..Default::default()
-            };
-            change(&|g| {
-                for member in g.members.values_mut() {
-                    let of_west = [("lan".to_owned(), network.clone())].into();
-                    member.terms.networks = [("west".to_owned(), of_west)].into();
-                }
-            })
-        };
-        assert_eq!(bridge("br0"), None);
-        // QEMU would run it as root, here.
-        assert!(bridge("tap,script=/tmp/evil").is_some());
-        assert!(change(&|g| drop(g.members.insert("web".to_owned(), member.clone()))).is_some());
-        let many = |g: &mut GroupRecord| {
-            for n in 0..=MAX_MEMBERS {
-                let guest = GuestId::random();
-                let terms = Default::default();
-                g.members
-                    .insert(n.to_string(), GroupMember { guest, terms });
-            }
-        };
-        assert!(change(&many).is_some());
-    }
 }

@@ -1,10 +1,17 @@
-//! Names of sites, which are told apart by their keys.
+//! Names: of sites, which are told apart by their keys, and those that a peer tells.
 
+use std::collections::BTreeSet;
+
+use farhaven::replicate::message::{GroupMessage, PointContext};
+use farhaven::site::groups::{GroupRecord, PointGroup};
 use farhaven_storage_sync::catalogue::{Catalogue, Table};
 use farhaven_wan::{Identity, PeerRecord, SiteKey};
 use serde_json::{Value, json};
 
 use super::*;
+
+/// Steers a terminal.
+const STEERS: &str = "east\x1b[2J";
 
 /// East burned down, and was made anew: its key is another.
 #[tokio::test(flavor = "multi_thread")]
@@ -149,4 +156,76 @@ async fn a_guest_that_goes_to_a_site_that_is_paired_no_more_can_be_unprotected()
     let again = east.unprotect("web", false).await.unwrap_err().to_string();
     assert!(again.contains("is not protected"), "{again}");
     east.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_no_name_is_refused_before_it_is_kept() {
+    let (stage, mut mallory) = besieged().await;
+    let own = GuestId::random();
+    for bad in [STEERS.to_owned(), "../west".to_owned(), "x".repeat(70_000)] {
+        let mut opening = mallory.opening(own, "own", 1);
+        opening.source = bad;
+        let told = mallory.ask(Message::Open(Box::new(opening))).await;
+        refused(told, "no name for a site");
+    }
+    assert!(stage.west.view().standbys.iter().all(|s| s.from == "east"));
+    assert_eq!(stage.west.fence.current(own), None);
+
+    mallory.open(own, "own", 1).await;
+    let changes: [(fn(&mut PointContext), &str); 3] = [
+        (
+            |context| context.name = STEERS.to_owned(),
+            "no name for one",
+        ),
+        (
+            |context| context.source = STEERS.to_owned(),
+            "no name for one",
+        ),
+        (
+            |context| {
+                context.group = Some(PointGroup {
+                    id: GuestId::random(),
+                    name: STEERS.to_owned(),
+                    cut: 1,
+                    skew_ns: 0,
+                    members: BTreeSet::new(),
+                });
+            },
+            "of a group that none can be",
+        ),
+    ];
+    for (change, words) in changes {
+        let mut seal = mallory.seal(own, "own", 1, 1, 0);
+        let Message::Seal(request) = &mut seal else {
+            panic!()
+        };
+        change(&mut request.context);
+        refused(mallory.ask(seal).await, words);
+    }
+    assert_eq!(target(&stage.west, "own").points, 0);
+
+    let group = |guest: GuestId, policy: &str, peer: &str, after: &str| {
+        let group = json!({
+            "id": GuestId([7; 16]), "name": "bank", "policy": policy, "peer": peer,
+            "members": {"own": {"guest": guest, "terms": {"after": [after]}}},
+        });
+        let group: GroupRecord = serde_json::from_value(group).unwrap();
+        Message::Group(Box::new(GroupMessage::Known(group)))
+    };
+    for (told, words) in [
+        (group(own, STEERS, "west", "db"), "policy"),
+        (group(own, "gold", STEERS, "db"), "goes to"),
+        (group(own, "gold", "west", STEERS), "told unsoundly"),
+        (group(id(&stage), "gold", "west", "db"), "another site"),
+    ] {
+        refused(mallory.ask(told).await, words);
+    }
+    assert!(stage.west.groups().is_empty());
+    let told = mallory.ask(group(own, "gold", "west", "db")).await;
+    assert!(matches!(told, Ok(Message::Done)), "{told:?}");
+    let known = stage.west.groups();
+    assert_eq!(known[0].key, Some(mallory.key()), "which was not told");
+    protected_on(&stage).await;
+    mallory.node.shutdown().await;
+    stage.end().await;
 }
