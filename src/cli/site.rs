@@ -12,6 +12,7 @@ use tracing_subscriber::EnvFilter;
 use super::{Json, Outcome, print_json, show, told};
 use crate::client::Client;
 use crate::site::api::{self, Done, Invite, Invited, Pair as PairBody};
+use crate::site::peers::Forgotten;
 use crate::site::view::{PeerView, SiteView};
 use crate::site::{Site, files};
 
@@ -61,6 +62,12 @@ pub(super) enum PeerVerb {
     List(Json),
     /// End a pairing.
     Remove {
+        /// The site.
+        name: String,
+    },
+    /// Forget the guests and groups that a site sent here which is paired no more, so that
+    /// another can have its name.
+    Forget {
         /// The site.
         name: String,
     },
@@ -228,6 +235,21 @@ pub(super) async fn peer(client: &Client, verb: PeerVerb) -> Outcome {
                 .await
                 .map_err(told)?;
             say!("Site '{name}' is paired no more. Run the same at '{name}' for this site.");
+        }
+        PeerVerb::Forget { name } => {
+            let path = format!("/v1/peers/{}/forget", super::escaped(&name));
+            let forgotten: Forgotten = client.post(&path, &Done {}).await.map_err(told)?;
+            say!(
+                "Forgotten of site '{name}': {} guests, {} groups.",
+                forgotten.guests.len(),
+                forgotten.groups.len()
+            );
+            for store in forgotten.stores {
+                say!(
+                    "Its recovery points are in {} until you remove that, with the daemon stopped.",
+                    store.display()
+                );
+            }
         }
     }
     Ok(())

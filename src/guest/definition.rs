@@ -186,13 +186,15 @@ impl embedded::Definition {
         if self.config.len() > embedded::MOST_CONFIG {
             return Some("the guest's machine configuration is over the limit");
         }
-        if self.kind.is_empty() || self.kind.len() > 63 {
+        let bad_kind = self.kind.contains(char::is_control);
+        if self.kind.is_empty() || self.kind.len() > 63 || bad_kind {
             return Some("that is no name for a kind of guest");
         }
         if self.ram.len() + self.disks.len() > MOST_PARTS {
             return Some("the guest has too many blocks of memory and disks");
         }
-        if all().any(|(name, bytes)| name.len() > 255 || *bytes == 0 || *bytes > LARGEST) {
+        let named = |name: &str| name.len() <= 255 && !name.contains(char::is_control);
+        if all().any(|(name, bytes)| !named(name) || *bytes == 0 || *bytes > LARGEST) {
             return Some("a block of memory or a disk has no workable name or size");
         }
         if self

@@ -126,13 +126,17 @@ pub struct Opened {
 /// Most bytes of a guest's device state.
 pub const MOST_DEVICE_STATE: u64 = 256 << 20;
 
-/// A volume that an honest site may tell of: its size can be worked with.
+/// A volume that an honest site may tell of: its name and its size can be worked with.
 pub fn sound_volume(volume: &Volume) -> bool {
     const MOST: u64 = 1 << 50;
-    match volume.kind {
+    const LONGEST_NAME: usize = 255;
+    let name = &volume.name;
+    let named = name.len() <= LONGEST_NAME && !name.contains(char::is_control);
+    let workable = match volume.kind {
         VolumeKind::DeviceState => volume.bytes <= MOST_DEVICE_STATE,
         VolumeKind::Ram | VolumeKind::Disk => volume.bytes <= MOST,
-    }
+    };
+    named && workable
 }
 
 impl Opened {

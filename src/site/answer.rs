@@ -16,10 +16,10 @@ use super::runs::hold;
 use super::runs::stage::HeldAnswer;
 use super::seed::announced;
 use super::standby::Standby;
-use super::{Site, kept, records, turn};
+use super::{Site, kept, sound, turn};
 use crate::activate::fence::{FenceError, Term};
 use crate::replicate::message::{
-    MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest, sound_volume,
+    MOST_POINTS, Message, Opened, Opening, Refusal, RunMessage, SealRequest,
 };
 use crate::replicate::receive::SealStep;
 
@@ -207,7 +207,7 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
         return refused(Refusal::Fenced, "the term offered is not the source's own");
     }
     // Its word on the term counts only once it may speak of this guest at all.
-    if let Some(why) = unsound(&opening).map(str::to_owned) {
+    if let Some(why) = sound::unsound_opening(&opening) {
         return refused(Refusal::Unable, why);
     }
     if let Some(why) = site.not_theirs(remote, guest) {
@@ -251,19 +251,6 @@ async fn open(site: &Arc<Site>, remote: &Arc<Remote>, opening: Opening) -> Messa
     .await
 }
 
-/// What an honest source would not tell.
-pub(super) fn unsound(opening: &Opening) -> Option<&'static str> {
-    if !super::protect::is_guest_name(&opening.name) {
-        return Some("that is no name for a guest");
-    }
-    if let Some(why) = opening.definition.unsound() {
-        return Some(why);
-    }
-    let volumes = &opening.volumes;
-    let sound = volumes.len() <= records::MAX_VOLUMES && volumes.iter().all(sound_volume);
-    (!sound).then_some("too many volumes, or volumes too large")
-}
-
 async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> Message {
     let Some(standby) = site.standby_of(remote, request.guest) else {
         return unknown_guest();
@@ -291,9 +278,8 @@ async fn seal(site: &Arc<Site>, remote: &Arc<Remote>, request: SealRequest) -> M
             "that is no term of a hand-over to this site",
         );
     }
-    let sound = request.volumes.iter().all(sound_volume);
-    if request.volumes.len() > records::MAX_VOLUMES || !sound {
-        return refused(Refusal::Unable, "too many volumes, or volumes too large");
+    if let Some(why) = sound::unsound_seal(&request) {
+        return refused(Refusal::Unable, why);
     }
     let mut attempt = standby.attempt();
     let sealed = tokio::select! {

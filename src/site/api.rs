@@ -111,6 +111,7 @@ fn router(site: Arc<Site>, served: Arc<Served>) -> Router {
             get(async |State(site): Here| Json(site.view().peers)).post(pair),
         )
         .route("/v1/peers/{name}", delete(remove_peer))
+        .route("/v1/peers/{name}/forget", post(forget_peer))
         .route(
             "/v1/guests",
             get(async |State(site): Here| Json(site.view().guests)).post(add_guest),
@@ -210,6 +211,13 @@ async fn pair(State(site): Here, Json(body): Json<Pair>) -> Answer<super::view::
 async fn remove_peer(State(site): Here, InPath(name): InPath<String>) -> Answer<Done> {
     site.remove_peer(&name)?;
     Ok(Json(Done {}))
+}
+
+async fn forget_peer(
+    State(site): Here,
+    InPath(name): InPath<String>,
+) -> Answer<super::peers::Forgotten> {
+    whole(async move { site.forget_peer(&name).await }).await
 }
 
 async fn set_limit(

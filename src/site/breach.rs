@@ -12,7 +12,7 @@ use farhaven_wan::link::Gate;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use super::remote::Remote;
-use crate::replicate::message::Message;
+use crate::replicate::message::{GroupMessage, Message};
 
 /// Questions of one peer that are taken at a time.
 const QUESTIONS: usize = 256;
@@ -137,13 +137,15 @@ impl Remote {
 
 /// A text of a peer, fit for a terminal and a line of a log.
 pub(super) fn plain(text: &str) -> String {
-    let hidden = |c: char| {
-        c.is_control()
-            // What turns the direction of text hides what it says.
-            || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
-    };
     let shown = text.chars().map(|c| if hidden(c) { ' ' } else { c });
     shown.take(LONGEST_TEXT).collect()
+}
+
+/// Is that no letter, but something that steers a terminal, or hides what a text says?
+pub(super) fn hidden(c: char) -> bool {
+    c.is_control()
+        // What turns the direction of text hides what it says.
+        || matches!(c, '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{2028}' | '\u{2029}')
 }
 
 /// All texts for people in a peer's answer, made [`plain`].
@@ -158,15 +160,33 @@ pub(super) fn plain_answer(answer: Message) -> Message {
                 point.cut_at = plain(&point.cut_at);
                 point.name = point.name.as_deref().map(plain);
                 point.damaged = point.damaged.as_deref().map(plain);
+                if let Some(group) = &mut point.group {
+                    group.name = plain(&group.name);
+                }
             }
             Message::PointList { points }
         }
         Message::FactsKnown { mut facts } => {
             for finding in &mut facts.findings {
+                finding.code = plain(&finding.code);
                 finding.what = plain(&finding.what);
                 finding.mend = plain(&finding.mend);
             }
+            for (directory, _) in [&mut facts.ram_directory, &mut facts.store_directory] {
+                *directory = plain(directory);
+            }
+            for name in facts.machines.iter_mut().chain(&mut facts.cpus) {
+                *name = plain(name);
+            }
             Message::FactsKnown { facts }
+        }
+        Message::Group(mut told) => {
+            if let GroupMessage::TakenOver { members } = &mut *told {
+                for taken in members {
+                    taken.note = plain(&taken.note);
+                }
+            }
+            Message::Group(told)
         }
         other => other,
     }
@@ -174,8 +194,12 @@ pub(super) fn plain_answer(answer: Message) -> Message {
 
 #[cfg(test)]
 mod tests {
+    use farhaven_storage_sync::unit::GuestId;
+
     use super::*;
-    use crate::replicate::message::Refusal;
+    use crate::guest::qemu::check::Finding;
+    use crate::guest::qemu::peer::PeerFacts;
+    use crate::replicate::message::{ActivationTimes, Refusal, Taken};
 
     #[test]
     fn what_a_peer_says_cannot_write_on_a_terminal() {
@@ -188,5 +212,36 @@ mod tests {
         };
         assert!(why.starts_with("full [2J  xxx"), "{}", &why[..20]);
         assert_eq!(why.chars().count(), LONGEST_TEXT);
+    }
+
+    #[test]
+    fn nor_can_what_it_tells_of_its_host_and_of_guests_that_it_took() {
+        let bad = || "a\x1b[2J\n".to_owned();
+        let mut facts = PeerFacts {
+            machines: vec![bad()],
+            cpus: vec![bad()],
+            ram_directory: (bad(), 1),
+            store_directory: (bad(), 1),
+            ..PeerFacts::default()
+        };
+        facts.findings.push(Finding::blocks(&bad(), bad(), bad()));
+        let Message::FactsKnown { facts } = plain_answer(Message::FactsKnown { facts }) else {
+            panic!("another message");
+        };
+        let told = format!("{facts:?}");
+        assert!(!told.contains("\\u{1b}") && !told.contains("\\n"), "{told}");
+        let taken = Taken {
+            guest: GuestId([7; 16]),
+            runs: false,
+            times: ActivationTimes::default(),
+            note: bad(),
+        };
+        let members = vec![taken];
+        let told = Message::Group(Box::new(GroupMessage::TakenOver { members }));
+        let told = format!("{:?}", plain_answer(told));
+        assert!(
+            told.contains("a [2J ") && !told.contains("\\u{1b}"),
+            "{told}"
+        );
     }
 }

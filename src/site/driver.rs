@@ -13,6 +13,7 @@ use std::time::{Duration, Instant, SystemTime};
 use farhaven_policies::decide::{self, Measured};
 use farhaven_policies::files::Mode;
 use farhaven_storage_sync::unit::Digest;
+use farhaven_wan::SiteKey;
 use farhaven_wan::pace::Flow;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -102,6 +103,8 @@ pub(super) struct Driver {
 /// How others reach a driver.
 #[derive(Clone)]
 pub(super) struct DriverHandle {
+    /// The site that its guest is protected to.
+    pub(super) to: SiteKey,
     pub(super) commands: mpsc::Sender<Command>,
     pub(super) view: watch::Receiver<SourceView>,
     pub(super) totals: Arc<Totals>,
@@ -139,6 +142,7 @@ impl Driver {
         let flow = site.limits.join(record.id, &record.name, remote.peer.key());
         site.limits.owe(&protection);
         let totals = Arc::new(Totals::default());
+        let to = remote.record.key;
         let driver = Driver {
             site,
             record,
@@ -163,6 +167,7 @@ impl Driver {
         };
         tokio::spawn(driver.run());
         DriverHandle {
+            to,
             commands: commands_tx,
             view: watched,
             totals,

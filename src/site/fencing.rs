@@ -58,51 +58,6 @@ pub(super) enum NotObeyed {
 }
 
 impl Site {
-    /// The terms of all groups shared with a peer.
-    pub(super) fn terms_with(&self, peer: &str) -> Vec<Term> {
-        let remote = self.remote(peer);
-        self.fence
-            .all()
-            .into_iter()
-            .filter(|term| remote.as_ref().is_some_and(|r| self.shares(r, term.group)))
-            .collect()
-    }
-
-    /// Does this group concern that peer?
-    pub(super) fn shares(&self, remote: &Remote, group: GuestId) -> bool {
-        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(standby) = standbys.get(&group) {
-            return standby.from() == remote.record.site;
-        }
-        drop(standbys);
-        let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        drivers
-            .get(&group)
-            .is_some_and(|d| d.view.borrow().peer.as_ref() == Some(&remote.record.site))
-    }
-
-    /// Why a peer may not send this guest here, whatever term it offers. `None`:
-    /// nobody else has it here, or the peer owns it by a term that is known.
-    pub(super) fn not_theirs(&self, remote: &Remote, guest: GuestId) -> Option<String> {
-        if self.fence.current(guest).map(|term| term.owner) == Some(remote.record.key) {
-            return None;
-        }
-        let other = {
-            let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
-            standbys.get(&guest).map(|standby| standby.from())
-        };
-        match other {
-            Some(other) if other == remote.record.site => None,
-            Some(other) => Some(format!("this guest is protected to here from '{other}'")),
-            // After a failover there, its term is heard before it is sent back.
-            None if self.was_shared(guest) => Some(
-                "this guest is one of that site's own, and no term known there says otherwise"
-                    .to_owned(),
-            ),
-            None => None,
-        }
-    }
-
     /// Tells every connected peer the terms in force.
     pub(super) fn tell_terms(self: &Arc<Self>) {
         let remotes: Vec<_> = self

@@ -216,6 +216,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
     let protection = Protection {
         guest,
         to: "west".to_owned(),
+        key: Some(key),
         policy: Policy::default(),
         schedule: "all for 2h, newest 7".parse().ok(),
         group: Some("bank".to_owned()),
@@ -230,8 +231,12 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         stopped_by: None,
         committed: false,
     };
-    let group =
-        json!({"id": guest, "name": "bank", "peer": "west", "members": {"db": {"guest": guest}}});
+    let group = json!({"id": guest, "name": "bank", "peer": "west", "key": key, "members": {"db": {"guest": guest}}});
+    // Before rows had the keys of their sites.
+    let of_before = [group.clone(), json!(protection)].map(|mut row| {
+        row.as_object_mut().map(|fields| fields.remove("key"));
+        row
+    });
     let peer = json!({"site": "west", "key": key, "addresses": ["dr:1"], "dial": true});
     let point = json!({"cut_at": 1, "pause": {"secs": 0, "nanos": 7}, "ram_scan": {"secs": 0, "nanos": 1}, "ram_scanned_bytes": 3});
     let mut seeds = numbered(vec![
@@ -241,7 +246,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         json!(protection),
         point,
         json!({"guest": guest, "point": 4, "term": term, "running": true, "hydrated": false, "times": {}, "at": 5}),
-        json!({"from": "west", "opening": {"guest": guest, "name": "web", "definition": record.definition, "term": term}}),
+        json!({"from": "west", "key": key, "opening": {"guest": guest, "name": "web", "definition": record.definition, "term": term}}),
         json!({"record": record, "term": 4, "moved": true}),
         json!({"id": 1, "order": {"to": "west"}, "state": "running"}),
         json!({"number": 1, "at": "2026-11-28T18:00:00Z", "kind": "alert_raised", "subject": "web", "what": "x"}),
@@ -258,6 +263,7 @@ pub(crate) fn row_seeds() -> Vec<Vec<u8>> {
         ]
         .concat(),
     );
+    seeds.extend(later(2, of_before.to_vec()));
     let number = term_of(guest, key);
     seeds.extend(later(
         15,
@@ -303,6 +309,8 @@ mod tests {
         read::<Protection>(&rows, 3);
         read::<PointRecord>(&rows, 4);
         let last = rows.len() - 3;
+        read::<GroupRecord>(&rows, last - 2);
+        read::<Protection>(&rows, last - 1);
         read::<runs::facts::RunFacts>(&rows, last);
         read::<groups::handed::HandOver>(&rows, last + 1);
         read::<limits::Set>(&rows, last + 2);

@@ -12,11 +12,12 @@ use std::sync::PoisonError;
 use farhaven_policies::files::{Member, NamedPolicy, start_order};
 use farhaven_storage_sync::catalogue::{CatalogueError, Table};
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::{PeerRecord, SiteKey};
 use serde::{Deserialize, Serialize};
 
 use super::Site;
 use super::operate::{OperateError, failed};
-use super::records::{GuestRecord, StandbyRecord};
+use super::records::{GuestRecord, StandbyRecord, is_meant};
 
 pub use self::all::{GroupDone, MemberDone};
 pub use self::cuts::PointGroup;
@@ -65,6 +66,11 @@ pub struct GroupRecord {
     pub from: Option<String>,
     /// The site that it is protected to.
     pub peer: String,
+    /// The other site of the two, whatever it is called: the one that defined it, or
+    /// where it is this site's own the one that it is protected to. Never told, nor
+    /// believed; records of before have none until the site starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<SiteKey>,
     /// The name of its policy.
     #[serde(default)]
     pub policy: String,
@@ -120,6 +126,25 @@ impl GroupRecord {
                     .collect()
             })
             .collect()
+    }
+
+    /// Did this peer define it?
+    pub fn is_of(&self, peer: &PeerRecord) -> bool {
+        let from = self.from.as_deref();
+        from.is_some_and(|from| is_meant(self.key, from, peer))
+    }
+
+    /// Is it this site's own, and protected to this peer?
+    pub fn goes_to(&self, peer: &PeerRecord) -> bool {
+        self.from.is_none() && is_meant(self.key, &self.peer, peer)
+    }
+
+    /// As a peer is told of it.
+    pub fn told(&self) -> Self {
+        Self {
+            key: None,
+            ..self.clone()
+        }
     }
 
     /// Is this guest in it?

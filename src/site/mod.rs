@@ -19,6 +19,7 @@ pub mod hosted;
 pub mod images;
 pub mod kept;
 pub mod metrics;
+pub mod peers;
 pub mod records;
 pub mod remote;
 pub mod retention;
@@ -51,6 +52,7 @@ mod quiesce;
 mod rebuild;
 mod rounds;
 mod sealed;
+mod sound;
 mod standby;
 mod start;
 mod status;
@@ -79,11 +81,11 @@ use crate::activate::machine::Builders;
 use crate::activate::nbd::NbdServer;
 use crate::guest::embedded::SharedVmm;
 use crate::replicate::message::PointContext;
-use driver::{Driver, DriverHandle};
+use driver::DriverHandle;
 pub use error::SiteError;
 use events::EventKind;
 pub use promote::ActivateError;
-use records::{Activation, GuestRecord, PointRecord, Protection, StandbyRecord};
+use records::{Activation, PointRecord, Protection, StandbyRecord};
 use remote::Remote;
 use sealed::SealedTimes;
 use seed::announced::Announced;
@@ -256,6 +258,7 @@ impl Site {
             site.rebuild_standbys(&remote)?;
             remotes.push(remote);
         }
+        site.learn_keys()?;
         for (_, record) in site.catalogue.list::<StandbyRecord>(Table::Remote)? {
             site.restore_standby(record).await;
         }
@@ -378,30 +381,6 @@ impl Site {
             protection,
         )?;
         self.catalogue.flush()
-    }
-
-    /// Starts the driver of a protected guest.
-    fn drive(self: &Arc<Self>, protection: Protection) -> Result<(), String> {
-        let guest = protection.guest;
-        let record: GuestRecord = self
-            .catalogue
-            .find(Table::Guests, &guest.to_string())
-            .map_err(|e| e.to_string())?
-            .ok_or_else(|| {
-                format!("protected guest {guest} is not in the catalogue; add it again")
-            })?;
-        let remote = self.remote(&protection.to).ok_or_else(|| {
-            format!(
-                "guest '{}' is protected to '{}', which is not paired any more",
-                record.name, protection.to
-            )
-        })?;
-        let handle = Driver::start(self.clone(), record, protection, remote);
-        self.drivers
-            .write()
-            .unwrap_or_else(PoisonError::into_inner)
-            .insert(guest, handle);
-        Ok(())
     }
 
     fn activation(&self, guest: GuestId) -> Result<Option<Activation>, CatalogueError> {

@@ -72,6 +72,7 @@ impl Site {
                 invitation.site()
             )));
         }
+        self.may_be_called(invitation.site(), &invitation.key())?;
         let record = self
             .node
             .accept_invitation(invitation, &self.introduction()?)
@@ -115,6 +116,14 @@ impl Site {
                 record.site
             )));
         }
+        if same_key.is_none() {
+            if let Err(taken) = self.may_be_called(&record.site, &record.key) {
+                self.node.revoke(record.key);
+                return Err(taken);
+            }
+            // What was found in the store of another site of that name is none of its.
+            self.scrubs.forget(&record.site);
+        }
         self.catalogue
             .put(Table::Peers, &record.site, &record)
             .map_err(failed)?;
@@ -138,10 +147,8 @@ impl Site {
     pub fn remove_peer(&self, name: &str) -> Result<(), OperateError> {
         let remote = self.remote(name).ok_or_else(|| self.no_peer(name))?;
         let drivers = self.drivers.read().unwrap_or_else(PoisonError::into_inner);
-        if let Some(driver) = drivers
-            .values()
-            .find(|d| d.view.borrow().peer.as_deref() == Some(name))
-        {
+        let mut all = drivers.values();
+        if let Some(driver) = all.find(|driver| driver.to == remote.record.key) {
             let guest = driver.view.borrow().name.clone();
             return Err(OperateError::Conflict(format!(
                 "'{guest}' is protected to '{name}'; run first: farhaven unprotect {guest}"

@@ -209,7 +209,7 @@ impl Site {
         seeded: bool,
     ) -> Result<(), OperateError> {
         let record = self.guest(name)?;
-        self.remote(to).ok_or_else(|| self.no_peer(to))?;
+        let remote = self.remote(to).ok_or_else(|| self.no_peer(to))?;
         let elsewhere = self.fence.may_run(record.id, self.key());
         if let Err(error) = elsewhere {
             return Err(OperateError::Conflict(error.to_string()));
@@ -241,6 +241,7 @@ impl Site {
         self.start_protection(Protection {
             guest: record.id,
             to: to.to_owned(),
+            key: Some(remote.record.key),
             policy: owed.policy,
             schedule: owed.schedule,
             group: owed.group,
@@ -307,6 +308,14 @@ impl Site {
     pub async fn unprotect(&self, name: &str, discard: bool) -> Result<(), OperateError> {
         let record = self.guest(name)?;
         self.in_no_file(&record)?;
+        if self.unprotect_left(&record)? {
+            return match discard {
+                false => Ok(()),
+                true => Err(OperateError::Failed(format!(
+                    "protection of '{name}' has ended, but its points are still at a site that is paired no more"
+                ))),
+            };
+        }
         let view = self.source_view(&record);
         if view.phase == Phase::Held {
             return Err(OperateError::Conflict(format!(

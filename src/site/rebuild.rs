@@ -15,7 +15,7 @@ use farhaven_wan::{PeerRecord, SiteKey};
 
 use super::records::{Activation, StandbyRecord};
 use super::remote::Remote;
-use super::{Site, checked, files, hex};
+use super::{Site, checked, files, hex, sound};
 use crate::activate::fence::Term;
 use crate::replicate::message::{CommitTerms, Opening, PointContext};
 
@@ -98,7 +98,7 @@ impl Site {
                 .map_err(|e| e.to_string());
             let context = replica.and_then(|replica| PointContext::of(&replica));
             let context = match context {
-                Ok(context) => context,
+                Ok(context) => sound::renamed(context, guest, &remote.record.site),
                 Err(why) => {
                     tracing::error!(%guest, point = newest.point, why, "the catalogue had lost this guest, and its newest point does not tell of it");
                     continue;
@@ -129,6 +129,7 @@ impl Site {
             };
             let record = StandbyRecord {
                 from: remote.record.site.clone(),
+                key: Some(remote.record.key),
                 opening,
                 base: if context.base { newest.point } else { 0 },
                 turned: false,

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use farhaven_policies::keep::Schedule;
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::{PeerRecord, SiteKey};
 use serde::{Deserialize, Serialize};
 
 use crate::activate::fence::Term;
@@ -66,8 +67,12 @@ pub struct GroupShare {
 pub struct Protection {
     /// Who.
     pub guest: GuestId,
-    /// The peer's name.
+    /// The peer's name, for people.
     pub to: String,
+    /// The peer: a site of that name with another key is another. Records of before
+    /// have none until the site starts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<SiteKey>,
     /// What it is owed.
     pub policy: farhaven_policies::policy::Policy,
     /// Which points are kept, where that is said by a schedule.
@@ -110,7 +115,17 @@ pub struct Protection {
     pub committed: bool,
 }
 
+/// Does a record mean this peer? By its key; one of before, that has none, by its name.
+pub(super) fn is_meant(key: Option<SiteKey>, name: &str, peer: &PeerRecord) -> bool {
+    key.map_or_else(|| name == peer.site, |key| key == peer.key)
+}
+
 impl Protection {
+    /// Does it go to this peer?
+    pub fn goes_to(&self, peer: &PeerRecord) -> bool {
+        is_meant(self.key, &self.to, peer)
+    }
+
     /// What it is owed.
     pub fn owed(&self) -> Owed {
         Owed {
@@ -125,8 +140,11 @@ impl Protection {
 /// A guest that a peer sends here.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct StandbyRecord {
-    /// The peer's name.
+    /// The peer's name, for people.
     pub from: String,
+    /// The peer: a site of that name with another key is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<SiteKey>,
     /// What the peer told of it.
     pub opening: Opening,
     /// The point made of what was here when it turned round; 0 for none.
@@ -136,6 +154,14 @@ pub struct StandbyRecord {
     /// points stay until their time is over.
     #[serde(default)]
     pub turned: bool,
+}
+
+impl StandbyRecord {
+    /// The peer. Records of before tell it by the term that it opened the guest under,
+    /// which had to be its own.
+    pub fn source(&self) -> SiteKey {
+        self.key.unwrap_or(self.opening.term.owner)
+    }
 }
 
 /// A copy of a guest that ran here, stopped for good, after the guest turned round.
@@ -229,5 +255,102 @@ impl Activation {
     pub(super) fn process(&self) -> String {
         self.pid
             .map_or_else(String::new, |pid| format!(" (process {pid})"))
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    fn peer(site: &str, key: u8) -> PeerRecord {
+        PeerRecord {
+            site: site.to_owned(),
+            key: SiteKey::from_bytes([key; 32]),
+            addresses: Vec::new(),
+            dial: false,
+        }
+    }
+
+    fn without_key(record: &impl Serialize) -> Value {
+        let mut row = json!(record);
+        let had = row.as_object_mut().unwrap().remove("key");
+        assert!(had.is_some(), "{row}");
+        row
+    }
+
+    #[test]
+    fn a_site_of_the_same_name_with_another_key_is_not_meant() {
+        let (west, other) = (peer("west", 1), peer("west", 2));
+        let protection = Protection {
+            guest: GuestId([7; 16]),
+            to: "west".to_owned(),
+            key: Some(west.key),
+            policy: Default::default(),
+            schedule: None,
+            group: None,
+            share: None,
+            paused: false,
+            seeded: false,
+            moving: None,
+            held: None,
+            shut_down: false,
+            moved: None,
+            stopped: false,
+            stopped_by: None,
+            committed: false,
+        };
+        assert!(protection.goes_to(&west) && !protection.goes_to(&other));
+        assert!(protection.goes_to(&peer("munich", 1)), "whatever its name");
+        // As a version of before wrote it down.
+        let before: Protection = serde_json::from_value(without_key(&protection)).unwrap();
+        assert_eq!(before.key, None);
+        assert!(before.goes_to(&west) && !before.goes_to(&peer("munich", 1)));
+
+        let row = json!({"id": GuestId([7; 16]), "name": "bank", "from": "west", "peer": "east", "members": {}});
+        let before: super::super::groups::GroupRecord = serde_json::from_value(row).unwrap();
+        assert!(before.is_of(&west) && !before.goes_to(&peer("east", 3)));
+        let known = super::super::groups::GroupRecord {
+            key: Some(west.key),
+            ..before
+        };
+        assert!(known.is_of(&west) && !known.is_of(&other));
+        assert_eq!(known.told().key, None);
+    }
+
+    #[test]
+    fn a_guest_of_before_is_of_the_site_that_it_was_opened_by() {
+        let (east, other) = (peer("east", 1), peer("east", 2));
+        let guest = GuestId([7; 16]);
+        let record = StandbyRecord {
+            from: "east".to_owned(),
+            key: Some(east.key),
+            opening: Opening {
+                guest,
+                name: "web".to_owned(),
+                source: "east".to_owned(),
+                definition: crate::guest::qemu::definition::Definition::sample().into(),
+                volumes: Vec::new(),
+                term: Term {
+                    group: guest,
+                    number: 3,
+                    owner: east.key,
+                },
+                warm: false,
+                retention: Default::default(),
+                rpo_ms: None,
+                schedule: None,
+                commit: Default::default(),
+            },
+            base: 0,
+            turned: false,
+        };
+        let before: StandbyRecord = serde_json::from_value(without_key(&record)).unwrap();
+        assert_eq!((before.key, before.source()), (None, east.key));
+        assert_ne!(before.source(), other.key);
+        let again: StandbyRecord = serde_json::from_value(json!(record)).unwrap();
+        assert_eq!(again.key, Some(east.key));
     }
 }

@@ -287,7 +287,7 @@ impl Remote {
 
     /// Tells the peer the terms of all that the two sites share.
     pub(super) async fn tell_terms(&self, site: &Site) {
-        let terms = site.terms_with(&self.record.site);
+        let terms = site.terms_with(self);
         self.tell(Message::Terms { terms }).await;
     }
 

@@ -12,6 +12,7 @@ use farhaven_policies::retain::{self, Point, Reason, Verdict};
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::prune::{Keep, PruneReport};
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::SiteKey;
 use serde::{Deserialize, Serialize};
 
 use super::events::EventKind;
@@ -161,15 +162,16 @@ pub(super) async fn prune(site: Weak<Site>) {
         drop(strong);
         tokio::time::sleep(pause).await;
         let Some(site) = site.upgrade() else { return };
-        let mut by_peer: BTreeMap<String, Vec<Arc<Standby>>> = BTreeMap::new();
+        let mut by_peer: BTreeMap<SiteKey, Vec<Arc<Standby>>> = BTreeMap::new();
         for standby in site.all_standbys() {
-            by_peer.entry(standby.from()).or_default().push(standby);
+            let peer = standby.remote().record.key;
+            by_peer.entry(peer).or_default().push(standby);
         }
         for (peer, standbys) in by_peer {
-            if let Some(remote) = site.remote(&peer)
+            if let Some(remote) = site.remote_of_key(&peer)
                 && let Err(error) = prune_store(&site, &remote, &standbys).await
             {
-                tracing::warn!(peer, error, "old points were not pruned");
+                tracing::warn!(peer = %remote.record.site, error, "old points were not pruned");
             }
         }
     }

@@ -134,6 +134,12 @@ impl Scrubs {
         known.get(peer)?.judged.why(guest, point).map(str::to_owned)
     }
 
+    /// The site of this name is another one from now on.
+    pub(super) fn forget(&self, peer: &str) {
+        self.known().remove(peer);
+        self.at_opening().remove(peer);
+    }
+
     /// Opening a store found points that are lost, or bytes that are no batches:
     /// a scrub is due.
     pub(super) fn opened(&self, peer: &str, report: &OpenReport) {

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use farhaven_storage_sync::PointHeader;
 use farhaven_storage_sync::replica::Replica;
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::SiteKey;
 use tokio::sync::watch;
 
 use super::drill::{Drill, TestSeen};
@@ -132,9 +133,14 @@ impl Standby {
         self.attempt.subscribe()
     }
 
-    /// The peer that sends it.
+    /// The peer that sends it, by its name.
     pub(super) fn from(&self) -> String {
         self.remote.record.site.clone()
+    }
+
+    /// Does this peer send it?
+    pub(super) fn is_from(&self, peer: &SiteKey) -> bool {
+        self.remote.record.key == *peer
     }
 
     pub(super) fn remote(&self) -> &Arc<Remote> {
@@ -439,6 +445,7 @@ impl Standby {
     pub(super) fn record(&self) -> StandbyRecord {
         StandbyRecord {
             from: self.from(),
+            key: Some(self.remote.record.key),
             opening: self.opening(),
             base: self.base(),
             turned: self.is_turned(),

@@ -31,7 +31,7 @@ impl Site {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
         standbys
             .get(&guest)
-            .filter(|s| s.from() == remote.record.site)
+            .filter(|s| s.is_from(&remote.record.key))
             .cloned()
     }
 
@@ -62,7 +62,7 @@ impl Site {
             ));
         }
         let standby = match standbys.get(&guest) {
-            Some(standby) if standby.from() == remote.record.site => {
+            Some(standby) if standby.is_from(&remote.record.key) => {
                 standby.update(opening);
                 standby.turn(false, standby.base());
                 standby.clone()
@@ -74,8 +74,8 @@ impl Site {
                 ));
             }
             None => {
-                let from = &remote.record.site;
-                let of_peer = standbys.values().filter(|s| s.from() == *from).count();
+                let key = &remote.record.key;
+                let of_peer = standbys.values().filter(|s| s.is_from(key)).count();
                 if of_peer >= MOST_GUESTS {
                     return Err(format!(
                         "that site keeps {MOST_GUESTS} guests of this one already; end some: farhaven unprotect NAME --discard"
@@ -94,10 +94,12 @@ impl Site {
 
     /// At start: a peer's guest from the catalogue, and its machine if it runs here.
     pub(super) async fn restore_standby(self: &Arc<Self>, record: StandbyRecord) {
-        let Some(remote) = self.remote(&record.from) else {
+        let Some(remote) = self.remote_of_key(&record.source()) else {
+            tracing::warn!(guest = record.opening.name, from = record.from, key = %record.source(), "this guest's site is paired no more: it is left as it is");
             return;
         };
         let guest = record.opening.guest;
+        let as_kept = record.key.is_some() && record.from == remote.record.site;
         let standby = Arc::new(Standby::new(self, remote, record.opening));
         let turned = record.turned || self.has_turned(guest);
         standby.turn(turned, record.base);
@@ -105,6 +107,9 @@ impl Site {
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .insert(guest, standby.clone());
+        if !as_kept && let Err(error) = self.keep_standby(&standby) {
+            tracing::error!(guest = %standby.name(), %error, "the catalogue cannot be written");
+        }
         standby.clear_left_test().await;
         if turned {
             self.finish_turning(&standby);

@@ -4,6 +4,7 @@
 
 mod batches;
 mod hostile;
+mod names;
 mod target;
 
 use farhaven::activate::fence::Term;

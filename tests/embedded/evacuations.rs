@@ -89,6 +89,7 @@ async fn everything_goes_in_order_and_is_reported_against_the_plan() {
         name: "shop".to_owned(),
         from: None,
         peer: "west".to_owned(),
+        key: None,
         policy: String::new(),
         owed: NamedPolicy::default(),
         members: BTreeMap::from([

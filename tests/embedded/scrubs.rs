@@ -45,13 +45,16 @@ fn first_segment_in(root: &Path) -> PathBuf {
 
 /// Bytes before the body of a batch.
 const BATCH_HEADER: usize = 120;
+/// Bytes of a segment before the first mark, and of a mark, which is before each batch.
+const FRONT: usize = 240;
+const MARK: usize = 16;
 
 /// The whole batches of a segment, one of which may be on its way into it: where each
 /// ends, of which guest and point it is.
 fn batches(path: &Path) -> Vec<(u64, GuestId, u64)> {
     let bytes = std::fs::read(path).unwrap();
     let number = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap());
-    let (mut at, mut found) = (0, Vec::new());
+    let (mut at, mut found) = (FRONT + MARK, Vec::new());
     while bytes.len() >= at + BATCH_HEADER && bytes[at..at + 4] == *b"FHbt" {
         let guest = GuestId(bytes[at + 16..at + 32].try_into().unwrap());
         let point = u64::from_le_bytes(bytes[at + 32..at + 40].try_into().unwrap());
@@ -60,6 +63,7 @@ fn batches(path: &Path) -> Vec<(u64, GuestId, u64)> {
             break;
         }
         found.push((at as u64, guest, point));
+        at += MARK;
     }
     found
 }
@@ -68,11 +72,11 @@ fn batches(path: &Path) -> Vec<(u64, GuestId, u64)> {
 /// as one that is spared may be all that a point needs.
 fn rot(path: &Path) {
     let mut bytes = std::fs::read(path).unwrap();
-    let mut begin = 0;
+    let mut begin = FRONT + MARK;
     for (end, ..) in batches(path) {
         let body = &mut bytes[begin + BATCH_HEADER..end as usize];
         body.iter_mut().step_by(8).for_each(|byte| *byte ^= 1);
-        begin = end as usize;
+        begin = end as usize + MARK;
     }
     let mut file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
     file.write_all(&bytes).unwrap();

@@ -34,6 +34,7 @@ const RIGHTS: &[(&str, &str, Right)] = &[
     ("GET", "/v1/peers", Right::View),
     ("POST", "/v1/peers", Right::Administer),
     ("DELETE", "/v1/peers/{name}", Right::Administer),
+    ("POST", "/v1/peers/{name}/forget", Right::Administer),
     ("GET", "/v1/guests", Right::View),
     // The daemon opens the path of a QMP socket that the request names.
     ("POST", "/v1/guests", Right::Administer),

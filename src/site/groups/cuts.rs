@@ -270,6 +270,7 @@ mod tests {
             name: "bank".to_owned(),
             from: None,
             peer: "west".to_owned(),
+            key: None,
             policy: String::new(),
             owed: Default::default(),
             members: guests.iter().map(|g| (g.to_string(), member(g))).collect(),

@@ -15,6 +15,7 @@ use farhaven_policies::alert::{Finding, Kind, Severity};
 use farhaven_policies::files::{Group, NamedPolicy, PolicyFiles, Quiesce};
 use farhaven_policies::load::{Loaded, files_of};
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::SiteKey;
 use tokio::sync::Notify;
 
 use super::cuts::Cuts;
@@ -62,7 +63,7 @@ struct State {
     /// Protections that could not begin: when that was, and why.
     refused: BTreeMap<GuestId, (Instant, String)>,
     /// What peers were told last, while they are connected.
-    told: BTreeMap<String, Vec<GroupRecord>>,
+    told: BTreeMap<SiteKey, Vec<GroupRecord>>,
 }
 
 impl InForce {
@@ -85,15 +86,15 @@ impl InForce {
         self.state().waiting.get(group).cloned().unwrap_or_default()
     }
 
-    pub(super) fn told(&self, peer: &str) -> Option<Vec<GroupRecord>> {
+    pub(super) fn told(&self, peer: &SiteKey) -> Option<Vec<GroupRecord>> {
         self.state().told.get(peer).cloned()
     }
 
-    pub(super) fn set_told(&self, peer: &str, groups: Option<Vec<GroupRecord>>) {
+    pub(super) fn set_told(&self, peer: SiteKey, groups: Option<Vec<GroupRecord>>) {
         let mut state = self.state();
         match groups {
-            Some(groups) => state.told.insert(peer.to_owned(), groups),
-            None => state.told.remove(peer),
+            Some(groups) => state.told.insert(peer, groups),
+            None => state.told.remove(&peer),
         };
     }
 
@@ -294,9 +295,9 @@ impl Site {
                 "it is called like guest '{name}', which is not in it; give the group another name"
             ));
         }
-        if self.remote(&group.peer).is_none() {
+        let Some(remote) = self.remote(&group.peer) else {
             return Err(self.no_peer(&group.peer).to_string());
-        }
+        };
         let members: BTreeMap<String, GroupMember> = group
             .guests
             .iter()
@@ -324,6 +325,7 @@ impl Site {
             name: name.to_owned(),
             from: None,
             peer: group.peer.clone(),
+            key: Some(remote.record.key),
             policy: group.policy.clone(),
             owed,
             members,

@@ -112,10 +112,9 @@ impl Site {
                 "that is no hand-over of a group to this site",
             );
         }
-        let from = Some(remote.record.site.clone());
-        let known = self.groups().into_iter();
-        let known = known.filter(|known| known.from == from);
-        let Some(known) = known.into_iter().find(|known| known.id == group) else {
+        let mut known = self.groups().into_iter();
+        let its = |known: &GroupRecord| known.id == group && known.is_of(&remote.record);
+        let Some(known) = known.find(its) else {
             return refused(
                 Refusal::Unable,
                 "this site does not know that group; it is told within seconds, try again",

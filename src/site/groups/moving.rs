@@ -119,10 +119,10 @@ impl Site {
     ) -> Result<GroupMove, OperateError> {
         let group = self.group(name)?;
         let members = self.may_move(&group)?;
-        let remote = self.remote(&group.peer);
+        let remote = self.remote_meant(group.key, &group.peer);
         let remote = remote.ok_or_else(|| self.no_peer(&group.peer))?;
         // Told within seconds anyway; it must know the order in which they start now.
-        let known = GroupMessage::Known(group.clone());
+        let known = GroupMessage::Known(group.told());
         let told = remote.ask(Message::Group(Box::new(known))).await;
         told.map_err(|error| {
             failed(format!(

@@ -4,23 +4,19 @@
 use std::path::PathBuf;
 use std::sync::{Arc, PoisonError};
 
-use farhaven_policies::files::is_bridge_name;
 use farhaven_storage_sync::catalogue::CatalogueError;
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::{PeerRecord, SiteKey};
 
-use super::{GroupRecord, MAX_MEMBERS};
+use super::GroupRecord;
 use crate::replicate::message::{GroupMessage, Message, Opening, Refusal};
 use crate::site::answer::{not_theirs, refused, unknown_guest};
 use crate::site::operate::OperateError;
-use crate::site::protect::is_guest_name;
 use crate::site::remote::{AskError, Remote};
-use crate::site::{Site, hex, rebuild};
+use crate::site::{Site, hex, rebuild, sound};
 
 /// Most groups that one peer may have here.
 const MOST_GROUPS: usize = 4096;
-
-/// Most health checks, networks or guests to wait for of one member.
-const MOST_TERMS: usize = 256;
 
 impl Site {
     /// Tells every peer that is connected what it does not know yet.
@@ -36,17 +32,19 @@ impl Site {
         };
         for remote in remotes {
             let peer = &remote.record.site;
+            let key = remote.record.key;
             if !remote.connected() {
-                self.policies.set_told(peer, None);
+                self.policies.set_told(key, None);
                 continue;
             }
-            let theirs: Vec<_> = own.iter().filter(|g| g.peer == *peer).cloned().collect();
-            let before = self.policies.told(peer);
+            let theirs = own.iter().filter(|group| group.goes_to(&remote.record));
+            let theirs: Vec<_> = theirs.map(GroupRecord::told).collect();
+            let before = self.policies.told(&key);
             if before.as_ref() == Some(&theirs) {
                 continue;
             }
             match tell(&remote, before.unwrap_or_default(), &theirs).await {
-                Ok(()) => self.policies.set_told(peer, Some(theirs)),
+                Ok(()) => self.policies.set_told(key, Some(theirs)),
                 Err(AskError::Refused {
                     code: Refusal::Unknown,
                     ..
@@ -57,7 +55,7 @@ impl Site {
                             "this peer's version of Farhaven knows no groups: there, guests are run one by one"
                         );
                     }
-                    self.policies.set_told(peer, Some(theirs));
+                    self.policies.set_told(key, Some(theirs));
                 }
                 Err(error) => tracing::warn!(peer, %error, "groups could not be told yet"),
             }
@@ -109,18 +107,26 @@ impl Site {
     }
 
     fn hear_group(&self, remote: &Remote, group: GroupRecord) -> Result<(), OperateError> {
-        if let Some(why) = unsound(&group) {
+        if let Some(why) = sound::unsound_group(&group) {
             return Err(OperateError::Conflict(why.to_owned()));
         }
-        let peer = &remote.record.site;
+        let PeerRecord {
+            site: peer, key, ..
+        } = &remote.record;
         let group = GroupRecord {
             from: Some(peer.clone()),
+            key: Some(*key),
             ..group
         };
+        if self.has_guest_of_another(&group, key) {
+            return Err(OperateError::Conflict(
+                "a guest of the group is sent there by another site".to_owned(),
+            ));
+        }
         let known = self.groups();
         let same = known.iter().find(|other| other.id == group.id);
-        if let Some(other) = same.filter(|other| other.from != group.from)
-            && !self.group_turned_to(other, peer)
+        if let Some(other) = same.filter(|other| !other.is_of(&remote.record))
+            && !self.group_turned_to(other, key)
         {
             return Err(OperateError::Conflict(
                 "another site has a group of that id".to_owned(),
@@ -129,7 +135,7 @@ impl Site {
         if same == Some(&group) {
             return Ok(());
         }
-        let of_peer = known.iter().filter(|other| other.from == group.from);
+        let of_peer = known.iter().filter(|other| other.is_of(&remote.record));
         if same.is_none() && of_peer.count() >= MOST_GROUPS {
             return Err(OperateError::Conflict(format!(
                 "more than {MOST_GROUPS} groups of one site are not taken"
@@ -138,7 +144,7 @@ impl Site {
         // A guest that the peer has put into this group has left the other.
         for other in known
             .iter()
-            .filter(|o| o.id != group.id && o.from == group.from)
+            .filter(|o| o.id != group.id && o.is_of(&remote.record))
         {
             let mut left = other.clone();
             left.members.retain(|_, m| !group.has(m.guest));
@@ -159,12 +165,22 @@ impl Site {
         Ok(())
     }
 
+    /// Is a guest of it kept here for another site?
+    fn has_guest_of_another(&self, group: &GroupRecord, peer: &SiteKey) -> bool {
+        let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = group.members.values().map(|m| standbys.get(&m.guest));
+        kept.any(|standby| standby.is_some_and(|s| !s.is_from(peer) && !s.is_turned()))
+    }
+
     fn hear_all(&self, remote: &Remote, ids: &[GuestId]) -> Result<(), OperateError> {
-        let from = Some(remote.record.site.as_str());
         let mut gone = self.groups();
-        gone.retain(|group| group.from.as_deref() == from && !ids.contains(&group.id));
+        gone.retain(|group| group.is_of(&remote.record) && !ids.contains(&group.id));
         for group in &gone {
-            tracing::info!(peer = from, group = group.name, "a peer's group is no more");
+            tracing::info!(
+                peer = remote.record.site,
+                group = group.name,
+                "a peer's group is no more"
+            );
             self.forget_group(group.id)?;
         }
         if !gone.is_empty() {
@@ -181,24 +197,29 @@ impl Site {
     /// Notes a peer's groups beside its store.
     pub(super) fn note_groups(&self, remote: &Remote) {
         let mut groups = self.groups();
-        groups.retain(|group| group.from.as_ref() == Some(&remote.record.site));
+        groups.retain(|group| group.is_of(&remote.record));
         rebuild::keep(&self.groups_note(remote), &groups);
     }
 
     /// Groups of a peer that only their note knows of; they are put into the catalogue.
     pub(in crate::site) fn rebuild_groups(&self, remote: &Remote) -> Result<(), CatalogueError> {
-        let from = Some(remote.record.site.clone());
-        if self.groups().iter().any(|group| group.from == from) {
+        let peer = &remote.record;
+        if self.groups().iter().any(|group| group.is_of(peer)) {
             return Ok(());
         }
         let noted = rebuild::note::<Vec<GroupRecord>>(&self.groups_note(remote));
         for group in noted.into_iter().flatten().take(MOST_GROUPS) {
-            if group.from != from || unsound(&group).is_some() {
+            if !group.is_of(peer) || sound::unsound_group(&group).is_some() {
                 continue;
             }
+            let group = GroupRecord {
+                from: Some(peer.site.clone()),
+                key: Some(peer.key),
+                ..group
+            };
             tracing::warn!(
                 group = group.name,
-                peer = from,
+                peer = peer.site,
                 "the catalogue had lost this group; found beside its store"
             );
             if let Err(error) = self.put_group(&group) {
@@ -222,90 +243,4 @@ async fn tell(
         ask(GroupMessage::Known(group.clone())).await?;
     }
     Ok(())
-}
-
-/// What an honest site would not tell.
-fn unsound(group: &GroupRecord) -> Option<&'static str> {
-    if !is_guest_name(&group.name) {
-        return Some("that is no name for a group");
-    }
-    if group.members.is_empty() || group.members.len() > MAX_MEMBERS {
-        return Some("a group has 1 to 64 guests");
-    }
-    let mut guests: Vec<_> = group.members.values().map(|m| m.guest).collect();
-    guests.sort();
-    guests.dedup();
-    if guests.len() < group.members.len() {
-        return Some("a guest is in the group twice");
-    }
-    let sound = |(name, member): (&String, &super::GroupMember)| {
-        let terms = &member.terms;
-        is_guest_name(name)
-            && terms.after.len() <= MOST_TERMS
-            && terms.health.len() <= MOST_TERMS
-            && terms.networks.len() <= MOST_TERMS
-            && terms.networks.values().all(|networks| {
-                // A bridge's name goes into QEMU's command line here.
-                networks.len() <= MOST_TERMS && networks.values().all(|n| is_bridge_name(&n.bridge))
-            })
-    };
-    (!group.members.iter().all(sound)).then_some("a guest of the group is told unsoundly")
-}
-
-#[cfg(test)]
-mod tests {
-    use farhaven_policies::files::Network;
-
-    use super::super::GroupMember;
-    use super::*;
-
-    #[test]
-    fn what_no_honest_site_tells_is_refused() {
-        let member = GroupMember {
-            guest: GuestId::random(),
-            terms: Default::default(),
-        };
-        let sound = GroupRecord {
-            id: GuestId::random(),
-            name: "bank".to_owned(),
-            from: None,
-            peer: "west".to_owned(),
-            policy: "gold".to_owned(),
-            owed: Default::default(),
-            members: [("db".to_owned(), member.clone())].into(),
-        };
-        assert_eq!(unsound(&sound), None);
-        let change = |change: &dyn Fn(&mut GroupRecord)| {
-            let mut group = sound.clone();
-            change(&mut group);
-            unsound(&group)
-        };
-        assert!(change(&|g| g.name = "../etc".to_owned()).is_some());
-        assert!(change(&|g| g.members.clear()).is_some());
-        let bridge = |bridge: &str| {
-            let network = Network {
-                bridge: bridge.to_owned(),
-                ..Default::default()
-            };
-            change(&|g| {
-                for member in g.members.values_mut() {
-                    let of_west = [("lan".to_owned(), network.clone())].into();
-                    member.terms.networks = [("west".to_owned(), of_west)].into();
-                }
-            })
-        };
-        assert_eq!(bridge("br0"), None);
-        // QEMU would run it as root, here.
-        assert!(bridge("tap,script=/tmp/evil").is_some());
-        assert!(change(&|g| drop(g.members.insert("web".to_owned(), member.clone()))).is_some());
-        let many = |g: &mut GroupRecord| {
-            for n in 0..=MAX_MEMBERS {
-                let guest = GuestId::random();
-                let terms = Default::default();
-                g.members
-                    .insert(n.to_string(), GroupMember { guest, terms });
-            }
-        };
-        assert!(change(&many).is_some());
-    }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, PoisonError};
 
 use farhaven_policies::units::Period;
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::SiteKey;
 
 use super::all::{GroupDone, MemberDone};
 use super::{GroupRecord, NamedMember};
@@ -199,7 +200,7 @@ impl Site {
             None => group,
         };
         self.put_group(&turned)?;
-        if let Some(remote) = self.remote(&turned.peer) {
+        if let Some(remote) = self.remote_meant(turned.key, &turned.peer) {
             self.note_groups(&remote);
         }
         for name in turned.members.keys() {
@@ -218,12 +219,12 @@ impl Site {
 
     /// A group of this site's whose guests are all sent here by that peer by now:
     /// it turned round, and is that peer's.
-    pub(super) fn group_turned_to(&self, group: &GroupRecord, peer: &str) -> bool {
+    pub(super) fn group_turned_to(&self, group: &GroupRecord, peer: &SiteKey) -> bool {
         let standbys = self.standbys.read().unwrap_or_else(PoisonError::into_inner);
         group.from.is_none()
             && group.members.values().all(|member| {
                 let standby = standbys.get(&member.guest);
-                standby.is_some_and(|s| s.from() == peer && !s.is_turned())
+                standby.is_some_and(|s| s.is_from(peer) && !s.is_turned())
                     && !self.was_shared(member.guest)
             })
     }

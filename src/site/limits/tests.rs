@@ -125,6 +125,7 @@ async fn a_groups_share_is_of_the_link_and_of_all_its_guests_together() {
     let protection = |guest: u8, percent, among, link: &str| Protection {
         guest: GuestId([guest; 16]),
         to: "west".to_owned(),
+        key: None,
         policy: farhaven_policies::policy::Policy {
             priority: 100,
             ..Default::default()

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use farhaven_policies::runbook::PointChoice;
 use farhaven_storage_sync::unit::GuestId;
+use farhaven_wan::SiteKey;
 
 use super::facts::now_ms;
 use super::health;
@@ -66,15 +67,15 @@ impl AtSite {
     /// said that theirs are stopped.
     async fn announce(&self, targets: &[Target]) -> Ended<bool> {
         let site = self.site()?;
-        let mut sources: BTreeMap<String, Vec<&Target>> = BTreeMap::new();
+        let mut sources: BTreeMap<SiteKey, Vec<&Target>> = BTreeMap::new();
         for target in targets {
             sources
-                .entry(target.standby.from())
+                .entry(target.standby.remote().record.key)
                 .or_default()
                 .push(target);
         }
         let mut confirmed = true;
-        for (source, guests) in sources {
+        for guests in sources.into_values() {
             let Some(first) = guests.first() else {
                 continue;
             };
@@ -82,6 +83,7 @@ impl AtSite {
             let told = site
                 .announce_terms(first.standby.remote(), terms.collect())
                 .await;
+            let source = first.standby.from();
             let stopped = told.map_err(|why| {
                 let names: Vec<&str> = guests.iter().map(|t| t.name.as_str()).collect();
                 Failure::fault(format!(

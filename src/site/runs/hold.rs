@@ -160,8 +160,7 @@ pub(super) fn driver_of(
 ) -> Option<tokio::sync::mpsc::Sender<Command>> {
     let drivers = site.drivers.read().unwrap_or_else(PoisonError::into_inner);
     let driver = drivers.get(&guest)?;
-    let to = driver.view.borrow().peer.clone();
-    (to.as_ref() == Some(&remote.record.site)).then(|| driver.commands.clone())
+    (driver.to == remote.record.key).then(|| driver.commands.clone())
 }
 
 pub(super) fn not_protected() -> Message {

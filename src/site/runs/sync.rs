@@ -84,8 +84,8 @@ pub(super) async fn final_sync(run: &AtSite, scope: &Scope) -> Ended<Synced> {
 fn batches(site: &Site, targets: Vec<Target>) -> Vec<Batch> {
     let groups = site.groups();
     let whole = |target: &Target| {
-        let (name, from) = (target.of.as_deref()?, target.standby.from());
-        let of_source = groups.iter().filter(|g| g.from.as_ref() == Some(&from));
+        let (name, from) = (target.of.as_deref()?, &target.standby.remote().record);
+        let of_source = groups.iter().filter(|group| group.is_of(from));
         let group = of_source.into_iter().find(|group| group.name == name)?;
         let members: BTreeSet<_> = group.members.values().map(|m| m.guest).collect();
         let there = |guest| targets.iter().any(|t| t.standby.guest == guest);

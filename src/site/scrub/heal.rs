@@ -214,9 +214,8 @@ impl Site {
         }
         let units = lost.units.into_iter();
         let units = units.filter(|(volume, ..)| usize::from(*volume) < records::MAX_VOLUMES);
-        let driver = self.driver_of(lost.guest).filter(|driver| {
-            driver.view.borrow().peer.as_deref() == Some(remote.record.site.as_str())
-        });
+        let driver = self.driver_of(lost.guest);
+        let driver = driver.filter(|driver| driver.to == remote.record.key);
         let Some(driver) = driver else {
             return refused(
                 Refusal::Unable,

@@ -13,15 +13,14 @@ use farhaven_storage_sync::store::{SealError, StoreError};
 
 use super::announced::Seed;
 use super::{Busy, SeedImported, SeedState, StopWhenDropped};
-use crate::replicate::message::{PointContext, SealRequest, sound_volume};
+use crate::replicate::message::{PointContext, SealRequest};
 use crate::replicate::receive::seal_of;
 use crate::replicate::seed::{
     SeedError, SeedHeader, SeedKey, SeedProgress, SeedReader, SeedRecord,
 };
 use crate::site::operate::{OperateError, failed};
-use crate::site::records::MAX_VOLUMES;
 use crate::site::remote::Remote;
-use crate::site::{Site, age, answer};
+use crate::site::{Site, age, sound};
 
 /// Bytes of batches that are made durable at once.
 const GROUP_BYTES: usize = 8 << 20;
@@ -193,7 +192,7 @@ impl Site {
         if !as_announced {
             return conflict("the seed is not what its site announced; export it again".to_owned());
         }
-        if let Some(why) = answer::unsound(opening) {
+        if let Some(why) = sound::unsound_opening(opening) {
             return conflict(format!("the seed cannot be used: {why}"));
         }
         if let Some(newest) = remote.incoming.store.newest(seed.guest)
@@ -203,6 +202,9 @@ impl Site {
                 "'{}' is protected to here beyond this seed already: point {} is sealed. Nothing of the seed is needed",
                 seed.name, newest.point
             ));
+        }
+        if let Some(why) = self.not_theirs(remote, seed.guest) {
+            return conflict(format!("the seed cannot be used: {why}"));
         }
         self.obey(opening.term).await.map_err(failed)?;
         match self.fence.current(seed.guest) {
@@ -291,11 +293,10 @@ impl Work {
     }
 
     fn seal(&self, request: &SealRequest) -> Result<PointHeader, OperateError> {
-        let sound = request.volumes.iter().all(sound_volume);
-        if request.volumes.len() > MAX_VOLUMES || !sound {
-            return Err(OperateError::Conflict(
-                "the seed has too many volumes, or volumes too large".to_owned(),
-            ));
+        if let Some(why) = sound::unsound_seal(request) {
+            return Err(OperateError::Conflict(format!(
+                "the seed cannot be used: {why}"
+            )));
         }
         let seal = seal_of(request).map_err(failed)?;
         let sealed = self.remote.incoming.store.seal(seal);

@@ -22,7 +22,7 @@ use super::super::records::{EvidenceRecord, GuestRecord, Protection};
 use super::super::remote::Remote;
 use super::super::standby::Standby;
 use super::super::view::bytes;
-use super::super::{Site, answer, guests, unix_ns};
+use super::super::{Site, guests, sound, unix_ns};
 use super::evidence;
 use crate::guest::qemu::peer::bytes_free;
 use crate::guest::{Guest, Sink, SinkError};
@@ -50,7 +50,7 @@ impl Site {
     /// The site that runs a guest is about to protect it to here.
     pub(super) async fn turn(self: &Arc<Self>, remote: &Arc<Remote>, opening: Opening) -> Message {
         let guest = opening.guest;
-        if let Some(why) = answer::unsound(&opening) {
+        if let Some(why) = sound::unsound_opening(&opening) {
             return refused(Refusal::Unable, why);
         }
         if let Some(why) = self.not_theirs(remote, guest) {

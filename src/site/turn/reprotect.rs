@@ -134,6 +134,7 @@ impl Site {
         let protection = Protection {
             guest: standby.guest,
             to: standby.from(),
+            key: Some(remote.record.key),
             policy: owed.policy,
             schedule: owed.schedule,
             group: owed.group,

@@ -91,7 +91,7 @@ impl Site {
             .find(Table::Protections, &key)
             .map_err(|e| e.to_string())?;
         let both = record.zip(protection);
-        Ok(both.filter(|(_, protection)| protection.to == remote.record.site))
+        Ok(both.filter(|(_, protection)| protection.goes_to(&remote.record)))
     }
 
     pub(in crate::site) fn driver_of(&self, guest: GuestId) -> Option<DriverHandle> {

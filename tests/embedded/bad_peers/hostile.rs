@@ -2,6 +2,7 @@
 
 use farhaven::activate::fence::Term;
 use farhaven::guest::Definition;
+use farhaven::guest::embedded::Definition as EmbeddedDefinition;
 use farhaven::replicate::message::{
     CommitTerms, Envelope, Message, Opening, PointContext, Refusal, SealRequest,
 };
@@ -41,25 +42,35 @@ impl Hostile {
         let invitation = stage.west.invite(Duration::from_secs(60)).unwrap();
         let own = Introduction::new(name, Vec::new()).unwrap();
         let record = node.accept_invitation(&invitation, &own).await.unwrap();
-        Self::connect(stage, identity, node, record, name).await
+        Self::connect(&stage.definition, identity, node, record, name).await
     }
 
     /// In the place of east, which has ended.
     pub async fn instead_of_east(stage: &Stage, west: Vec<String>) -> Self {
         let directory = stage.dir.path().join("east").join("identity");
-        let identity = Identity::load_or_create(&directory, "east").unwrap();
-        let node = node(&identity);
         let record = PeerRecord {
             site: "west".to_owned(),
             key: stage.west.key(),
             addresses: west,
             dial: true,
         };
-        Self::connect(stage, identity, node, record, "east").await
+        Self::trusted(&directory, "east", &stage.definition, record).await
+    }
+
+    /// By a key that west trusts already.
+    pub async fn trusted(
+        directory: &Path,
+        name: &str,
+        definition: &EmbeddedDefinition,
+        west: PeerRecord,
+    ) -> Self {
+        let identity = Identity::load_or_create(directory, name).unwrap();
+        let node = node(&identity);
+        Self::connect(definition, identity, node, west, name).await
     }
 
     async fn connect(
-        stage: &Stage,
+        definition: &EmbeddedDefinition,
         identity: Identity,
         node: Node,
         record: PeerRecord,
@@ -71,7 +82,7 @@ impl Hostile {
             peer,
             name: name.to_owned(),
             identity,
-            definition: Definition::Embedded(stage.definition.clone()),
+            definition: Definition::Embedded(definition.clone()),
             asked: 0,
             answers: Vec::new(),
         };
