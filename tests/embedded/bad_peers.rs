@@ -2,6 +2,7 @@
 //! crate's own parts: what it does is refused, the session ends where nobody
 //! does that by accident, and the honest site's guest is protected on.
 
+mod answers;
 mod batches;
 mod hostile;
 mod target;
