@@ -6,6 +6,7 @@ mod answers;
 mod batches;
 mod hostile;
 mod target;
+mod turned;
 
 use farhaven::activate::fence::Term;
 use farhaven::replicate::message::{Message, Refusal};
