@@ -401,3 +401,69 @@ impl Appending {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
+mod tests {
+    use std::path::Path;
+
+    use farhaven_storage_sync::store::StoreOptions;
+    use farhaven_wan::{Identity, LinkOptions, Node, NodeOptions, PeerRecord};
+
+    use super::*;
+
+    /// A store, and a link to a site that is never there.
+    fn stage(directory: &Path) -> (Store, Node, Peer) {
+        let identity = |name: &str| Identity::load_or_create(&directory.join(name), name).unwrap();
+        let options = NodeOptions {
+            listen: "127.0.0.1:0".parse().unwrap(),
+            link: LinkOptions::default(),
+        };
+        let node = Node::start(&identity("here"), options).unwrap();
+        let peer = node.trust(PeerRecord {
+            site: "there".to_owned(),
+            key: identity("there").key(),
+            addresses: Vec::new(),
+            dial: false,
+        });
+        let (store, _) = Store::open(&directory.join("store"), StoreOptions::default()).unwrap();
+        (store, node, peer)
+    }
+
+    #[tokio::test]
+    async fn a_flood_of_batches_of_nothing_is_bounded() {
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _node, peer) = stage(dir.path());
+        // Nobody takes anything from here: the disk hangs.
+        let (queue, waits) = mpsc::unbounded_channel();
+        let incoming = Incoming {
+            store,
+            queue,
+            waiting: Arc::default(),
+            peer,
+            appended: watch::channel(0).1,
+            trouble: watch::channel(String::new()).1,
+            hints: Arc::new(watch::channel(1).0),
+        };
+        let most = WAITING_BYTES / 256;
+        for seq in 0..most as u64 + 1000 {
+            incoming.batch(seq, Bytes::new());
+        }
+        assert_eq!(waits.len(), most);
+        assert_eq!(incoming.waiting.load(Ordering::Relaxed), WAITING_BYTES);
+    }
+
+    /// What a batch was counted for when it came is what it is counted for when it goes.
+    #[tokio::test]
+    async fn a_batch_of_nothing_leaves_the_room_that_it_took() {
+        const PATIENCE: Duration = Duration::from_secs(30);
+        let dir = tempfile::tempdir().unwrap();
+        let (store, _node, peer) = stage(dir.path());
+        let incoming = Incoming::start(store, peer, dir.path().to_owned(), 0);
+        for seq in 0..10 {
+            incoming.batch(seq, Bytes::new());
+        }
+        assert!(incoming.settled(PATIENCE).await);
+        assert_eq!(incoming.waiting.load(Ordering::Relaxed), 0);
+    }
+}

@@ -211,6 +211,12 @@ async fn dropping_points_is_for_administrators() {
     assert!(told.to_string().contains("role admin"), "{told}");
     let told = client.post::<Done>(path, &ask(false)).await.unwrap_err();
     assert!(told.to_string().contains("guest add ghost"), "{told}");
+    for of in ["guests", "groups"] {
+        let path = format!("/v1/{of}/ghost/points/release");
+        let point = serde_json::json!({ "point": 1 });
+        let told = client.post::<Done>(&path, &point).await.unwrap_err();
+        assert!(told.to_string().contains("role admin"), "{of}: {told}");
+    }
     assert!(!Caller::of_token("op".to_owned(), Role::Operator, vec![]).may(Right::Administer));
     served.end().await;
 }

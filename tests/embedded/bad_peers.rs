@@ -2,10 +2,12 @@
 //! crate's own parts: what it does is refused, the session ends where nobody
 //! does that by accident, and the honest site's guest is protected on.
 
+mod answers;
 mod batches;
 mod hostile;
 mod names;
 mod target;
+mod turned;
 
 use farhaven::activate::fence::Term;
 use farhaven::replicate::message::{Message, Refusal};

@@ -327,3 +327,46 @@ impl Definition {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peer_hears_of_a_file_here_only_whether_it_is_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("bios.bin");
+        std::fs::write(&path, b"here").unwrap();
+        let of = |path: &Path, bytes, blake3: &str| HostFile {
+            path: path.to_owned(),
+            bytes,
+            blake3: blake3.to_owned(),
+        };
+        let here = HostFile::read(&path).unwrap();
+        assert_eq!(here.compared(), Some(here.clone()));
+        // That there is another, and neither its length nor what is in it.
+        let another = Some(of(&path, 0, ""));
+        let theirs = blake3::hash(b"else").to_hex().to_string();
+        assert_eq!(of(&path, 4, &theirs).compared(), another);
+        assert_eq!(of(&path, 5, &here.blake3).compared(), another);
+        let gone = dir.path().join("gone");
+        assert_eq!(of(&gone, 4, &here.blake3).compared(), None);
+        let bytes = std::fs::metadata(dir.path()).unwrap().len();
+        assert_eq!(of(dir.path(), bytes, "").compared(), None);
+    }
+
+    #[test]
+    fn a_file_of_another_length_is_not_read_for_a_peer() {
+        // Its length is told as 0, and nothing of it can be read from its begin on.
+        let memory = Path::new("/proc/self/mem");
+        assert!(HostFile::read(memory).is_err());
+        let theirs = HostFile {
+            path: memory.to_owned(),
+            bytes: 1,
+            blake3: String::new(),
+        };
+        let told = theirs.compared().unwrap();
+        assert_eq!((told.path.as_path(), told.bytes), (memory, 0));
+    }
+}

@@ -323,6 +323,7 @@ pub fn check_socket_buffers(site: &str, buffers: (u64, u64), wanted: u64) -> Opt
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
 mod tests {
     use super::*;
 
@@ -370,5 +371,42 @@ mod tests {
     fn small_socket_buffers_are_told() {
         assert!(check_socket_buffers("here", (212_992, 212_992), 2 << 20).is_some());
         assert!(check_socket_buffers("here", (4 << 20, 4 << 20), 2 << 20).is_none());
+    }
+
+    #[test]
+    fn a_file_is_looked_at_once_however_often_a_peer_lists_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let here = file_in(dir.path(), "bios.bin");
+        let listed = vec![here.clone(); 1000];
+        assert_eq!(compared(&listed), [here.clone()]);
+        // Guesses at it are not compared one by one.
+        let guess = HostFile {
+            blake3: "0".repeat(64),
+            ..here.clone()
+        };
+        let told = compared(&[guess, here]);
+        assert_eq!(told.len(), 1, "{told:?}");
+        assert_eq!((told[0].bytes, told[0].blake3.as_str()), (0, ""));
+    }
+
+    #[test]
+    fn no_more_files_are_looked_at_than_a_definition_may_need() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = (0..=MOST_FILES).map(|n| format!("{n}.bin"));
+        let listed: Vec<HostFile> = names.map(|name| file_in(dir.path(), &name)).collect();
+        assert_eq!(compared(&listed), listed[..MOST_FILES]);
+        // Those that are not here count, too.
+        let gone = (0..MOST_FILES).map(|n| HostFile {
+            path: dir.path().join(format!("gone{n}")),
+            ..listed[0].clone()
+        });
+        let listed: Vec<HostFile> = gone.chain([listed[0].clone()]).collect();
+        assert_eq!(compared(&listed), []);
+    }
+
+    fn file_in(directory: &Path, name: &str) -> HostFile {
+        let path = directory.join(name);
+        std::fs::write(&path, name).unwrap();
+        HostFile::read(&path).unwrap()
     }
 }

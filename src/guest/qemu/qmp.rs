@@ -413,4 +413,4 @@ pub(super) fn fuzzing(stream: UnixStream, timeout: Duration) {
 
 #[cfg(test)]
 #[path = "qmp_tests.rs"]
-mod tests;
+pub(super) mod tests;

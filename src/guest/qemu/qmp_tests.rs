@@ -6,7 +6,7 @@ const GREETING: &str = r#"{"QMP": {"version": {"qemu": {"major": 7, "minor": 2, 
 const SHORT: Duration = Duration::from_millis(300);
 
 /// A server with a script, on a thread of its own.
-struct Fake {
+pub(in crate::guest::qemu) struct Fake {
     dir: tempfile::TempDir,
     thread: Option<std::thread::JoinHandle<()>>,
 }
@@ -42,8 +42,29 @@ impl Fake {
         (fake, qmp)
     }
 
+    /// Greets, and answers every command so, until its client is gone.
+    pub(in crate::guest::qemu) fn answering(
+        answer: impl Fn(&str) -> Value + Send + 'static,
+    ) -> Self {
+        Self::new(move |mut stream| {
+            say(&mut stream, GREETING);
+            loop {
+                let asked = hear(&mut stream);
+                let Some(command) = asked["execute"].as_str() else {
+                    return;
+                };
+                let told = json!({"return": answer(command), "id": asked["id"]});
+                say(&mut stream, &told.to_string());
+            }
+        })
+    }
+
+    pub(in crate::guest::qemu) fn socket(&self) -> PathBuf {
+        self.dir.path().join("qmp.sock")
+    }
+
     fn connect(&self) -> Result<Qmp, QmpError> {
-        Qmp::connect(&self.dir.path().join("qmp.sock"), SHORT)
+        Qmp::connect(&self.socket(), SHORT)
     }
 }
 

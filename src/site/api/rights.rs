@@ -341,4 +341,16 @@ mod tests {
         assert_eq!(right_of(&Method::HEAD, "/v1/status"), Some(Right::View));
         assert_eq!(right_of(&Method::POST, "/v1/status"), None);
     }
+
+    #[test]
+    fn what_lets_points_go_is_for_administrators() {
+        for path in [
+            "/v1/guests/{name}/points/release",
+            "/v1/groups/{name}/points/release",
+            "/v1/guests/{name}/prune",
+        ] {
+            let right = right_of(&Method::POST, path);
+            assert_eq!(right, Some(Right::Administer), "{path}");
+        }
+    }
 }

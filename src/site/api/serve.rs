@@ -226,3 +226,31 @@ async fn whole_body(request: hyper::Request<Incoming>) -> Result<Request, Refuse
         )),
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_refused_has_the_connection_closed() {
+        let (mut client, stream) = tokio::io::duplex(1 << 16);
+        let (_stopping, stopped) = watch::channel(false);
+        let nobody = |_: &hyper::Request<Incoming>| {
+            Err((StatusCode::UNAUTHORIZED, "no token counts".to_owned()))
+        };
+        let served = tokio::spawn(converse(stream, Router::new(), stopped, nobody));
+        // One request more than it gets an answer to.
+        let asked = "GET /v1/status HTTP/1.1\r\nhost: x\r\n\r\n".repeat(2);
+        client.write_all(asked.as_bytes()).await.unwrap();
+        let mut told = String::new();
+        client.read_to_string(&mut told).await.unwrap();
+        served.await.unwrap();
+        assert!(told.starts_with("HTTP/1.1 401"), "{told}");
+        let head = told.to_ascii_lowercase();
+        assert!(head.contains("\r\nconnection: close\r\n"), "{told}");
+        assert_eq!(told.matches("HTTP/1.1").count(), 1, "{told}");
+    }
+}

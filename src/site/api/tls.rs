@@ -286,6 +286,7 @@ fn configured(certificate: &Path, key: &Path) -> io::Result<Chain> {
 }
 
 #[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may fail")]
 mod tests {
     use super::*;
 
@@ -321,5 +322,42 @@ mod tests {
         assert!(Entered::by(&door, other).is_some());
         held.pop();
         assert!(Entered::by(&door, one).is_some());
+    }
+
+    #[test]
+    fn a_host_counts_once_whatever_addresses_of_its_network_it_takes() {
+        let of = |text: &str| network(text.parse().unwrap());
+        let host = of("2001:db8:1:2::3");
+        assert_eq!(host, of("2001:db8:1:2:ffff:ffff:ffff:ffff"));
+        assert_ne!(host, of("2001:db8:1:3::3"));
+        // One that is written as IPv6 is no network, and the same by either way.
+        assert_eq!(of("::ffff:10.0.0.1"), IpAddr::from([10, 0, 0, 1]));
+        assert_ne!(of("::ffff:10.0.0.1"), of("::ffff:10.0.0.2"));
+        assert_eq!(of("10.0.0.1"), IpAddr::from([10, 0, 0, 1]));
+    }
+
+    #[test]
+    fn one_network_does_not_take_all_places_or_guess_without_end() {
+        let door = Arc::new(Door::default());
+        let at = |network: u16, host: u16| {
+            IpAddr::from([0x2001, 0xdb8, 0, network, host, host, host, host])
+        };
+        let hosts = 0..u16::try_from(OF_ADDRESS).unwrap();
+        let held: Vec<_> = hosts.map(|n| Entered::by(&door, at(1, n))).collect();
+        assert!(held.iter().all(Option::is_some));
+        assert!(Entered::by(&door, at(1, 4711)).is_none());
+        assert!(Entered::by(&door, at(2, 4711)).is_some());
+        drop(held);
+        assert!(Entered::by(&door, at(1, 4711)).is_some());
+        let open = door.open.lock().unwrap_or_else(PoisonError::into_inner);
+        assert!(open.is_empty(), "{open:?}");
+        drop(open);
+
+        let refused = |from| door.refuse(SocketAddr::new(from, 7), true).0;
+        for n in 0..u16::try_from(FAILURES).unwrap() {
+            assert_eq!(refused(at(1, n)), StatusCode::UNAUTHORIZED, "{n}");
+        }
+        assert_eq!(refused(at(1, 4711)), StatusCode::TOO_MANY_REQUESTS);
+        assert_eq!(refused(at(2, 4711)), StatusCode::UNAUTHORIZED);
     }
 }

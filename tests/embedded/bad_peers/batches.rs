@@ -177,3 +177,54 @@ async fn a_seal_over_other_batches_or_wrong_differences_is_refused() {
     mallory.node.shutdown().await;
     stage.end().await;
 }
+
+/// It is asked to forget what goes from west's store.
+#[tokio::test(flavor = "multi_thread")]
+async fn points_stay_until_their_source_says_that_it_has_forgotten_them() {
+    let (dir, at_west) = (tempfile::tempdir().unwrap(), CounterBuilder::default());
+    let mut of_west = config(dir.path(), "west");
+    of_west.store.segment_bytes = ByteSize::from_mib(1);
+    let east = site(dir.path(), "east", Builders::new()).await;
+    let west = Site::start_with(of_west, builders(&at_west)).await.unwrap();
+    let stage = Stage::pair(dir, east, west, at_west, false).await;
+    let mut mallory = Hostile::pair(&stage, "mallory").await;
+    let own = GuestId::random();
+    mallory.open(own, "own", 1).await;
+    let told = Encodes::starting_at(1);
+    let first = told.batch(own, 1, &noise(0));
+    let sent = mallory.peer.send_data(first.seq, first.bytes.clone());
+    sent.await.unwrap();
+    let seal = seal_of(&mallory, own, 1, 0, &[&first]);
+    let sealed = mallory.ask(seal).await;
+    assert!(
+        matches!(sealed, Ok(Message::Sealed { point: 1 })),
+        "{sealed:?}"
+    );
+    // More than fits a segment: of the one that is written to nothing goes.
+    let mut last = first.seq;
+    for n in 1..=u8::MAX {
+        let batch = told.batch(own, 2, &noise(n));
+        last = batch.seq;
+        let sent = mallory.peer.send_data(batch.seq, batch.bytes.clone());
+        sent.await.unwrap();
+    }
+    mallory.peer.all_acknowledged(last).await.unwrap();
+
+    let close = || Message::Close {
+        guest: own,
+        discard: true,
+    };
+    let retired = |answer: fn() -> Message| {
+        move |asked: &Message| matches!(asked, Message::Retire { .. }).then(answer)
+    };
+    let unfit = retired(|| Message::GivenUp);
+    let answer = mallory.ask_and_lie(close(), unfit).await;
+    refused(answer, "does not fit");
+    assert_eq!(target(&stage.west, "own").points, 1);
+    let honest = retired(|| Message::Done);
+    let answer = mallory.ask_and_lie(close(), honest).await;
+    assert!(matches!(answer, Ok(Message::Done)), "{answer:?}");
+    assert!(stage.west.view().standbys.is_empty());
+    mallory.node.shutdown().await;
+    stage.end().await;
+}

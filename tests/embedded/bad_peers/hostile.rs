@@ -34,6 +34,13 @@ fn node(identity: &Identity) -> Node {
     Node::start(identity, NodeOptions { listen, link }).unwrap()
 }
 
+fn not_now() -> Message {
+    Message::Refused {
+        code: Refusal::Unable,
+        why: "not now".to_owned(),
+    }
+}
+
 impl Hostile {
     /// Paired with west, by an invitation as any site.
     pub async fn pair(stage: &Stage, name: &str) -> Self {
@@ -127,6 +134,11 @@ impl Hostile {
         }
     }
 
+    /// Did this question get an answer?
+    pub fn has_answer(&self, id: u64) -> bool {
+        self.answers.iter().any(|(to, _)| *to == id)
+    }
+
     pub async fn say(&self, bytes: Vec<u8>) {
         let _ = self.peer.send_message(bytes.into()).await;
     }
@@ -151,11 +163,7 @@ impl Hostile {
                 return asked.body;
             }
             if let Some(id) = asked.id {
-                let refusal = Message::Refused {
-                    code: Refusal::Unable,
-                    why: "not now".to_owned(),
-                };
-                self.answer(id, refusal).await;
+                self.answer(id, not_now()).await;
             }
         }
     }
@@ -180,16 +188,58 @@ impl Hostile {
                     let Some(id) = asked.id else { continue };
                     let told = answer(&asked.body);
                     answered += u64::from(told.is_some());
-                    let refusal = || Message::Refused {
-                        code: Refusal::Unable,
-                        why: "not now".to_owned(),
-                    };
-                    self.answer(id, told.unwrap_or_else(refusal)).await;
+                    self.answer(id, told.unwrap_or_else(not_now)).await;
                 }
                 _ => {}
             }
         }
         answered
+    }
+
+    /// Answers west's questions so until this is done; what it has no answer for is
+    /// refused.
+    pub async fn lie_until<T>(
+        &mut self,
+        lie: impl Fn(&Message) -> Option<Message>,
+        done: impl Future<Output = T>,
+    ) -> T {
+        let mut done = std::pin::pin!(done);
+        loop {
+            let event = tokio::select! {
+                done = &mut done => return done,
+                event = self.event() => event,
+            };
+            self.heard(event, &lie).await;
+        }
+    }
+
+    /// Asks, and answers what west asks so before it answers itself.
+    pub async fn ask_and_lie(
+        &mut self,
+        body: Message,
+        lie: impl Fn(&Message) -> Option<Message>,
+    ) -> Result<Message, String> {
+        let id = self.question(body).await?;
+        while !self.has_answer(id) {
+            match self.event().await {
+                PeerEvent::Disconnected { why } => return Err(why),
+                event => self.heard(event, &lie).await,
+            }
+        }
+        self.answer_to(id).await
+    }
+
+    /// An answer is kept, a question is answered so.
+    async fn heard(&mut self, event: PeerEvent, lie: impl Fn(&Message) -> Option<Message>) {
+        let PeerEvent::Message(bytes) = event else {
+            return;
+        };
+        let Envelope { id, answers, body } = Envelope::decode(&bytes).unwrap();
+        if let Some(to) = answers {
+            self.answers.push((to, body));
+        } else if let Some(id) = id {
+            self.answer(id, lie(&body).unwrap_or_else(not_now)).await;
+        }
     }
 
     /// Asks, and does not wait; the question's number.
