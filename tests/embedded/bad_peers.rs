@@ -4,6 +4,7 @@
 
 mod batches;
 mod hostile;
+mod overruling;
 mod target;
 
 use farhaven::activate::fence::Term;
