@@ -326,6 +326,43 @@ pub fn check_socket_buffers(site: &str, buffers: (u64, u64), wanted: u64) -> Opt
 mod tests {
     use super::*;
 
+    /// Whoever asks may name any file of this host.
+    #[test]
+    fn a_peer_is_told_of_a_file_only_whether_it_is_the_same() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name);
+        std::fs::write(at("same"), "kernel").expect("written");
+        std::fs::write(at("other"), "secret").expect("written");
+        let named = |name: &str, bytes: u64| HostFile {
+            path: at(name),
+            bytes,
+            blake3: blake3::hash(b"kernel").to_hex().to_string(),
+        };
+        let asked = [
+            named("same", 6),
+            named("other", 6),
+            // A guess of its size, and the same file once more.
+            named("other", 7),
+            named("none", 6),
+            named("", 6),
+        ];
+        let nothing_of = |name: &str| HostFile {
+            blake3: String::new(),
+            ..named(name, 0)
+        };
+        assert_eq!(compared(&asked), [named("same", 6), nothing_of("other")]);
+        assert_eq!(compared(&asked[2..]), [nothing_of("other")]);
+        let many = vec![named("same", 6); MOST_FILES + 1];
+        assert_eq!(compared(&many).len(), 1);
+        let many: Vec<_> = (0..=MOST_FILES)
+            .map(|n| {
+                std::fs::write(at(&n.to_string()), "kernel").expect("written");
+                named(&n.to_string(), 6)
+            })
+            .collect();
+        assert_eq!(compared(&many).len(), MOST_FILES);
+    }
+
     #[test]
     fn help_texts_are_understood() {
         assert_eq!(

@@ -322,4 +322,27 @@ mod tests {
         held.pop();
         assert!(Entered::by(&door, one).is_some());
     }
+
+    /// One host has a whole network of them.
+    #[test]
+    fn addresses_of_one_ipv6_network_are_counted_as_one() {
+        let address = |text: &str| text.parse::<IpAddr>().expect("an address");
+        let one = network(address("2001:db8:0:7::1"));
+        assert_eq!(network(address("2001:db8:0:7:ffff::2")), one);
+        assert_ne!(network(address("2001:db8:0:8::1")), one);
+        // Each by itself, however it is written.
+        assert_eq!(network(address("::ffff:10.0.0.1")), address("10.0.0.1"));
+        assert_ne!(network(address("10.0.0.1")), network(address("10.0.0.2")));
+
+        let door = Arc::new(Door::default());
+        let by = |n: usize, net: &str| address(&format!("2001:db8:0:{net}::{n:x}"));
+        let held: Vec<_> = (0..OF_ADDRESS)
+            .map(|n| Entered::by(&door, by(n, "7")))
+            .collect();
+        assert!(held.iter().all(Option::is_some));
+        assert!(Entered::by(&door, by(OF_ADDRESS, "7")).is_none());
+        assert!(Entered::by(&door, by(0, "8")).is_some());
+        drop(held);
+        assert!(Entered::by(&door, by(0, "7")).is_some());
+    }
 }
