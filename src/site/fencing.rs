@@ -23,6 +23,9 @@ use crate::guest::Guest;
 use crate::replicate::message::{Message, Refusal};
 
 mod overruled;
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;
 
 /// What did not stop is tried again so soon: it may run beside the one that owns it.
 const STOP_AGAIN: Duration = Duration::from_secs(1);

@@ -57,3 +57,7 @@ impl Surroundings {
         }
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+pub(super) mod tests;

@@ -301,46 +301,5 @@ async fn compare_clocks(site: Weak<Site>, remote: Arc<Remote>) {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn clocks_are_compared_by_the_middle_of_the_round_trip() {
-        let millis = Duration::from_millis;
-        let left: u64 = 1_000_000_000_000;
-        let of = |told_ms: i64| {
-            let told = left.saturating_add_signed(told_ms * 1_000_000);
-            let skew = Skew::of(left, millis(80), told);
-            (skew.by, skew.ahead, skew.error)
-        };
-        assert_eq!(of(40), (millis(0), false, millis(40)));
-        assert_eq!(of(1040), (millis(1000), true, millis(40)));
-        assert_eq!(of(-960), (millis(1000), false, millis(40)));
-        let far = Skew::of(0, millis(0), u64::MAX);
-        assert_eq!((far.by, far.ahead), (Duration::from_nanos(u64::MAX), true));
-    }
-
-    #[test]
-    fn a_last_cut_alarms_nobody_until_it_takes_long() {
-        assert_eq!(stands_still(Duration::from_secs(4), "throttled"), None);
-        let told = |trouble| stands_still(STANDS_STILL, trouble);
-        assert_eq!(told("its word").as_deref(), Some("its word"));
-        assert!(told("").is_some_and(|why| why.contains("last cut")));
-    }
-
-    #[test]
-    fn times_begin_anew() {
-        let mut since = Since::default();
-        assert_eq!(since.holds(&1, false), None);
-        assert!(
-            since
-                .holds(&1, true)
-                .is_some_and(|time| time < Duration::from_secs(60))
-        );
-        let first = since.0[&1];
-        since.holds(&1, true);
-        assert_eq!(since.0[&1], first);
-        since.only(|key| *key != 1);
-        assert!(since.0.is_empty());
-    }
-}
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;

@@ -6,6 +6,7 @@ mod answers;
 mod batches;
 mod hostile;
 mod names;
+mod overruling;
 mod target;
 mod turned;
 

@@ -3,18 +3,18 @@
 //! `n % BLOCKS` of its disk; `n` itself is its device state. So memory, disk
 //! and state of different instants, or a lost write, are seen at once.
 
+mod build;
+
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
-use farhaven::activate::hydrate::Hydration;
-use farhaven::activate::machine::{BuildPlan, Builder, Machine, MachineError};
-use farhaven::activate::nbd::BlockSource;
 use farhaven::guest::embedded::disk::TrackedDisk;
-use farhaven::guest::embedded::{Bitmap, Definition, RamBlock, SharedVmm, Vmm, VmmError};
-use farhaven::guest::qemu::check::Finding;
+use farhaven::guest::embedded::{Bitmap, Definition, RamBlock, Vmm, VmmError};
+
+pub use build::CounterBuilder;
 
 pub const PAGES: u64 = 64;
 pub const BLOCKS: u64 = 48;
@@ -30,6 +30,12 @@ struct Inner {
     bad: Option<String>,
     /// So many stops, and so many tries to go on, fail from here on.
     failing: (u32, u32),
+    /// As above, once it is moved.
+    failing_once_moved: Option<(u32, u32)>,
+    /// A try to go on that fails lets it go on.
+    goes_on_all_the_same: bool,
+    /// Done by whoever attaches to it next, who is told how far it is.
+    when_attached: Option<Box<dyn FnOnce(u64) + Send>>,
     /// So many stops take too long from here on.
     slow: u32,
     goes_on_after: Duration,
@@ -140,6 +146,9 @@ impl Counter {
                 dirty: Bitmap::none(PAGES),
                 bad: None,
                 failing: (0, 0),
+                failing_once_moved: None,
+                goes_on_all_the_same: false,
+                when_attached: None,
                 slow: 0,
                 goes_on_after: Duration::ZERO,
                 config: None,
@@ -221,6 +230,22 @@ impl Counter {
         self.shared.inner.lock().unwrap().failing = (stops, goings_on);
     }
 
+    /// So many stops, and so many tries to go on, fail from when its next move begins:
+    /// what it asks of a host is looked at then.
+    pub fn fail_once_moved(&self, stops: u32, goings_on: u32) {
+        self.shared.inner.lock().unwrap().failing_once_moved = Some((stops, goings_on));
+    }
+
+    /// From here on, a try to go on that fails lets it go on all the same.
+    pub fn goes_on_all_the_same(&self) {
+        self.shared.inner.lock().unwrap().goes_on_all_the_same = true;
+    }
+
+    /// Has this done by whoever attaches to it next, who is told how far it is then.
+    pub fn when_attached(&self, then: impl FnOnce(u64) + Send + 'static) {
+        self.shared.inner.lock().unwrap().when_attached = Some(Box::new(then));
+    }
+
     /// So many stops take too long from here on.
     pub fn slow_to_stop(&self, stops: u32) {
         self.shared.inner.lock().unwrap().slow = stops;
@@ -289,7 +314,14 @@ pub fn definition() -> Definition {
 }
 
 impl Vmm for Counter {
+    /// Asked for by who attaches to it, and by nobody later.
     fn ram(&self) -> &[RamBlock] {
+        let mut inner = self.shared.inner.lock().unwrap();
+        let (count, then) = (inner.n, inner.when_attached.take());
+        drop(inner);
+        if let Some(then) = then {
+            then(count);
+        }
         &self.ram
     }
 
@@ -313,11 +345,14 @@ impl Vmm for Counter {
     }
 
     fn resume(&mut self) -> Result<(), VmmError> {
-        self.may_fail(|(_, goings_on)| goings_on)?;
+        let fails = self.may_fail(|(_, goings_on)| goings_on);
+        if fails.is_err() && !self.shared.inner.lock().unwrap().goes_on_all_the_same {
+            return fails;
+        }
         let takes = std::mem::take(&mut self.shared.inner.lock().unwrap().goes_on_after);
         std::thread::sleep(takes);
         self.turn(Some(true));
-        Ok(())
+        fails
     }
 
     fn running(&self) -> Option<bool> {
@@ -346,7 +381,11 @@ impl Vmm for Counter {
     }
 
     fn config(&mut self) -> Result<Option<Vec<u8>>, VmmError> {
-        Ok(self.shared.inner.lock().unwrap().config.clone())
+        let mut inner = self.shared.inner.lock().unwrap();
+        if let Some(failing) = inner.failing_once_moved.take() {
+            inner.failing = failing;
+        }
+        Ok(inner.config.clone())
     }
 
     fn throttle(&mut self, _percent: u8) -> Result<(), VmmError> {
@@ -355,112 +394,5 @@ impl Vmm for Counter {
 
     fn end(&mut self) {
         self.turn(None);
-    }
-}
-
-/// Builds it at the peer, and keeps hold of what it built.
-#[derive(Default, Clone)]
-pub struct CounterBuilder {
-    pub built: Arc<Mutex<Vec<Arc<Mutex<Counter>>>>>,
-    /// Its guests may reach others, whatever is asked.
-    pub reaches_out: bool,
-    /// So many guests that it builds from here on do not start.
-    pub bad_starts: Arc<Mutex<u32>>,
-}
-
-impl CounterBuilder {
-    /// The newest that it built.
-    pub fn newest(&self) -> Arc<Mutex<Counter>> {
-        self.built.lock().unwrap().last().cloned().unwrap()
-    }
-}
-
-struct CounterMachine {
-    counter: Arc<Mutex<Counter>>,
-    disk: Arc<TrackedDisk>,
-}
-
-impl Builder for CounterBuilder {
-    fn build(&self, plan: BuildPlan<'_>) -> Result<Box<dyn Machine>, MachineError> {
-        assert!(!(plan.isolated && self.reaches_out));
-        let failed = |e: std::io::Error| MachineError::Other(e.to_string());
-        let image: PathBuf = plan.run.join("disk.img");
-        let disk = TrackedDisk::above("disk", &image, plan.disks[0].clone()).map_err(failed)?;
-        let mut counter = Counter::new(&plan.ram[0], disk.clone(), false);
-        counter.run.clone_from(&plan.run);
-        let mut bad_starts = self.bad_starts.lock().unwrap();
-        if *bad_starts > 0 {
-            *bad_starts -= 1;
-            counter.fail(0, u32::MAX);
-        }
-        drop(bad_starts);
-        let counter = Arc::new(Mutex::new(counter));
-        self.built.lock().unwrap().push(counter.clone());
-        Ok(Box::new(CounterMachine { counter, disk }))
-    }
-
-    fn can_isolate(&self) -> bool {
-        !self.reaches_out
-    }
-
-    fn check(&self, definition: &Definition) -> Vec<Finding> {
-        if definition.config == b"counts" {
-            return Vec::new();
-        }
-        vec![Finding::blocks(
-            "peer-counter",
-            "it cannot count",
-            "teach it",
-        )]
-    }
-}
-
-impl Machine for CounterMachine {
-    fn serve(&mut self, disks: Vec<Arc<dyn BlockSource>>) -> Result<(), MachineError> {
-        for below in disks {
-            let replaced = self.disk.replace_below(below);
-            replaced.map_err(|e| MachineError::Other(e.to_string()))?;
-        }
-        Ok(())
-    }
-
-    fn restore(&mut self, device_state: &[u8]) -> Result<(), MachineError> {
-        let state = device_state.try_into();
-        let state = state.map_err(|_| MachineError::Other("no number".to_owned()))?;
-        self.counter.lock().unwrap().shared.inner.lock().unwrap().n = u64::from_le_bytes(state);
-        Ok(())
-    }
-
-    fn run(&mut self) -> Result<(), MachineError> {
-        Ok(self.counter.lock().unwrap().resume()?)
-    }
-
-    fn announce(&mut self) -> Result<(), MachineError> {
-        Ok(())
-    }
-
-    fn hydrate(&mut self, bytes_per_second: u64) -> Result<(), MachineError> {
-        let begun = self.disk.hydrate(bytes_per_second);
-        begun.map_err(|e| MachineError::Other(e.to_string()))
-    }
-
-    fn hydration(&mut self) -> Result<Vec<Hydration>, MachineError> {
-        Ok(vec![self.disk.hydration()])
-    }
-
-    fn stop(&mut self) -> Result<(), MachineError> {
-        Ok(self.counter.lock().unwrap().pause()?)
-    }
-
-    fn is_running(&mut self) -> Result<bool, MachineError> {
-        Ok(self.counter.lock().unwrap().running() == Some(true))
-    }
-
-    fn kill(self: Box<Self>) {
-        self.counter.lock().unwrap().end();
-    }
-
-    fn vmm(&self) -> Option<SharedVmm> {
-        Some(self.counter.clone())
     }
 }

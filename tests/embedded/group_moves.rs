@@ -2,8 +2,11 @@
 //! fails on the way.
 
 use farhaven::site::checked;
+use farhaven::site::evacuate::{EvacuationState, GuestState, Order};
 use farhaven::site::groups::MemberDone;
 use farhaven::site::turn::view::RollbackReport;
+use farhaven_policies::runbook::Kind;
+use farhaven_policies::runbook::run::{Forward, Outcome};
 
 use super::group_verbs::{back, both_at_west, done, running, whole_after};
 use super::groups::{Bank, GOLD, LONG, PLAIN, finally};
@@ -240,4 +243,88 @@ async fn a_guest_that_was_turned_round_is_not_started_from_its_hand_over_again()
     assert!(running(&at_west).is_empty(), "west's own guest runs twice");
     east.shutdown().await;
     west.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_stood_before_the_move_of_its_group_stands_when_that_fails() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let east = bank.stage.east.clone();
+    bank.stage.guest.lock().unwrap().pause().unwrap();
+    finally("that is said", || {
+        let view = source(&east, "db");
+        let said = view.trouble.contains("is stopped here");
+        (said && view.phase == Phase::Protected).then_some(())
+    })
+    .await;
+    // The other one does not stop for the instant of all.
+    bank.web.lock().unwrap().fail_once_moved(u32::MAX, 0);
+    let refused = east.move_group("bank", true).await.unwrap_err().to_string();
+    bank.web.lock().unwrap().fail(0, 0);
+    assert!(refused.contains("group 'bank' was not moved"), "{refused}");
+    assert_eq!(bank.stage.guest.lock().unwrap().running(), Some(false));
+    counts_on(&bank.web).await;
+    bank.stage.guest.lock().unwrap().resume().unwrap();
+    bank.goes_on_at_east().await;
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_evacuation_does_not_count_a_guest_as_moved_that_runs_nowhere() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let east = bank.stage.east.clone();
+    *bank.stage.at_west.bad_starts.lock().unwrap() = u32::MAX;
+    let order = Order {
+        to: "west".to_owned(),
+        accept_pause: true,
+        ..Order::default()
+    };
+    east.begin_evacuation(&order).await.unwrap();
+    let record = finally("its end", || {
+        let record = east.evacuation(None).unwrap();
+        record.state.is_over().then_some(record)
+    })
+    .await;
+    assert_eq!(record.state, EvacuationState::PartlyDone, "{record:#?}");
+    assert_eq!(record.guests.len(), 2);
+    for guest in &record.guests {
+        assert_eq!(guest.state, GuestState::Failed, "{guest:#?}");
+        let why = &guest.why;
+        assert!(
+            why.contains("does not run") || why.contains("not started"),
+            "{why}"
+        );
+        let report = guest.report.as_ref().unwrap();
+        assert!(!report.runs && report.to == "west", "{report:?}");
+        // It is west's to run, and whoever looks here is told.
+        let view = source(&east, &guest.guest);
+        assert_eq!(view.phase, Phase::Moved);
+        assert!(
+            view.trouble.contains("does not run there"),
+            "{}",
+            view.trouble
+        );
+    }
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_record_of_a_move_does_not_say_that_a_guest_was_started_that_runs_nowhere() {
+    let bank = Bank::whole(false, GOLD, PLAIN).await;
+    let east = bank.stage.east.clone();
+    *bank.stage.at_west.bad_starts.lock().unwrap() = u32::MAX;
+    let by = Some("anna".to_owned());
+    let moved = east.move_group_recorded("bank", true, by).await.unwrap();
+    assert!(
+        moved
+            .members
+            .iter()
+            .all(|m| !m.report.as_ref().unwrap().runs),
+        "{moved:?}"
+    );
+    let run = east.runs().into_iter().next().unwrap();
+    let start = run.steps.iter().find(|step| step.kind == Kind::StartGroup);
+    let start = start.unwrap();
+    assert!(matches!(start.forward, Forward::Failed { .. }), "{run:#?}");
+    assert!(run.outcome.is_some_and(|how| how != Outcome::Succeeded));
+    bank.stage.end().await;
 }

@@ -15,6 +15,7 @@ mod groups;
 mod images;
 mod limits;
 mod mended;
+mod overruled;
 mod rebuilds;
 mod scrubs;
 mod seeds;

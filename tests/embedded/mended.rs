@@ -271,3 +271,47 @@ async fn a_site_that_was_removed_is_paired_again_by_the_same_daemon() {
     assert!(target(&stage.west, "web").active.is_none());
     stage.end().await;
 }
+
+/// Whoever stopped it before lets it go on, not a move that came to nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_stood_before_its_move_stands_when_that_fails() {
+    let stage = Stage::protected().await;
+    let east = stage.east.clone();
+    let running = || stage.guest.lock().unwrap().running();
+    let stands = async || {
+        until("its points go on", || {
+            let view = source(&east, "web");
+            let said = view.trouble.contains("is stopped here");
+            (said && view.phase == Phase::Protected).then_some(())
+        })
+        .await;
+    };
+    let fails = async |words: &str| {
+        let refused = east.move_guest("web", true).await.unwrap_err().to_string();
+        assert!(refused.contains(words), "no '{words}' in: {refused}");
+    };
+    stage.guest.lock().unwrap().pause().unwrap();
+    stands().await;
+    // It is handed over, and the other site cannot start it.
+    *stage.at_west.bad_starts.lock().unwrap() = u32::MAX;
+    fails("the move failed").await;
+    assert_eq!(running(), Some(false));
+    stands().await;
+    // Its last cut is given up.
+    stage.guest.lock().unwrap().fail_once_moved(u32::MAX, 0);
+    fails("was not moved").await;
+    assert_eq!(running(), Some(false));
+    stage.guest.lock().unwrap().fail(0, 0);
+    stands().await;
+
+    // It is let go on since: one that runs, runs on.
+    stage.guest.lock().unwrap().resume().unwrap();
+    until("that is seen", || {
+        let view = source(&east, "web");
+        (view.trouble.is_empty() && view.phase == Phase::Protected).then_some(())
+    })
+    .await;
+    fails("the move failed").await;
+    counts_on(&stage.guest).await;
+    stage.end().await;
+}

@@ -147,3 +147,45 @@ fn a_source_that_comes_back_stops_its_guest_even_when_qemu_is_busy_at_first() {
     whole(&runs_at(&pair.west, "api"));
     assert_eq!(other.console.last_beat().unwrap().number, stopped);
 }
+
+/// Its QEMU has one client at a time, and somebody else's comes first.
+#[test]
+fn a_guest_that_was_let_go_of_for_a_reprotection_that_failed_is_watched_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let Some(guest) = small(&dir.path().join("g")) else {
+        return;
+    };
+    let pair = Pair::start(LINK, "", "");
+    protect(&pair, "web", &guest);
+    pair.east.cli(&["move", "web", "--accept-pause"]).good();
+    let console = runs_at(&pair.west, "web");
+    pair.west.cli(&["commit", "web"]).good();
+    pair.west.until("hydrated", PATIENCE, |view| {
+        let active = view.standbys[0].active.as_ref()?;
+        active.hydrated.then_some(())
+    });
+    let qmp = pair.west.target("web").active.unwrap().qmp.unwrap();
+    // It is served as soon as the site lets go.
+    let somebody = std::os::unix::net::UnixStream::connect(qmp).unwrap();
+    pair.west.cli(&["reprotect", "web"]).bad("");
+    let view = pair.west.view();
+    assert!(view.guests.is_empty(), "it is none of west's own");
+    let standby = &view.standbys[0];
+    assert!(standby.active.is_some());
+    assert!(
+        standby.trouble.contains("cannot be watched yet"),
+        "{}",
+        standby.trouble
+    );
+    assert!(beats(&console));
+    drop(somebody);
+    pair.west.until("watched again", PATIENCE, |view| {
+        let standby = &view.standbys[0];
+        (standby.active.is_some() && standby.trouble.is_empty()).then_some(())
+    });
+    // By one client, which lets go once more.
+    pair.west.cli(&["reprotect", "web"]).good();
+    assert!(pair.west.view().standbys.is_empty());
+    sealed(&pair.west, "web");
+    whole(&console);
+}

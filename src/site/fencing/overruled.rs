@@ -63,6 +63,37 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+    use crate::activate::fence::Term;
+    use crate::site::surroundings::tests::Stage;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn who_is_overruled_is_told_of_which_guest() {
+        let stage = Stage::protected().await;
+        let waits = std::future::ready(7);
+        let guests = [GuestId::random(), stage.web];
+        // Nothing is known of one, and the other runs at east.
+        let told = stage.west.unless_overruled(&guests, waits).await;
+        let Err(OperateError::Conflict(why)) = told else {
+            panic!("{told:?}");
+        };
+        assert!(
+            why.starts_with("'web' is another site's by a newer term"),
+            "{why}"
+        );
+        // Of one that is not protected to here, there is no name.
+        let gone = Term {
+            group: guests[0],
+            ..stage.newer()
+        };
+        stage.west.fence.adopt(gone).expect("adopted");
+        let waits = std::future::ready(7);
+        let told = stage.west.unless_overruled(&guests[..1], waits).await;
+        let Err(OperateError::Conflict(why)) = told else {
+            panic!("{told:?}");
+        };
+        assert!(why.starts_with(&format!("'{}'", guests[0])), "{why}");
+        stage.end().await;
+    }
 
     #[tokio::test(start_paused = true)]
     async fn a_wait_ends_with_the_term_that_overrules_it() {

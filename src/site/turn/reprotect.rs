@@ -439,3 +439,7 @@ fn placed(definition: Definition, ram: &Path) -> Definition {
     }
     Definition::Qemu(qemu)
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;

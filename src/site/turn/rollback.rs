@@ -448,3 +448,7 @@ async fn look(remote: &Remote, guest: GuestId) -> Result<CopyState, AskError> {
     }
     Err(AskError::Unfitting(remote.record.site.clone()))
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a test may panic")]
+mod tests;

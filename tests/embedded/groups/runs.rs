@@ -184,3 +184,125 @@ async fn a_run_that_reprotects_a_whole_group_turns_the_group() {
     crate::group_verbs::whole_after(&east, 0).await;
     bank.stage.end().await;
 }
+
+const HELD: &str = r#"
+name = "held"
+modes = ["planned"]
+[groups]
+bank = []
+[[steps]]
+name = "begin"
+do = "approve"
+by = ["*"]
+timeout = "10m"
+[[steps]]
+name = "sync"
+do = "final-sync"
+[[steps]]
+name = "agree"
+do = "approve"
+by = ["*"]
+timeout = "10m"
+[[steps]]
+name = "promote"
+do = "promote"
+[[steps]]
+name = "start"
+do = "start-group"
+"#;
+
+impl Bank {
+    /// A planned run at west that waits to begin; its id, and the file of its facts.
+    async fn planned(&self) -> (String, std::path::PathBuf) {
+        let west = &self.stage.west;
+        self.write(&files(GOLD, PLAIN));
+        self.protected().await;
+        finally("a whole point", || self.group(west).and_then(|g| g.rpo_ms)).await;
+        let planned = StartRun {
+            force: false,
+            ..start(Mode::Planned, HELD)
+        };
+        let run = west.start_run(planned).await.unwrap().id;
+        at(west, &run, "begin").await;
+        let runs = self.stage.dir.path().join("west").join("runs");
+        let facts = runs.join(format!("{run}.facts"));
+        assert!(facts.is_file());
+        (run, facts)
+    }
+
+    async fn agrees(&self, run: &str, step: &str) {
+        let agreed = Event::Approved {
+            comment: String::new(),
+        };
+        let told = self.stage.west.tell_run(run, "anna", Some(step), agreed);
+        told.await.unwrap();
+    }
+
+    async fn runs_on_at_east(&self) {
+        for (name, counter) in [("db", &self.stage.guest), ("web", &self.web)] {
+            finally("it is protected on", || {
+                (source(&self.stage.east, name).phase == Phase::Protected).then_some(())
+            })
+            .await;
+            let before = sound(counter);
+            finally("it counts on", || {
+                (sound(counter) > before + 60).then_some(())
+            })
+            .await;
+        }
+    }
+}
+
+/// Nothing can be written there any more.
+fn in_the_way(facts: &Path) {
+    std::fs::remove_file(facts).unwrap();
+    std::fs::create_dir(facts).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn guests_go_on_at_their_source_when_it_cannot_be_written_down_that_they_are_held() {
+    let bank = Bank::set().await;
+    let west = bank.stage.west.clone();
+    let (run, facts) = bank.planned().await;
+    in_the_way(&facts);
+    bank.agrees(&run, "begin").await;
+    let asked = finally("the step fails", || west.run(&run).unwrap().question).await;
+    assert_eq!(asked.step, "sync");
+    assert!(asked.why.contains("cannot be written"), "{}", asked.why);
+    // Whatever becomes of the run, which nobody has decided yet.
+    bank.runs_on_at_east().await;
+    assert!(facts.is_dir() && west.run(&run).unwrap().outcome.is_none());
+    std::fs::remove_dir(&facts).unwrap();
+    west.tell_run(&run, "anna", None, Event::Aborted { rollback: false })
+        .await
+        .unwrap();
+    finally("its end", || west.run(&run).unwrap().outcome).await;
+    bank.stage.end().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_an_ended_run_cannot_let_go_of_is_let_go_of_once_that_can_be_written_down() {
+    let bank = Bank::set().await;
+    let west = bank.stage.west.clone();
+    let (run, facts) = bank.planned().await;
+    bank.agrees(&run, "begin").await;
+    at(&west, &run, "agree").await;
+    let stand = || {
+        let both = [&bank.stage.guest, &bank.web];
+        both.map(|counter| counter.lock().unwrap().running())
+    };
+    assert_eq!(stand(), [Some(false); 2]);
+    in_the_way(&facts);
+    west.tell_run(&run, "anna", None, Event::Aborted { rollback: false })
+        .await
+        .unwrap();
+    finally("its end", || west.run(&run).unwrap().outcome).await;
+    // A daemon that began anew would hold them still.
+    assert_eq!(stand(), [Some(false); 2]);
+    std::fs::remove_dir(&facts).unwrap();
+    bank.runs_on_at_east().await;
+    for name in ["db", "web"] {
+        assert!(target(&west, name).active.is_none());
+    }
+    bank.stage.end().await;
+}
