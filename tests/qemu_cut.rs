@@ -317,3 +317,95 @@ fn two_guests_are_cut_at_one_instant() {
     works_on(&vms[0]);
     check_held(&vms[0], guest, 21, model);
 }
+
+/// What goes to an overlay is in no bitmap of ours.
+#[test]
+fn a_disk_of_which_another_tool_took_a_snapshot_is_not_cut_until_it_is_merged_back() {
+    if !has_qemu() {
+        return;
+    }
+    let vm = Vm::start();
+    let mut guest = vm.attach();
+    let mut model = Model::new(guest.volumes());
+    guest.round(&mut model).expect("first copy");
+    check_held(&vm, &mut guest, 1, &mut model);
+    let mut qmp = Qmp::connect(&vm.path("qmp2.sock"), Duration::from_secs(5)).expect("connects");
+    let overlay = vm.path("overlay.qcow2").display().to_string();
+    let taken = json!({"node-name": "disk-a", "snapshot-file": overlay,
+        "snapshot-node-name": "overlay", "format": "qcow2"});
+    qmp.execute("blockdev-snapshot-sync", taken)
+        .expect("a snapshot");
+    works_on(&vm);
+    for after in [After::Continue, After::Hold] {
+        let Err(error) = guest.cut(2, after, &mut model) else {
+            panic!("cut")
+        };
+        assert!(error.to_string().contains("'disk-a'"), "{error}");
+        assert_eq!(guest.running(), Some(true));
+        works_on(&vm);
+    }
+
+    let merged = json!({"device": "overlay", "job-id": "merge"});
+    qmp.execute("block-commit", merged).expect("commits");
+    let patience = Duration::from_secs(20);
+    qmp.wait_event("BLOCK_JOB_READY", patience, |_| true)
+        .expect("is ready");
+    qmp.execute("block-job-complete", json!({"device": "merge"}))
+        .expect("pivots");
+    qmp.wait_event("BLOCK_JOB_COMPLETED", patience, |_| true)
+        .expect("is merged");
+    works_on(&vm);
+    let cut = guest
+        .cut(2, After::Continue, &mut model)
+        .expect("cuts again");
+    ship(&mut guest, cut, &mut model);
+    guest.sealed(2);
+    check_held(&vm, &mut guest, 3, &mut model);
+}
+
+/// Lets the guest go on at the first page it is given: in the pause.
+struct Meddler(Option<Qmp>);
+
+impl Meddler {
+    fn meddle(&mut self) {
+        if let Some(mut qmp) = self.0.take() {
+            qmp.execute("cont", json!({})).expect("goes on");
+        }
+    }
+}
+
+impl Sink for Meddler {
+    fn units(&mut self, _: VolumeIndex, _: u64, _: &[u8], _: &[Digest]) -> Result<(), SinkError> {
+        self.meddle();
+        Ok(())
+    }
+
+    fn zeros(&mut self, _: VolumeIndex, _: u64, _: u64) -> Result<(), SinkError> {
+        self.meddle();
+        Ok(())
+    }
+}
+
+/// Its memory and its disks would be of different instants.
+#[test]
+fn a_guest_that_another_tool_lets_go_on_in_the_pause_gets_no_point() {
+    if !has_qemu() {
+        return;
+    }
+    let vm = Vm::start();
+    let mut guest = vm.attach();
+    for after in [After::Continue, After::Hold] {
+        let qmp = Qmp::connect(&vm.path("qmp2.sock"), Duration::from_secs(5)).expect("connects");
+        let mut meddler = Meddler(Some(qmp));
+        let Err(error) = guest.cut(1, after, &mut meddler) else {
+            panic!("a point of more than one instant")
+        };
+        assert!(meddler.0.is_none());
+        assert!(error.to_string().contains("another tool"), "{error}");
+        assert_eq!(guest.running(), Some(true));
+        works_on(&vm);
+    }
+    let mut model = Model::new(guest.volumes());
+    guest.round(&mut model).expect("first copy");
+    check_held(&vm, &mut guest, 1, &mut model);
+}

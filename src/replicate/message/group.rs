@@ -12,6 +12,10 @@ use crate::site::groups::GroupRecord;
 /// One message about groups; a site of before knows none of them.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[expect(
+    clippy::large_enum_variant,
+    reason = "a message holds it by a pointer, whichever it is"
+)]
 pub enum GroupMessage {
     /// A group of guests that are protected to you: keep what is needed to run it.
     Known(GroupRecord),

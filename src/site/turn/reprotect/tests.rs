@@ -89,6 +89,7 @@ fn protection(standby: &Standby) -> Protection {
     Protection {
         guest: standby.guest,
         to: standby.from(),
+        key: Some(standby.remote().record.key),
         policy: Default::default(),
         schedule: None,
         group: None,
