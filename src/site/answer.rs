@@ -85,6 +85,8 @@ pub(super) async fn answer(site: &Arc<Site>, remote: &Arc<Remote>, question: Mes
             match site.standby_of(remote, guest) {
                 // It came from there once, and is this site's own by now.
                 Some(standby) if standby.is_turned() => not_theirs(),
+                // It has ended here, and what is left of it is here only.
+                Some(_) if discard && site.is_ours(guest) => not_theirs(),
                 Some(standby) => match standby.close(discard).await {
                     Ok(()) => Message::Done,
                     Err(error) => refused(Refusal::Unable, error),

@@ -152,7 +152,7 @@ impl Site {
     }
 
     /// Is the newest term of this guest this site's?
-    pub(super) fn is_ours(&self, guest: GuestId) -> bool {
+    pub(in crate::site) fn is_ours(&self, guest: GuestId) -> bool {
         let term = self.fence.current(guest);
         term.is_some_and(|term| term.owner == self.key())
     }

@@ -246,6 +246,12 @@ impl Site {
         let mut rows: BTreeMap<GuestId, Row> = BTreeMap::new();
         let chosen = self.choose_back(&members, &point, &mut rows)?;
         let again = format!("Go on: farhaven rollback {name} --point {cut}");
+        // What can fail is done while they run; and no prune takes what they are to run from.
+        let mut stay = Vec::with_capacity(chosen.len());
+        for (_, standby, number) in &chosen {
+            stay.push(standby.open(*number).map_err(failed)?);
+            standby.refuse_missing_networks().await.map_err(failed)?;
+        }
         if !chosen.is_empty() {
             let terms = self.terms_of_all(&chosen).await?;
             let lost = end_all(self, &chosen).await?;
@@ -275,12 +281,13 @@ impl Site {
                 rows.insert(started.member.guest, row);
             }
         }
+        drop(stay);
         let rows = members.iter().filter_map(|m| rows.remove(&m.guest));
         Ok(GroupDone::of(name, rows.collect(), &again))
     }
 
     /// Those that are to run from that point, each with its own number; of the
-    /// others there is a row already. What can fail is done while they run.
+    /// others there is a row already.
     #[allow(
         clippy::type_complexity,
         reason = "a list of three things that belong together"
@@ -322,7 +329,6 @@ impl Site {
                 None if self.is_ours(member.guest) => {}
                 None => return Err(not_here(&standby)),
             }
-            standby.open(number).map_err(failed)?;
             chosen.push((member.clone(), standby, number));
         }
         Ok(chosen)

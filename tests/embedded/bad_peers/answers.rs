@@ -35,6 +35,7 @@ fn bank(web: GuestId) -> GroupRecord {
         id: GuestId::random(),
         name: "bank".to_owned(),
         from: None,
+        key: None,
         peer: "west".to_owned(),
         policy: String::new(),
         owed: Default::default(),

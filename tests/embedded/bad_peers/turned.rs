@@ -45,7 +45,12 @@ async fn what_was_taken_over_here_is_not_prepared_changed_or_handed_over_by_its_
         guest: web,
         discard: true,
     };
-    refused(east.ask(discard).await, "runs here");
+    fenced(&mut east, discard.clone()).await;
+    let kept = Message::Close {
+        guest: web,
+        discard: false,
+    };
+    refused(east.ask(kept).await, "runs here");
     counts_on(&there).await;
     let view = target(west, "web");
     assert_eq!(
@@ -57,6 +62,10 @@ async fn what_was_taken_over_here_is_not_prepared_changed_or_handed_over_by_its_
     // Nor once it has ended here: no other is made ready in its place.
     west.end_guest("web").await.unwrap();
     fenced(&mut east, Message::Prepare { guest: web }).await;
+    // And what it ran from is all that is left.
+    let points = west.points("web").await.unwrap().len();
+    fenced(&mut east, discard).await;
+    assert_eq!(west.points("web").await.unwrap().len(), points);
     assert_eq!(stage.at_west.built.lock().unwrap().len(), 1);
     assert_eq!(west.fence.current(web), Some(taken));
     west.shutdown().await;
