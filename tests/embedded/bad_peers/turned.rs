@@ -41,16 +41,12 @@ async fn what_was_taken_over_here_is_not_prepared_changed_or_handed_over_by_its_
     for question in [Message::Prepare { guest: web }, owed(web, 4711), seal] {
         fenced(&mut east, question).await;
     }
-    let discard = Message::Close {
+    let close = |discard| Message::Close {
         guest: web,
-        discard: true,
+        discard,
     };
-    fenced(&mut east, discard.clone()).await;
-    let kept = Message::Close {
-        guest: web,
-        discard: false,
-    };
-    refused(east.ask(kept).await, "runs here");
+    fenced(&mut east, close(true)).await;
+    refused(east.ask(close(false)).await, "runs here");
     counts_on(&there).await;
     let view = target(west, "web");
     assert_eq!(
@@ -64,7 +60,7 @@ async fn what_was_taken_over_here_is_not_prepared_changed_or_handed_over_by_its_
     fenced(&mut east, Message::Prepare { guest: web }).await;
     // And what it ran from is all that is left.
     let points = west.points("web").await.unwrap().len();
-    fenced(&mut east, discard).await;
+    fenced(&mut east, close(true)).await;
     assert_eq!(west.points("web").await.unwrap().len(), points);
     assert_eq!(stage.at_west.built.lock().unwrap().len(), 1);
     assert_eq!(west.fence.current(web), Some(taken));
