@@ -172,7 +172,8 @@ async fn what_is_no_name_is_refused_before_it_is_kept() {
     assert_eq!(stage.west.fence.current(own), None);
 
     mallory.open(own, "own", 1).await;
-    let changes: [(fn(&mut PointContext), &str); 3] = [
+    type Change = fn(&mut PointContext);
+    let changes: [(Change, &str); 3] = [
         (
             |context| context.name = STEERS.to_owned(),
             "no name for one",
