@@ -139,6 +139,32 @@ async fn a_move_is_rolled_back_to_the_guest_as_it_was() {
     both.stage.end().await;
 }
 
+/// What it wrote since its move is nowhere else.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_moved_copy_that_somebody_let_go_on_by_hand_is_kept() {
+    let both = Both::protected().await;
+    let stage = &both.stage;
+    stage.east.move_guest("web", true).await.unwrap();
+    let there = stage.at_west.newest();
+    counts_on(&there).await;
+    stage.west.commit("web", false).await.unwrap();
+    told(&stage.east).await;
+    stage.guest.lock().unwrap().resume().unwrap();
+    counts_on(&stage.guest).await;
+    hydrated(&stage.west).await;
+    stage.west.reprotect("web", None).await.unwrap();
+    let west = stage.west.clone();
+    until("points of the other way round", || {
+        (source(&west, "web").points_sealed >= 2).then_some(())
+    })
+    .await;
+    let kept = stage.east.evidence();
+    assert!(kept.len() == 1 && !kept[0].unchanged, "{kept:?}");
+    assert_eq!(stage.guest.lock().unwrap().running(), Some(false));
+    counts_on(&there).await;
+    both.stage.end().await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_commit_there_is_no_rollback() {
     let both = Both::protected().await;

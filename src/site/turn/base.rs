@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use farhaven_storage_sync::catalogue::Table;
+use farhaven_storage_sync::catalogue::{CatalogueError, Table};
 use farhaven_storage_sync::digest::DigestKey;
 use farhaven_storage_sync::store::{LocalError, LocalPoint, LocalSeal, Store};
 use farhaven_storage_sync::unit::{Digest, GuestId, UNIT, Volume, VolumeIndex, VolumeKind};
@@ -138,8 +138,25 @@ impl Site {
         };
         standby.turn(false, base);
         self.keep_standby(&standby).map_err(|e| e.to_string())?;
+        // What the copy is may have been found out as it was read.
+        let kept = self.copy_for(remote, record.id)?;
+        let protection = kept.map_or(protection, |(_, kept)| kept);
         self.set_evidence_aside(&record, &protection)
             .map_err(|e| e.to_string())
+    }
+
+    /// What its moved copy wrote since is nowhere else: it is kept until somebody discards it.
+    fn copy_wrote(&self, guest: GuestId) -> Result<(), CatalogueError> {
+        let key = guest.to_string();
+        let kept = self
+            .catalogue
+            .find::<Protection>(Table::Protections, &key)?;
+        let Some(mut kept) = kept else { return Ok(()) };
+        if let Some(moved) = kept.moved.take() {
+            (kept.stopped, kept.stopped_by) = (true, Some(moved));
+            self.keep_protection(&kept)?;
+        }
+        Ok(())
     }
 
     /// Nobody is attached to the copy any more. Its protection stays written
@@ -167,10 +184,7 @@ impl Site {
         (context.base && context.term == standby.opening().term.number).then_some(newest.point)
     }
 
-    pub(in crate::site) fn keep_standby(
-        &self,
-        standby: &Standby,
-    ) -> Result<(), farhaven_storage_sync::catalogue::CatalogueError> {
+    pub(in crate::site) fn keep_standby(&self, standby: &Standby) -> Result<(), CatalogueError> {
         let key = standby.guest.to_string();
         self.catalogue.put(Table::Remote, &key, &standby.record())?;
         self.catalogue.flush()
@@ -246,6 +260,7 @@ fn read(
         None => return Ok(0),
         Some(true) => {
             // Fenced or moved, and somebody let it go on by hand.
+            site.copy_wrote(record.id).map_err(|e| e.to_string())?;
             guests::stop_guest(site, record).map_err(|e| e.to_string())?;
         }
     }
