@@ -107,6 +107,26 @@ impl Default for Retention {
 pub const COMMIT_WINDOW: Period = Period::from_secs(24 * 3600);
 /// How long a guest agent has to freeze filesystems unless a policy says otherwise.
 pub const QUIESCE_TIMEOUT: Period = Period::from_secs(2);
+/// Longest that a guest agent may have for it: whoever takes the guest over by force
+/// waits for that, too.
+pub const LONGEST_QUIESCE_TIMEOUT: Period = Period::from_secs(10);
+
+/// What is wrong with the time that an agent has to freeze filesystems.
+pub(crate) fn freeze_problem(timeout: Period, rpo: Period) -> Option<String> {
+    if timeout == Period::ZERO {
+        return Some("is 0s; an agent needs time to answer, try 2s".to_owned());
+    }
+    if timeout >= rpo {
+        return Some(format!(
+            "is {timeout}, no shorter than the rpo of {rpo}: one agent that hangs breaks it"
+        ));
+    }
+    (timeout > LONGEST_QUIESCE_TIMEOUT).then(|| {
+        format!(
+            "is {timeout}; at most {LONGEST_QUIESCE_TIMEOUT} can be waited for an agent: a site that takes the guest over by force waits as long until it is stopped here"
+        )
+    })
+}
 /// Shortest RPO that can be asked for.
 pub const SHORTEST_RPO: Period = Period::from_secs(1);
 /// Smallest capture buffer: a few groups of 64 units.
@@ -159,20 +179,10 @@ impl Policy {
                 self.max_throttle
             ),
         );
-        if self.quiesce == Quiesce::Agent {
-            require(
-                self.quiesce_timeout > Period::ZERO,
-                "quiesce_timeout",
-                "is 0s; an agent needs time to answer, try 2s".into(),
-            );
-            require(
-                self.quiesce_timeout < self.rpo,
-                "quiesce_timeout",
-                format!(
-                    "is {}, no shorter than the rpo of {}: one agent that hangs breaks it",
-                    self.quiesce_timeout, self.rpo
-                ),
-            );
+        if self.quiesce == Quiesce::Agent
+            && let Some(problem) = freeze_problem(self.quiesce_timeout, self.rpo)
+        {
+            require(false, "quiesce_timeout", problem);
         }
         require(
             self.capture_buffer >= SMALLEST_CAPTURE_BUFFER,
@@ -215,6 +225,18 @@ mod tests {
     #[test]
     fn the_default_policy_is_sound() {
         assert_eq!(Policy::default().problems(), []);
+    }
+
+    #[test]
+    fn an_agent_has_a_bounded_time_to_freeze() {
+        let problem = |timeout, rpo| {
+            let problem = freeze_problem(Period::from_secs(timeout), Period::from_secs(rpo));
+            problem.unwrap_or_default()
+        };
+        assert_eq!(problem(10, 60), "");
+        assert!(problem(0, 60).contains("try 2s"));
+        assert!(problem(5, 5).contains("no shorter than the rpo"));
+        assert!(problem(11, 60).contains("at most 10s"));
     }
 
     #[test]

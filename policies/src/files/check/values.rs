@@ -1,7 +1,7 @@
 //! Single values that cannot be kept, whatever the rest says.
 
 use crate::load::Origins;
-use crate::policy::{SHORTEST_RPO, SMALLEST_CAPTURE_BUFFER, STRONGEST_THROTTLE};
+use crate::policy::{SHORTEST_RPO, SMALLEST_CAPTURE_BUFFER, STRONGEST_THROTTLE, freeze_problem};
 use crate::units::Period;
 use crate::week::{minute_of_week, overlap, spans};
 
@@ -69,21 +69,10 @@ impl Found {
             &field("standby"),
             "is warm, but the mode disk-only copies no memory to keep ready; use cold or auto",
         );
-        if policy.quiesce == Quiesce::Agent {
-            let timeout = policy.quiesce_timeout;
-            self.require(
-                timeout > Period::ZERO,
-                &field("quiesce_timeout"),
-                "is 0s; an agent needs time to answer, try 2s",
-            );
-            self.require(
-                timeout < policy.rpo,
-                &field("quiesce_timeout"),
-                format!(
-                    "is {timeout}, no shorter than the rpo of {}: one agent that hangs breaks it",
-                    policy.rpo
-                ),
-            );
+        if policy.quiesce == Quiesce::Agent
+            && let Some(problem) = freeze_problem(policy.quiesce_timeout, policy.rpo)
+        {
+            self.require(false, &field("quiesce_timeout"), problem);
         }
         self.windows(key, policy, origins);
     }
