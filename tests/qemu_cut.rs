@@ -409,3 +409,33 @@ fn a_guest_that_another_tool_lets_go_on_in_the_pause_gets_no_point() {
     guest.round(&mut model).expect("first copy");
     check_held(&vm, &mut guest, 1, &mut model);
 }
+
+/// A daemon that is started anew attaches without a detach between.
+#[test]
+fn a_detach_puts_back_what_the_first_attach_found() {
+    if !has_qemu() {
+        return;
+    }
+    let vm = Vm::start();
+    let mut qmp = Qmp::connect(&vm.path("qmp2.sock"), Duration::from_secs(5)).expect("connects");
+    let list = json!([{"capability": "multifd", "state": true}]);
+    qmp.execute("migrate-set-capabilities", json!({"capabilities": list}))
+        .expect("set");
+    let limit = json!({"max-bandwidth": 7 << 20});
+    qmp.execute("migrate-set-parameters", limit).expect("set");
+    let mut settings = || {
+        let all = qmp.execute("query-migrate-parameters", json!({}));
+        let bandwidth = all.expect("tells")["max-bandwidth"].clone();
+        let capabilities = qmp.execute("query-migrate-capabilities", json!({}));
+        (bandwidth, capabilities.expect("tells"))
+    };
+    let found = settings();
+    for _ in 0..3 {
+        drop(vm.attach());
+        let (bandwidth, capabilities) = settings();
+        assert!(bandwidth != found.0 && capabilities != found.1);
+    }
+    vm.attach().detach();
+    assert_eq!(settings(), found);
+    assert!(!vm.path("work/migration-before.json").exists());
+}

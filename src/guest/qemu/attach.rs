@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::super::GuestError;
+use super::before::{Before, set};
 use super::qmp::{Qmp, QmpError};
 use super::scan::RamBlock;
 use super::throttle::THROTTLE_MARK;
@@ -43,13 +44,6 @@ const UNWANTED: [&str; 15] = [
     "dirty-limit",
     "switchover-ack",
 ];
-
-/// What QEMU had before; put back by a detach.
-#[derive(Default)]
-pub(super) struct Before {
-    capabilities: Vec<(String, bool)>,
-    bandwidth: Option<u64>,
-}
 
 /// Runs the guest on that a dead daemon of ours had stopped, and removes what
 /// else it left but bitmaps.
@@ -205,7 +199,11 @@ pub(super) fn same_ram(qmp: &mut Qmp, blocks: &[(String, RamBlock)]) -> Result<(
 }
 
 /// Sets the capabilities of our way to take device state.
-pub(super) fn prepare_migration(qmp: &mut Qmp) -> Result<Before, GuestError> {
+pub(super) fn prepare_migration(
+    qmp: &mut Qmp,
+    mut before: Before,
+    work_dir: &Path,
+) -> Result<Before, GuestError> {
     idle(qmp)?;
     let listed = qmp.execute("query-migrate-capabilities", json!({}))?;
     let now: BTreeMap<&str, bool> = listed
@@ -231,32 +229,19 @@ pub(super) fn prepare_migration(qmp: &mut Qmp) -> Result<Before, GuestError> {
         .iter()
         .filter(|name| now.get(**name) == Some(&true));
     change.extend(off.map(|name| ((*name).to_owned(), false)));
-    set(qmp, &change)?;
     let parameters = qmp.execute("query-migrate-parameters", json!({}))?;
     let bandwidth = parameters["max-bandwidth"].as_u64();
+    let were: Vec<_> = change
+        .iter()
+        .map(|(name, state)| (name.clone(), !state))
+        .collect();
+    before.changes(&were, bandwidth, work_dir)?;
+    set(qmp, &change)?;
     qmp.execute(
         "migrate-set-parameters",
         json!({"max-bandwidth": 1_u64 << 40}),
     )?;
-    let capabilities = change
-        .into_iter()
-        .map(|(name, state)| (name, !state))
-        .collect();
-    Ok(Before {
-        capabilities,
-        bandwidth,
-    })
-}
-
-fn set(qmp: &mut Qmp, capabilities: &[(String, bool)]) -> Result<(), GuestError> {
-    if !capabilities.is_empty() {
-        let list: Vec<Value> = capabilities
-            .iter()
-            .map(|(name, state)| json!({"capability": name, "state": state}))
-            .collect();
-        qmp.execute("migrate-set-capabilities", json!({"capabilities": list}))?;
-    }
-    Ok(())
+    Ok(before)
 }
 
 /// Is no migration of somebody else's under way?
@@ -306,13 +291,7 @@ pub(super) fn serve_nbd(qmp: &mut Qmp, work_dir: &Path) -> Result<PathBuf, Guest
 /// Puts back what an attach changed. Best effort: the guest may be gone.
 pub(super) fn restore(qmp: &mut Qmp, before: &Before, work_dir: &Path) {
     let _ = qmp.execute("nbd-server-stop", json!({}));
-    let _ = set(qmp, &before.capabilities);
-    if let Some(bandwidth) = before.bandwidth {
-        let _ = qmp.execute(
-            "migrate-set-parameters",
-            json!({"max-bandwidth": bandwidth}),
-        );
-    }
+    before.put_back(qmp, work_dir);
     for name in ["nbd.sock", CUT_MARK, HELD_MARK, THROTTLE_MARK] {
         let _ = std::fs::remove_file(work_dir.join(name));
     }

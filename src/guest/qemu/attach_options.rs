@@ -7,6 +7,7 @@ use farhaven_storage_sync::unit::{Volume, VolumeIndex, VolumeKind};
 
 use super::super::GuestError;
 use super::super::hot::Hot;
+use super::before::Before;
 use super::disk::{Disk, View};
 use super::qmp::Qmp;
 use super::quiesce::Quiesce;
@@ -152,19 +153,20 @@ impl QemuGuest {
             kind: VolumeKind::DeviceState,
             bytes: 0,
         });
+        let process = qmp
+            .pid()
+            .ok()
+            .and_then(|pid| Some((pid, attach::started(pid)?)));
+        let before = Before::of(process.as_ref(), &work_dir);
         let before = match options.disk_only {
-            true => attach::Before::default(),
-            false => attach::prepare_migration(&mut qmp)?,
+            true => before,
+            false => attach::prepare_migration(&mut qmp, before, &work_dir)?,
         };
         let socket = if disks.is_empty() {
             work_dir.join("nbd.sock")
         } else {
             attach::serve_nbd(&mut qmp, &work_dir)?
         };
-        let process = qmp
-            .pid()
-            .ok()
-            .and_then(|pid| Some((pid, attach::started(pid)?)));
         let channel = match &options.agent {
             Some(port) => agent::at_qemu(&mut qmp, port)?,
             None => None,

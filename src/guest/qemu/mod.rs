@@ -16,8 +16,9 @@ use super::gate::CutGate;
 use super::hot::Hot;
 use super::{After, Cut, Guest, GuestError, Sink};
 pub(crate) use attach::keep_held;
-use attach::{Before, CUT_MARK, HELD_MARK};
+use attach::{CUT_MARK, HELD_MARK};
 pub use attach_options::AttachOptions;
+use before::Before;
 use disk::{Disk, View};
 use qmp::Qmp;
 use quiesce::Quiesce;
@@ -29,6 +30,7 @@ pub mod agent;
 pub(crate) mod allocated;
 mod attach;
 mod attach_options;
+mod before;
 pub mod check;
 mod cut;
 pub mod definition;
@@ -359,7 +361,14 @@ impl Guest for QemuGuest {
             std::thread::sleep(Duration::from_millis(5));
         }
         self.detached = true;
-        for name in ["nbd.sock", "state.sock", CUT_MARK, HELD_MARK, THROTTLE_MARK] {
+        for name in [
+            "nbd.sock",
+            "state.sock",
+            CUT_MARK,
+            HELD_MARK,
+            THROTTLE_MARK,
+            before::FILE,
+        ] {
             let _ = std::fs::remove_file(self.work_dir.join(name));
         }
         Ok(())
@@ -434,7 +443,13 @@ impl Drop for QemuGuest {
         }
         if !self.process_lives() {
             attach::remove_fleeces(&self.work_dir);
-            for name in ["nbd.sock", "state.sock", CUT_MARK, THROTTLE_MARK] {
+            for name in [
+                "nbd.sock",
+                "state.sock",
+                CUT_MARK,
+                THROTTLE_MARK,
+                before::FILE,
+            ] {
                 let _ = std::fs::remove_file(self.work_dir.join(name));
             }
         } else if let Err(error) = self.end_cut(false).and_then(|()| match self.must_sweep {
