@@ -24,12 +24,17 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use tokio::net::{UnixListener, UnixStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 use tokio::task::{JoinHandle, JoinSet};
 
-/// Most connections at a time, to all exports together. Each may hold
-/// [`serve::IN_FLIGHT`] pieces of [`pieces::PIECE`] bytes.
-pub const MOST_CONNECTIONS: usize = 64;
+/// Most clients at a time that have chosen no export yet.
+pub const MOST_CHOOSING: usize = 64;
+/// Most connections at a time to one export. Each export has its own: no guest, and no
+/// test, keeps another from its disks. A connection may always hold one piece of
+/// [`pieces::PIECE`] bytes.
+pub const OF_EXPORT: usize = 16;
+/// So many pieces more are held at a time, by all connections together.
+pub const MORE_PIECES: usize = 448;
 /// A client must choose its export within this time.
 pub const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -94,17 +99,31 @@ pub(crate) struct Export {
     source: RwLock<Arc<dyn BlockSource>>,
     /// Dropped receivers and a changed value both end a connection.
     removed: watch::Sender<bool>,
+    /// Places of its connections.
+    open: Arc<Semaphore>,
 }
 
-#[derive(Default)]
-pub(crate) struct Exports(RwLock<BTreeMap<String, Arc<Export>>>);
+pub(crate) struct Exports {
+    named: RwLock<BTreeMap<String, Arc<Export>>>,
+    /// What connections hold beside one piece each.
+    more: Arc<Semaphore>,
+}
+
+impl Default for Exports {
+    fn default() -> Self {
+        Self {
+            named: RwLock::default(),
+            more: Arc::new(Semaphore::new(MORE_PIECES)),
+        }
+    }
+}
 
 impl Exports {
     fn add(&self, name: &str, source: Arc<dyn BlockSource>) -> Result<(), NbdError> {
         if name.is_empty() || name.len() > wire::LONGEST_NAME {
             return Err(NbdError::Name(name.len()));
         }
-        let mut exports = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        let mut exports = self.named.write().unwrap_or_else(PoisonError::into_inner);
         if exports.contains_key(name) {
             return Err(NbdError::Exists(name.to_owned()));
         }
@@ -112,13 +131,14 @@ impl Exports {
             size: source.size(),
             source: RwLock::new(source),
             removed: watch::Sender::new(false),
+            open: Arc::new(Semaphore::new(OF_EXPORT)),
         };
         exports.insert(name.to_owned(), Arc::new(export));
         Ok(())
     }
 
     fn find(&self, name: &str) -> Option<Arc<Export>> {
-        self.0
+        self.named
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .get(name)
@@ -126,7 +146,7 @@ impl Exports {
     }
 
     fn names(&self) -> Vec<String> {
-        self.0
+        self.named
             .read()
             .unwrap_or_else(PoisonError::into_inner)
             .keys()
@@ -214,7 +234,7 @@ impl NbdServer {
     pub fn remove(&self, name: &str) -> Result<(), NbdError> {
         let removed = self
             .exports
-            .0
+            .named
             .write()
             .unwrap_or_else(PoisonError::into_inner)
             .remove(name);
@@ -260,7 +280,7 @@ fn remove_stale(path: &Path) -> Result<(), NbdError> {
 }
 
 async fn accept(listener: UnixListener, exports: Arc<Exports>, mut stopped: watch::Receiver<bool>) {
-    let places = Arc::new(Semaphore::new(MOST_CONNECTIONS));
+    let places = Arc::new(Semaphore::new(MOST_CHOOSING));
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
@@ -278,13 +298,14 @@ async fn accept(listener: UnixListener, exports: Arc<Exports>, mut stopped: watc
             }
         };
         let Ok(place) = places.clone().try_acquire_owned() else {
-            tracing::warn!("{MOST_CONNECTIONS} NBD connections are open; one more was refused");
+            tracing::warn!(
+                "{MOST_CHOOSING} NBD clients have chosen no export yet; one more was refused"
+            );
             continue;
         };
         let exports = exports.clone();
         connections.spawn(async move {
-            let _place = place;
-            if let Err(error) = converse(stream, &exports).await {
+            if let Err(error) = converse(stream, &exports, Some(place)).await {
                 tracing::warn!(%error, "an NBD connection ended early");
             }
         });
@@ -293,7 +314,12 @@ async fn accept(listener: UnixListener, exports: Arc<Exports>, mut stopped: watc
     connections.shutdown().await;
 }
 
-async fn converse(mut stream: UnixStream, exports: &Exports) -> io::Result<()> {
+/// `choosing` is the client's place until it has chosen an export.
+async fn converse(
+    mut stream: UnixStream,
+    exports: &Exports,
+    choosing: Option<OwnedSemaphorePermit>,
+) -> io::Result<()> {
     let shaken =
         tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake::shake(&mut stream, exports)).await;
     let shaken = shaken.map_err(|_| {
@@ -309,15 +335,23 @@ async fn converse(mut stream: UnixStream, exports: &Exports) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => return Ok(()),
         Err(error) => return Err(error),
     };
+    drop(choosing);
     let mut removed = agreed.export.removed.subscribe();
     let export = agreed.name.clone();
+    let Ok(_open) = agreed.export.open.clone().try_acquire_owned() else {
+        tracing::warn!(
+            export,
+            "{OF_EXPORT} NBD connections to this export are open; one more was refused"
+        );
+        return Ok(());
+    };
     tracing::debug!(
         export,
         structured = agreed.structured,
         "an NBD client has opened an export"
     );
     tokio::select! {
-        served = serve::serve(stream, agreed) => served,
+        served = serve::serve(stream, agreed, &exports.more) => served,
         // An export removed between the look-up and the subscription counts too.
         _ = removed.wait_for(|removed| *removed) => Ok(()),
     }

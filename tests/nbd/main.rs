@@ -13,7 +13,10 @@ use std::time::Duration;
 use client::Client;
 use disk::{Disk, served};
 use farhaven::activate::nbd::pieces::PIECE;
-use farhaven::activate::nbd::{BlockSource, MOST_CONNECTIONS, NbdError, NbdServer};
+use farhaven::activate::nbd::serve::IN_FLIGHT;
+use farhaven::activate::nbd::{
+    BlockSource, MORE_PIECES, MOST_CHOOSING, NbdError, NbdServer, OF_EXPORT,
+};
 use proptest::prelude::*;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
@@ -226,16 +229,56 @@ async fn a_failure_midway_is_told_where_that_is_possible() -> Test {
 }
 
 #[tokio::test]
-async fn connections_are_bounded_and_a_place_is_given_back() -> Test {
+async fn connections_of_an_export_are_bounded_and_a_place_is_given_back() -> Test {
     let served = served();
     served.server.export("d", Disk::new(8, 4096))?;
     let mut open = Vec::new();
-    for _ in 0..MOST_CONNECTIONS {
+    for _ in 0..OF_EXPORT {
         open.push(Client::go(&served.socket, "d", false).await);
+    }
+    Client::go(&served.socket, "d", false).await.ends().await;
+    // Another one's are its own, however many exports there are.
+    for n in 0..20 {
+        let name = format!("other {n}");
+        served.server.export(&name, Disk::new(n, 4096))?;
+        for _ in 0..OF_EXPORT {
+            let mut client = Client::go(&served.socket, &name, false).await;
+            client.request(0, 0, 0, 4096, &[]).await;
+            assert_eq!(client.simple(4096).await.0, 0);
+            open.push(client);
+        }
+    }
+    open.remove(0);
+    for attempt in 0.. {
+        let mut next = Client::go(&served.socket, "d", false).await;
+        // One that is refused is closed at once.
+        let soon = Duration::from_millis(300);
+        if tokio::time::timeout(soon, next.0.read(&mut [0; 1]))
+            .await
+            .is_err()
+        {
+            break;
+        }
+        assert!(attempt < 100, "the place was not given back");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn clients_that_choose_nothing_are_bounded_and_keep_nobody_from_a_disk() -> Test {
+    let served = served();
+    served.server.export("d", Disk::new(8, 4096))?;
+    let mut open = Client::go(&served.socket, "d", false).await;
+    let mut choosing = Vec::new();
+    for _ in 0..MOST_CHOOSING {
+        choosing.push(Client::connect(&served.socket).await);
     }
     let mut refused = UnixStream::connect(&served.socket).await?;
     assert_eq!(refused.read(&mut [0; 1]).await?, 0);
-    open.pop();
+    open.request(0, 0, 0, 4096, &[]).await;
+    assert_eq!(open.simple(4096).await.0, 0);
+    choosing.pop();
     for attempt in 0.. {
         let mut next = UnixStream::connect(&served.socket).await?;
         if next.read(&mut [0; 1]).await? == 1 {
@@ -244,6 +287,35 @@ async fn connections_are_bounded_and_a_place_is_given_back() -> Test {
         assert!(attempt < 100, "the place was not given back");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
+    Ok(())
+}
+
+/// They hold all pieces that are shared, and each other connection has one of its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn any_number_of_clients_that_read_nothing_hinder_nobody() -> Test {
+    let served = served();
+    let disk = Disk::new(9, 8 << 20);
+    let mut deaf = Vec::new();
+    for n in 0..=MORE_PIECES / (IN_FLIGHT - 1) {
+        let name = format!("d{}", n / OF_EXPORT);
+        if n % OF_EXPORT == 0 {
+            served.server.export(&name, disk.clone())?;
+        }
+        let mut client = Client::go(&served.socket, &name, true).await;
+        for _ in 0..IN_FLIGHT {
+            client.request(0, 0, 0, 8 << 20, &[]).await;
+        }
+        deaf.push(client);
+    }
+    served.server.export("d", disk.clone())?;
+    let mut client = Client::go(&served.socket, "d", false).await;
+    for _ in 0..4 {
+        client.request(0, 0, 0, 8 << 20, &[]).await;
+    }
+    for _ in 0..4 {
+        assert!(client.simple(8 << 20).await.1 == disk.bytes);
+    }
+    tokio::time::timeout(Duration::from_secs(5), served.server.shutdown()).await?;
     Ok(())
 }
 

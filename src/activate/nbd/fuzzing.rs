@@ -64,7 +64,7 @@ pub(crate) fn requests(bytes: &[u8]) {
             let mut piece = vec![0; 64 << 10];
             while heard.read(&mut piece).await.is_ok_and(|read| read > 0) {}
         };
-        let _ = tokio::join!(converse(server, &exports), say, hear);
+        let _ = tokio::join!(converse(server, &exports, None), say, hear);
     };
     RUNTIME.with(|runtime| runtime.block_on(talk));
 }

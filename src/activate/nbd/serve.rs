@@ -2,8 +2,9 @@
 //!
 //! One task reads requests; each that needs the source gets a task of its own
 //! (at most [`IN_FLIGHT`]), which reads a piece at a time on a blocking thread
-//! and writes it. A reply is never held in memory whole, so a connection's
-//! memory is bounded by pieces times requests in flight.
+//! and writes it. A reply is never held in memory whole: memory is bounded by
+//! pieces times requests in flight, of which each connection has one for
+//! itself, and shares all others with the rest.
 
 use std::io;
 use std::sync::Arc;
@@ -11,7 +12,7 @@ use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::UnixStream;
 use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
-use tokio::sync::Mutex;
+use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
 use super::handshake::{Agreed, broken};
@@ -24,8 +25,13 @@ pub const IN_FLIGHT: usize = 8;
 /// Most extents in one reply: the client asks again for the rest.
 const MOST_EXTENTS: usize = 2048;
 
-/// Serves requests until the client says goodbye or goes away.
-pub(super) async fn serve(stream: UnixStream, agreed: Agreed) -> io::Result<()> {
+/// Serves requests until the client says goodbye or goes away. `more` has room for
+/// requests of all connections beside one of each.
+pub(super) async fn serve(
+    stream: UnixStream,
+    agreed: Agreed,
+    more: &Arc<Semaphore>,
+) -> io::Result<()> {
     let (mut reader, writer) = stream.into_split();
     let connection = Arc::new(Connection {
         agreed,
@@ -89,18 +95,36 @@ pub(super) async fn serve(stream: UnixStream, agreed: Agreed) -> io::Result<()> 
                 continue;
             }
         }
-        while tasks.len() >= IN_FLIGHT {
-            if let Some(done) = tasks.join_next().await {
-                ended(done)?;
-            }
-        }
+        let room = room(&mut tasks, more).await?;
         let connection = connection.clone();
         tasks.spawn(async move {
+            let _room = room;
             match request.command {
                 command::READ => connection.read(&request).await,
                 _ => connection.block_status(&request).await,
             }
         });
+    }
+}
+
+/// Room for one more request of a connection; `None` is the one that each has anyway.
+async fn room(
+    tasks: &mut JoinSet<io::Result<()>>,
+    more: &Arc<Semaphore>,
+) -> io::Result<Option<OwnedSemaphorePermit>> {
+    loop {
+        match tasks.len() {
+            0 => return Ok(None),
+            1..IN_FLIGHT => {
+                if let Ok(room) = more.clone().try_acquire_owned() {
+                    return Ok(Some(room));
+                }
+            }
+            _ => {}
+        }
+        if let Some(done) = tasks.join_next().await {
+            ended(done)?;
+        }
     }
 }
 
