@@ -62,13 +62,17 @@ pub struct Handed {
     pub term: Term,
 }
 
+fn as_usual() -> bool {
+    true
+}
+
 /// What came of it.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Taken {
     /// Who.
     pub guest: GuestId,
-    /// Does it run there?
-    #[serde(default)]
+    /// Does it run there? Told where it does not: sites of before tell nothing.
+    #[serde(default = "as_usual", skip_serializing_if = "Clone::clone")]
     pub runs: bool,
     /// From the question until it ran; nothing of one that does not run yet.
     pub times: ActivationTimes,
