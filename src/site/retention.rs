@@ -14,6 +14,7 @@ use farhaven_storage_sync::prune::{Keep, PruneReport};
 use farhaven_storage_sync::unit::GuestId;
 use farhaven_wan::SiteKey;
 use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
 
 use super::events::EventKind;
 use super::groups::{self, Fates};
@@ -28,6 +29,10 @@ const PRUNE_EVERY: Duration = Duration::from_secs(30);
 
 /// The source forgets batches at the end of the shipments under way.
 const FORGET: Duration = Duration::from_secs(300);
+
+/// What was told to end reads points for moments still.
+const LET_GO: Duration = Duration::from_secs(5);
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// A peer's store is pruned by itself only when this many of its points are past their time.
 const WORTH_PRUNING: usize = 4;
@@ -270,9 +275,18 @@ async fn perform(
 /// Drops every point of a guest that is given up, and frees what only they needed. Fails
 /// while any is left: who forgot the guest then would leave it to nobody.
 pub(super) async fn discard_points(remote: &Remote, guest: GuestId) -> Result<(), String> {
-    let keep = Keep::from([(guest, BTreeSet::new())]);
-    perform(remote, keep, &[]).await?;
-    let left = remote.incoming.store.points(guest);
+    let until = Instant::now() + LET_GO;
+    let left = loop {
+        let keep = Keep::from([(guest, BTreeSet::new())]);
+        perform(remote, keep, &[]).await?;
+        let store = &remote.incoming.store;
+        let left = store.points(guest);
+        // A name stays.
+        if left.is_empty() || !store.kept(guest).is_empty() || Instant::now() >= until {
+            break left;
+        }
+        tokio::time::sleep(LOOK_AGAIN).await;
+    };
     let Some(first) = left.first() else {
         return Ok(());
     };
