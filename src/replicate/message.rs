@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use self::envelope::{Envelope, MessageError, Unknown};
 pub use self::lost::{LOST_BATCHES, LOST_RUNS, LostContent};
 pub use self::run::{HeldGuest, RunMessage, ToHold};
+pub use self::sound::{MOST_DEVICE_STATE, sound_volume};
 pub use self::turn::{CopyState, TurnMessage};
 
 use crate::activate::fence::Term;
@@ -33,6 +34,7 @@ mod envelope;
 mod group;
 mod lost;
 mod run;
+mod sound;
 mod turn;
 
 /// Longest message taken, under the session's own bound of 1 MiB.
@@ -121,33 +123,6 @@ pub struct Opened {
     pub last_seq: u64,
     /// The volumes of the newest point.
     pub volumes: Vec<Volume>,
-}
-
-/// Most bytes of a guest's device state.
-pub const MOST_DEVICE_STATE: u64 = 256 << 20;
-
-/// A volume that an honest site may tell of: its name and its size can be worked with.
-pub fn sound_volume(volume: &Volume) -> bool {
-    const MOST: u64 = 1 << 50;
-    const LONGEST_NAME: usize = 255;
-    let name = &volume.name;
-    let named = name.len() <= LONGEST_NAME && !name.contains(char::is_control);
-    let workable = match volume.kind {
-        VolumeKind::DeviceState => volume.bytes <= MOST_DEVICE_STATE,
-        VolumeKind::Ram | VolumeKind::Disk => volume.bytes <= MOST,
-    };
-    named && workable
-}
-
-impl Opened {
-    /// Are these numbers that an honest site gives?
-    pub fn is_sound(&self) -> bool {
-        const MOST: u64 = 1 << 56;
-        self.newest < MOST
-            && self.next_point < MOST
-            && self.last_seq < MOST
-            && self.volumes.iter().all(sound_volume)
-    }
 }
 
 /// A request to seal what was sent as a recovery point.
