@@ -87,7 +87,8 @@ pub trait Machine: Send {
         Err(MachineError::Other("it has no screen".to_owned()))
     }
 
-    /// Ends the machine and frees what it holds.
+    /// Ends the machine and frees what it holds: the point that its disks were from is
+    /// read no more, also where somebody still has its monitor.
     fn kill(self: Box<Self>);
 
     /// Lets go of the machine, which goes on: from here on it is controlled as

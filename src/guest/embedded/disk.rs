@@ -59,6 +59,8 @@ struct State {
     /// Number of the newest instant.
     instants: u64,
     copying: Copying,
+    /// See [`TrackedDisk::end`].
+    ended: bool,
 }
 
 /// What is read where the image has nothing.
@@ -67,6 +69,23 @@ struct Below {
     source: Arc<dyn BlockSource>,
     /// Units that the image holds.
     filled: Bitmap,
+}
+
+/// In the place of what lay below a disk that has ended.
+struct Gone(u64);
+
+impl BlockSource for Gone {
+    fn size(&self) -> u64 {
+        self.0
+    }
+
+    fn read(&self, _: u64, _: &mut [u8]) -> io::Result<()> {
+        Err(io::Error::other("its machine has ended"))
+    }
+
+    fn extents(&self, _: u64, length: u64) -> Vec<(u64, bool)> {
+        vec![(length, false)]
+    }
 }
 
 impl TrackedDisk {
@@ -131,6 +150,7 @@ impl TrackedDisk {
                 frozen: None,
                 instants: 0,
                 copying: Copying::default(),
+                ended: false,
             }),
         })
     }
@@ -251,6 +271,16 @@ impl TrackedDisk {
             None => return refused(format!("disk '{}' lies above nothing", self.name)),
         }
         Ok(())
+    }
+
+    /// Its machine has ended for good: what lies below is let go of, whoever holds this
+    /// disk still, and is not copied on. What the image does not hold cannot be read.
+    pub fn end(&self) {
+        let mut state = self.state();
+        state.ended = true;
+        if let Some(below) = &mut state.below {
+            below.source = Arc::new(Gone(self.bytes));
+        }
     }
 
     /// Which units were written since the last call (since it was opened, for

@@ -238,6 +238,7 @@ impl Machine for Built {
 
     fn kill(self: Box<Self>) {
         self.vmm().end();
+        self.disks.iter().for_each(|disk| disk.end());
     }
 
     fn vmm(&self) -> Option<SharedVmm> {

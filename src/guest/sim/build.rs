@@ -181,6 +181,7 @@ impl Machine for SimMachine {
 
     fn kill(self: Box<Self>) {
         self.with(|vmm| vmm.end());
+        self.disks.iter().for_each(|disk| disk.end());
     }
 
     fn vmm(&self) -> Option<SharedVmm> {

@@ -126,6 +126,7 @@ impl Machine for CounterMachine {
 
     fn kill(self: Box<Self>) {
         self.counter.lock().unwrap().end();
+        self.disk.end();
     }
 
     fn vmm(&self) -> Option<SharedVmm> {

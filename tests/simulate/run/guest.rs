@@ -355,6 +355,7 @@ impl Machine for SimulatedMachine {
 
     fn kill(self: Box<Self>) {
         lock(&self.monitor).end();
+        self.disk.end();
     }
 
     fn vmm(&self) -> Option<SharedVmm> {

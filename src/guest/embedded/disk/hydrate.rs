@@ -36,7 +36,7 @@ impl Copying {
 impl TrackedDisk {
     /// Starts to copy what lies below, at most `bytes_per_second` (0: as fast
     /// as it goes). A copy under way goes on at that rate, one that failed
-    /// begins anew. It ends early when the disk is dropped.
+    /// begins anew. It stops when the disk ends or is dropped.
     ///
     /// # Errors
     /// When no thread can be started.
@@ -136,6 +136,9 @@ fn copy(disk: &Weak<TrackedDisk>) {
         };
         let copied = held.copy_piece(at, &mut buffer);
         let mut state = held.state();
+        if state.ended {
+            return;
+        }
         let bytes = match copied {
             Ok(bytes) => bytes,
             Err(error) => {

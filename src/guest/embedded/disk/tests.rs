@@ -382,6 +382,27 @@ fn a_copy_keeps_to_its_rate_takes_another_and_ends_with_the_disk() {
 }
 
 #[test]
+fn a_disk_that_has_ended_lets_go_of_what_lies_below() {
+    let dir = tempfile::tempdir().unwrap();
+    let bytes = 4 << 20;
+    let point = Point::new(9, bytes);
+    let disk = TrackedDisk::above("d", &dir.path().join("image"), point.clone()).unwrap();
+    disk.write(0, &[7; UNIT]).unwrap();
+    disk.hydrate(1).unwrap();
+    disk.end();
+    let begun = Instant::now();
+    while Arc::strong_count(&point) > 1 {
+        assert!(begun.elapsed() < Duration::from_secs(20), "it is held");
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let mut content = vec![0; UNIT];
+    disk.read(0, &mut content).unwrap();
+    assert_eq!(content, [7; UNIT]);
+    let error = disk.read(bytes - UNIT64, &mut content).unwrap_err();
+    assert!(error.to_string().contains("has ended"), "{error}");
+}
+
+#[test]
 fn images_of_another_size_and_accesses_past_the_end_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("d");
